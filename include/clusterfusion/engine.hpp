@@ -1,0 +1,167 @@
+// Text in, tokens out: a model, its tokenizer and a device behind one door.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "clusterfusion/model.hpp"
+#include "clusterfusion/sampling.hpp"
+#include "clusterfusion/tokenizer.hpp"
+
+namespace clusterfusion {
+
+struct EngineOptions {
+  std::string device = "auto";          // "auto", "cpu" or "cuda"
+  int threads = 0;                      // CPU worker threads; 0: one for each usable core
+  std::int64_t max_positions = 0;       // the longest context; 0: the model's own
+  std::optional<DType> kv_dtype;        // of the KV cache; nothing: float32 on the CPU, the
+                                        // weights' type on a GPU
+};
+
+enum class FinishReason {
+  stop_token,     // an end-of-text token or one of `stop_tokens`
+  stop_string,    // one of `stop_strings`
+  token_limit,    // `max_new_tokens`
+  context_limit,  // the model's or the engine's longest context
+  cancelled,      // by the caller
+};
+const char* name_of(FinishReason reason) noexcept;  // "stop_token", ...
+
+struct GenerateRequest {
+  // The prompt: text, or token ids if `prompt_tokens` is not empty.
+  std::string prompt;
+  std::vector<TokenId> prompt_tokens;
+  bool add_special_tokens = true;         // when encoding `prompt`
+  std::int64_t max_new_tokens = 128;      // >= 0
+  SamplingParams sampling;
+  std::vector<std::string> stop_strings;  // the text ends before the first of them; none empty
+  std::vector<TokenId> stop_tokens;       // besides the model's end-of-text tokens
+  bool ignore_eos = false;                // do not stop at the model's end-of-text tokens
+  bool skip_special_tokens = true;        // leave special tokens out of the text
+};
+
+// Timing of one request. Times are host wall-clock seconds.
+struct Statistics {
+  std::int64_t prompt_tokens = 0;
+  std::int64_t new_tokens = 0;
+  double prefill_seconds = 0;               // of this prompt's prefill
+  double time_to_first_token_seconds = 0;   // from start() to the first token
+  double decode_seconds = 0;                // spent in decode steps after the first token
+  double seconds_per_token = 0;             // decode_seconds / (new_tokens - 1), 0 if undefined
+  double tokens_per_second = 0;             // its inverse
+  double bytes_per_second = 0;              // weights and KV cache read by decode / decode_seconds
+  double read_ceiling_bytes_per_second = 0; // of Engine::measure_read_ceiling(); 0: not measured
+  double ceiling_share = 0;                 // bytes_per_second / ceiling; 0: not measured
+};
+
+struct GenerateResult {
+  std::string text;                        // without the prompt
+  std::vector<TokenId> prompt_tokens;
+  std::vector<TokenId> tokens;             // new tokens, the stop token included
+  std::vector<SampledToken> sampled;       // with log-probabilities if asked for, else empty
+  FinishReason finish_reason = FinishReason::token_limit;
+  Statistics statistics;
+};
+
+// One step's news of one sequence.
+struct GenerateEvent {
+  std::size_t index = 0;                   // which request
+  std::optional<SampledToken> token;       // nothing in a last event that only brings text
+  std::string text;                        // well-formed UTF-8, may be empty
+  std::optional<FinishReason> finish_reason;  // set in the last event of a sequence
+};
+
+// Running generation of one or more sequences, pulled by the caller. Destroying it frees the
+// sequences. Keep the Engine alive as long as its generations.
+class Generation {
+ public:
+  virtual ~Generation() = default;
+  // The next event; nothing when all sequences have ended. The first calls do the prefill.
+  // Errors: those of the backend; after one the generation has ended.
+  virtual std::optional<GenerateEvent> next() = 0;
+  // Ends all sequences with `cancelled` as soon as the running step is done. May be called from
+  // any thread and from a signal handler.
+  virtual void cancel() noexcept = 0;
+  // Results so far, one for each request; final after next() has returned nothing.
+  virtual const std::vector<GenerateResult>& results() const noexcept = 0;
+};
+
+// Log-probability of a text, token by token.
+struct ScoreResult {
+  std::vector<TokenId> tokens;
+  std::vector<float> logprobs;   // logprobs[i] of tokens[i + 1] after tokens[0..i]; natural log
+  double total = 0;              // their sum
+};
+
+struct PerplexityOptions {
+  std::int64_t context = 0;      // window length in tokens, >= 2; 0: the longest the engine allows
+  std::int64_t stride = 0;       // tokens a window moves on, in [1, context]; 0: half the context
+  // Called after each window with tokens done and in all; returns false to cancel.
+  std::function<bool(std::int64_t done, std::int64_t total)> progress;
+};
+
+struct PerplexityResult {
+  double perplexity = 0;         // exp(mean negative log-likelihood a scored token)
+  double mean_nll = 0;           // in nats
+  double bits_per_byte = 0;      // total NLL / ln 2 / bytes of the text; 0 for token input
+  std::int64_t scored_tokens = 0;
+  std::int64_t total_tokens = 0;
+  double seconds = 0;
+};
+
+struct EngineInfo {
+  std::string device;            // "cpu", "cuda"
+  std::string device_description;
+  std::string device_reason;     // why "auto" chose it
+  DType kv_dtype = DType::float32;
+  std::int64_t kv_bytes_per_position = 0;
+  std::int64_t max_positions = 0;
+};
+
+// May be called from several threads: steps of different calls take turns.
+class Engine {
+ public:
+  // Opens the checkpoint folder `path` (config.json, safetensors, tokenizer.json) on a device. A
+  // folder without tokenizer.json gives an engine that takes and gives token ids only.
+  // Errors: those of Model::open and Tokenizer::open; malformed if the tokenizer does not fit the
+  // model; invalid_argument and unsupported for the options.
+  static std::unique_ptr<Engine> open(const std::filesystem::path& path,
+                                      const EngineOptions& options = {});
+  virtual ~Engine() = default;
+
+  virtual const Model& model() const noexcept = 0;
+  // Errors: not_found if the folder has no tokenizer.
+  virtual const Tokenizer& tokenizer() const = 0;
+  virtual bool has_tokenizer() const noexcept = 0;
+  virtual EngineInfo info() const = 0;
+
+  // Checks everything, allocates KV pages for the requests and returns before the first token.
+  // Errors: invalid_argument, out_of_range, out_of_memory.
+  virtual std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests) = 0;
+
+  // Runs requests to their end. `on_event` sees every event and returns false to cancel.
+  using EventCallback = std::function<bool(const GenerateEvent&)>;
+  std::vector<GenerateResult> generate(std::vector<GenerateRequest> requests,
+                                       const EventCallback& on_event = {});
+  GenerateResult generate(GenerateRequest request, const EventCallback& on_event = {});
+
+  // Logits at every position: float32 [tokens.size(), vocab_size] into `logits`.
+  virtual void logits(std::span<const TokenId> tokens, std::span<float> logits) = 0;
+  virtual ScoreResult score(std::span<const TokenId> tokens) = 0;
+  // `bytes`: length of the text that the tokens stand for, for bits_per_byte; 0 if unknown.
+  virtual PerplexityResult perplexity(std::span<const TokenId> tokens, std::int64_t bytes,
+                                      const PerplexityOptions& options) = 0;
+
+  // Reads the weights once with all threads, without computing, and returns bytes per second: what
+  // decoding could reach at best. Measured once (the best of several passes) and remembered.
+  virtual double measure_read_ceiling() = 0;
+};
+
+}  // namespace clusterfusion

@@ -1,0 +1,117 @@
+// A GPT-NeoX checkpoint as it lies on disk: configuration and memory-mapped weights.
+#pragma once
+
+#include <dlpack/dlpack.h>
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace clusterfusion {
+
+using TokenId = std::int32_t;
+
+enum class DType { float16, bfloat16, float32 };
+
+// Element size in bytes.
+int size_of(DType dtype) noexcept;
+// "float16", "bfloat16", "float32".
+const char* name_of(DType dtype) noexcept;
+
+// The element-wise function between the two matrices of the MLP, as `hidden_act` of config.json
+// names it. Formulas: transformers/activations.py (ACT2FN).
+enum class Activation {
+  gelu_erf,     // 0.5 x (1 + erf(x / sqrt 2)):        "gelu", "gelu_python"
+  gelu_tanh,    // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): "gelu_new", "gelu_fast",
+                // "gelu_pytorch_tanh", "gelu_accurate"
+  gelu_quick,   // x sigmoid(1.702 x):                 "quick_gelu"
+  relu,         // max(x, 0):                          "relu"
+  relu_squared, // max(x, 0)^2:                        "relu2"
+  silu,         // x sigmoid(x):                       "silu", "swish"
+  mish,         // x tanh(softplus(x)):                "mish"
+  tanh,         //                                     "tanh"
+  sigmoid,      //                                     "sigmoid"
+  identity,     //                                     "linear"
+};
+
+// Hyper-parameters of a GPT-NeoX model, read from config.json.
+struct ModelConfig {
+  std::int64_t vocab_size = 0;
+  std::int64_t hidden_size = 0;
+  std::int64_t num_layers = 0;
+  std::int64_t num_heads = 0;
+  std::int64_t head_dim = 0;           // hidden_size / num_heads
+  std::int64_t intermediate_size = 0;  // rows of the MLP's first matrix
+  std::int64_t max_positions = 0;      // max_position_embeddings: the longest context
+  std::int64_t rotary_dim = 0;         // the first rotary_dim of head_dim values are rotated; even
+  double rope_theta = 10000.0;         // base of the rotary frequencies
+  double layer_norm_eps = 1e-5;
+  Activation activation = Activation::gelu_erf;
+  bool parallel_residual = true;       // x + attention(ln1 x) + mlp(ln2 x), else one after the other
+  bool attention_bias = true;          // QKV and output projection have biases
+  bool tied_embeddings = false;        // the LM head is the input embedding
+  DType dtype = DType::float32;        // of the checkpoint's matrices (read from the tensors)
+  std::optional<TokenId> bos_token;
+  std::vector<TokenId> eos_tokens;     // any of these ends a text
+  std::string hidden_act;              // as spelled in config.json
+};
+
+// Views of one layer's tensors. Matrices are row-major [out, in], as torch.nn.Linear stores them.
+// Biases and LayerNorm parameters may have another dtype than the matrices.
+// A view whose `data` is null is absent (only the two attention biases may be).
+struct LayerWeights {
+  DLTensor input_norm_weight, input_norm_bias;            // [hidden]
+  DLTensor qkv_weight, qkv_bias;                          // [3 hidden, hidden], [3 hidden]: rows are
+                                                          // q, k, v of head 0, then of head 1, ...
+  DLTensor attention_out_weight, attention_out_bias;      // [hidden, hidden], [hidden]
+  DLTensor post_norm_weight, post_norm_bias;              // [hidden]
+  DLTensor mlp_up_weight, mlp_up_bias;                    // [intermediate, hidden], [intermediate]
+  DLTensor mlp_down_weight, mlp_down_bias;                // [hidden, intermediate], [hidden]
+};
+
+struct ModelWeights {
+  DLTensor embedding;                                     // [vocab, hidden]
+  std::vector<LayerWeights> layers;
+  DLTensor final_norm_weight, final_norm_bias;            // [hidden]
+  DLTensor lm_head;                                       // [vocab, hidden]; the embedding if tied
+};
+
+// A checkpoint folder, opened. The weights are memory-mapped read-only and used in place: nothing
+// is copied, pages come in as they are touched. Immutable; may be shared between threads.
+class Model {
+ public:
+  // Opens `folder`: config.json with model.safetensors, or with model.safetensors.index.json and
+  // its shards. Checks every tensor's presence, dtype and shape against the configuration.
+  // Errors: not_found, permission_denied, io, malformed, unsupported.
+  static std::shared_ptr<const Model> open(const std::filesystem::path& folder);
+
+  virtual ~Model() = default;
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  const ModelConfig& config() const noexcept { return config_; }
+  const ModelWeights& weights() const noexcept { return weights_; }
+  const std::filesystem::path& folder() const noexcept { return folder_; }
+
+  // Number of parameters (a tied LM head counts once).
+  std::int64_t num_parameters() const noexcept;
+  // Bytes of weights that one decode step reads: all matrices and vectors of the layers, the final
+  // norm and the LM head once, and one row of the embedding.
+  std::int64_t bytes_per_token() const noexcept;
+  // Bytes of all weights as stored.
+  std::int64_t total_bytes() const noexcept;
+  // Looks for NaN and infinity in every weight (reads the whole checkpoint) and returns the first
+  // finding as "tensor NAME [index] = VALUE in FILE", or nothing.
+  virtual std::optional<std::string> find_non_finite() const = 0;
+
+ protected:
+  Model() = default;
+  ModelConfig config_;
+  ModelWeights weights_;
+  std::filesystem::path folder_;
+};
+
+}  // namespace clusterfusion

@@ -1,0 +1,77 @@
+// Byte-level BPE as Hugging Face `tokenizers` computes it, read from tokenizer.json.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "clusterfusion/model.hpp"
+
+namespace clusterfusion {
+
+// Immutable after opening; every const function may be called from several threads.
+class Tokenizer {
+ public:
+  // Opens a tokenizer.json, or the one in the folder `path`.
+  // Supported: model BPE with byte-level pre-tokenizer and decoder, normalizer NFC or none, merges
+  // as "a b" strings or ["a", "b"] pairs, added tokens with all their flags, ByteLevel or
+  // TemplateProcessing post-processors. Anything else is refused by name.
+  // Errors: not_found, permission_denied, io, malformed, unsupported.
+  static std::shared_ptr<const Tokenizer> open(const std::filesystem::path& path);
+  // The same from the text of a tokenizer.json; `name` stands for the file in messages.
+  static std::shared_ptr<const Tokenizer> parse(std::string_view json, const std::string& name);
+
+  ~Tokenizer();
+  Tokenizer(const Tokenizer&) = delete;
+  Tokenizer& operator=(const Tokenizer&) = delete;
+
+  // Text (UTF-8) to token ids. Each maximal ill-formed subsequence of bytes is read as U+FFFD, as
+  // Python's bytes.decode("utf-8", errors="replace") does. With `add_special_tokens` the
+  // post-processor's tokens are added, as in tokenizers' encode(); added tokens that stand in the
+  // text are always recognised.
+  std::vector<TokenId> encode(std::string_view text, bool add_special_tokens = true) const;
+
+  // Token ids to text. Bytes that do not form UTF-8 become U+FFFD, as in tokenizers' decode().
+  // Errors: out_of_range for an id that is not in the vocabulary (names index and id).
+  std::string decode(std::span<const TokenId> tokens, bool skip_special_tokens = true) const;
+
+  // One past the largest id of vocabulary and added tokens.
+  std::int64_t vocab_size() const noexcept;
+  // The id of a token as tokenizer.json spells it (byte-level alphabet), added tokens included.
+  std::optional<TokenId> token_to_id(std::string_view token) const;
+  // The token as tokenizer.json spells it. Errors: out_of_range.
+  std::string_view id_to_token(TokenId token) const;
+  bool is_special(TokenId token) const noexcept;
+  // The bytes that a token stands for (an added token: its content). Errors: out_of_range.
+  std::string_view bytes_of(TokenId token) const;
+
+ private:
+  struct Impl;
+  explicit Tokenizer(std::unique_ptr<const Impl> impl);
+  std::unique_ptr<const Impl> impl_;
+};
+
+// Turns a stream of tokens into a stream of well-formed UTF-8: bytes of an unfinished character are
+// held back until it is complete or known to be broken (then U+FFFD). The concatenation of all
+// pieces and of finish() equals Tokenizer::decode() of all tokens.
+class StreamDecoder {
+ public:
+  explicit StreamDecoder(std::shared_ptr<const Tokenizer> tokenizer,
+                         bool skip_special_tokens = true);
+  // The text that `token` completes; may be empty.
+  std::string push(TokenId token);
+  // What is still held back, as U+FFFD. The decoder is empty afterwards.
+  std::string finish();
+
+ private:
+  std::shared_ptr<const Tokenizer> tokenizer_;
+  bool skip_special_tokens_;
+  std::string pending_;
+};
+
+}  // namespace clusterfusion

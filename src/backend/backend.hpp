@@ -1,0 +1,106 @@
+// The one interface between the engine and the devices.
+//
+// A backend holds a model's weights (or maps them), a pool of KV pages, and sequences. Batches and
+// paged KV are part of the contract; so is sampling, because a device that had to send logits to
+// the host for each token would wait for the host.
+//
+// Numbers: the result for a sequence depends on its own tokens only. Prefilling n tokens in any
+// number of pieces, decoding them one by one, alone or in a batch with others, with any number of
+// threads, gives the same bits.
+//
+// Threads: calls on one Backend must not overlap; the engine sees to it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+
+#include "clusterfusion/model.hpp"
+#include "clusterfusion/sampling.hpp"
+
+namespace clusterfusion {
+
+// Positions in one KV page, for every backend.
+inline constexpr std::int64_t kKvPagePositions = 64;
+
+using SequenceId = std::int32_t;
+
+struct BackendOptions {
+  int threads = 0;                  // CPU: worker threads; 0: one for each core this process may use
+  std::int64_t max_positions = 0;   // the longest context a sequence may reach; 0: the model's
+  // Type of the KV cache. Nothing: float32 on the CPU, the weights' type on a GPU.
+  std::optional<DType> kv_dtype;
+};
+
+struct BackendInfo {
+  std::string name;                 // "cpu", "cuda"
+  std::string device;               // "AMD EPYC ..., 2 threads, AVX3_DL", "NVIDIA H100 ..., 132 SMs"
+  DType kv_dtype = DType::float32;
+  std::int64_t kv_bytes_per_position = 0;
+  std::int64_t max_positions = 0;
+  std::int64_t prefill_chunk = 512; // the engine prefills in pieces of this many tokens, so that a
+                                    // prompt can be cancelled and its progress shown
+  std::int32_t decode_ahead = 1;    // steps that decode() may run without looking at the host
+};
+
+// What a prefill is to give back; each part may be absent (empty or null).
+struct PrefillOutput {
+  // float32 [tokens.size(), vocab]: logits at every position of this piece.
+  std::span<float> all_logits;
+  // float32 [vocab]: logits at the last position of this piece.
+  std::span<float> last_logits;
+  // targets[i] is the token whose log-probability after tokens[0..i] is wanted; goes to
+  // target_logprobs[i]. A target of -1 is skipped and its logprob left alone. Sizes are equal to
+  // each other and to tokens.size(), or zero.
+  std::span<const TokenId> targets;
+  std::span<float> target_logprobs;
+  // The token sampled at the last position, with the sequence's SamplingParams.
+  SampledToken* sampled = nullptr;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual const BackendInfo& info() const noexcept = 0;
+
+  // A new, empty sequence. The sampler sees every token of the sequence (repetition penalty).
+  virtual SequenceId create_sequence(const SamplingParams& sampling) = 0;
+  // Gives its pages back to the pool.
+  virtual void release_sequence(SequenceId sequence) = 0;
+  // Positions that hold keys and values.
+  virtual std::int64_t length(SequenceId sequence) const = 0;
+  // Makes sure that the sequence can grow to `positions` without further allocation.
+  // Errors: out_of_memory with the numbers, invalid_argument past max_positions.
+  virtual void reserve(SequenceId sequence, std::int64_t positions) = 0;
+  // Forgets positions from `length` on.
+  virtual void truncate(SequenceId sequence, std::int64_t length) = 0;
+
+  // Appends tokens (at least one) to a sequence and computes what `output` asks for.
+  // Errors: out_of_range (token id, with its index), invalid_argument (context full),
+  // non_finite (the logits of an asked-for position are not finite: says layer or tensor if known).
+  virtual void prefill(SequenceId sequence, std::span<const TokenId> tokens,
+                       const PrefillOutput& output) = 0;
+
+  // Decodes `steps` tokens (1 .. info().decode_ahead) for each of a batch of different sequences.
+  // inputs[b] is the token to append first; each sampled token is the next step's input.
+  //   sampled: [steps, batch], may be empty only if steps is 1
+  //   logits:  float32 [batch, vocab] of the last step, or empty
+  // On return, each sequence holds `steps` more positions (the last sampled token is not among
+  // them). The host may drop surplus tokens with truncate().
+  virtual void decode(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
+                      std::int32_t steps, std::span<SampledToken> sampled,
+                      std::span<float> logits) = 0;
+
+  // Bytes per second at which this device reads the model's weights when it does nothing else; the
+  // best of several passes. Errors: none beyond those of the device.
+  virtual double measure_read_ceiling() = 0;
+};
+
+// Backends of this build. `make_cpu_backend` always exists.
+std::unique_ptr<Backend> make_cpu_backend(std::shared_ptr<const Model> model,
+                                          const BackendOptions& options);
+
+}  // namespace clusterfusion
