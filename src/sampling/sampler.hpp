@@ -1,0 +1,43 @@
+// Chooses the next token of one sequence, as clusterfusion/sampling.hpp defines it.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "clusterfusion/sampling.hpp"
+
+namespace clusterfusion {
+
+// Not thread-safe; one for each sequence. Remembers its tokens for the repetition penalty.
+class Sampler {
+ public:
+  // Errors: those of SamplingParams::validate(); invalid_argument for vocab_size < 1.
+  Sampler(const SamplingParams& params, std::int64_t vocab_size);
+
+  // Tokens that entered the sequence: the prompt's and the sampled ones.
+  // Errors: out_of_range for an id outside the vocabulary.
+  void append(std::span<const TokenId> tokens);
+  // Forgets tokens from `length` on. Errors: invalid_argument if there are fewer than `length`.
+  void truncate(std::int64_t length);
+  // Tokens appended so far.
+  std::int64_t length() const noexcept { return length_; }
+
+  // logits: float32 [vocab_size], left unchanged; -inf forbids a token. The position of the chosen
+  // token (the RNG's counter) is length(). The token is not appended.
+  // Errors: invalid_argument (size), non_finite (NaN or +inf among the logits, or all are -inf).
+  SampledToken sample(std::span<const float> logits);
+
+ private:
+  SamplingParams params_;
+  std::int64_t vocab_size_;
+  std::int64_t length_ = 0;
+  std::vector<TokenId> tokens_;          // kept only if there is a repetition penalty
+  std::vector<float> penalized_logits_;  // scratch, [vocab_size] if there is a repetition penalty
+};
+
+// Natural log of softmax(logits)[token]; the sum runs in float64, in the order of the ids.
+// Errors: out_of_range (token), non_finite (NaN or +inf among the logits, or all are -inf).
+float log_probability(std::span<const float> logits, TokenId token);
+
+}  // namespace clusterfusion
