@@ -1,0 +1,142 @@
+#include "sampling/sampler.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <numeric>
+#include <optional>
+
+#include "base/fail.hpp"
+#include "sampling/filters.hpp"
+#include "sampling/philox.hpp"
+
+namespace clusterfusion {
+namespace {
+
+// The id of the largest logit, the lowest on a tie.
+TokenId argmax(std::span<const float> logits) {
+  std::size_t best = 0;
+  bool usable = true;
+  for (std::size_t token = 0; token < logits.size(); ++token) {
+    usable &= logits[token] <= std::numeric_limits<float>::max();  // false for NaN and +inf
+    if (logits[token] > logits[best]) best = token;
+  }
+  if (usable && !std::isinf(logits[best])) return static_cast<TokenId>(best);
+
+  for (std::size_t token = 0; token < logits.size(); ++token) {
+    require(logits[token] <= std::numeric_limits<float>::max(), ErrorKind::non_finite,
+            "the logit of token {} is {}, expected a finite number or -inf; check the weights for "
+            "NaN and infinity",
+            token, logits[token]);
+  }
+  fail(ErrorKind::non_finite,
+       "all {} logits are -inf, expected at least one finite logit; check the weights for NaN and "
+       "infinity",
+       logits.size());
+}
+
+// log(sum(exp(logits))) with a float64 sum in the order of the ids.
+double log_sum_exp(std::span<const float> logits, float maximum) {
+  double sum = 0;
+  for (const float logit : logits) sum += std::exp(logit - maximum);
+  return static_cast<double>(maximum) + std::log(sum);
+}
+
+TokenId draw(const std::vector<Candidate>& candidates, std::uint64_t seed, std::uint64_t position) {
+  std::optional<std::uint32_t> known_group;
+  PhiloxCounter words{};
+  Candidate best{std::numeric_limits<TokenId>::max(), -std::numeric_limits<float>::infinity()};
+  for (const Candidate& candidate : candidates) {
+    const auto token = static_cast<std::uint32_t>(candidate.token);
+    if (known_group != token / 4) {
+      known_group = token / 4;
+      words = noise_words(seed, position, token / 4);
+    }
+    const float noisy = candidate.score + gumbel_from(words[token % 4]);
+    if (noisy > best.score || (noisy == best.score && candidate.token < best.token)) {
+      best = {candidate.token, noisy};
+    }
+  }
+  return best.token;
+}
+
+std::vector<TokenLogprob> most_likely(std::span<const float> logits, double log_sum,
+                                      std::int32_t count) {
+  std::vector<TokenId> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  const auto end = ids.begin() + std::min<std::ptrdiff_t>(count, std::ssize(ids));
+  std::partial_sort(ids.begin(), end, ids.end(), [logits](TokenId a, TokenId b) {
+    const float logit_a = logits[static_cast<std::size_t>(a)];
+    const float logit_b = logits[static_cast<std::size_t>(b)];
+    return logit_a != logit_b ? logit_a > logit_b : a < b;
+  });
+  std::vector<TokenLogprob> top;
+  std::transform(ids.begin(), end, std::back_inserter(top), [&](TokenId id) {
+    return TokenLogprob{id, static_cast<float>(logits[static_cast<std::size_t>(id)] - log_sum)};
+  });
+  return top;
+}
+
+}  // namespace
+
+Sampler::Sampler(const SamplingParams& params, std::int64_t vocab_size)
+    : params_(params), vocab_size_(vocab_size) {
+  params_.validate();
+  require(vocab_size >= 1 && vocab_size <= std::numeric_limits<TokenId>::max(),
+          ErrorKind::invalid_argument, "vocab_size must be in [1, 2147483647], got {}", vocab_size);
+  if (params_.repetition_penalty != 1.0f) {
+    penalized_logits_.resize(static_cast<std::size_t>(vocab_size));
+  }
+}
+
+void Sampler::append(std::span<const TokenId> tokens) {
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    require(tokens[i] >= 0 && tokens[i] < vocab_size_, ErrorKind::out_of_range,
+            "token {} at index {} is not in [0, {})", tokens[i], i, vocab_size_);
+  }
+  if (!penalized_logits_.empty()) tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+  length_ += std::ssize(tokens);
+}
+
+void Sampler::truncate(std::int64_t length) {
+  require(length >= 0 && length <= length_, ErrorKind::invalid_argument,
+          "cannot truncate a sequence of {} tokens to {}", length_, length);
+  if (!penalized_logits_.empty()) tokens_.resize(static_cast<std::size_t>(length));
+  length_ = length;
+}
+
+SampledToken Sampler::sample(std::span<const float> logits) {
+  require(std::ssize(logits) == vocab_size_, ErrorKind::invalid_argument,
+          "expected {} logits (vocab_size), got {}", vocab_size_, logits.size());
+  std::span<const float> scores = logits;
+  TokenId likeliest = argmax(logits);
+  const float maximum = logits[static_cast<std::size_t>(likeliest)];
+  if (!penalized_logits_.empty()) {
+    apply_repetition_penalty(logits, tokens_, params_.repetition_penalty, penalized_logits_);
+    scores = penalized_logits_;
+    likeliest = argmax(scores);
+  }
+
+  SampledToken sampled;
+  sampled.token =
+      params_.temperature == 0.0f
+          ? likeliest
+          : draw(filter_candidates(scores, scores[static_cast<std::size_t>(likeliest)], params_),
+                 params_.seed, static_cast<std::uint64_t>(length_));
+  if (params_.num_logprobs >= 0) {
+    const double log_sum = log_sum_exp(logits, maximum);
+    sampled.logprob = static_cast<float>(logits[static_cast<std::size_t>(sampled.token)] - log_sum);
+    if (params_.num_logprobs > 0) sampled.top = most_likely(logits, log_sum, params_.num_logprobs);
+  }
+  return sampled;
+}
+
+float log_probability(std::span<const float> logits, TokenId token) {
+  require(token >= 0 && token < std::ssize(logits), ErrorKind::out_of_range,
+          "token {} is not in [0, {})", token, logits.size());
+  const float maximum = logits[static_cast<std::size_t>(argmax(logits))];
+  return static_cast<float>(logits[static_cast<std::size_t>(token)] - log_sum_exp(logits, maximum));
+}
+
+}  // namespace clusterfusion
