@@ -1,0 +1,89 @@
+"""The same checkpoints in `transformers`, for recordings and for live comparison.
+
+Importing this needs torch and transformers; tests do it through pytest.importorskip.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from transformers.models.gpt_neox import modeling_gpt_neox
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+class Float64Rotary(torch.nn.Module):
+    """Rotary angles in float64: transformers rounds them to float32 even in a float64 model."""
+
+    def __init__(self, original: modeling_gpt_neox.GPTNeoXRotaryEmbedding):
+        super().__init__()
+        config = original.config
+        rope = config.rope_parameters
+        head_dim = config.hidden_size // config.num_attention_heads
+        dim = int(head_dim * rope["partial_rotary_factor"])
+        exponents = torch.arange(0, dim, 2, dtype=torch.float64) / max(dim, 1)
+        self.frequencies = rope["rope_theta"] ** -exponents
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].double() * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def load_transformers(
+    folder: Path | str, dtype: str, attention: str = "sdpa"
+) -> transformers.GPTNeoXForCausalLM:
+    """The checkpoint as a transformers model that computes in `dtype`."""
+    model = transformers.GPTNeoXForCausalLM.from_pretrained(
+        folder, dtype=DTYPES[dtype], attn_implementation=attention
+    )
+    if dtype == "float64":
+        model.gpt_neox.rotary_emb = Float64Rotary(model.gpt_neox.rotary_emb)
+    return model.eval()
+
+
+def transformers_logits(
+    folder: Path | str, tokens: np.ndarray | list[int], dtype: str, attention: str = "sdpa"
+) -> np.ndarray:
+    """Logits of transformers at every position, computed in `dtype`, returned as float64."""
+    model = load_transformers(folder, dtype, attention)
+    with torch.inference_mode():
+        logits = model(torch.tensor(np.asarray(tokens, np.int64)[None])).logits
+    return logits[0].double().numpy()
+
+
+def transformers_greedy(
+    model: transformers.GPTNeoXForCausalLM, prompt: list[int], count: int
+) -> tuple[list[int], list[float]]:
+    """Greedy continuation by transformers with its KV cache, never stopping at an end token.
+
+    Also returns by how much each token's logit beats the next one's.
+    """
+    tokens, margins = [], []
+    cache, step = None, torch.tensor([prompt])
+    with torch.inference_mode():
+        for _ in range(count):
+            output = model(step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            best = output.logits[0, -1].double().topk(2)
+            tokens.append(int(best.indices[0]))
+            margins.append(float(best.values[0] - best.values[1]))
+            step = best.indices[:1][None]
+    return tokens, margins
+
+
+def versions() -> dict[str, str]:
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }

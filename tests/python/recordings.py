@@ -1,0 +1,50 @@
+"""Recordings of transformers in tests/data, as tools/record_reference.py wrote them."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+
+
+@dataclass(frozen=True)
+class FamilyRecord:
+    """One random checkpoint and what transformers computed with it."""
+
+    setting: dict  # arguments of write_random_checkpoint
+    digest: str  # weights_digest() of the checkpoint
+    errors: dict[str, float]  # relative L2 error of "<attention>_<dtype>" against float64
+    tokens: np.ndarray  # the prompt
+    positions: np.ndarray  # where the following were recorded
+    sampled: np.ndarray  # vocabulary entries whose logits were recorded
+    logits: np.ndarray  # float64 [positions, sampled]
+    log_sum_exp: np.ndarray  # float64 [positions], over the whole vocabulary
+    norm: np.ndarray  # float64 [positions], L2 norm over the whole vocabulary
+    greedy: np.ndarray  # continuation of tokens[:9]
+    margins: np.ndarray  # of each greedy token's logit over the next one's
+
+    @property
+    def dtype(self) -> str:
+        return self.setting.get("dtype", "float16")
+
+    @property
+    def name(self) -> str:
+        hidden = self.setting.get("hidden_size", 64)
+        head_dim = hidden // self.setting.get("num_heads", 4)
+        return f"{self.setting['seed']}-{self.dtype}-head{head_dim}"
+
+
+def load_family() -> list[FamilyRecord]:
+    file = np.load(DATA / "family_reference.npz")
+    records = []
+    for number in range(json.loads(str(file["meta"]))["count"]):
+        arrays = {
+            name.partition("/")[2]: file[name]
+            for name in file.files
+            if name.startswith(f"{number}/")
+        }
+        meta = json.loads(str(arrays.pop("meta")))
+        records.append(FamilyRecord(**meta, **arrays))
+    return records

@@ -1,0 +1,149 @@
+"""Record what `transformers` computes, for tests that run where it is not installed.
+
+    python tools/record_reference.py family            # tests/data/family_reference.npz
+    python tools/record_reference.py demo              # tests/data/demo_reference.npz
+
+Needs torch, transformers, NumPy, safetensors and tokenizers. Checkpoints of the family are not
+stored: tests/python/checkpoints.py makes them again from their settings, and a digest tells whether
+it still makes the same ones.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from itertools import cycle, product
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "python"))
+
+from checkpoints import weights_digest, write_random_checkpoint  # noqa: E402
+from peers import (  # noqa: E402
+    load_transformers,
+    transformers_greedy,
+    transformers_logits,
+    versions,
+)
+from reference_model import ACTIVATIONS, log_softmax, relative_error  # noqa: E402
+
+SHARED_DATA = ROOT.parent / "shared" / "data"
+TEST_DATA = ROOT / "tests" / "data"
+
+VOCAB_SAMPLES = 24  # logits stored a position; the log-sum-exp stands for the others
+GREEDY_TOKENS = 24
+DEMO_PROMPTS, DEMO_TOKENS = 200, 64
+DEMO_CONTEXT, DEMO_STRIDE = 256, 128
+
+
+def family_settings() -> list[dict]:
+    """Return settings for write_random_checkpoint that span the GPT-NeoX family."""
+    rotary = cycle([0.25, 1.0, 0.5, 0.3, 0.25, 0.4, 0.125])
+    theta = cycle([10000.0, 500000.0, 10000.0, 123.5])
+    layers = cycle([1, 3, 2, 5])
+    activation = cycle(ACTIVATIONS)
+    vocab = cycle([320, 257, 1001])
+    settings = []
+    for head_dim, dtype, parallel in product(
+        (16, 32, 64, 80, 128, 256), ("float16", "bfloat16", "float32"), (True, False)
+    ):
+        number = len(settings)
+        num_heads = {16: 5, 32: 3, 64: 2, 80: 2, 128: 2, 256: 1}[head_dim]
+        hidden = head_dim * num_heads
+        settings.append(
+            {
+                "hidden_size": hidden,
+                "num_layers": next(layers),
+                "num_heads": num_heads,
+                "intermediate_size": (4 * hidden, 3 * hidden + 7, 2 * hidden)[number % 3],
+                "vocab_size": next(vocab),
+                "max_positions": 256,
+                "rotary_pct": next(rotary),
+                "rope_theta": next(theta),
+                "hidden_act": "gelu" if number % 2 else next(activation),
+                "parallel_residual": parallel,
+                "tied": number % 5 == 4,
+                "dtype": dtype,
+                "seed": 1000 + number,
+                "prefix": number % 7 != 3,
+                "shards": 1 + (number % 4 == 2) * 2,
+                "attention_bias": number % 6 != 5,
+                "config_style": "new" if number % 3 == 1 else "old",
+                "with_buffers": number % 8 == 6,
+                "head_name": "lm_head" if number % 3 == 2 else "embed_out",
+            }
+        )
+    for number, name in enumerate(ACTIVATIONS):
+        settings.append({"hidden_act": name, "dtype": "float32", "seed": 2000 + number})
+    # An odd number of rotary values (transformers rotates one more) and none.
+    settings.append({"hidden_size": 80, "rotary_pct": 0.25, "dtype": "float32", "seed": 3000})
+    settings.append({"rotary_pct": 0.0, "dtype": "float32", "seed": 3001})
+    # A long prompt.
+    settings.append({"num_layers": 1, "max_positions": 1024, "seed": 3002})
+    return settings
+
+
+def tokens_of(setting: dict) -> np.ndarray:
+    """Return the recorded prompt, of a length that differs from setting to setting."""
+    seed = setting["seed"]
+    count = 700 if setting.get("max_positions") == 1024 else 33 + seed * 13 % 101
+    return np.random.PCG64(seed).random_raw(count) % setting.get("vocab_size", 320)
+
+
+def record_checkpoint(setting: dict) -> dict[str, np.ndarray]:
+    """Compute everything that is stored about one checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(folder, **setting)
+        digest = weights_digest(folder)
+        dtype = setting.get("dtype", "float16")
+        tokens = tokens_of(setting)
+        exact = transformers_logits(folder, tokens, "float64")
+        errors = {
+            f"{attention}_{kind}": relative_error(
+                transformers_logits(folder, tokens, kind, attention), exact
+            )
+            for attention, kind in product(("sdpa", "eager"), {dtype, "float32"})
+        }
+        model = load_transformers(folder, "float64")
+        greedy, margins = transformers_greedy(model, tokens[:9].tolist(), GREEDY_TOKENS)
+    sampled = np.unique(np.linspace(0, exact.shape[1] - 1, VOCAB_SAMPLES).astype(np.int64))
+    log_sum_exp = exact[:, 0] - log_softmax(exact)[:, 0]
+    positions = np.arange(len(tokens)) if len(tokens) < 256 else np.arange(0, len(tokens), 7)
+    return {
+        "meta": np.array(json.dumps({"setting": setting, "digest": digest, "errors": errors})),
+        "tokens": tokens.astype(np.int32),
+        "positions": positions.astype(np.int32),
+        "sampled": sampled.astype(np.int32),
+        "logits": exact[positions][:, sampled],
+        "log_sum_exp": log_sum_exp[positions],
+        "norm": np.linalg.norm(exact, axis=1)[positions],
+        "greedy": np.array(greedy, np.int32),
+        "margins": np.array(margins, np.float32),
+    }
+
+
+def record_family(path: Path) -> None:
+    """Record random checkpoints of the whole family: float64 logits, errors in other types."""
+    settings = family_settings()
+    arrays = {"meta": np.array(json.dumps({"versions": versions(), "count": len(settings)}))}
+    for number, setting in enumerate(settings):
+        record = record_checkpoint(setting)
+        arrays |= {f"{number}/{name}": value for name, value in record.items()}
+        print(f"{number + 1}/{len(settings)} {record['meta']}", file=sys.stderr)
+    np.savez_compressed(path, **arrays)
+
+
+def main() -> None:
+    """Record what the command line asks for."""
+    parser = argparse.ArgumentParser(description="Record reference outputs of transformers.")
+    parser.add_argument("what", choices=["family", "demo"])
+    what = parser.parse_args().what
+    TEST_DATA.mkdir(exist_ok=True)
+    if what == "family":
+        record_family(TEST_DATA / "family_reference.npz")
+
+
+if __name__ == "__main__":
+    main()
