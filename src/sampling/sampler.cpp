@@ -36,12 +36,24 @@ TokenId argmax(std::span<const float> logits) {
        logits.size());
 }
 
-// log(sum(exp(logits))) with a float64 sum in the order of the ids.
-double log_sum_exp(std::span<const float> logits, float maximum) {
-  double sum = 0;
-  for (const float logit : logits) sum += std::exp(logit - maximum);
-  return static_cast<double>(maximum) + std::log(sum);
-}
+// Natural log of softmax(logits); the sum runs in float64, in the order of the ids.
+class LogSoftmax {
+ public:
+  LogSoftmax(std::span<const float> logits, float maximum) : logits_(logits), maximum_(maximum) {
+    double sum = 0;
+    for (const float logit : logits) sum += std::exp(logit - maximum);
+    log_sum_ = std::log(sum);
+  }
+  float operator()(TokenId token) const {
+    const double logit = logits_[static_cast<std::size_t>(token)];
+    return static_cast<float>(logit - maximum_ - log_sum_);  // in this order: log_sum_ is small
+  }
+
+ private:
+  std::span<const float> logits_;
+  double maximum_;
+  double log_sum_;
+};
 
 TokenId draw(const std::vector<Candidate>& candidates, std::uint64_t seed, std::uint64_t position) {
   std::optional<std::uint32_t> known_group;
@@ -61,8 +73,9 @@ TokenId draw(const std::vector<Candidate>& candidates, std::uint64_t seed, std::
   return best.token;
 }
 
-std::vector<TokenLogprob> most_likely(std::span<const float> logits, double log_sum,
+std::vector<TokenLogprob> most_likely(std::span<const float> logits, const LogSoftmax& log_softmax,
                                       std::int32_t count) {
+  if (count == 0) return {};
   std::vector<TokenId> ids(logits.size());
   std::iota(ids.begin(), ids.end(), 0);
   const auto end = ids.begin() + std::min<std::ptrdiff_t>(count, std::ssize(ids));
@@ -73,7 +86,7 @@ std::vector<TokenLogprob> most_likely(std::span<const float> logits, double log_
   });
   std::vector<TokenLogprob> top;
   std::transform(ids.begin(), end, std::back_inserter(top), [&](TokenId id) {
-    return TokenLogprob{id, static_cast<float>(logits[static_cast<std::size_t>(id)] - log_sum)};
+    return TokenLogprob{id, log_softmax(id)};
   });
   return top;
 }
@@ -125,9 +138,9 @@ SampledToken Sampler::sample(std::span<const float> logits) {
           : draw(filter_candidates(scores, scores[static_cast<std::size_t>(likeliest)], params_),
                  params_.seed, static_cast<std::uint64_t>(length_));
   if (params_.num_logprobs >= 0) {
-    const double log_sum = log_sum_exp(logits, maximum);
-    sampled.logprob = static_cast<float>(logits[static_cast<std::size_t>(sampled.token)] - log_sum);
-    if (params_.num_logprobs > 0) sampled.top = most_likely(logits, log_sum, params_.num_logprobs);
+    const LogSoftmax log_softmax(logits, maximum);
+    sampled.logprob = log_softmax(sampled.token);
+    sampled.top = most_likely(logits, log_softmax, params_.num_logprobs);
   }
   return sampled;
 }
@@ -135,8 +148,7 @@ SampledToken Sampler::sample(std::span<const float> logits) {
 float log_probability(std::span<const float> logits, TokenId token) {
   require(token >= 0 && token < std::ssize(logits), ErrorKind::out_of_range,
           "token {} is not in [0, {})", token, logits.size());
-  const float maximum = logits[static_cast<std::size_t>(argmax(logits))];
-  return static_cast<float>(logits[static_cast<std::size_t>(token)] - log_sum_exp(logits, maximum));
+  return LogSoftmax(logits, logits[static_cast<std::size_t>(argmax(logits))])(token);
 }
 
 }  // namespace clusterfusion
