@@ -1,0 +1,116 @@
+#include "io/tensor_store.hpp"
+
+#include <set>
+#include <utility>
+
+#include "base/fail.hpp"
+#include "io/json.hpp"
+#include "io/safetensors.hpp"
+
+namespace clusterfusion {
+namespace {
+
+constexpr std::size_t kMaxIndexBytes = 100'000'000;
+
+bool is_there(const std::filesystem::path& path) {
+  // A dangling link or an unreadable folder counts as there: opening it says what is wrong.
+  std::error_code error;
+  const auto status = std::filesystem::symlink_status(path, error);
+  return status.type() != std::filesystem::file_type::not_found;
+}
+
+[[noreturn]] void fail_no_weights(const std::filesystem::path& folder) {
+  for (const char* pickle : {"pytorch_model.bin", "pytorch_model.bin.index.json"}) {
+    if (is_there(folder / pickle)) {
+      fail(ErrorKind::unsupported,
+           "{} holds {} but no model.safetensors. Convert it once with: python -c \"from "
+           "transformers import AutoModelForCausalLM as M; M.from_pretrained('{}', dtype='auto')"
+           ".save_pretrained('NEW_FOLDER')\", and copy tokenizer.json there",
+           folder.string(), pickle, folder.string());
+    }
+  }
+  fail(ErrorKind::not_found,
+       "no weights in {}: expected model.safetensors or model.safetensors.index.json",
+       folder.string());
+}
+
+void check_shard_name(std::string_view shard, const JsonValue& where) {
+  const bool is_plain = !shard.empty() && shard != "." && shard != ".." &&
+                        shard.find_first_of(std::string_view("/\\\0", 3)) == shard.npos;
+  if (!is_plain) where.fail_expected("the plain name of a file in the same folder");
+}
+
+// Tensor -> shard, as the index promises it.
+std::map<std::string, std::string> read_weight_map(const std::filesystem::path& index) {
+  const JsonDocument document(read_file(index, kMaxIndexBytes), index.string());
+  const JsonObject root(document.root());
+  const JsonObject entries(root.at("weight_map"));
+  std::map<std::string, std::string> weight_map;
+  for (const JsonObject::Member& member : entries.members()) {
+    const JsonValue value = entries.value_of(member);
+    const std::string_view shard = value.string();
+    check_shard_name(shard, value);
+    weight_map.emplace(member.first, shard);
+  }
+  require(!weight_map.empty(), ErrorKind::malformed, "{}: \"weight_map\" is empty", index.string());
+  return weight_map;
+}
+
+}  // namespace
+
+TensorStore::TensorStore(const std::filesystem::path& folder) : folder_(folder) {
+  if (is_there(folder / "model.safetensors")) {
+    add_file(folder / "model.safetensors");
+  } else if (is_there(folder / "model.safetensors.index.json")) {
+    add_shards(folder / "model.safetensors.index.json");
+  } else {
+    fail_no_weights(folder);
+  }
+}
+
+const StoredTensor* TensorStore::find(std::string_view name) const {
+  const auto found = tensors_.find(name);
+  return found == tensors_.end() ? nullptr : &found->second;
+}
+
+void TensorStore::add_file(const std::filesystem::path& path) {
+  const MappedFile& file = files_.emplace_back(path);
+  const std::string file_name = path.string();
+  for (SafetensorsTensor& tensor : parse_safetensors(file.bytes(), file_name)) {
+    const auto data = file.bytes().subspan(tensor.begin, tensor.end - tensor.begin);
+    const auto [position, is_new] = tensors_.try_emplace(
+        std::move(tensor.name),
+        StoredTensor{std::move(tensor.dtype), std::move(tensor.shape), data, file_name});
+    require(is_new, ErrorKind::malformed, "tensor {} is in two shards: {} and {}",
+            quote(position->first), position->second.file, file_name);
+  }
+}
+
+void TensorStore::add_shards(const std::filesystem::path& index) {
+  const std::map<std::string, std::string> weight_map = read_weight_map(index);
+  std::set<std::string> shards;
+  for (const auto& [tensor, shard] : weight_map) shards.insert(shard);
+  for (const std::string& shard : shards) {
+    const std::filesystem::path path = index.parent_path() / shard;
+    require(is_there(path), ErrorKind::not_found,
+            "{} names the shard {}, but there is no such file", index.string(), path.string());
+    add_file(path);
+  }
+  for (const auto& [tensor, shard] : weight_map) {
+    const StoredTensor* stored = find(tensor);
+    const std::string expected = (index.parent_path() / shard).string();
+    require(stored != nullptr, ErrorKind::malformed,
+            "{} promises tensor {} in {}, but it is in none of the shards", index.string(),
+            quote(tensor), expected);
+    require(stored->file == expected, ErrorKind::malformed,
+            "{} promises tensor {} in {}, but it is in {}", index.string(), quote(tensor), expected,
+            stored->file);
+  }
+  for (const auto& [tensor, stored] : tensors_) {
+    require(weight_map.contains(tensor), ErrorKind::malformed,
+            "{} holds tensor {}, which is not in the weight_map of {}", stored.file, quote(tensor),
+            index.string());
+  }
+}
+
+}  // namespace clusterfusion

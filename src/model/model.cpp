@@ -1,0 +1,126 @@
+#include "clusterfusion/model.hpp"
+
+#include <fmt/format.h>
+
+#include <system_error>
+#include <utility>
+
+#include "base/fail.hpp"
+#include "base/tensor_view.hpp"
+#include "io/mapped_file.hpp"
+#include "io/tensor_store.hpp"
+#include "model/config_reader.hpp"
+#include "model/non_finite.hpp"
+#include "model/weight_binding.hpp"
+
+namespace clusterfusion {
+namespace {
+
+constexpr std::size_t kMaxConfigBytes = 16 << 20;
+
+// "3" of a vector, "1, 3" of a matrix.
+std::string index_text(const DLTensor& tensor, std::int64_t index) {
+  if (tensor.ndim == 1) return fmt::format("{}", index);
+  return fmt::format("{}, {}", index / tensor.shape[1], index % tensor.shape[1]);
+}
+
+class MappedModel : public Model {
+ public:
+  MappedModel(const std::filesystem::path& folder, ModelConfig config) : store_(folder) {
+    folder_ = folder;
+    config_ = std::move(config);
+    BoundWeights bound = bind_weights(store_, config_, shapes_);
+    weights_ = std::move(bound.weights);
+    tensors_ = std::move(bound.tensors);
+  }
+
+  std::optional<std::string> find_non_finite() const override {
+    for (const NamedTensor& tensor : tensors_) {
+      if (const std::optional<NonFinite> found = first_non_finite(tensor.view)) {
+        return fmt::format("tensor {} [{}] = {} in {}", tensor.name,
+                           index_text(tensor.view, found->index), found->value, tensor.file);
+      }
+    }
+    return std::nullopt;
+  }
+
+ private:
+  TensorStore store_;
+  ShapeStorage shapes_;
+  std::vector<NamedTensor> tensors_;
+};
+
+void check_folder(const std::filesystem::path& folder) {
+  std::error_code error;
+  const std::filesystem::file_status status = std::filesystem::status(folder, error);
+  if (status.type() == std::filesystem::file_type::not_found) {
+    fail(ErrorKind::not_found, "no such folder: {}", folder.string());
+  }
+  require(error != std::errc::permission_denied, ErrorKind::permission_denied,
+          "cannot look at {}: {}", folder.string(), error.message());
+  require(!error, ErrorKind::io, "cannot look at {}: {}", folder.string(), error.message());
+  require(std::filesystem::is_directory(status), ErrorKind::not_found,
+          "{} is a file; expected a checkpoint folder with config.json and model.safetensors",
+          folder.string());
+}
+
+ModelConfig read_config(const std::filesystem::path& folder) {
+  const std::filesystem::path path = folder / "config.json";
+  ModelConfig config = parse_config(read_file(path, kMaxConfigBytes), path.string());
+  const std::filesystem::path generation = folder / "generation_config.json";
+  std::error_code error;
+  if (std::filesystem::exists(std::filesystem::symlink_status(generation, error))) {
+    apply_generation_config(read_file(generation, kMaxConfigBytes), generation.string(), config);
+  }
+  return config;
+}
+
+// Calls `visit` with each tensor of a layer that is present.
+template <typename Visit>
+void visit_layer(const LayerWeights& layer, const Visit& visit) {
+  for (const DLTensor* tensor :
+       {&layer.input_norm_weight, &layer.input_norm_bias, &layer.qkv_weight, &layer.qkv_bias,
+        &layer.attention_out_weight, &layer.attention_out_bias, &layer.post_norm_weight,
+        &layer.post_norm_bias, &layer.mlp_up_weight, &layer.mlp_up_bias, &layer.mlp_down_weight,
+        &layer.mlp_down_bias}) {
+    if (is_present(*tensor)) visit(*tensor);
+  }
+}
+
+// The sum of measure(tensor) over the layers, the final norm and the LM head.
+template <typename Measure>
+std::int64_t sum_behind_embedding(const ModelWeights& weights, const Measure& measure) {
+  std::int64_t sum = measure(weights.final_norm_weight) + measure(weights.final_norm_bias) +
+                     measure(weights.lm_head);
+  for (const LayerWeights& layer : weights.layers) {
+    visit_layer(layer, [&](const DLTensor& tensor) { sum += measure(tensor); });
+  }
+  return sum;
+}
+
+template <typename Measure>
+std::int64_t sum_all(const ModelWeights& weights, bool tied, const Measure& measure) {
+  return sum_behind_embedding(weights, measure) + (tied ? 0 : measure(weights.embedding));
+}
+
+}  // namespace
+
+std::shared_ptr<const Model> Model::open(const std::filesystem::path& folder) {
+  check_folder(folder);
+  return std::make_shared<MappedModel>(folder, read_config(folder));
+}
+
+std::int64_t Model::num_parameters() const noexcept {
+  return sum_all(weights_, config_.tied_embeddings, num_elements);
+}
+
+std::int64_t Model::bytes_per_token() const noexcept {
+  const std::int64_t embedding_row = config_.hidden_size * size_of(config_.dtype);
+  return sum_behind_embedding(weights_, num_bytes) + embedding_row;
+}
+
+std::int64_t Model::total_bytes() const noexcept {
+  return sum_all(weights_, config_.tied_embeddings, num_bytes);
+}
+
+}  // namespace clusterfusion

@@ -1,0 +1,44 @@
+// From the names of a checkpoint's tensors to the model's weights.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "clusterfusion/model.hpp"
+#include "io/tensor_store.hpp"
+
+namespace clusterfusion {
+
+// The shapes that the views of a ModelWeights point at; addresses stay as they are.
+using ShapeStorage = std::deque<std::array<std::int64_t, 2>>;
+
+struct NamedTensor {
+  std::string name;  // as the checkpoint spells it
+  std::string file;
+  DLTensor view;
+};
+
+struct BoundWeights {
+  ModelWeights weights;
+  std::vector<NamedTensor> tensors;  // all that `weights` points at, each once
+};
+
+// Views of all of the model's tensors in `store`, which must outlive them.
+//
+// Names are those of transformers' GPTNeoXForCausalLM, with or without the prefix "gpt_neox.". The
+// buffers that older versions saved (attention.bias, attention.masked_bias, rotary_emb.inv_freq)
+// are passed over; any other tensor that the configuration has no place for is an error, because
+// leaving it out would compute something else than the checkpoint's author meant.
+//
+// Sets config.dtype. Where config.json ties the embeddings but the checkpoint holds an LM head, the
+// head counts (transformers does the same); if it differs from the embedding,
+// config.tied_embeddings becomes false.
+//
+// Errors: malformed (missing, unexpected or misaligned tensors, wrong shapes), unsupported
+// (dtypes).
+BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeStorage& shapes);
+
+}  // namespace clusterfusion
