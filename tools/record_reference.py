@@ -9,13 +9,16 @@ it still makes the same ones.
 """
 
 import argparse
+import hashlib
 import json
+import lzma
 import sys
 import tempfile
 from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "python"))
@@ -25,6 +28,7 @@ from peers import (  # noqa: E402
     load_transformers,
     transformers_greedy,
     transformers_logits,
+    transformers_perplexity,
     versions,
 )
 from reference_model import ACTIVATIONS, log_softmax, relative_error  # noqa: E402
@@ -35,7 +39,12 @@ TEST_DATA = ROOT / "tests" / "data"
 VOCAB_SAMPLES = 24  # logits stored a position; the log-sum-exp stands for the others
 GREEDY_TOKENS = 24
 DEMO_PROMPTS, DEMO_TOKENS = 200, 64
-DEMO_CONTEXT, DEMO_STRIDE = 256, 128
+# Text, bytes of it, and the window's length and stride as shares of the model's longest context.
+DEMO_PERPLEXITIES = [
+    ("novels-valid.txt.xz", 60_000, 1.0, 0.5),
+    ("novels-valid.txt.xz", 30_000, 0.25, 0.1),
+    ("wikitext-2-test.txt", 60_000, 1.0, 0.5),
+]
 
 
 def family_settings() -> list[dict]:
@@ -135,6 +144,55 @@ def record_family(path: Path) -> None:
     np.savez_compressed(path, **arrays)
 
 
+def read_text(name: str) -> str:
+    """Read a text of the shared data."""
+    data = (SHARED_DATA / name).read_bytes()
+    return (lzma.decompress(data) if name.endswith(".xz") else data).decode()
+
+
+def demo_prompts(tokens: np.ndarray) -> np.ndarray:
+    """Return rows of [length, tokens..., -1...]: pieces of the text, of 1 to 40 tokens."""
+    rows = np.full((DEMO_PROMPTS, 41), -1, np.int32)
+    starts = np.linspace(0, len(tokens) - 40, DEMO_PROMPTS).astype(int)
+    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        row[0] = 1 + number * 7 % 40
+        row[1 : 1 + row[0]] = tokens[start : start + row[0]]
+    return rows
+
+
+def record_demo(path: Path) -> None:
+    """Record greedy texts and perplexities of the demo model by transformers in float32."""
+    folder = ROOT / "models" / "demo"
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = load_transformers(folder, "float32")
+    prompts = demo_prompts(np.array(tokenizer.encode(read_text("novels-valid.txt.xz")).ids))
+    tokens = np.zeros((DEMO_PROMPTS, DEMO_TOKENS), np.int32)
+    margins = np.zeros((DEMO_PROMPTS, DEMO_TOKENS), np.float32)
+    for number, row in enumerate(prompts):
+        prompt = row[1 : 1 + row[0]].tolist()
+        tokens[number], margins[number] = transformers_greedy(model, prompt, DEMO_TOKENS)
+        print(f"prompt {number + 1}/{DEMO_PROMPTS}", file=sys.stderr)
+    arrays = {"prompts": prompts, "tokens": tokens, "margins": margins}
+    longest = model.config.max_position_embeddings
+    perplexities = []
+    for number, (name, num_bytes, context_share, stride_share) in enumerate(DEMO_PERPLEXITIES):
+        text = read_text(name).encode()[:num_bytes].decode(errors="ignore")
+        ids = np.array(tokenizer.encode(text).ids, np.int32)
+        window = {"context": int(longest * context_share), "stride": int(longest * stride_share)}
+        result = transformers_perplexity(model, ids, **window)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        source = {"text": name, "bytes": len(text.encode()), "sha256": digest}
+        perplexities.append(source | window | result)
+        arrays[f"perplexity_tokens_{number}"] = ids
+        print(perplexities[-1], file=sys.stderr)
+    meta = {
+        "versions": versions(),
+        "digest": weights_digest(folder),
+        "perplexities": perplexities,
+    }
+    np.savez_compressed(path, meta=np.array(json.dumps(meta)), **arrays)
+
+
 def main() -> None:
     """Record what the command line asks for."""
     parser = argparse.ArgumentParser(description="Record reference outputs of transformers.")
@@ -143,6 +201,8 @@ def main() -> None:
     TEST_DATA.mkdir(exist_ok=True)
     if what == "family":
         record_family(TEST_DATA / "family_reference.npz")
+    else:
+        record_demo(TEST_DATA / "demo_reference.npz")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Importing this needs torch and transformers; tests do it through pytest.importorskip.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,40 @@ def transformers_greedy(
             margins.append(float(best.values[0] - best.values[1]))
             step = best.indices[:1][None]
     return tokens, margins
+
+
+def transformers_perplexity(
+    model: transformers.GPTNeoXForCausalLM, tokens: np.ndarray, context: int, stride: int
+) -> dict[str, float]:
+    """Sliding-window perplexity: https://huggingface.co/docs/transformers/perplexity.
+
+    "perplexity" weighs each scored token alike. "documented" is the sum as that page writes it,
+    which takes a window's mean over trg_len tokens times trg_len - 1.
+    """
+    total = documented = 0.0
+    scored = documented_tokens = previous_end = 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + context, len(tokens))
+        target = end - previous_end
+        window = torch.tensor(tokens[None, begin:end].astype(np.int64))
+        labels = window.clone()
+        labels[:, :-target] = -100
+        with torch.inference_mode():
+            loss = float(model(window, labels=labels).loss)
+        count = int((labels[:, 1:] != -100).sum())
+        if count > 0:
+            total += loss * count
+            scored += count
+            documented += loss * (target - 1)
+            documented_tokens += target - 1
+        previous_end = end
+        if end == len(tokens):
+            break
+    return {
+        "perplexity": math.exp(total / scored),
+        "documented": math.exp(documented / documented_tokens),
+        "scored_tokens": scored,
+    }
 
 
 def versions() -> dict[str, str]:
