@@ -1,0 +1,192 @@
+"""Turning what a caller passes into what the C++ library takes, or into a clear error."""
+
+import operator
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol, SupportsFloat, SupportsIndex, TypeAlias, TypeGuard, cast
+
+import numpy as np
+import numpy.typing as npt
+
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+
+
+class DLPackArray(Protocol):
+    """Any array that can be exchanged by DLPack: NumPy, torch, JAX, CuPy, ..."""
+
+    def __dlpack__(self, *, stream: Any = None) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
+
+Text: TypeAlias = str | bytes
+Tokens: TypeAlias = Sequence[int] | DLPackArray
+Prompt: TypeAlias = Text | Tokens
+
+
+def is_text(value: object) -> TypeGuard[Text]:
+    """Whether a value is text rather than token ids."""
+    return isinstance(value, str | bytes)
+
+
+def is_batch(value: object) -> TypeGuard[Sequence[Prompt]]:
+    """Whether a value is a list or tuple of prompts rather than one prompt."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return any(is_text(item) or isinstance(item, list | tuple) or _is_array(item) for item in value)
+
+
+def _is_array(value: object) -> bool:
+    # NumPy's scalars speak DLPack too; they are numbers here.
+    return hasattr(value, "__dlpack__") and not isinstance(value, np.generic)
+
+
+def utf8(name: str, text: object) -> bytes:
+    """Returns a text's UTF-8 bytes; bytes are passed on as they are.
+
+    Raises:
+        TypeError: The value is neither str nor bytes.
+        ValueError: The str holds a lone surrogate, which no UTF-8 stands for.
+    """
+    if isinstance(text, bytes):
+        return text
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: expected str or bytes, found {type(text).__name__}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: expected text, found the lone surrogate U+{ord(text[error.start]):04X} at "
+            f"index {error.start}; pass bytes, or text.encode('utf-8', 'replace')"
+        ) from None
+
+
+def file_path(name: str, path: object) -> str:
+    """Returns a path as str.
+
+    Raises:
+        TypeError: The value is not a path.
+        ValueError: It holds a null character.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name}: expected str or os.PathLike, found {type(path).__name__}")
+    result = os.fspath(path)
+    if not isinstance(result, str):
+        raise TypeError(f"{name}: expected a path of str, found one of {type(result).__name__}")
+    if "\0" in result:
+        raise ValueError(f"{name}: expected a path, found a null character in {result!r}")
+    return result
+
+
+def text_option(name: str, value: object) -> str:
+    """Returns a short text such as a device's name.
+
+    Raises:
+        TypeError: The value is not a str.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected str, found {type(value).__name__}")
+    return value
+
+
+def integer(name: str, value: object, low: int = INT64_MIN, high: int = INT64_MAX) -> int:
+    """Returns an integer in [low, high].
+
+    Raises:
+        TypeError: The value is not an integer.
+        ValueError: It is outside the range that the library can hold.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: expected an integer, found bool")
+    try:
+        result = operator.index(cast(SupportsIndex, value))
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, found {type(value).__name__}") from None
+    if not low <= result <= high:
+        raise ValueError(f"{name}: expected an integer in [{low}, {high}], found {result}")
+    return result
+
+
+def number(name: str, value: object) -> float:
+    """Returns a real number.
+
+    Raises:
+        TypeError: The value is not one.
+    """
+    if isinstance(value, bool | str | bytes):
+        raise TypeError(f"{name}: expected a number, found {type(value).__name__}")
+    try:
+        return float(cast(SupportsFloat, value))
+    except TypeError:
+        raise TypeError(f"{name}: expected a number, found {type(value).__name__}") from None
+    except OverflowError:
+        raise ValueError(f"{name}: {value} is too large for a float") from None
+
+
+def boolean(name: str, value: object) -> bool:
+    """Returns a truth value.
+
+    Raises:
+        TypeError: The value is not one.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: expected bool, found {type(value).__name__}")
+    return bool(value)
+
+
+def token_ids(name: str, tokens: object) -> npt.NDArray[np.int32]:
+    """Returns token ids as a new contiguous int32 vector.
+
+    Args:
+        name: The argument's name, for messages.
+        tokens: A sequence of integers, or any DLPack array of integers on the CPU, 1-D.
+
+    Raises:
+        TypeError: The value is not a vector of integers in host memory.
+        ValueError: It has another number of dimensions than one.
+        IndexError: A token id does not fit into 32 bits.
+    """
+    values = _from_dlpack(name, tokens) if _is_array(tokens) else _from_sequence(name, tokens)
+    if values.ndim != 1:
+        raise ValueError(f"{name}: expected a vector of token ids, found shape {values.shape}")
+    if values.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers, found dtype {values.dtype}")
+    outside = np.flatnonzero((values < INT32_MIN) | (values > INT32_MAX))
+    if outside.size:
+        index = int(outside[0])
+        raise IndexError(
+            f"{name}: expected token ids below 2**31, found {values[index]} at index {index}"
+        )
+    return np.array(values, dtype=np.int32, order="C")
+
+
+def _from_dlpack(name: str, array: Any) -> npt.NDArray[Any]:
+    if isinstance(array, np.ndarray):
+        return array
+    try:
+        return np.from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name}: expected an integer array in host memory, found {type(array).__name__}, "
+            f"which NumPy cannot take by DLPack ({error}); copy it to the CPU first"
+        ) from error
+
+
+def _from_sequence(name: str, tokens: object) -> npt.NDArray[Any]:
+    if is_text(tokens) or not isinstance(tokens, Sequence):
+        raise TypeError(
+            f"{name}: expected a sequence of integers or a DLPack array, found "
+            f"{type(tokens).__name__}"
+        )
+    for index, token in enumerate(tokens):
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise TypeError(
+                f"{name}: expected integers, found {type(token).__name__} at index {index}"
+            )
+    try:
+        return np.array(tokens, dtype=np.int64)
+    except OverflowError:
+        index = next(i for i, t in enumerate(tokens) if not INT32_MIN <= t <= INT32_MAX)
+        raise IndexError(
+            f"{name}: expected token ids below 2**31, found {tokens[index]} at index {index}"
+        ) from None

@@ -1,0 +1,453 @@
+"""Text in, tokens out."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from clusterfusion import _native
+from clusterfusion._arguments import (
+    INT32_MAX,
+    INT32_MIN,
+    DLPackArray,
+    Prompt,
+    Text,
+    Tokens,
+    boolean,
+    file_path,
+    integer,
+    is_batch,
+    is_text,
+    number,
+    text_option,
+    token_ids,
+    utf8,
+)
+from clusterfusion.results import (
+    EngineInfo,
+    Event,
+    Generation,
+    ModelConfig,
+    Perplexity,
+    Score,
+)
+from clusterfusion.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+PromptT = TypeVar("PromptT", bound=Prompt)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Keyword options of :meth:`Engine.generate` and :meth:`Engine.stream`.
+
+    The filters apply in the order of transformers' ``generate()``: repetition penalty, temperature,
+    top-k, top-p, min-p.
+
+    Attributes:
+        max_new_tokens: The most tokens to generate; 128 if not given.
+        temperature: >= 0; 0 (if not given) always takes the likeliest token.
+        top_k: >= 0; keep the k likeliest tokens; 0 (if not given) keeps all.
+        top_p: In (0, 1]; keep the fewest likeliest tokens whose probabilities reach it; 1 if not
+            given.
+        min_p: In [0, 1]; drop tokens less likely than min_p times the likeliest; 0 if not given.
+        repetition_penalty: > 0; scores of tokens seen so far are divided (if above 0) or
+            multiplied (if below) by it; 1 if not given.
+        seed: In [0, 2**64); 0 if not given. The same seed gives the same text on any device, with
+            any number of threads, alone or in a batch. For several prompts also a list of one
+            seed each.
+        stop: A text or several; the generated text ends before the first of them.
+        stop_tokens: Token ids that end a text, besides the model's own.
+        ignore_eos: Whether to go on after the model's end-of-text tokens; False if not given.
+        logprobs: None (if not given) for no log-probabilities; 0 for those of the chosen tokens;
+            n in 1 ... 100 also for the n likeliest at each step.
+        add_special_tokens: Whether the tokenizer's post-processor adds its tokens to a text prompt;
+            True if not given.
+        skip_special_tokens: Whether special tokens are left out of the text; True if not given.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | Sequence[int]
+    stop: Text | Sequence[Text] | None
+    stop_tokens: Tokens | None
+    ignore_eos: bool
+    logprobs: int | None
+    add_special_tokens: bool
+    skip_special_tokens: bool
+
+
+_DEFAULTS: GenerateOptions = {
+    "max_new_tokens": 128,
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": 0,
+    "stop": None,
+    "stop_tokens": None,
+    "ignore_eos": False,
+    "logprobs": None,
+    "add_special_tokens": True,
+    "skip_special_tokens": True,
+}
+
+
+class Stream(Iterator[Event]):
+    """Running generation of one or more texts: an iterator of events.
+
+    Each step of the iteration computes until there is news. Ending it early frees what it holds:
+    leave a ``with`` block, call :meth:`close`, or drop the stream. :meth:`cancel` may be called
+    from another thread.
+    """
+
+    def __init__(self, handle: Any, wants_logprobs: bool) -> None:
+        """Engine.stream() makes these."""
+        self._handle = handle
+        self._wants_logprobs = wants_logprobs
+        self._ended = False
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        try:
+            event = _native.generation_next(self._handle)
+        except BaseException:
+            self._ended = True
+            raise
+        if event is None:
+            self._ended = True
+            raise StopIteration
+        return Event._from_native(event, self._wants_logprobs)
+
+    def cancel(self) -> None:
+        """Ends all texts as soon as the running step is done; the iteration sees their ends."""
+        _native.generation_cancel(self._handle)
+
+    def close(self) -> None:
+        """Cancels what still runs. The results so far remain."""
+        self.cancel()
+        for _ in self:
+            pass
+
+    @property
+    def results(self) -> list[Generation]:
+        """The texts so far, one for each prompt; final when the iteration has ended."""
+        return [
+            Generation._from_native(result, self._wants_logprobs)
+            for result in _native.generation_results(self._handle)
+        ]
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Engine:
+    """A model, its tokenizer and a device behind one door.
+
+    All methods may be called from several threads; steps of different calls take turns. They
+    release the GIL while they compute. Exceptions are Python's own: ValueError and TypeError for
+    arguments, IndexError for token ids outside the vocabulary, MemoryError if the KV cache does not
+    fit, ArithmeticError if the model computes NaN or infinity.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        device: str = "auto",
+        *,
+        threads: int = 0,
+        context: int | None = None,
+        kv_dtype: str | None = None,
+    ) -> None:
+        """Opens a Hugging Face checkpoint folder of a GPT-NeoX model.
+
+        The weights are memory-mapped and used in place.
+
+        Args:
+            path: Folder with config.json, model.safetensors (or its shards with their index) and
+                tokenizer.json. Without a tokenizer the engine takes and gives token ids only.
+            device: "auto", "cpu" or "cuda".
+            threads: CPU worker threads; 0 for one on each usable core.
+            context: The longest context in tokens; None for the model's own.
+            kv_dtype: Type of the KV cache, "float32", "float16" or "bfloat16"; None for float32 on
+                the CPU and the weights' type on a GPU.
+
+        Raises:
+            FileNotFoundError: The folder or one of its files does not exist.
+            PermissionError: A file may not be read.
+            OSError: Reading failed.
+            ValueError: A file is broken, the tokenizer does not fit the model, or an argument is
+                wrong.
+            NotImplementedError: The checkpoint is well-formed, but not one this library runs.
+            MemoryError: Memory does not suffice.
+        """
+        self._handle = _native.engine_open(
+            file_path("path", path),
+            text_option("device", device),
+            integer("threads", threads, INT32_MIN, INT32_MAX),
+            integer("context", context) if context is not None else 0,
+            text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
+        )
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The model's hyper-parameters."""
+        fields = dict(_native.engine_config(self._handle))
+        eos_tokens = tuple(fields.pop("eos_tokens"))
+        return ModelConfig(**_plain(fields), eos_tokens=eos_tokens)
+
+    @cached_property
+    def info(self) -> EngineInfo:
+        """What the engine runs, and on what."""
+        return EngineInfo(**_plain(_native.engine_info(self._handle)))
+
+    @property
+    def device(self) -> str:
+        """The device in use, "cpu" or "cuda"."""
+        return self.info.device
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            FileNotFoundError: The folder has none.
+        """
+        return Tokenizer._from_handle(_native.engine_tokenizer(self._handle))
+
+    def encode(self, text: Text, *, add_special_tokens: bool = True) -> list[int]:
+        """Encodes a text to token ids: :meth:`Tokenizer.encode`."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, tokens: Tokens, *, skip_special_tokens: bool = True) -> str:
+        """Decodes token ids to text: :meth:`Tokenizer.decode`."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    @overload
+    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation: ...
+    @overload
+    def generate(
+        self, prompt: list[PromptT] | tuple[PromptT, ...], **options: Unpack[GenerateOptions]
+    ) -> list[Generation]: ...
+
+    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
+        """Generates the continuation of a prompt, or of several as one batch.
+
+        Args:
+            prompt: A text (str, or bytes of UTF-8), or token ids (a list of integers or a 1-D
+                DLPack array of integers on the CPU), or a list of such prompts.
+            **options: Those of :class:`GenerateOptions`.
+
+        Returns:
+            A Generation; for a list of prompts a list, in the same order. Each is what its prompt
+            alone would give.
+
+        Raises:
+            TypeError: A prompt or an option has the wrong type, or an option is not known.
+            ValueError: A prompt is empty or too long, or an option is outside its range.
+            IndexError: A token id is not in the vocabulary.
+            FileNotFoundError: The prompt is text and the checkpoint has no tokenizer.
+            KeyboardInterrupt: On Ctrl-C, between two steps.
+        """
+        with self.stream(prompt, **options) as stream:
+            for _ in stream:
+                pass
+        results = stream.results
+        return results if is_batch(prompt) else results[0]
+
+    def stream(
+        self,
+        prompt: Prompt | list[PromptT] | tuple[PromptT, ...],
+        **options: Unpack[GenerateOptions],
+    ) -> Stream:
+        """Like :meth:`generate`, but gives each token as it comes.
+
+        Everything is checked, and the KV cache allocated, before this returns.
+
+        Args:
+            prompt: As in :meth:`generate`.
+            **options: Those of :class:`GenerateOptions`.
+
+        Returns:
+            An iterator of :class:`Event`; its ``results`` are what :meth:`generate` would return,
+            in a list.
+        """
+        if is_batch(prompt):
+            prompts = [_prompt_fields(f"prompt[{i}]", one) for i, one in enumerate(prompt)]
+        else:
+            prompts = [_prompt_fields("prompt", prompt)]
+        return Stream(
+            _native.engine_start(self._handle, _requests(prompts, options)),
+            wants_logprobs=options.get("logprobs") is not None,
+        )
+
+    def logits(
+        self, prompt: Prompt, *, out: DLPackArray | None = None
+    ) -> npt.NDArray[np.float32] | DLPackArray:
+        """Computes the logits at every position.
+
+        Args:
+            prompt: n token ids, or a text that becomes them.
+            out: Where to write them: a contiguous, writable float32 array [n, vocab_size] on the
+                CPU, of NumPy, torch or any other library that speaks DLPack.
+
+        Returns:
+            float32 [n, vocab_size]; row i is computed from tokens 0 ... i. A NumPy array, or
+            ``out`` if that is given.
+
+        Raises:
+            TypeError: ``out`` has another dtype or lies on another device.
+            ValueError: ``out`` has another shape or cannot be written; or there are no tokens, or
+                too many.
+            IndexError: A token id is not in the vocabulary.
+        """
+        tokens = self._token_ids(prompt)
+        if out is None:
+            out = np.empty((tokens.size, self.config.vocab_size), dtype=np.float32)
+        _native.engine_logits(self._handle, tokens, _writable("out", out))
+        return out
+
+    def score(self, prompt: Prompt) -> Score:
+        """Computes the log-probability of a text, token by token.
+
+        Args:
+            prompt: A text, or at least one token id.
+        """
+        fields = _native.engine_score(self._handle, self._token_ids(prompt))
+        return Score(
+            tokens=np.from_dlpack(fields["tokens"]).tolist(),
+            logprobs=np.array(np.from_dlpack(fields["logprobs"]), dtype=np.float32),
+            total=fields["total"],
+        )
+
+    def perplexity(
+        self, prompt: Prompt, *, context: int | None = None, stride: int | None = None
+    ) -> Perplexity:
+        """Computes the perplexity of a text of any length with a sliding window.
+
+        Args:
+            prompt: A text, or its token ids.
+            context: The window's length in tokens, at least 2; None for the longest possible.
+            stride: Tokens that the window moves on, in [1, context]; None for half the context.
+
+        Raises:
+            ValueError: An option is outside its range, or there are fewer than two tokens.
+            KeyboardInterrupt: On Ctrl-C, between two windows.
+        """
+        return Perplexity(
+            **_native.engine_perplexity(
+                self._handle,
+                self._token_ids(prompt),
+                len(utf8("prompt", prompt)) if is_text(prompt) else 0,
+                integer("context", context) if context is not None else 0,
+                integer("stride", stride) if stride is not None else 0,
+            )
+        )
+
+    def measure_read_ceiling(self) -> float:
+        """Returns the bytes per second at which the device reads the weights and does no more.
+
+        What decoding could reach at best. Measured once; then statistics tell their share of it.
+        """
+        return float(_native.engine_measure_read_ceiling(self._handle))
+
+    def __repr__(self) -> str:
+        info = self.info
+        return f"Engine({info.path!r}, device={info.device!r})"
+
+    def _token_ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
+        return token_ids("prompt", self.encode(prompt) if is_text(prompt) else prompt)
+
+
+def _requests(prompts: list[dict[str, Any]], options: GenerateOptions) -> list[dict[str, Any]]:
+    """Returns one request for each prompt, as python/src/convert.cpp reads them."""
+    for name in options:
+        if name not in _DEFAULTS:
+            close = difflib.get_close_matches(name, _DEFAULTS, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"expected one of {list(_DEFAULTS)}"
+            raise TypeError(f"unknown option '{name}': {hint}")
+    given: GenerateOptions = {**_DEFAULTS, **options}
+    stop_tokens, logprobs = given["stop_tokens"], given["logprobs"]
+    common = {
+        "add_special_tokens": boolean("add_special_tokens", given["add_special_tokens"]),
+        "max_new_tokens": integer("max_new_tokens", given["max_new_tokens"]),
+        "stop": _stop_texts(given["stop"]),
+        "stop_tokens": token_ids("stop_tokens", [] if stop_tokens is None else stop_tokens),
+        "ignore_eos": boolean("ignore_eos", given["ignore_eos"]),
+        "skip_special_tokens": boolean("skip_special_tokens", given["skip_special_tokens"]),
+        "temperature": number("temperature", given["temperature"]),
+        "top_k": integer("top_k", given["top_k"], INT32_MIN, INT32_MAX),
+        "top_p": number("top_p", given["top_p"]),
+        "min_p": number("min_p", given["min_p"]),
+        "repetition_penalty": number("repetition_penalty", given["repetition_penalty"]),
+        "num_logprobs": -1 if logprobs is None else integer("logprobs", logprobs, 0, 100),
+    }
+    return [
+        {**common, **prompt, "seed": seed}
+        for prompt, seed in zip(prompts, _seeds(given["seed"], len(prompts)), strict=True)
+    ]
+
+
+def _prompt_fields(name: str, prompt: object) -> dict[str, Any]:
+    if is_text(prompt):
+        return {"prompt": utf8(name, prompt), "prompt_tokens": np.empty(0, dtype=np.int32)}
+    return {"prompt": b"", "prompt_tokens": token_ids(name, prompt)}
+
+
+def _stop_texts(stop: Text | Sequence[Text] | None) -> list[bytes]:
+    if stop is None:
+        return []
+    if is_text(stop):
+        return [utf8("stop", stop)]
+    if not isinstance(stop, Sequence):
+        raise TypeError(f"stop: expected a text or several, found {type(stop).__name__}")
+    return [utf8(f"stop[{index}]", text) for index, text in enumerate(stop)]
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """Returns one seed for each prompt, its 64 bits as those of a signed integer."""
+    seeds = list(seed) if isinstance(seed, list | tuple) else [seed] * count
+    if len(seeds) != count:
+        raise ValueError(
+            f"seed: expected one, or one for each of {count} prompts; found {len(seeds)}"
+        )
+    unsigned = [integer("seed", value, 0, 2**64 - 1) for value in seeds]
+    return [value - 2**64 if value >= 2**63 else value for value in unsigned]
+
+
+def _writable(name: str, array: Any) -> Any:
+    if not hasattr(array, "__dlpack__"):
+        raise TypeError(f"{name}: expected a DLPack array, found {type(array).__name__}")
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"{name}: expected an array that can be written, found a read-only one")
+    return array
+
+
+def _plain(fields: Any) -> dict[str, Any]:
+    """Returns a dict with plain str values (tvm-ffi's own str class is one, but prints longer)."""
+    return {str(k): str(v) if isinstance(v, str) else v for k, v in fields.items()}

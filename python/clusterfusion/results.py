@@ -1,0 +1,241 @@
+"""What an engine gives back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+FinishReason: TypeAlias = Literal[
+    "stop_token", "stop_string", "token_limit", "context_limit", "cancelled"
+]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token with its log-probability.
+
+    Attributes:
+        token: The chosen token.
+        logprob: Its natural log-probability under the model, before any sampling filter.
+        top: The most likely tokens with theirs, most likely first; as many as were asked for.
+    """
+
+    token: int
+    logprob: float
+    top: dict[int, float]
+
+    @classmethod
+    def _from_native(cls, sampled: Any) -> "TokenLogprobs":
+        token, logprob, ids, logprobs = sampled
+        return cls(token, logprob, dict(zip(ids, logprobs, strict=True)))
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Timing of one generation; times are wall-clock seconds.
+
+    Attributes:
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Tokens generated.
+        prefill_seconds: Spent on the prompt.
+        time_to_first_token_seconds: From the start to the first token.
+        decode_seconds: Spent in decode steps after the first token.
+        seconds_per_token: decode_seconds / (new_tokens - 1); 0 if undefined.
+        tokens_per_second: Its inverse; 0 if undefined.
+        bytes_per_second: Weights and KV cache read by decode steps, by decode_seconds.
+        read_ceiling_bytes_per_second: Of Engine.measure_read_ceiling(); 0 if it has not run.
+        ceiling_share: bytes_per_second by the ceiling; 0 if it is not known.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    time_to_first_token_seconds: float
+    decode_seconds: float
+    seconds_per_token: float
+    tokens_per_second: float
+    bytes_per_second: float
+    read_ceiling_bytes_per_second: float
+    ceiling_share: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text.
+
+    Attributes:
+        text: The new text, without the prompt and without a stop string.
+        tokens: The new tokens; a stop token is the last of them.
+        prompt_tokens: The prompt's tokens.
+        finish_reason: Why the text ended.
+        logprobs: One entry for each new token, or None if they were not asked for.
+        statistics: Timing.
+    """
+
+    text: str
+    tokens: list[int]
+    prompt_tokens: list[int]
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None
+    statistics: Statistics
+
+    @classmethod
+    def _from_native(cls, fields: Mapping[str, Any], wants_logprobs: bool) -> "Generation":
+        logprobs = [TokenLogprobs._from_native(sampled) for sampled in fields["sampled"]]
+        return cls(
+            text=str(fields["text"]),
+            tokens=np.from_dlpack(fields["tokens"]).tolist(),
+            prompt_tokens=np.from_dlpack(fields["prompt_tokens"]).tolist(),
+            finish_reason=finish_reason(fields["finish_reason"]),
+            logprobs=logprobs if wants_logprobs else None,
+            statistics=Statistics(**fields["statistics"]),
+        )
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step's news of one text in a stream.
+
+    Attributes:
+        index: Which prompt it belongs to; 0 for a single one.
+        text: The text that this step completed; may be empty. All of them together are the text.
+        token: The new token, or None in a last event that only brings text or the end.
+        logprobs: The token's log-probabilities, or None if they were not asked for.
+        finish_reason: Why the text ended, in its last event; else None.
+    """
+
+    index: int
+    text: str
+    token: int | None
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+
+    @classmethod
+    def _from_native(cls, event: Any, wants_logprobs: bool) -> "Event":
+        index, text, sampled, reason = event
+        return cls(
+            index=index,
+            text=str(text),
+            token=None if sampled is None else sampled[0],
+            logprobs=TokenLogprobs._from_native(sampled) if sampled and wants_logprobs else None,
+            finish_reason=None if reason is None else finish_reason(reason),
+        )
+
+
+def finish_reason(name: str) -> FinishReason:
+    """Returns the library's name of a finish reason as a plain str."""
+    reason: Any = str(name)
+    return reason  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probability of a text, token by token.
+
+    Attributes:
+        tokens: The text's n tokens.
+        logprobs: float32 [n - 1]; logprobs[i] is the natural log-probability of tokens[i + 1]
+            after tokens[0], ..., tokens[i].
+        total: Their sum.
+    """
+
+    tokens: list[int]
+    logprobs: npt.NDArray[np.float32]
+    total: float
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity of a text by the sliding-window measure of the Hugging Face documentation.
+
+    Attributes:
+        perplexity: exp(mean_nll).
+        mean_nll: Mean negative log-likelihood of a scored token, in nats.
+        bits_per_byte: Negative log-likelihood in bits by the text's bytes; 0 for token input.
+        scored_tokens: Tokens that were predicted.
+        total_tokens: Tokens of the text.
+        seconds: Wall-clock time.
+    """
+
+    perplexity: float
+    mean_nll: float
+    bits_per_byte: float
+    scored_tokens: int
+    total_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Hyper-parameters of a GPT-NeoX model, from config.json.
+
+    Attributes:
+        vocab_size: Rows of the embedding and of the logits.
+        hidden_size: Width of the residual stream.
+        num_layers: Layers.
+        num_heads: Attention heads.
+        head_dim: hidden_size / num_heads.
+        intermediate_size: Rows of the MLP's first matrix.
+        max_positions: The longest context that the model was made for.
+        rotary_dim: How many values of each head are rotated.
+        rope_theta: Base of the rotary frequencies.
+        layer_norm_eps: Epsilon of LayerNorm.
+        hidden_act: The activation's name in config.json.
+        parallel_residual: Whether attention and MLP both read the layer's input.
+        attention_bias: Whether QKV and output projection have biases.
+        tied_embeddings: Whether the LM head is the input embedding.
+        dtype: Of the checkpoint's matrices: "float16", "bfloat16" or "float32".
+        bos_token: Token that begins a text, if the model names one.
+        eos_tokens: Any of these ends a text.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    rotary_dim: int
+    rope_theta: float
+    layer_norm_eps: float
+    hidden_act: str
+    parallel_residual: bool
+    attention_bias: bool
+    tied_embeddings: bool
+    dtype: str
+    bos_token: int | None
+    eos_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What an engine runs, and on what.
+
+    Attributes:
+        path: The checkpoint's folder.
+        device: "cpu" or "cuda".
+        device_description: Processor or GPU, threads, instruction set.
+        device_reason: Why device="auto" chose it.
+        kv_dtype: Type of the KV cache.
+        kv_bytes_per_position: Its bytes for one position of one sequence.
+        max_positions: The longest context of this engine.
+        num_parameters: The model's parameters; a tied LM head counts once.
+        total_bytes: Bytes of all weights as stored.
+        bytes_per_token: Bytes of weights that one decode step reads.
+        has_tokenizer: Whether the folder has a tokenizer.json.
+    """
+
+    path: str
+    device: str
+    device_description: str
+    device_reason: str
+    kv_dtype: str
+    kv_bytes_per_position: int
+    max_positions: int
+    num_parameters: int
+    total_bytes: int
+    bytes_per_token: int
+    has_tokenizer: bool

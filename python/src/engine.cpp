@@ -1,0 +1,135 @@
+#include "clusterfusion/engine.hpp"
+
+#include <tvm/ffi/extra/c_env_api.h>
+
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/fail.hpp"
+#include "convert.hpp"
+#include "export.hpp"
+#include "objects.hpp"
+
+namespace clusterfusion::python {
+namespace {
+
+std::optional<DType> to_kv_dtype(const std::string& name) {
+  if (name.empty()) return std::nullopt;
+  for (const DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
+    if (name == name_of(dtype)) return dtype;
+  }
+  fail(ErrorKind::invalid_argument,
+       "kv_dtype: expected 'float16', 'bfloat16', 'float32' or None, found '{}'", name);
+}
+
+EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads,
+                      std::int64_t context, ffi::String kv_dtype) {
+  EngineOptions options;
+  options.device = device;
+  options.threads = static_cast<int>(threads);
+  options.max_positions = context;
+  options.kv_dtype = to_kv_dtype(kv_dtype);
+  return EngineRef(ffi::make_object<EngineObj>(Engine::open(std::string(path), options)));
+}
+
+Fields engine_config(EngineRef engine) { return to_ffi(engine->engine->model().config()); }
+
+Fields engine_info(EngineRef engine) {
+  const EngineInfo info = engine->engine->info();
+  const Model& model = engine->engine->model();
+  return {
+      {"path", ffi::String(model.folder().string())},
+      {"device", ffi::String(info.device)},
+      {"device_description", ffi::String(info.device_description)},
+      {"device_reason", ffi::String(info.device_reason)},
+      {"kv_dtype", ffi::String(name_of(info.kv_dtype))},
+      {"kv_bytes_per_position", info.kv_bytes_per_position},
+      {"max_positions", info.max_positions},
+      {"num_parameters", model.num_parameters()},
+      {"total_bytes", model.total_bytes()},
+      {"bytes_per_token", model.bytes_per_token()},
+      {"has_tokenizer", engine->engine->has_tokenizer()},
+  };
+}
+
+TokenizerRef engine_tokenizer(EngineRef engine) {
+  // The engine owns its tokenizer; the handle keeps the engine alive.
+  const std::shared_ptr<const Tokenizer> tokenizer(&engine->engine->tokenizer(),
+                                                   [engine](const Tokenizer*) {});
+  return TokenizerRef(ffi::make_object<TokenizerObj>(tokenizer));
+}
+
+GenerationRef engine_start(EngineRef engine, ffi::Array<Fields> requests) {
+  std::vector<GenerateRequest> converted;
+  for (const Fields& request : requests) converted.push_back(to_request(request));
+  auto generation = engine->engine->start(std::move(converted));
+  return GenerationRef(ffi::make_object<GenerationObj>(engine, std::move(generation)));
+}
+
+ffi::Any generation_next(GenerationRef generation) {
+  const std::lock_guard lock(generation->mutex);
+  const auto event = generation->generation->next();
+  return event ? ffi::Any(to_ffi(*event)) : ffi::Any();
+}
+
+void generation_cancel(GenerationRef generation) { generation->generation->cancel(); }
+
+ffi::Array<Fields> generation_results(GenerationRef generation) {
+  const std::lock_guard lock(generation->mutex);
+  ffi::Array<Fields> results;
+  for (const GenerateResult& result : generation->generation->results()) {
+    results.push_back(to_ffi(result));
+  }
+  return results;
+}
+
+void engine_logits(EngineRef engine, ffi::TensorView tokens, ffi::TensorView out) {
+  const std::span<const TokenId> ids = tokens_of(tokens);
+  engine->engine->logits(ids, matrix_of(out, static_cast<std::int64_t>(ids.size()),
+                                        engine->engine->model().config().vocab_size, "out"));
+}
+
+Fields engine_score(EngineRef engine, ffi::TensorView tokens) {
+  return to_ffi(engine->engine->score(tokens_of(tokens)));
+}
+
+Fields engine_perplexity(EngineRef engine, ffi::TensorView tokens, std::int64_t bytes,
+                         std::int64_t context, std::int64_t stride) {
+  PerplexityOptions options;
+  options.context = context;
+  options.stride = stride;
+  // Python's signal handlers (Ctrl-C) run between windows; what they raise is kept and goes on.
+  bool interrupted = false;
+  options.progress = [&interrupted](std::int64_t, std::int64_t) {
+    interrupted = TVMFFIEnvCheckSignals() != 0;
+    return !interrupted;
+  };
+  const PerplexityResult result = engine->engine->perplexity(tokens_of(tokens), bytes, options);
+  if (interrupted) throw ffi::EnvErrorAlreadySet();
+  return to_ffi(result);
+}
+
+double engine_measure_read_ceiling(EngineRef engine) {
+  return engine->engine->measure_read_ceiling();
+}
+
+ffi::String version() { return CLUSTERFUSION_VERSION; }
+
+CLUSTERFUSION_EXPORT(engine_open)
+CLUSTERFUSION_EXPORT(engine_config)
+CLUSTERFUSION_EXPORT(engine_info)
+CLUSTERFUSION_EXPORT(engine_tokenizer)
+CLUSTERFUSION_EXPORT(engine_start)
+CLUSTERFUSION_EXPORT(generation_next)
+CLUSTERFUSION_EXPORT(generation_cancel)
+CLUSTERFUSION_EXPORT(generation_results)
+CLUSTERFUSION_EXPORT(engine_logits)
+CLUSTERFUSION_EXPORT(engine_score)
+CLUSTERFUSION_EXPORT(engine_perplexity)
+CLUSTERFUSION_EXPORT(engine_measure_read_ceiling)
+CLUSTERFUSION_EXPORT(version)
+
+}  // namespace
+}  // namespace clusterfusion::python

@@ -1,0 +1,47 @@
+// Exporting functions to Python: the one place where C++ exceptions turn into Python's.
+#pragma once
+
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+
+#include <exception>
+#include <new>
+#include <utility>
+
+#include "clusterfusion/error.hpp"
+
+namespace clusterfusion::python {
+
+// Runs `function` and lets every exception leave as one that names its Python class. The backtrace
+// is empty: where in this library an error was noticed is no news to a Python user.
+template <auto function>
+struct Guard;
+
+template <typename Result, typename... Args, Result (*function)(Args...)>
+struct Guard<function> {
+  static Result call(Args... args) {
+    try {
+      return function(std::forward<Args>(args)...);
+    } catch (const Error& error) {
+      throw tvm::ffi::Error(python_exception_name(error.kind()), error.what(), "");
+    } catch (const tvm::ffi::Error&) {
+      throw;
+    } catch (const std::bad_alloc&) {
+      throw tvm::ffi::Error("MemoryError",
+                            "out of host memory: free some, or use a smaller model, "
+                            "context or batch",
+                            "");
+    } catch (const std::exception& error) {
+      throw tvm::ffi::Error("RuntimeError", error.what(), "");
+    }
+  }
+};
+
+}  // namespace clusterfusion::python
+
+// Exports the function `name` of this namespace under the same name. (tvm-ffi's macro leaves the C
+// ABI's `self` parameter unused.)
+#define CLUSTERFUSION_EXPORT(name)                                                        \
+  _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wunused-parameter\"") \
+      TVM_FFI_DLL_EXPORT_TYPED_FUNC(name, (::clusterfusion::python::Guard<&name>::call))  \
+          _Pragma("GCC diagnostic pop")
