@@ -35,4 +35,8 @@ class MappedFile {
 // malformed if it is larger than `max_bytes`.
 std::string read_file(const std::filesystem::path& path, std::size_t max_bytes);
 
+// Whether opening `path` can say more than that it does not exist. True for a dangling link or
+// where the folder cannot be searched: opening it then says what is wrong.
+bool is_there(const std::filesystem::path& path);
+
 }  // namespace clusterfusion

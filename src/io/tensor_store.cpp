@@ -12,13 +12,6 @@ namespace {
 
 constexpr std::size_t kMaxIndexBytes = 100'000'000;
 
-bool is_there(const std::filesystem::path& path) {
-  // A dangling link or an unreadable folder counts as there: opening it says what is wrong.
-  std::error_code error;
-  const auto status = std::filesystem::symlink_status(path, error);
-  return status.type() != std::filesystem::file_type::not_found;
-}
-
 [[noreturn]] void fail_no_weights(const std::filesystem::path& folder) {
   for (const char* pickle : {"pytorch_model.bin", "pytorch_model.bin.index.json"}) {
     if (is_there(folder / pickle)) {

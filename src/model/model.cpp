@@ -66,10 +66,12 @@ void check_folder(const std::filesystem::path& folder) {
 
 ModelConfig read_config(const std::filesystem::path& folder) {
   const std::filesystem::path path = folder / "config.json";
+  require(is_there(path), ErrorKind::not_found,
+          "no config.json in {}: expected a checkpoint folder in Hugging Face's layout",
+          folder.string());
   ModelConfig config = parse_config(read_file(path, kMaxConfigBytes), path.string());
   const std::filesystem::path generation = folder / "generation_config.json";
-  std::error_code error;
-  if (std::filesystem::exists(std::filesystem::symlink_status(generation, error))) {
+  if (is_there(generation)) {
     apply_generation_config(read_file(generation, kMaxConfigBytes), generation.string(), config);
   }
   return config;
