@@ -91,9 +91,18 @@ def rotary_dim_of(head_dim: int, rotary_pct: float) -> int:
 
 
 def list_tensors(
-    config: dict, tag: str, seed: int, *, prefix: bool, head_name: str, with_buffers: bool
+    config: dict,
+    tags: tuple[str, str],
+    seed: int,
+    *,
+    prefix: bool,
+    head_name: str,
+    with_buffers: bool,
 ) -> list[Tensor]:
-    """All tensors of a checkpoint with this configuration, in the order of the model."""
+    """All tensors of a checkpoint with this configuration, in the order of the model.
+
+    tags: dtypes of the matrices and of the vectors.
+    """
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     vocab, positions = config["vocab_size"], config["max_position_embeddings"]
     rope = config.get("rope_parameters", {})
@@ -104,6 +113,7 @@ def list_tensors(
 
     def add(name: str, shape: tuple[int, ...], mean: float, std: float) -> None:
         count = int(np.prod(shape, dtype=np.int64))
+        tag = tags[0] if len(shape) == 2 else tags[1]
         # The values do not depend on how the name is spelled, nor on the dtype (but for rounding).
         key = "head" if name == f"{head_name}.weight" else name.removeprefix("gpt_neox.")
         tensors.append(
@@ -139,8 +149,8 @@ def list_tensors(
         if with_buffers:
             mask = np.tril(np.ones((positions, positions), np.uint8))[None, None]
             add_array(f"{layer}.attention.bias", "BOOL" if index % 2 == 0 else "U8", mask)
-            lowest = encode(np.array(-65504.0, np.float32), tag)
-            add_array(f"{layer}.attention.masked_bias", tag, lowest)
+            lowest = encode(np.array(-65504.0, np.float32), tags[0])
+            add_array(f"{layer}.attention.masked_bias", tags[0], lowest)
             dim = rotary_dim_of(hidden // config["num_attention_heads"], rotary_pct)
             inv_freq = (1.0 / theta ** (np.arange(0, dim, 2) / max(dim, 1))).astype(np.float32)
             add_array(f"{layer}.attention.rotary_emb.inv_freq", "F32", inv_freq)
@@ -229,6 +239,7 @@ def write_random_checkpoint(
     config_style: str = "old",
     with_buffers: bool = False,
     head_name: str = "embed_out",
+    vector_dtype: str | None = None,
     tokenizer: str | None = None,
 ) -> Path:
     """Writes a checkpoint folder and returns its path.
@@ -239,6 +250,7 @@ def write_random_checkpoint(
     config_style: "old" spells rotary_pct and rotary_emb_base, "new" rope_parameters.
     with_buffers: adds the buffers that old checkpoints hold and that nobody reads.
     head_name: the LM head's name, "embed_out" (Pythia) or "lm_head" (transformers 5).
+    vector_dtype: of biases and LayerNorm parameters; None: `dtype`.
     tokenizer: "train" adds a tokenizer.json of at most vocab_size tokens.
     """
     folder = Path(folder)
@@ -268,9 +280,9 @@ def write_random_checkpoint(
     else:
         raise ValueError(f"config_style must be 'old' or 'new', not {config_style!r}")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    tag = DTYPE_TAGS[dtype]
+    tags = (DTYPE_TAGS[dtype], DTYPE_TAGS[vector_dtype or dtype])
     tensors = list_tensors(
-        config, tag, seed, prefix=prefix, head_name=head_name, with_buffers=with_buffers
+        config, tags, seed, prefix=prefix, head_name=head_name, with_buffers=with_buffers
     )
     write_weights(folder, tensors, shards)
     if tokenizer == "train":
