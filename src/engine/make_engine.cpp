@@ -1,0 +1,94 @@
+#include "engine/make_engine.hpp"
+
+#include "base/fail.hpp"
+#include "engine/generation.hpp"
+#include "engine/prepare_request.hpp"
+#include "engine/scoring.hpp"
+#include "engine/shared_backend.hpp"
+
+namespace clusterfusion {
+namespace {
+
+// An error of one request among several says which.
+PreparedRequest prepare_numbered(GenerateRequest request, const RequestLimits& limits,
+                                 std::size_t index, std::size_t count) {
+  try {
+    return prepare_request(std::move(request), limits);
+  } catch (const Error& error) {
+    if (count == 1) throw;
+    fail(error.kind(), "request {} of {}: {}", index, count, error.what());
+  }
+}
+
+class BackendEngine final : public Engine {
+ public:
+  BackendEngine(std::shared_ptr<const Model> model, std::shared_ptr<const Tokenizer> tokenizer,
+                std::unique_ptr<Backend> backend, std::string device_reason)
+      : model_(std::move(model)),
+        tokenizer_(std::move(tokenizer)),
+        device_reason_(std::move(device_reason)),
+        backend_(std::make_shared<SharedBackend>(model_, std::move(backend))) {}
+
+  const Model& model() const noexcept override { return *model_; }
+  bool has_tokenizer() const noexcept override { return tokenizer_ != nullptr; }
+  const Tokenizer& tokenizer() const override {
+    require(has_tokenizer(), ErrorKind::not_found,
+            "{} has no tokenizer.json; copy it there, or work with token ids",
+            model_->folder().string());
+    return *tokenizer_;
+  }
+  EngineInfo info() const override {
+    const BackendInfo& info = backend_->info();
+    return {.device = info.name,
+            .device_description = info.device,
+            .device_reason = device_reason_,
+            .kv_dtype = info.kv_dtype,
+            .kv_bytes_per_position = info.kv_bytes_per_position,
+            .max_positions = info.max_positions};
+  }
+
+  std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests) override {
+    const auto started = BatchGeneration::Clock::now();
+    const RequestLimits limits{model_->config(), tokenizer_.get(), backend_->info().max_positions};
+    std::vector<PreparedRequest> prepared;
+    for (std::size_t i = 0; i < requests.size(); ++i) {
+      prepared.push_back(prepare_numbered(std::move(requests[i]), limits, i, requests.size()));
+    }
+    return std::make_unique<BatchGeneration>(backend_, tokenizer_, std::move(prepared), started);
+  }
+
+  void logits(std::span<const TokenId> tokens, std::span<float> logits) override {
+    compute_logits(*backend_, tokens, logits);
+  }
+  ScoreResult score(std::span<const TokenId> tokens) override {
+    return compute_score(*backend_, tokens);
+  }
+  PerplexityResult perplexity(std::span<const TokenId> tokens, std::int64_t bytes,
+                              const PerplexityOptions& options) override {
+    return compute_perplexity(*backend_, tokens, bytes, options);
+  }
+  double measure_read_ceiling() override { return backend_->measure_read_ceiling(); }
+
+ private:
+  std::shared_ptr<const Model> model_;
+  std::shared_ptr<const Tokenizer> tokenizer_;
+  std::string device_reason_;
+  std::shared_ptr<SharedBackend> backend_;  // shared with the generations
+};
+
+}  // namespace
+
+std::unique_ptr<Engine> make_engine(std::shared_ptr<const Model> model,
+                                    std::shared_ptr<const Tokenizer> tokenizer,
+                                    std::unique_ptr<Backend> backend, std::string device_reason) {
+  const std::int64_t vocab_size = model->config().vocab_size;
+  require(tokenizer == nullptr || tokenizer->vocab_size() <= vocab_size, ErrorKind::malformed,
+          "{}: the tokenizer's largest id is {}, and the model's vocab_size is {}: tokenizer.json "
+          "and config.json do not belong together; fetch both from the same checkpoint",
+          model->folder().string(), tokenizer == nullptr ? 0 : tokenizer->vocab_size() - 1,
+          vocab_size);
+  return std::make_unique<BackendEngine>(std::move(model), std::move(tokenizer), std::move(backend),
+                                         std::move(device_reason));
+}
+
+}  // namespace clusterfusion

@@ -1,0 +1,100 @@
+#include "engine/prepare_request.hpp"
+
+#include <algorithm>
+
+#include "base/fail.hpp"
+#include "tokenizer/utf8.hpp"
+
+namespace clusterfusion {
+namespace {
+
+std::string suggest_first_token(const ModelConfig& config) {
+  if (config.bos_token)
+    return fmt::format(", for example token {} (bos_token_id)", *config.bos_token);
+  if (!config.eos_tokens.empty()) {
+    return fmt::format(", for example token {} (eos_token_id)", config.eos_tokens.front());
+  }
+  return "";
+}
+
+std::vector<TokenId> prompt_of(GenerateRequest& request, const RequestLimits& limits) {
+  if (!request.prompt_tokens.empty()) {
+    check_tokens(request.prompt_tokens, limits.config.vocab_size, "prompt_tokens");
+    return std::move(request.prompt_tokens);
+  }
+  std::vector<TokenId> prompt;
+  if (!request.prompt.empty()) {
+    require(limits.tokenizer != nullptr, ErrorKind::invalid_argument,
+            "a text prompt needs a tokenizer, and this checkpoint has no tokenizer.json; pass "
+            "prompt_tokens");
+  }
+  if (limits.tokenizer != nullptr) {
+    prompt = limits.tokenizer->encode(request.prompt, request.add_special_tokens);
+  }
+  require(
+      !prompt.empty(), ErrorKind::invalid_argument,
+      "the prompt has no tokens, and the model needs at least one to start from; pass some text "
+      "or prompt_tokens{}",
+      suggest_first_token(limits.config));
+  return prompt;
+}
+
+void check_stops(const GenerateRequest& request, const RequestLimits& limits) {
+  for (std::size_t i = 0; i < request.stop_strings.size(); ++i) {
+    require(!request.stop_strings[i].empty(), ErrorKind::invalid_argument,
+            "stop_strings[{}] is empty; every text begins with it: leave it out", i);
+    require(is_valid_utf8(request.stop_strings[i]), ErrorKind::invalid_argument,
+            "stop_strings[{}] is not UTF-8, and so cannot stand in a text", i);
+  }
+  require(request.stop_strings.empty() || limits.tokenizer != nullptr, ErrorKind::invalid_argument,
+          "stop_strings need a tokenizer, and this checkpoint has no tokenizer.json; use "
+          "stop_tokens");
+  check_tokens(request.stop_tokens, limits.config.vocab_size, "stop_tokens");
+}
+
+void check_prompt_fits(const PreparedRequest& prepared, std::int64_t max_new_tokens,
+                       std::int64_t max_positions) {
+  const std::int64_t length = std::ssize(prepared.prompt);
+  const std::int64_t longest = max_new_tokens > 0 ? max_positions - 1 : max_positions;
+  require(
+      length <= longest, ErrorKind::invalid_argument,
+      "the prompt has {} tokens, and the context of {} positions has room for {}{}; shorten the "
+      "prompt by {} or more tokens",
+      length, max_positions, longest, max_new_tokens > 0 ? " and a new token" : "",
+      length - longest);
+}
+
+}  // namespace
+
+void check_tokens(std::span<const TokenId> tokens, std::int64_t vocab_size, const char* what) {
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    require(tokens[i] >= 0 && tokens[i] < vocab_size, ErrorKind::out_of_range,
+            "{}[{}] is {}, expected a token id in [0, {}) (the model's vocab_size)", what, i,
+            tokens[i], vocab_size);
+  }
+}
+
+PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& limits) {
+  request.sampling.validate();
+  require(request.max_new_tokens >= 0, ErrorKind::invalid_argument,
+          "max_new_tokens must be >= 0, got {}", request.max_new_tokens);
+  check_stops(request, limits);
+
+  PreparedRequest prepared;
+  prepared.prompt = prompt_of(request, limits);
+  check_prompt_fits(prepared, request.max_new_tokens, limits.max_positions);
+  const std::int64_t room = limits.max_positions - std::ssize(prepared.prompt);
+  prepared.max_new_tokens = std::min(request.max_new_tokens, room);
+  prepared.ends_at_context = request.max_new_tokens > room;
+  prepared.sampling = request.sampling;
+  prepared.stop_strings = std::move(request.stop_strings);
+  prepared.stop_tokens = std::move(request.stop_tokens);
+  if (!request.ignore_eos) {
+    prepared.stop_tokens.insert(prepared.stop_tokens.end(), limits.config.eos_tokens.begin(),
+                                limits.config.eos_tokens.end());
+  }
+  prepared.skip_special_tokens = request.skip_special_tokens;
+  return prepared;
+}
+
+}  // namespace clusterfusion

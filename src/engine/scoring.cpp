@@ -1,0 +1,146 @@
+#include "engine/scoring.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <numbers>
+#include <numeric>
+
+#include "base/fail.hpp"
+#include "engine/prepare_request.hpp"
+
+namespace clusterfusion {
+namespace {
+
+constexpr TokenId kNoTarget = -1;
+
+// Prefills `tokens` in the backend's pieces; `output_of(begin, count)` says what each is to give.
+template <typename OutputOf>
+void prefill_in_pieces(SharedBackend& backend, const SequenceHandle& sequence,
+                       std::span<const TokenId> tokens, OutputOf output_of) {
+  const auto chunk = static_cast<std::size_t>(backend.info().prefill_chunk);
+  for (std::size_t begin = 0; begin < tokens.size(); begin += chunk) {
+    const std::size_t count = std::min(chunk, tokens.size() - begin);
+    const PrefillOutput output = output_of(begin, count);
+    backend.run([&](Backend& device) {
+      device.prefill(sequence.id(), tokens.subspan(begin, count), output);
+    });
+  }
+}
+
+// logprobs[i] of tokens[i + 1] after tokens[0..i] for i >= first_scored; 0 before.
+std::vector<float> next_token_logprobs(SharedBackend& backend, const SequenceHandle& sequence,
+                                       std::span<const TokenId> tokens, std::size_t first_scored) {
+  std::vector<TokenId> targets(tokens.begin() + 1, tokens.end());
+  std::fill_n(targets.begin(), first_scored, kNoTarget);
+  std::vector<float> logprobs(targets.size());
+  prefill_in_pieces(backend, sequence, tokens.first(targets.size()),
+                    [&](std::size_t begin, std::size_t count) {
+                      PrefillOutput output;
+                      output.targets = std::span(targets).subspan(begin, count);
+                      output.target_logprobs = std::span(logprobs).subspan(begin, count);
+                      return output;
+                    });
+  return logprobs;
+}
+
+void check_fits(std::int64_t length, const SharedBackend& backend, const char* advice) {
+  require(length <= backend.info().max_positions, ErrorKind::invalid_argument,
+          "there are {} tokens, and the context holds {}; {}", length, backend.info().max_positions,
+          advice);
+}
+
+// Fills in the defaults. Errors: invalid_argument.
+PerplexityOptions check_options(PerplexityOptions options, std::int64_t max_positions) {
+  if (options.context == 0) options.context = max_positions;
+  require(options.context >= 2 && options.context <= max_positions, ErrorKind::invalid_argument,
+          "context must be in [2, {}] (the engine's longest), or 0 for the longest, got {}",
+          max_positions, options.context);
+  if (options.stride == 0) options.stride = options.context / 2;
+  require(options.stride >= 1 && options.stride <= options.context, ErrorKind::invalid_argument,
+          "stride must be in [1, {}] (the context), or 0 for half the context, got {}",
+          options.context, options.stride);
+  return options;
+}
+
+double sum_of(std::span<const float> values) {
+  return std::accumulate(values.begin(), values.end(), 0.0);
+}
+
+}  // namespace
+
+void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
+                    std::span<float> logits) {
+  const std::int64_t vocab_size = backend.model().config().vocab_size;
+  require(!tokens.empty(), ErrorKind::invalid_argument, "logits need at least 1 token, got none");
+  check_tokens(tokens, vocab_size, "tokens");
+  check_fits(std::ssize(tokens), backend, "pass fewer at a time");
+  require(std::ssize(logits) == std::ssize(tokens) * vocab_size, ErrorKind::invalid_argument,
+          "logits must have room for {} x {} (tokens x vocab_size) values, got {}", tokens.size(),
+          vocab_size, logits.size());
+  const SequenceHandle sequence(backend, {}, std::ssize(tokens));
+  prefill_in_pieces(backend, sequence, tokens, [&](std::size_t begin, std::size_t count) {
+    const auto width = static_cast<std::size_t>(vocab_size);
+    PrefillOutput output;
+    output.all_logits = logits.subspan(begin * width, count * width);
+    return output;
+  });
+}
+
+ScoreResult compute_score(SharedBackend& backend, std::span<const TokenId> tokens) {
+  require(tokens.size() >= 2, ErrorKind::invalid_argument,
+          "a score needs at least 2 tokens, because the first has nothing before it; got {}",
+          tokens.size());
+  check_tokens(tokens, backend.model().config().vocab_size, "tokens");
+  check_fits(std::ssize(tokens), backend,
+             "score a shorter text, or measure perplexity, which moves a window over long ones");
+  const SequenceHandle sequence(backend, {}, std::ssize(tokens));
+  ScoreResult result;
+  result.tokens.assign(tokens.begin(), tokens.end());
+  result.logprobs = next_token_logprobs(backend, sequence, tokens, 0);
+  result.total = sum_of(result.logprobs);
+  return result;
+}
+
+PerplexityResult compute_perplexity(SharedBackend& backend, std::span<const TokenId> tokens,
+                                    std::int64_t bytes, const PerplexityOptions& options) {
+  const auto started = std::chrono::steady_clock::now();
+  const std::int64_t total = std::ssize(tokens);
+  require(total >= 2, ErrorKind::invalid_argument,
+          "perplexity needs at least 2 tokens, because the first has nothing before it; got {}",
+          total);
+  require(bytes >= 0, ErrorKind::invalid_argument, "bytes must be >= 0 (0: unknown), got {}",
+          bytes);
+  check_tokens(tokens, backend.model().config().vocab_size, "tokens");
+  const auto [context, stride, progress] = check_options(options, backend.info().max_positions);
+
+  const SequenceHandle sequence(backend, {}, std::min(context, total));
+  double weighted_nll = 0;
+  double total_nll = 0;
+  PerplexityResult result{.total_tokens = total};
+  std::int64_t previous_end = 0;
+  for (std::int64_t begin = 0; previous_end < total; begin += stride) {
+    const std::int64_t end = std::min(begin + context, total);
+    const std::int64_t new_tokens = end - previous_end;
+    const std::int64_t first_target = std::max<std::int64_t>(previous_end, begin + 1);
+    if (first_target < end) {
+      backend.run([&](Backend& device) { device.truncate(sequence.id(), 0); });
+      const double nll = -sum_of(next_token_logprobs(
+          backend, sequence, tokens.subspan(begin, end - begin), first_target - begin - 1));
+      total_nll += nll;
+      weighted_nll += nll / static_cast<double>(end - first_target) * (new_tokens - 1);
+      result.scored_tokens += new_tokens - 1;
+    }
+    previous_end = end;
+    if (progress && !progress(end, total)) break;
+  }
+
+  result.mean_nll = weighted_nll / static_cast<double>(result.scored_tokens);
+  result.perplexity = std::exp(result.mean_nll);
+  if (bytes > 0) result.bits_per_byte = total_nll / std::numbers::ln2 / static_cast<double>(bytes);
+  result.seconds =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
+  return result;
+}
+
+}  // namespace clusterfusion

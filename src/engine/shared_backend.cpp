@@ -1,0 +1,52 @@
+#include "engine/shared_backend.hpp"
+
+#include <optional>
+#include <string>
+
+#include "base/fail.hpp"
+
+namespace clusterfusion {
+
+SharedBackend::SharedBackend(std::shared_ptr<const Model> model, std::unique_ptr<Backend> backend)
+    : model_(std::move(model)), backend_(std::move(backend)) {}
+
+double SharedBackend::measure_read_ceiling() {
+  std::call_once(measured_, [this] {
+    read_ceiling_ = run([](Backend& backend) { return backend.measure_read_ceiling(); });
+  });
+  return read_ceiling_;
+}
+
+void SharedBackend::explain_non_finite(const Error& error) const {
+  if (const std::optional<std::string> finding = model_->find_non_finite()) {
+    fail(ErrorKind::non_finite, "{}; the checkpoint is damaged: {}; fetch or convert it again",
+         error.what(), *finding);
+  }
+  fail(ErrorKind::non_finite,
+       "{}; every weight of {} is finite, so the values overflow on their way through the layers: "
+       "check config.json against the checkpoint's source",
+       error.what(), model_->folder().string());
+}
+
+SequenceHandle::SequenceHandle(SharedBackend& backend, const SamplingParams& sampling,
+                               std::int64_t positions)
+    : backend_(backend), id_(backend.run([&](Backend& device) {
+        const SequenceId id = device.create_sequence(sampling);
+        try {
+          device.reserve(id, positions);
+        } catch (...) {
+          device.release_sequence(id);
+          throw;
+        }
+        return id;
+      })) {}
+
+SequenceHandle::~SequenceHandle() {
+  try {
+    backend_.run([this](Backend& device) { device.release_sequence(id_); });
+  } catch (...) {
+    // A sequence that cannot be released stays with the backend, which goes with the engine.
+  }
+}
+
+}  // namespace clusterfusion

@@ -1,0 +1,58 @@
+// Tokens of one sequence to text that may be shown, and where it ends.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "clusterfusion/tokenizer.hpp"
+
+namespace clusterfusion {
+
+// Ends a text before the leftmost stop string in it. What may still turn out to be (the beginning
+// of) that stop string is held back, so the outcome does not depend on how the text was cut into
+// pieces.
+class StopFilter {
+ public:
+  explicit StopFilter(std::vector<std::string> stop_strings)
+      : stop_strings_(std::move(stop_strings)) {}
+
+  // Adds text; returns what is now known to stand before every stop string.
+  std::string push(const std::string& piece);
+  // The text has ended: returns what was held back, up to a stop string.
+  std::string finish();
+  // A stop string was found: no more text comes.
+  bool stopped() const noexcept { return stopped_; }
+
+ private:
+  std::string release(std::size_t count);
+
+  std::vector<std::string> stop_strings_;
+  std::string held_;
+  bool stopped_ = false;
+};
+
+// Text of the new tokens alone, as well-formed UTF-8. A token that the tokenizer does not know (the
+// model's vocabulary may be padded) and every token where there is no tokenizer adds no text.
+class TextStream {
+ public:
+  TextStream(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special_tokens,
+             std::vector<std::string> stop_strings);
+
+  // The text that `token` makes certain; may be empty.
+  std::string push(TokenId token);
+  // What was held back. Nothing may be pushed afterwards.
+  std::string finish();
+  // The text has ended before a stop string.
+  bool stopped() const noexcept { return stop_filter_.stopped(); }
+
+ private:
+  bool has_text(TokenId token) const;
+
+  std::shared_ptr<const Tokenizer> tokenizer_;
+  std::optional<StreamDecoder> decoder_;
+  StopFilter stop_filter_;
+};
+
+}  // namespace clusterfusion
