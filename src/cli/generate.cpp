@@ -1,0 +1,256 @@
+// clusterfusion generate: a prompt in, a stream of text out.
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "base/fail.hpp"
+#include "cli/commands.hpp"
+#include "cli/interrupt.hpp"
+#include "cli/number.hpp"
+#include "cli/options.hpp"
+#include "cli/progress.hpp"
+#include "cli/report_format.hpp"
+#include "cli/result_json.hpp"
+#include "cli/standard_output.hpp"
+#include "cli/terminal.hpp"
+#include "cli/text_source.hpp"
+#include "clusterfusion/engine.hpp"
+
+namespace clusterfusion::cli {
+namespace {
+
+// Weights up to this size are read so fast (some milliseconds) that the read ceiling is measured
+// after each generation without asking.
+constexpr std::int64_t kQuickCeilingBytes = std::int64_t{64} << 20;
+
+struct Settings {
+  EngineSettings engine;
+  ReportSettings report;
+  TextSource prompt;
+  std::string prompt_tokens;
+  std::string stop_tokens;
+  GenerateRequest request;
+  bool json_lines = false;
+  bool echo = false;
+  bool no_special_tokens = false;
+  bool show_special_tokens = false;
+  bool no_stats = false;
+  bool ceiling = false;
+};
+
+std::vector<TokenId> parse_tokens(const std::string& list, std::string_view option) {
+  const auto ids = parse_integer_list(list, 0, std::numeric_limits<TokenId>::max(), option);
+  return {ids.begin(), ids.end()};
+}
+
+// Editors and `echo` end a text with a newline that is no part of the prompt.
+void drop_final_newline(std::string& text) {
+  if (text.ends_with('\n')) text.pop_back();
+  if (text.ends_with('\r')) text.pop_back();
+}
+
+// Reads and checks all that can be known before the model is opened.
+GenerateRequest make_request(const Settings& settings) {
+  GenerateRequest request = settings.request;
+  request.sampling.validate();
+  require(request.sampling.num_logprobs < 0 || settings.report.json || settings.json_lines,
+          ErrorKind::invalid_argument,
+          "--logprobs needs a place to show them: add --json or --json-lines");
+  for (const std::string& stop : request.stop_strings) {
+    require(!stop.empty(), ErrorKind::invalid_argument,
+            "--stop: expected at least one character, found \"\"");
+  }
+  request.add_special_tokens = !settings.no_special_tokens;
+  request.skip_special_tokens = !settings.show_special_tokens;
+  request.stop_tokens = parse_tokens(settings.stop_tokens, "--stop-tokens");
+  request.prompt_tokens = parse_tokens(settings.prompt_tokens, "--prompt-tokens");
+  if (!request.prompt_tokens.empty()) return request;
+  request.prompt = read_text(settings.prompt);
+  if (settings.prompt.text_option->count() == 0) {
+    drop_final_newline(request.prompt);
+    require(!request.prompt.empty(), ErrorKind::invalid_argument,
+            "the prompt from {} is one empty line; expected at least one character",
+            name_of(settings.prompt));
+  }
+  warn_if_not_utf8(request.prompt, name_of(settings.prompt), settings.report.quiet);
+  return request;
+}
+
+// Writes the events of one generation to standard output as they come.
+class EventWriter {
+ public:
+  EventWriter(const Settings& settings, const Tokenizer* tokenizer)
+      : settings_(settings),
+        tokenizer_(tokenizer),
+        progress_("generating", "tokens", settings.report.quiet || !settings.report.json) {}
+
+  void begin(const GenerateRequest& request) {
+    if (!settings_.echo) return;
+    write_output(tokenizer_ != nullptr && !request.prompt_tokens.empty()
+                     ? tokenizer_->decode(request.prompt_tokens, request.skip_special_tokens)
+                     : request.prompt);
+    flush_output();
+  }
+
+  void write(const GenerateEvent& event) {
+    if (settings_.json_lines) {
+      write_output(to_line(event_json(event)));
+    } else if (settings_.report.json) {
+      num_tokens_ += event.token.has_value();
+      progress_.update(num_tokens_, settings_.request.max_new_tokens);
+      return;
+    } else if (tokenizer_ != nullptr) {
+      write_output(event.text);
+    } else if (event.token) {
+      write_output(fmt::format("{} ", event.token->token));
+    }
+    flush_output();
+  }
+
+  void end(const GenerateResult& result) {
+    if (settings_.json_lines) {
+      Json json = {{"event", "end"}};
+      json.update(to_json(result, tokenizer_));
+      write_output(to_line(json));
+    } else if (settings_.report.json) {
+      write_output(to_line(to_json(result, tokenizer_)));
+    } else {
+      write_output("\n");
+    }
+    flush_output();
+  }
+
+  // What was streamed stays; an error message then starts on a line of its own.
+  void abandon() {
+    if (!settings_.json_lines && !settings_.report.json) write_output("\n");
+    flush_output();
+  }
+
+ private:
+  Json event_json(const GenerateEvent& event) const {
+    Json json = {{"event", "token"}, {"text", event.text}};
+    if (event.token) {
+      const bool with_logprob = settings_.request.sampling.num_logprobs >= 0;
+      json.update(to_json(*event.token, tokenizer_, with_logprob));
+    }
+    return json;
+  }
+
+  const Settings& settings_;
+  const Tokenizer* const tokenizer_;
+  ProgressBar progress_;
+  std::int64_t num_tokens_ = 0;
+};
+
+// Adds the read ceiling to the statistics if it is asked for, or costs next to nothing.
+void add_read_ceiling(Engine& engine, const Settings& settings, Statistics& statistics) {
+  const bool quick = engine.model().bytes_per_token() <= kQuickCeilingBytes;
+  if (statistics.bytes_per_second <= 0 || !(settings.ceiling || quick)) return;
+  statistics.read_ceiling_bytes_per_second = engine.measure_read_ceiling();
+  statistics.ceiling_share = statistics.bytes_per_second / statistics.read_ceiling_bytes_per_second;
+}
+
+ExitCode run(const Settings& settings) {
+  const GenerateRequest request = make_request(settings);
+  const std::unique_ptr<Engine> engine = open_engine(settings.engine);
+  EventWriter writer(settings, engine->has_tokenizer() ? &engine->tokenizer() : nullptr);
+  const std::unique_ptr<Generation> generation = engine->start({request});
+  {
+    const InterruptScope interrupt(generation.get());
+    writer.begin(request);
+    try {
+      while (const auto event = generation->next()) writer.write(*event);
+    } catch (const Error&) {
+      writer.abandon();
+      throw;
+    }
+  }
+  GenerateResult result = generation->results().front();
+  const bool with_statistics = !settings.report.quiet && !settings.no_stats;
+  if (with_statistics || settings.report.json || settings.json_lines) {
+    add_read_ceiling(*engine, settings, result.statistics);
+  }
+  writer.end(result);
+  if (with_statistics) {
+    write_stderr(format_statistics(result.statistics, name_of(result.finish_reason)));
+  }
+  return kDone;
+}
+
+void add_sampling_options(CLI::App& app, SamplingParams& sampling) {
+  add_number(app, "--temperature", sampling.temperature, "0: always the likeliest token")
+      ->capture_default_str();
+  add_number(app, "--top-k", sampling.top_k, "choose among the k likeliest tokens; 0: all")
+      ->capture_default_str();
+  add_number(app, "--top-p", sampling.top_p,
+             "choose among the likeliest tokens that sum to this probability")
+      ->capture_default_str();
+  add_number(app, "--min-p", sampling.min_p,
+             "drop tokens less likely than this share of the likeliest")
+      ->capture_default_str();
+  add_number(app, "--repetition-penalty", sampling.repetition_penalty,
+             "above 1: make tokens of the text so far less likely")
+      ->capture_default_str();
+  add_number(app, "--seed", sampling.seed, "the same seed gives the same text")
+      ->capture_default_str();
+  add_number(app, "--logprobs", sampling.num_logprobs,
+             "log-probabilities of the chosen token and of the N likeliest (with --json)",
+             std::int32_t{0});
+}
+
+void add_stop_options(CLI::App& app, Settings& settings) {
+  add_number(app, "-n,--max-new-tokens", settings.request.max_new_tokens, "tokens to generate",
+             std::int64_t{0})
+      ->capture_default_str();
+  app.add_option("--stop", settings.request.stop_strings,
+                 "end before this text; may be given several times")
+      ->type_name("TEXT")
+      ->allow_extra_args(false);
+  app.add_option("--stop-tokens", settings.stop_tokens, "end at any of these token ids, as in 0,50")
+      ->type_name("IDS");
+  app.add_flag("--ignore-eos", settings.request.ignore_eos,
+               "do not end at the model's end-of-text tokens");
+}
+
+}  // namespace
+
+void add_generate_command(CLI::App& app, Command& selected) {
+  const auto settings = std::make_shared<Settings>();
+  CLI::App& command = *add_command(
+      app, selected, "generate", "Continue a prompt, streaming the text as it comes.", settings,
+      &run,
+      "The text goes to standard output, followed by a newline; statistics go to standard error.\n"
+      "Of a prompt from a file or standard input one final newline is dropped.\n"
+      "Ctrl-C ends the text with its statistics and exit code 0; a second one kills.\n"
+      "A folder without tokenizer.json takes --prompt-tokens and gives token ids.\n\n"
+      "Keys of --json: text, prompt_tokens, tokens, finish_reason, logprobs, statistics.\n"
+      "--json-lines prints {\"event\": \"token\", text, token, piece, ...} for each token and\n"
+      "{\"event\": \"end\", ...} with the keys of --json as the last line.",
+      "clusterfusion generate MODEL -p \"It was a dark night\" -n 48 --temperature 0.8 --seed 1");
+  add_engine_options(command, settings->engine);
+  add_context_option(command, settings->engine);
+  add_text_options(command, settings->prompt, "--prompt", "--prompt-file");
+  command
+      .add_option("--prompt-tokens", settings->prompt_tokens,
+                  "the prompt as token ids, as in 1,2,3")
+      ->type_name("IDS")
+      ->excludes(settings->prompt.text_option)
+      ->excludes(settings->prompt.file_option);
+  add_stop_options(command, *settings);
+  add_sampling_options(command, settings->request.sampling);
+  add_report_options(command, settings->report);
+  command.add_flag("--json-lines", settings->json_lines, "print one JSON document for each token")
+      ->excludes("--json");
+  command.add_flag("--echo", settings->echo, "print the prompt first")
+      ->excludes("--json")
+      ->excludes("--json-lines");
+  command.add_flag("--no-special-tokens", settings->no_special_tokens,
+                   "do not add the tokenizer's special tokens to the prompt");
+  command.add_flag("--show-special-tokens", settings->show_special_tokens,
+                   "show special tokens in the text");
+  command.add_flag("--no-stats", settings->no_stats, "no statistics");
+  command.add_flag("--ceiling", settings->ceiling,
+                   "measure the read ceiling of a large model too (reads it several times)");
+}
+
+}  // namespace clusterfusion::cli

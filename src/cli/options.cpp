@@ -1,0 +1,71 @@
+#include "cli/options.hpp"
+
+#include <fmt/format.h>
+
+#include "cli/number.hpp"
+#include "cli/terminal.hpp"
+#include "cli/token_text.hpp"
+
+namespace clusterfusion::cli {
+namespace {
+
+std::optional<DType> parse_dtype(const std::string& name) {
+  for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
+    if (name == clusterfusion::name_of(dtype)) return dtype;
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+void add_engine_options(CLI::App& app, EngineSettings& settings) {
+  app.add_option("MODEL", settings.model, "checkpoint folder in Hugging Face layout")
+      ->required()
+      ->type_name("");
+  app.add_option("--device", settings.options.device, "where to compute: auto, cpu or cuda")
+      ->transform(CLI::IsMember({"auto", "cpu", "cuda"}).description(""))
+      ->type_name("NAME")
+      ->capture_default_str();
+  add_number(app, "--threads", settings.options.threads, "CPU threads; 0: one for each usable core",
+             0)
+      ->capture_default_str();
+  app.add_option("--kv-dtype", settings.kv_dtype,
+                 "type of the KV cache: float32, float16 or bfloat16 (default: float32 on the CPU, "
+                 "the weights' type on a GPU)")
+      ->transform(CLI::IsMember({"float32", "float16", "bfloat16"}).description(""))
+      ->type_name("NAME");
+}
+
+void add_context_option(CLI::App& app, EngineSettings& settings) {
+  add_number(app, "--context", settings.options.max_positions,
+             "longest context in tokens; 0: the model's", std::int64_t{0})
+      ->capture_default_str();
+}
+
+std::unique_ptr<Engine> open_engine(const EngineSettings& settings) {
+  EngineOptions options = settings.options;
+  options.kv_dtype = parse_dtype(settings.kv_dtype);
+  return Engine::open(settings.model, options);
+}
+
+void add_report_options(CLI::App& app, ReportSettings& settings) {
+  app.add_flag("--json", settings.json, "print the result as one JSON document");
+  app.add_flag("-q,--quiet", settings.quiet, "nothing on standard error but errors");
+}
+
+void warn_if_not_utf8(const std::string& text, const std::string& source, bool quiet) {
+  const std::optional<std::size_t> at = first_ill_formed_byte(text);
+  if (!at || quiet) return;
+  print_warning(fmt::format(
+      "the text from {} is not UTF-8: byte {} (0x{:02x}) and any other that does not belong to a "
+      "character is read as U+FFFD",
+      source, *at, static_cast<unsigned char>(text[*at])));
+}
+
+std::vector<TokenId> encode(const Tokenizer& tokenizer, const std::string& text,
+                            bool add_special_tokens, const std::string& source, bool quiet) {
+  warn_if_not_utf8(text, source, quiet);
+  return tokenizer.encode(text, add_special_tokens);
+}
+
+}  // namespace clusterfusion::cli

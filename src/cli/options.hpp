@@ -1,0 +1,39 @@
+// Options that several subcommands share.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <memory>
+#include <string>
+
+#include "clusterfusion/engine.hpp"
+
+namespace clusterfusion::cli {
+
+struct EngineSettings {
+  std::string model;
+  EngineOptions options;
+  std::string kv_dtype;
+};
+
+// MODEL, --device, --threads and --kv-dtype.
+void add_engine_options(CLI::App& app, EngineSettings& settings);
+// --context, the longest context, for the commands in which it means nothing else.
+void add_context_option(CLI::App& app, EngineSettings& settings);
+// Errors: those of Engine::open.
+std::unique_ptr<Engine> open_engine(const EngineSettings& settings);
+
+struct ReportSettings {
+  bool json = false;
+  bool quiet = false;
+};
+
+// --json and --quiet.
+void add_report_options(CLI::App& app, ReportSettings& settings);
+
+// The tokens of `text`; warns if it is not UTF-8 (`source` names it), unless `quiet`.
+// Errors: out_of_memory.
+std::vector<TokenId> encode(const Tokenizer& tokenizer, const std::string& text,
+                            bool add_special_tokens, const std::string& source, bool quiet);
+void warn_if_not_utf8(const std::string& text, const std::string& source, bool quiet);
+
+}  // namespace clusterfusion::cli

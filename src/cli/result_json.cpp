@@ -1,0 +1,64 @@
+#include "cli/result_json.hpp"
+
+namespace clusterfusion::cli {
+namespace {
+
+Json token_json(TokenId token, const Tokenizer* tokenizer) {
+  Json json = {{"token", token}};
+  // A model's matrices may have more rows than the tokenizer has tokens.
+  if (tokenizer != nullptr && token < tokenizer->vocab_size()) {
+    json["piece"] = tokenizer->id_to_token(token);
+  }
+  return json;
+}
+
+}  // namespace
+
+Json to_json(const Statistics& statistics) {
+  return {
+      {"prompt_tokens", statistics.prompt_tokens},
+      {"new_tokens", statistics.new_tokens},
+      {"prefill_seconds", statistics.prefill_seconds},
+      {"time_to_first_token_seconds", statistics.time_to_first_token_seconds},
+      {"decode_seconds", statistics.decode_seconds},
+      {"seconds_per_token", statistics.seconds_per_token},
+      {"tokens_per_second", statistics.tokens_per_second},
+      {"bytes_per_second", statistics.bytes_per_second},
+      {"read_ceiling_bytes_per_second", statistics.read_ceiling_bytes_per_second},
+      {"ceiling_share", statistics.ceiling_share},
+  };
+}
+
+Json to_json(const SampledToken& sampled, const Tokenizer* tokenizer, bool with_logprob) {
+  Json json = token_json(sampled.token, tokenizer);
+  if (!with_logprob) return json;
+  json["logprob"] = sampled.logprob;
+  json["top"] = Json::array();
+  for (const TokenLogprob& likely : sampled.top) {
+    Json entry = token_json(likely.token, tokenizer);
+    entry["logprob"] = likely.logprob;
+    json["top"].push_back(std::move(entry));
+  }
+  return json;
+}
+
+Json to_json(const GenerateResult& result, const Tokenizer* tokenizer) {
+  Json json = {
+      {"text", result.text},     {"prompt_tokens", result.prompt_tokens},
+      {"tokens", result.tokens}, {"finish_reason", clusterfusion::name_of(result.finish_reason)},
+      {"logprobs", nullptr},     {"statistics", to_json(result.statistics)},
+  };
+  if (!result.sampled.empty()) {
+    json["logprobs"] = Json::array();
+    for (const SampledToken& sampled : result.sampled) {
+      json["logprobs"].push_back(to_json(sampled, tokenizer, true));
+    }
+  }
+  return json;
+}
+
+std::string to_line(const Json& json) {
+  return json.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+}  // namespace clusterfusion::cli
