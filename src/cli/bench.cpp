@@ -188,7 +188,7 @@ void add_bench_command(CLI::App& app, Command& selected) {
       "read_ceiling_bytes_per_second, decode_tokens, repeats, contexts (context,\n"
       "prefill_tokens_per_second, seconds_per_token, bytes_per_second: each median, min, max;\n"
       "ceiling_share).",
-      "clusterfusion bench MODEL --contexts 16,64 --tokens 8");
+      "clusterfusion bench models/demo --contexts 16,64 --tokens 8");
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
   command

@@ -1,5 +1,6 @@
 // clusterfusion generate: a prompt in, a stream of text out.
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <memory>
 
@@ -86,9 +87,13 @@ class EventWriter {
 
   void begin(const GenerateRequest& request) {
     if (!settings_.echo) return;
-    write_output(tokenizer_ != nullptr && !request.prompt_tokens.empty()
-                     ? tokenizer_->decode(request.prompt_tokens, request.skip_special_tokens)
-                     : request.prompt);
+    if (request.prompt_tokens.empty()) {
+      write_output(request.prompt);
+    } else if (tokenizer_ != nullptr) {
+      write_output(tokenizer_->decode(request.prompt_tokens, request.skip_special_tokens));
+    } else {
+      write_output(fmt::format("{} ", fmt::join(request.prompt_tokens, " ")));
+    }
     flush_output();
   }
 
@@ -226,7 +231,7 @@ void add_generate_command(CLI::App& app, Command& selected) {
       "Keys of --json: text, prompt_tokens, tokens, finish_reason, logprobs, statistics.\n"
       "--json-lines prints {\"event\": \"token\", text, token, piece, ...} for each token and\n"
       "{\"event\": \"end\", ...} with the keys of --json as the last line.",
-      "clusterfusion generate MODEL -p \"It was a dark night\" -n 48 --temperature 0.8 --seed 1");
+      "clusterfusion generate models/demo -p \"It was a dark night\" -n 48 --temperature 0.8 --seed 1");
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
   add_text_options(command, settings->prompt, "--prompt", "--prompt-file");

@@ -132,7 +132,7 @@ void add_info_command(CLI::App& app, Command& selected) {
       "bytes_per_token, ...),\n"
       "tokenizer (vocab_size, special_tokens) or null, device (name, description, "
       "reason,\nkv_dtype, kv_bytes_per_position, max_positions).",
-      "clusterfusion info MODEL");
+      "clusterfusion info models/demo");
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
   add_report_options(command, settings->report);

@@ -27,7 +27,7 @@ void add_commands(CLI::App& app, Command& selected) {
       "\nEach command's --help ends with an example.\n"
       "Exit codes: 0 done; 1 failed (a file, memory, the device, ...); 2 misused (an option, a\n"
       "value, a prompt or a token id is wrong).\n\n"
-      "Example:\n  clusterfusion generate MODEL -p \"It was a dark night\"");
+      "Example:\n  clusterfusion generate models/demo -p \"It was a dark night\"");
 }
 
 std::string command_name(const CLI::App& app) {

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "base/fail.hpp"
 #include "cli/number.hpp"
 #include "cli/terminal.hpp"
 #include "cli/token_text.hpp"
@@ -45,7 +46,13 @@ void add_context_option(CLI::App& app, EngineSettings& settings) {
 std::unique_ptr<Engine> open_engine(const EngineSettings& settings) {
   EngineOptions options = settings.options;
   options.kv_dtype = parse_dtype(settings.kv_dtype);
-  return Engine::open(settings.model, options);
+  try {
+    return Engine::open(settings.model, options);
+  } catch (const Error& error) {
+    // The one option whose limit only the model knows.
+    if (!std::string_view(error.what()).starts_with("max_positions")) throw;
+    fail(error.kind(), "--context: {}", error.what());
+  }
 }
 
 void add_report_options(CLI::App& app, ReportSettings& settings) {

@@ -78,7 +78,7 @@ void add_perplexity_command(CLI::App& app, Command& selected) {
       "that holds it, given the tokens before it in that window.\n\n"
       "Keys of --json: perplexity, mean_nll (nats), bits_per_byte, scored_tokens, total_tokens,\n"
       "seconds.",
-      "clusterfusion perplexity MODEL -f novel.txt --context 256 --stride 128");
+      "clusterfusion perplexity models/demo -f novel.txt --context 256 --stride 128");
   add_engine_options(command, settings->engine);
   add_text_options(command, settings->source, "--text", "--file");
   add_number(command, "--context", settings->window.context,

@@ -11,7 +11,8 @@ namespace clusterfusion::cli {
 using Json = nlohmann::ordered_json;
 
 Json to_json(const Statistics& statistics);
-// `tokenizer` may be null; else tokens also carry "piece", their spelling in tokenizer.json.
+// `tokenizer` may be null; else tokens also carry "piece", their spelling in tokenizer.json (null
+// if it has none).
 Json to_json(const SampledToken& sampled, const Tokenizer* tokenizer, bool with_logprob);
 Json to_json(const GenerateResult& result, const Tokenizer* tokenizer);
 

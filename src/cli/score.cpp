@@ -67,7 +67,7 @@ void add_score_command(CLI::App& app, Command& selected) {
       app, selected, "score", "Print the log-probability of each token of a text.", settings, &run,
       "Log-probabilities are natural logarithms; the first token has none.\n\n"
       "Keys of --json: total_logprob, tokens (token, piece, logprob).",
-      "clusterfusion score MODEL -p \"It was a dark night\"");
+      "clusterfusion score models/demo -p \"It was a dark night\"");
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
   add_text_options(command, settings->source, "--text", "--file");

@@ -86,7 +86,7 @@ void add_tokenize_command(CLI::App& app, Command& selected) {
       "Prints the ids on one line. With --decode the text that is read holds ids, separated by\n"
       "white space or commas, and the text that they stand for is printed byte for byte.\n\n"
       "Keys of --json: count, tokens, pieces (as tokenizer.json spells them); with --decode: text.",
-      "clusterfusion tokenize MODEL -p \"It was a dark night\" --pieces");
+      "clusterfusion tokenize models/demo -p \"It was a dark night\" --pieces");
   command.add_option("MODEL", settings->path, "checkpoint folder, or a tokenizer.json")
       ->required()
       ->type_name("");
