@@ -1,0 +1,116 @@
+#include "io/mapped_file.hpp"
+
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "io/file_fixtures.hpp"
+
+namespace clusterfusion {
+namespace {
+
+using testing::expect_error;
+using testing::TemporaryFolder;
+
+std::string text_of(const MappedFile& file) {
+  return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
+}
+
+// Root may read everything: become somebody else for as long as this lives.
+class WithoutRoot {
+ public:
+  WithoutRoot() {
+    if (::geteuid() == 0 && ::seteuid(65534) != 0) throw std::runtime_error("seteuid failed");
+  }
+  ~WithoutRoot() {
+    if (::getuid() == 0 && ::seteuid(0) != 0) std::abort();
+  }
+};
+
+TEST(MappedFile, HoldsTheBytesOfTheFile) {
+  const TemporaryFolder folder;
+  std::string content(100'000, '\0');
+  for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 7 % 251);
+  const MappedFile file(folder.write("a", content));
+  EXPECT_EQ(text_of(file), content);
+  EXPECT_EQ(file.path(), folder.path() / "a");
+  EXPECT_EQ(read_file(file.path(), content.size()), content);
+}
+
+TEST(MappedFile, MovesWithoutMovingTheBytes) {
+  const TemporaryFolder folder;
+  MappedFile file(folder.write("a", "abc"));
+  const std::byte* address = file.bytes().data();
+  const MappedFile moved(std::move(file));
+  EXPECT_EQ(moved.bytes().data(), address);
+  EXPECT_EQ(text_of(moved), "abc");
+}
+
+TEST(MappedFile, KeepsTheOldFileWhenANewOneIsRenamedOverIt) {
+  const TemporaryFolder folder;
+  const MappedFile file(folder.write("a", "old content"));
+  std::filesystem::rename(folder.write("b", "new"), folder.path() / "a");
+  EXPECT_EQ(text_of(file), "old content");
+}
+
+TEST(MappedFile, FollowsLinks) {
+  const TemporaryFolder folder;
+  const TemporaryFolder other;
+  std::filesystem::create_symlink(other.write("blob", "abc"), folder.path() / "link");
+  EXPECT_EQ(text_of(MappedFile(folder.path() / "link")), "abc");
+}
+
+TEST(MappedFile, RefusesWhatIsNotThere) {
+  const TemporaryFolder folder;
+  const std::filesystem::path path = folder.path() / "missing";
+  expect_error(ErrorKind::not_found, {path.string(), "No such file"}, [&] { MappedFile{path}; });
+  expect_error(ErrorKind::not_found, {path.string()}, [&] { read_file(path, 10); });
+  const std::filesystem::path below = folder.write("a", "abc") / "b";
+  expect_error(ErrorKind::not_found, {below.string()}, [&] { MappedFile{below}; });
+  EXPECT_FALSE(is_there(path));
+  std::filesystem::create_symlink(path, folder.path() / "dangling");
+  EXPECT_TRUE(is_there(folder.path() / "dangling"));
+  expect_error(ErrorKind::not_found, {"dangling"}, [&] { MappedFile{folder.path() / "dangling"}; });
+}
+
+TEST(MappedFile, RefusesWhatMayNotBeRead) {
+  const TemporaryFolder folder;
+  const std::filesystem::path path = folder.write("a", "abc");
+  std::filesystem::permissions(path, std::filesystem::perms::none);
+  std::filesystem::permissions(folder.path(), std::filesystem::perms::all);
+  const WithoutRoot without_root;
+  expect_error(ErrorKind::permission_denied, {path.string(), "Permission denied"},
+               [&] { MappedFile{path}; });
+  expect_error(ErrorKind::permission_denied, {path.string()}, [&] { read_file(path, 10); });
+}
+
+TEST(MappedFile, RefusesWhatIsNoRegularFile) {
+  const TemporaryFolder folder;
+  expect_error(ErrorKind::io, {folder.path().string(), "regular file", "a folder"},
+               [&] { MappedFile{folder.path()}; });
+  const std::filesystem::path pipe = folder.path() / "pipe";
+  ASSERT_EQ(::mkfifo(pipe.c_str(), 0600), 0);
+  expect_error(ErrorKind::io, {pipe.string(), "pipe"}, [&] { MappedFile{pipe}; });
+  expect_error(ErrorKind::io, {"/dev/zero", "device"}, [&] { read_file("/dev/zero", 10); });
+}
+
+TEST(MappedFile, RefusesAnEmptyFile) {
+  const TemporaryFolder folder;
+  const std::filesystem::path path = folder.write("a", "");
+  expect_error(ErrorKind::malformed, {path.string(), "empty"}, [&] { MappedFile{path}; });
+  EXPECT_EQ(read_file(path, 10), "");
+}
+
+TEST(ReadFile, RefusesAFileThatIsTooLarge) {
+  const TemporaryFolder folder;
+  const std::filesystem::path path = folder.write("a", "12345678901");
+  expect_error(ErrorKind::malformed, {path.string(), "at most 10 bytes", "found 11"},
+               [&] { read_file(path, 10); });
+}
+
+}  // namespace
+}  // namespace clusterfusion
