@@ -1,0 +1,49 @@
+// Pages of keys and values, shared by all sequences.
+//
+// A page holds kKvPagePositions positions of every layer and head:
+//   [layer][head] KvLayout: keys [head_dim][64], values [64][padded(head_dim)]
+// Pages are allocated when they are first wanted and stay with the pool; released pages are handed
+// out again. A page starts as all NaN, so anything read before it was written shows in the logits.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "backend/cpu/kernels.hpp"
+
+namespace clusterfusion::cpu {
+
+class KvPool {
+ public:
+  KvPool(const KvLayout& layout, std::int64_t num_layers, std::int64_t num_heads);
+
+  const KvLayout& layout() const noexcept { return layout_; }
+  std::int64_t page_bytes() const noexcept { return page_bytes_; }
+  // From a page's start to the keys of a layer's head.
+  std::int64_t offset(std::int64_t layer, std::int64_t head) const noexcept {
+    return (layer * num_heads_ + head) * head_bytes_;
+  }
+
+  // Appends pages to `pages` until there are `count`; all or none.
+  // Errors: out_of_memory, with what was wanted, what is in use and what the machine has left.
+  void grow(std::vector<std::byte*>& pages, std::int64_t count);
+  // Takes the pages from index `count` on back.
+  void shrink(std::vector<std::byte*>& pages, std::int64_t count) noexcept;
+
+ private:
+  struct Free {
+    void operator()(std::byte* page) const noexcept;
+  };
+  std::byte* allocate_page();
+
+  KvLayout layout_;
+  std::int64_t num_heads_;
+  std::int64_t head_bytes_;
+  std::int64_t page_bytes_;
+  std::vector<std::unique_ptr<std::byte[], Free>> pages_;
+  std::vector<std::byte*> free_;
+};
+
+}  // namespace clusterfusion::cpu

@@ -1,0 +1,92 @@
+// The forward pass of a GPT-NeoX model on the CPU.
+#pragma once
+
+#include <hwy/aligned_allocator.h>
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "backend/cpu/kernels.hpp"
+#include "backend/cpu/kv_pool.hpp"
+#include "backend/cpu/rotary.hpp"
+#include "base/thread_pool.hpp"
+#include "clusterfusion/model.hpp"
+
+namespace clusterfusion::cpu {
+
+// Tokens that follow each other in one sequence.
+struct Segment {
+  std::span<const TokenId> tokens;
+  std::int64_t first_position = 0;
+  std::span<std::byte* const> pages;  // enough for first_position + tokens.size() positions
+};
+
+class Transformer {
+ public:
+  // `pool` gives the layout of pages. Model, pool and threads must outlive this.
+  Transformer(const Model& model, const KvPool& pool, ThreadPool& threads);
+
+  // The most tokens that run() takes at once; bounded so that activations stay small.
+  std::int64_t max_rows() const noexcept { return max_rows_; }
+
+  // Runs all layers for the segments' tokens (max_rows() in all), of different sequences, and puts
+  // keys and values into the pages. The rows of the result are the tokens in order.
+  void run(std::span<const Segment> segments);
+
+  // Logits of rows [first, first + rows) of the last run, float32 [rows, vocab_size].
+  void logits(std::int64_t first, std::int64_t rows, float* out);
+
+ private:
+  // Row-major float32 with a stride that is a multiple of 16, the padding of each row zero.
+  struct Activations {
+    hwy::AlignedFreeUniquePtr<float[]> data;
+    std::int64_t stride = 0;
+    std::int64_t rows = 0;
+    float* row(std::int64_t r) const noexcept { return data.get() + r * stride; }
+  };
+  struct Norm {
+    std::vector<float> weight, bias;
+  };
+  struct Layer {
+    Norm input_norm, post_norm;
+    Matrix qkv, attention_out, mlp_up, mlp_down;
+    std::vector<float> qkv_bias, attention_out_bias, mlp_up_bias, mlp_down_bias;
+  };
+  // Products of one parallel region. All of a job write the same rows of the same output, one after
+  // the other.
+  struct Job {
+    std::vector<Product> products;
+    bool activate = false;
+  };
+
+  void reserve(std::int64_t rows);
+  void embed(std::span<const Segment> segments);
+  void normalize(const Norm& norm, Activations& out);
+  void multiply_all(std::span<const Job> jobs);
+  Product product(const Matrix& weights, const std::vector<float>& bias, const Activations& in,
+                  const Activations& out, bool add) const;
+  void attention(std::span<const Segment> segments, std::int64_t layer);
+  void store_head(const Segment& segment, std::int64_t row, std::int64_t count, std::int64_t layer,
+                  std::int64_t head);
+  void attend_head(const Segment& segment, std::int64_t row, std::int64_t begin, std::int64_t end,
+                   std::int64_t layer, std::int64_t head, int thread);
+  void run_layer(std::span<const Segment> segments, std::int64_t index);
+
+  const ModelConfig& config_;
+  const KvPool& pool_;
+  ThreadPool& threads_;
+  RotaryTable rotary_;
+  Matrix embedding_, lm_head_;
+  Norm final_norm_;
+  std::vector<Layer> layers_;
+  std::int64_t max_rows_ = 0;
+  std::int64_t rows_ = 0;  // of the last run
+
+  Activations hidden_, norm_a_, norm_b_, qkv_, attention_, mlp_, cos_sin_;
+  std::vector<std::int64_t> positions_;
+  std::vector<std::vector<float>> attention_scratch_;  // one for each thread
+};
+
+}  // namespace clusterfusion::cpu

@@ -1,0 +1,117 @@
+#include "base/thread_pool.hpp"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <fstream>
+#include <string>
+#include <utility>
+
+namespace clusterfusion {
+namespace {
+
+// How long a waiting thread spins before it sleeps. Waking a sleeper costs tens of microseconds,
+// so this covers the serial work between two regions and no more.
+constexpr std::chrono::microseconds kSpinTime{50};
+
+inline void relax() noexcept {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Returns when `value` is no longer `old`.
+template <typename T>
+void wait_while_equal(const std::atomic<T>& value, T old) noexcept {
+  const auto start = std::chrono::steady_clock::now();
+  do {
+    for (int spin = 0; spin < 64; ++spin) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() - start < kSpinTime);
+  while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
+}
+
+// CPU quota of the cgroup in cores, or a huge number without one.
+double cgroup_quota() {
+  constexpr double kUnlimited = 1e9;
+  std::ifstream file("/sys/fs/cgroup/cpu.max");
+  std::string quota;
+  double period = 0;
+  if (!(file >> quota >> period) || quota == "max" || period <= 0) return kUnlimited;
+  return std::strtod(quota.c_str(), nullptr) / period;
+}
+
+}  // namespace
+
+int usable_cores() {
+  int cores = static_cast<int>(std::thread::hardware_concurrency());
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) cores = CPU_COUNT(&set);
+  return std::max(1, static_cast<int>(std::min<double>(cores, std::ceil(cgroup_quota()))));
+}
+
+ThreadPool::ThreadPool(int threads) {
+  workers_.reserve(static_cast<std::size_t>(std::max(0, threads - 1)));
+  for (int thread = 1; thread < threads; ++thread) {
+    workers_.emplace_back([this, thread] { work(thread); });
+  }
+}
+
+ThreadPool::~ThreadPool() {
+  stop_.store(true, std::memory_order_relaxed);
+  region_.fetch_add(1, std::memory_order_release);
+  region_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run_erased(std::int64_t tasks, Call call, void* context) {
+  call_ = call;
+  context_ = context;
+  tasks_ = tasks;
+  next_task_.store(0, std::memory_order_relaxed);
+  const bool alone = workers_.empty() || tasks <= 1;
+  if (!alone) {
+    running_.store(static_cast<std::int32_t>(workers_.size()), std::memory_order_relaxed);
+    region_.fetch_add(1, std::memory_order_release);
+    region_.notify_all();
+  }
+  take_tasks(0);
+  if (!alone) {
+    for (std::int32_t left = running_.load(std::memory_order_acquire); left != 0;
+         left = running_.load(std::memory_order_acquire)) {
+      wait_while_equal(running_, left);
+    }
+  }
+  if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+void ThreadPool::take_tasks(int thread) noexcept {
+  for (;;) {
+    const std::int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
+    if (task >= tasks_) return;
+    try {
+      call_(context_, task, thread);
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+  }
+}
+
+void ThreadPool::work(int thread) noexcept {
+  std::uint32_t seen = 0;
+  for (;;) {
+    wait_while_equal(region_, seen);
+    ++seen;  // the caller starts a region only after all workers have left the one before
+    if (stop_.load(std::memory_order_relaxed)) return;
+    take_tasks(thread);
+    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+  }
+}
+
+}  // namespace clusterfusion

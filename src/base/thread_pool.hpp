@@ -1,0 +1,65 @@
+// A fixed team of threads for short parallel regions, a microsecond or two each.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace clusterfusion {
+
+// Cores that this process may use: the affinity mask, limited by the cgroup's CPU quota. At
+// least 1.
+int usable_cores();
+
+// Threads between regions spin for a moment, then sleep: the cores are shared with others.
+class ThreadPool {
+ public:
+  // `threads` >= 1, the calling thread included.
+  explicit ThreadPool(int threads);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int size() const noexcept { return static_cast<int>(workers_.size()) + 1; }
+
+  // Calls body(task, thread) for each task in [0, tasks), thread in [0, size()), and returns when
+  // all have ended. Tasks are handed out in order, one at a time, to whichever thread is free. An
+  // exception of a task is thrown here after the others have ended (the first one, if several).
+  // Must not be called from a task, nor by two threads at once.
+  template <typename Body>
+  void run(std::int64_t tasks, Body&& body) {
+    using Plain = std::remove_reference_t<Body>;
+    run_erased(
+        tasks,
+        [](void* context, std::int64_t task, int thread) {
+          (*static_cast<Plain*>(context))(task, thread);
+        },
+        const_cast<void*>(static_cast<const void*>(&body)));
+  }
+
+ private:
+  using Call = void (*)(void* context, std::int64_t task, int thread);
+
+  void run_erased(std::int64_t tasks, Call call, void* context);
+  void work(int thread) noexcept;
+  void take_tasks(int thread) noexcept;
+
+  // The running region. Written by the caller before `region_` advances, read by workers after.
+  Call call_ = nullptr;
+  void* context_ = nullptr;
+  std::int64_t tasks_ = 0;
+  std::exception_ptr error_;
+  std::atomic<bool> failed_ = false;
+
+  alignas(64) std::atomic<std::int64_t> next_task_ = 0;
+  alignas(64) std::atomic<std::uint32_t> region_ = 0;  // number of the running region
+  alignas(64) std::atomic<std::int32_t> running_ = 0;  // workers that have not left the region
+  std::atomic<bool> stop_ = false;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace clusterfusion
