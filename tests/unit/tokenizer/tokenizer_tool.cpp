@@ -3,7 +3,7 @@
 //   tokenizer_tool FILE encode     strings -> ids, with the post-processor's tokens
 //   tokenizer_tool FILE tokens     strings -> ids, without
 //   tokenizer_tool FILE decode     ids -> strings, special tokens left out
-//   tokenizer_tool FILE stream     the same through StreamDecoder, one token at a time
+//   tokenizer_tool FILE all        ids -> strings, special tokens kept
 //   tokenizer_tool FILE time N     strings -> N times in seconds of encoding them all, as float64
 //
 // Everything is little-endian. A list is its length (uint32) and its elements: bytes of a string,
@@ -24,7 +24,6 @@
 
 namespace {
 
-using clusterfusion::StreamDecoder;
 using clusterfusion::TokenId;
 using clusterfusion::Tokenizer;
 
@@ -53,14 +52,6 @@ std::optional<List> read_list() {
   return list;
 }
 
-std::string stream(const std::shared_ptr<const Tokenizer>& tokenizer,
-                   const std::vector<TokenId>& tokens) {
-  StreamDecoder decoder(tokenizer);
-  std::string text;
-  for (const TokenId token : tokens) text += decoder.push(token);
-  return text + decoder.finish();
-}
-
 double seconds_to_encode(const Tokenizer& tokenizer, const std::vector<std::string>& texts) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point start = Clock::now();
@@ -85,14 +76,14 @@ int run(const std::string& file, std::string_view mode, int repeats) {
     while (const auto text = read_list<std::string>()) {
       write_list(tokenizer->encode(*text, mode == "encode"));
     }
-  } else if (mode == "decode" || mode == "stream") {
+  } else if (mode == "decode" || mode == "all") {
     while (const auto tokens = read_list<std::vector<TokenId>>()) {
-      write_list(mode == "decode" ? tokenizer->decode(*tokens) : stream(tokenizer, *tokens));
+      write_list(tokenizer->decode(*tokens, mode == "decode"));
     }
   } else if (mode == "time" && repeats > 0) {
     time_encoding(*tokenizer, repeats);
   } else {
-    throw std::runtime_error("MODE must be encode, tokens, decode, stream or time N");
+    throw std::runtime_error("MODE must be encode, tokens, decode, all or time N");
   }
   return 0;
 }
@@ -101,7 +92,7 @@ int run(const std::string& file, std::string_view mode, int repeats) {
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    std::fputs("usage: tokenizer_tool FILE encode|tokens|decode|stream|time [N]\n", stderr);
+    std::fputs("usage: tokenizer_tool FILE encode|tokens|decode|all|time [N]\n", stderr);
     return 2;
   }
   try {
