@@ -102,9 +102,11 @@ def integer(name: str, value: object, low: int = INT64_MIN, high: int = INT64_MA
         result = operator.index(cast(SupportsIndex, value))
     except TypeError:
         raise TypeError(f"{name}: expected an integer, found {type(value).__name__}") from None
-    if not low <= result <= high:
-        raise ValueError(f"{name}: expected an integer in [{low}, {high}], found {result}")
-    return result
+    if low <= result <= high:
+        return result
+    if high == INT64_MAX and low > INT64_MIN:
+        raise ValueError(f"{name}: expected an integer of at least {low}, found {result}")
+    raise ValueError(f"{name}: expected an integer in [{low}, {high}], found {result}")
 
 
 def number(name: str, value: object) -> float:
@@ -132,6 +134,16 @@ def boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected bool, found {type(value).__name__}")
     return bool(value)
+
+
+def prompt_tokens(name: str, prompt: object) -> npt.NDArray[np.int32]:
+    """Returns the token ids of a prompt that is not text; errors are those of token_ids()."""
+    if not isinstance(prompt, Sequence) and not _is_array(prompt):
+        raise TypeError(
+            f"{name}: expected str, bytes, a sequence of integers or a DLPack array, found "
+            f"{type(prompt).__name__}"
+        )
+    return token_ids(name, prompt)
 
 
 def token_ids(name: str, tokens: object) -> npt.NDArray[np.int32]:

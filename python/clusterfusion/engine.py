@@ -26,6 +26,7 @@ from clusterfusion._arguments import (
     is_batch,
     is_text,
     number,
+    prompt_tokens,
     text_option,
     token_ids,
     utf8,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 PromptT = TypeVar("PromptT", bound=Prompt)
+ArrayT = TypeVar("ArrayT", bound=DLPackArray)
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -210,7 +212,7 @@ class Engine:
             file_path("path", path),
             text_option("device", device),
             integer("threads", threads, INT32_MIN, INT32_MAX),
-            integer("context", context) if context is not None else 0,
+            integer("context", context, 1) if context is not None else 0,
             text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
         )
 
@@ -306,6 +308,11 @@ class Engine:
             wants_logprobs=options.get("logprobs") is not None,
         )
 
+    @overload
+    def logits(self, prompt: Prompt, *, out: None = None) -> npt.NDArray[np.float32]: ...
+    @overload
+    def logits(self, prompt: Prompt, *, out: ArrayT) -> ArrayT: ...
+
     def logits(
         self, prompt: Prompt, *, out: DLPackArray | None = None
     ) -> npt.NDArray[np.float32] | DLPackArray:
@@ -364,8 +371,8 @@ class Engine:
                 self._handle,
                 self._token_ids(prompt),
                 len(utf8("prompt", prompt)) if is_text(prompt) else 0,
-                integer("context", context) if context is not None else 0,
-                integer("stride", stride) if stride is not None else 0,
+                integer("context", context, 1) if context is not None else 0,
+                integer("stride", stride, 1) if stride is not None else 0,
             )
         )
 
@@ -381,7 +388,7 @@ class Engine:
         return f"Engine({info.path!r}, device={info.device!r})"
 
     def _token_ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
-        return token_ids("prompt", self.encode(prompt) if is_text(prompt) else prompt)
+        return prompt_tokens("prompt", self.encode(prompt) if is_text(prompt) else prompt)
 
 
 def _requests(prompts: list[dict[str, Any]], options: GenerateOptions) -> list[dict[str, Any]]:
@@ -416,7 +423,7 @@ def _requests(prompts: list[dict[str, Any]], options: GenerateOptions) -> list[d
 def _prompt_fields(name: str, prompt: object) -> dict[str, Any]:
     if is_text(prompt):
         return {"prompt": utf8(name, prompt), "prompt_tokens": np.empty(0, dtype=np.int32)}
-    return {"prompt": b"", "prompt_tokens": token_ids(name, prompt)}
+    return {"prompt": b"", "prompt_tokens": prompt_tokens(name, prompt)}
 
 
 def _stop_texts(stop: Text | Sequence[Text] | None) -> list[bytes]:

@@ -1,0 +1,34 @@
+"""What several tests share."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The folder of the trained model that ships with the project."""
+    folder = ROOT / "models" / "demo"
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"{folder / 'model.safetensors'} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of the texts and the tokenizer that are not part of the project."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def build_dir() -> Path:
+    """The CMake build folder that CLUSTERFUSION_BUILD_DIR names."""
+    if "CLUSTERFUSION_BUILD_DIR" not in os.environ:
+        pytest.skip("CLUSTERFUSION_BUILD_DIR is not set")
+    return Path(os.environ["CLUSTERFUSION_BUILD_DIR"])

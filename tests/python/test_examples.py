@@ -1,0 +1,75 @@
+"""The examples that README shows build and run as a user would build and run them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import clusterfusion
+import pytest
+from conftest import ROOT
+
+PROMPT = "It was a dark and stormy night"
+OPTIONS = {"max_new_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def expected(demo_model) -> str:
+    return clusterfusion.Engine(demo_model).generate(PROMPT, **OPTIONS).text
+
+
+@pytest.fixture(scope="module")
+def prefix(build_dir, tmp_path_factory) -> Path:
+    """Where `cmake --install` has put the C++ library."""
+    prefix = tmp_path_factory.mktemp("prefix")
+    run("cmake", "--install", build_dir, "--prefix", prefix)
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def cpp_example(prefix, tmp_path_factory) -> Path:
+    build = tmp_path_factory.mktemp("example")
+    generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+    prefix_path = f"-DCMAKE_PREFIX_PATH={prefix}"
+    run("cmake", "-S", ROOT / "examples/cpp", "-B", build, prefix_path, *generator)
+    run("cmake", "--build", build)
+    return build / "generate"
+
+
+def run(*command: object, status: int = 0) -> subprocess.CompletedProcess:
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert result.returncode == status, result.stdout + result.stderr
+    return result
+
+
+def test_python_example(demo_model, expected):
+    result = run(sys.executable, ROOT / "examples/python/generate.py", demo_model, PROMPT)
+    assert result.stdout == expected + "\n"
+    assert "tokens/s" in result.stderr
+
+
+def test_cpp_example(demo_model, expected, cpp_example):
+    result = run(cpp_example, demo_model, PROMPT)
+    assert result.stdout == expected
+    assert "tokens/s" in result.stderr
+
+
+def test_cpp_example_reports_errors(cpp_example, tmp_path):
+    assert "usage" in run(cpp_example, status=2).stderr
+    missing = tmp_path / "missing"
+    assert str(missing) in run(cpp_example, missing, PROMPT, status=1).stderr
+
+
+def test_installed_headers_stand_alone(prefix, tmp_path):
+    """Each public header compiles by itself, without the project's sources."""
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    headers = sorted((prefix / "include/clusterfusion").glob("*.hpp"))
+    assert [h.name for h in headers] == sorted(
+        h.name for h in (ROOT / "include/clusterfusion").glob("*.hpp")
+    )
+    for header in headers:
+        source = tmp_path / f"{header.stem}.cpp"
+        source.write_text(f"#include <clusterfusion/{header.name}>\n")
+        flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{prefix}/include"]
+        run(compiler, *flags, "-fsyntax-only", source)
