@@ -48,9 +48,9 @@ class AddedTokenMatcher {
       if (match.token->lstrip) match.begin = std::max(done, spaces_begin(text, match.begin));
       if (match.token->rstrip) match.end = spaces_end(text, match.end);
       if (done < match.begin) on_text(text.substr(done, match.begin - done));
-      on_token(match.token->id);
       // Another added token may lie in the white space that one with rstrip has taken. tokenizers
-      // finds it all the same, and goes on behind it.
+      // finds it all the same and goes on behind it, but drops it if lstrip leaves nothing of it.
+      if (match.begin < match.end) on_token(match.token->id);
       done = match.end;
     }
     if (done < text.size()) on_text(text.substr(done));
