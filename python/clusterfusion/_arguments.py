@@ -33,7 +33,7 @@ def is_batch(value: object) -> TypeGuard[Sequence[Prompt]]:
     """Whether a value is a list or tuple of prompts rather than one prompt."""
     if not isinstance(value, list | tuple) or not value:
         return False
-    return any(is_text(item) or isinstance(item, list | tuple) or _is_array(item) for item in value)
+    return any(isinstance(item, Sequence) or _is_array(item) for item in value)
 
 
 def _is_array(value: object) -> bool:
