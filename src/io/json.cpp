@@ -1,7 +1,6 @@
 #include "io/json.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "base/fail.hpp"

@@ -135,8 +135,8 @@ double rope_parameter(const JsonObject& root, const std::optional<JsonObject>& r
   if (const std::optional<JsonValue> other = root.find_non_null(alias)) {
     if (other->number(range) != result) {
       other->fail_expected(
-          fmt::format("equal to \"{}\", which is {}{} (write both into \"rope_parameters\" to say "
-                      "which one holds)",
+          fmt::format("equal to \"{}\", which is {}{} (or write the value that holds into "
+                      "\"rope_parameters\")",
                       old_key, result, value ? "" : " by default"));
     }
   }

@@ -39,7 +39,7 @@ std::string prefix_of(const TensorStore& store) {
   return first != store.tensors().end() && first->first.starts_with(prefix) ? prefix : "";
 }
 
-// transformers 5.2 calls it lm_head in memory; all versions have saved it as embed_out.
+// transformers saves it as embed_out; version 5 calls it lm_head in memory and loads either name.
 const char* lm_head_name(const TensorStore& store) {
   const bool has_old = store.find("embed_out.weight") != nullptr;
   const bool has_new = store.find("lm_head.weight") != nullptr;

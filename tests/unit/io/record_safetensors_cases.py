@@ -78,10 +78,15 @@ def named_cases() -> dict[str, bytes]:
         "empty tensors": framed(
             {"a": tensor([0], 0, 0), "b": tensor([2], 0, 4), "c": tensor([0, 5], 4, 4)}, 4
         ),
-        "an empty tensor inside another": framed({"a": tensor([0], 2, 2), "b": tensor([2], 0, 4)}, 4),
+        "an empty tensor inside another": framed(
+            {"a": tensor([0], 2, 2), "b": tensor([2], 0, 4)}, 4
+        ),
         "a misaligned tensor": framed({"a": tensor([1], 0, 1, "U8"), "b": tensor([1], 1, 3)}, 3),
         "every dtype": framed(
-            {d: tensor([1], 8 * i, 8 * i + 8, d) for i, d in enumerate(["I64", "U64", "F64", "C64"])},
+            {
+                d: tensor([1], 8 * i, 8 * i + 8, d)
+                for i, d in enumerate(["I64", "U64", "F64", "C64"])
+            },
             32,
         ),
     }
