@@ -49,7 +49,7 @@ DEMO_PERPLEXITIES = [
 
 def family_settings() -> list[dict]:
     """Return settings for write_random_checkpoint that span the GPT-NeoX family."""
-    rotary = cycle([0.25, 1.0, 0.5, 0.3, 0.25, 0.4, 0.125])
+    rotary = cycle([0.25, 1.0, 0.5, 0.375, 0.25, 0.75, 0.125])
     theta = cycle([10000.0, 500000.0, 10000.0, 123.5])
     layers = cycle([1, 3, 2, 5])
     activation = cycle(ACTIVATIONS)

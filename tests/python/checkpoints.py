@@ -166,7 +166,11 @@ def list_tensors(
 
 
 def write_safetensors(path: Path, tensors: list[Tensor]) -> None:
-    """Streams tensors into a file: https://huggingface.co/docs/safetensors/index#format."""
+    """Streams tensors into a file: https://huggingface.co/docs/safetensors/index#format.
+
+    Wide elements come first, as the format's own library puts them, so that each is aligned.
+    """
+    tensors = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.tag])
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
