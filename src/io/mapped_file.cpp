@@ -68,7 +68,8 @@ class FileDescriptor {
   }
 
   std::span<const std::byte> map() {
-    void* address = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor_, 0);
+    // MAP_PRIVATE: nothing is written, and more file systems can do it than MAP_SHARED.
+    void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor_, 0);
     if (address == MAP_FAILED) fail_errno("map", path_);
     return {static_cast<const std::byte*>(address), size_};
   }
