@@ -3,6 +3,7 @@
 #include <fmt/ranges.h>
 
 #include <memory>
+#include <optional>
 
 #include "base/fail.hpp"
 #include "cli/commands.hpp"
@@ -81,9 +82,9 @@ GenerateRequest make_request(const Settings& settings) {
 class EventWriter {
  public:
   EventWriter(const Settings& settings, const Tokenizer* tokenizer)
-      : settings_(settings),
-        tokenizer_(tokenizer),
-        progress_("generating", "tokens", settings.report.quiet || !settings.report.json) {}
+      : settings_(settings), tokenizer_(tokenizer) {
+    if (settings.report.json) progress_.emplace("generating", "tokens", settings.report.quiet);
+  }
 
   void begin(const GenerateRequest& request) {
     if (!settings_.echo) return;
@@ -102,7 +103,7 @@ class EventWriter {
       write_output(to_line(event_json(event)));
     } else if (settings_.report.json) {
       num_tokens_ += event.token.has_value();
-      progress_.update(num_tokens_, settings_.request.max_new_tokens);
+      progress_->update(num_tokens_, settings_.request.max_new_tokens);
       return;
     } else if (tokenizer_ != nullptr) {
       write_output(event.text);
@@ -113,6 +114,7 @@ class EventWriter {
   }
 
   void end(const GenerateResult& result) {
+    progress_.reset();
     if (settings_.json_lines) {
       Json json = {{"event", "end"}};
       json.update(to_json(result, tokenizer_));
@@ -143,14 +145,17 @@ class EventWriter {
 
   const Settings& settings_;
   const Tokenizer* const tokenizer_;
-  ProgressBar progress_;
+  std::optional<ProgressBar> progress_;
   std::int64_t num_tokens_ = 0;
 };
 
-// Adds the read ceiling to the statistics if it is asked for, or costs next to nothing.
-void add_read_ceiling(Engine& engine, const Settings& settings, Statistics& statistics) {
+// Adds the read ceiling to the statistics if it is asked for, or costs next to nothing. Whoever
+// pressed Ctrl-C does not want to wait for it.
+void add_read_ceiling(Engine& engine, const Settings& settings, GenerateResult& result) {
+  Statistics& statistics = result.statistics;
   const bool quick = engine.model().bytes_per_token() <= kQuickCeilingBytes;
-  if (statistics.bytes_per_second <= 0 || !(settings.ceiling || quick)) return;
+  const bool wanted = settings.ceiling && result.finish_reason != FinishReason::cancelled;
+  if (statistics.bytes_per_second <= 0 || !(wanted || quick)) return;
   statistics.read_ceiling_bytes_per_second = engine.measure_read_ceiling();
   statistics.ceiling_share = statistics.bytes_per_second / statistics.read_ceiling_bytes_per_second;
 }
@@ -173,7 +178,7 @@ ExitCode run(const Settings& settings) {
   GenerateResult result = generation->results().front();
   const bool with_statistics = !settings.report.quiet && !settings.no_stats;
   if (with_statistics || settings.report.json || settings.json_lines) {
-    add_read_ceiling(*engine, settings, result.statistics);
+    add_read_ceiling(*engine, settings, result);
   }
   writer.end(result);
   if (with_statistics) {
@@ -231,7 +236,8 @@ void add_generate_command(CLI::App& app, Command& selected) {
       "Keys of --json: text, prompt_tokens, tokens, finish_reason, logprobs, statistics.\n"
       "--json-lines prints {\"event\": \"token\", text, token, piece, ...} for each token and\n"
       "{\"event\": \"end\", ...} with the keys of --json as the last line.",
-      "clusterfusion generate models/demo -p \"It was a dark night\" -n 48 --temperature 0.8 --seed 1");
+      "clusterfusion generate models/demo -p \"It was a dark night\" -n 48 --temperature 0.8 "
+      "--seed 1");
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
   add_text_options(command, settings->prompt, "--prompt", "--prompt-file");

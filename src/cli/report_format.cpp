@@ -40,7 +40,7 @@ std::string format_bytes(double bytes) {
 std::string format_count(std::int64_t count, std::string_view unit) {
   std::string digits = fmt::to_string(count);
   const std::size_t first_digit = count < 0 ? 1 : 0;
-  for (std::size_t at = digits.size(); at > first_digit + 3; at -= 3) digits.insert(at - 3, ",");
+  for (std::size_t at = digits.size(); at > first_digit + 3; at -= 3) digits.insert(at - 3, 1, ',');
   return fmt::format("{} {}{}", digits, unit, count == 1 ? "" : "s");
 }
 
