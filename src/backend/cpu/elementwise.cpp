@@ -117,6 +117,9 @@ std::uint64_t read_memory_kernel(const std::byte* data, std::int64_t bytes) {
   auto sum0 = hn::Zero(d), sum1 = sum0, sum2 = sum0, sum3 = sum0;
   std::int64_t i = 0;
   for (; i + 4 * step <= bytes; i += 4 * step) {
+    for (std::int64_t line = 0; line < 4 * step; line += 64) {
+      __builtin_prefetch(data + i + kPrefetchBytes + line, 0, 2);
+    }
     sum0 = hn::Xor(sum0, load(i));
     sum1 = hn::Xor(sum1, load(i + step));
     sum2 = hn::Xor(sum2, load(i + 2 * step));

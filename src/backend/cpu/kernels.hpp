@@ -21,8 +21,8 @@ inline constexpr std::int64_t padded(std::int64_t count) noexcept {
 
 // Queries that attention computes together; blocks of queries start at multiples of it.
 inline constexpr std::int64_t kQueryBlock = 4;
-// Weight rows in a task are best a multiple of this: every kernel's row count divides it.
-inline constexpr std::int64_t kRowGroup = 24;
+// Weight rows in a task are best a multiple of this: every register tile's rows divide it.
+inline constexpr std::int64_t kRowGroup = 12;
 
 // Row-major weights [rows, cols].
 struct Matrix {

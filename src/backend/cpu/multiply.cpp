@@ -8,23 +8,18 @@
 #define HWY_TARGET_INCLUDE "backend/cpu/multiply.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.h:
-#include <hwy/cache_control.h>
-
 #include "backend/cpu/vector16-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace clusterfusion::cpu {
 namespace HWY_NAMESPACE {
 
-// Tokens in the largest register tile, and weight rows beside `tokens` of them: what the vector
-// registers hold beside the operands.
-constexpr int kMaxTileTokens = kParts == 1 ? 4 : kParts == 2 ? 3 : 1;
-constexpr int tile_rows(int tokens) {
-  if (kParts == 1) return tokens <= 2 ? 8 : 6;
-  if (kParts == 2) return tokens == 1 ? 4 : 2;
-  return 2;
-}
-
+// The register tile of many tokens: what the vector registers hold beside the operands.
+constexpr int kTileTokens = kParts == 1 ? 4 : kParts == 2 ? 3 : 2;
+constexpr int kTileRows = kParts == 1 ? 6 : kParts == 2 ? 2 : 1;
+static_assert(kRowGroup % kTileRows == 0);
+// So few tokens are bound by reading the weights.
+constexpr int kStreamTokens = 4;
 // Four sums at once, each in sum16's order.
 HWY_INLINE void sum4x16(const Vector16* acc, float* sums) {
 #if HWY_TARGET == HWY_SCALAR  // which cannot move lanes
@@ -42,16 +37,17 @@ HWY_INLINE void sum4x16(const Vector16* acc, float* sums) {
 #endif
 }
 
+// Adds bias and old value where wanted, and stores the sums of kTokens x kRows elements.
 template <int kTokens, int kRows>
-HWY_INLINE void finish_tile(const Product& p, std::int64_t row, std::int64_t token,
-                            const Vector16 (&acc)[kTokens * kRows]) {
+HWY_INLINE void finish(const Product& p, std::int64_t row, std::int64_t token,
+                       const Vector16 (&acc)[kTokens * kRows]) {
   constexpr int kTile = kTokens * kRows;
+  constexpr int kFours = kTile / 4 * 4;
   float sums[kTile];
-  int done = 0;
   CF_UNROLL
-  for (; done + 4 <= kTile; done += 4) sum4x16(acc + done, sums + done);
+  for (int i = 0; i < kFours; i += 4) sum4x16(acc + i, sums + i);
   CF_UNROLL
-  for (; done < kTile; ++done) sums[done] = sum16(acc[done]);
+  for (int i = kFours; i < kTile; ++i) sums[i] = sum16(acc[i]);
   for (int t = 0; t < kTokens; ++t) {
     float* out = p.out + (token + t) * p.out_stride + row;
     for (int r = 0; r < kRows; ++r) {
@@ -62,6 +58,7 @@ HWY_INLINE void finish_tile(const Product& p, std::int64_t row, std::int64_t tok
   }
 }
 
+// kTokens x kRows elements, weights and activations met once along k.
 template <typename T, int kTokens, int kRows>
 HWY_NOINLINE void multiply_tile(const Product& p, const T* weights, std::int64_t row,
                                 std::int64_t token) {
@@ -87,54 +84,74 @@ HWY_NOINLINE void multiply_tile(const Product& p, const T* weights, std::int64_t
   };
   std::int64_t k = 0;
   for (; k + kLanes <= cols; k += kLanes) {
-    if constexpr (kTokens == 1) {
-      // The next tile's rows, which lie right behind these.
-      CF_UNROLL
-      for (int r = 0; r < kRows; ++r) hwy::Prefetch(w + (kRows + r) * cols + k);
-    }
     step(k, [](const T* from) HWY_ATTR { return load16(from); });
   }
   if (k < cols) {
     step(k, [&](const T* from) HWY_ATTR { return load_tail16(from, cols - k); });
   }
-  finish_tile<kTokens, kRows>(p, row, token, acc);
+  finish<kTokens, kRows>(p, row, token, acc);
 }
 
-// All rows for `kTokens` tokens from `token` on.
+// Rows one after the other, as they lie in memory, for kTokens tokens.
 template <typename T, int kTokens>
-HWY_INLINE std::int64_t multiply_rows(const Product& p, const T* weights, std::int64_t row,
-                                      std::int64_t row_end, std::int64_t token) {
-  constexpr int kRows = tile_rows(kTokens);
-  for (; row + kRows <= row_end; row += kRows) {
-    multiply_tile<T, kTokens, kRows>(p, weights, row, token);
+HWY_NOINLINE void stream_rows(const Product& p, const T* weights, std::int64_t row,
+                              std::int64_t row_end, std::int64_t token) {
+  const std::int64_t cols = p.weights.cols;
+  const float* a = p.in + token * p.in_stride;
+  constexpr std::int64_t kLineElements = 64 / sizeof(T);
+  constexpr std::int64_t kAhead = kPrefetchBytes / static_cast<std::int64_t>(sizeof(T));
+  for (; row < row_end; ++row) {
+    const T* w = weights + row * cols;
+    Vector16 acc[kTokens];
+    CF_UNROLL
+    for (int t = 0; t < kTokens; ++t) acc[t] = set16(0.0f);
+    const auto step = [&](std::int64_t k, const Vector16& wide) HWY_ATTR {
+      CF_UNROLL
+      for (int t = 0; t < kTokens; ++t) {
+        acc[t] = mul_add16(load16(a + t * p.in_stride + k), wide, acc[t]);
+      }
+    };
+    std::int64_t k = 0;
+    for (; k + kLineElements <= cols; k += kLineElements) {
+      __builtin_prefetch(w + k + kAhead, 0, 2);
+      CF_UNROLL
+      for (std::int64_t i = 0; i < kLineElements; i += kLanes) step(k + i, load16(w + k + i));
+    }
+    for (; k + kLanes <= cols; k += kLanes) step(k, load16(w + k));
+    if (k < cols) step(k, load_tail16(w + k, cols - k));
+    finish<kTokens, 1>(p, row, token, acc);
   }
-  for (; row < row_end; ++row) multiply_tile<T, kTokens, 1>(p, weights, row, token);
-  return row;
+}
+
+// stream_rows for a number of tokens known only now, at most kStreamTokens.
+template <typename T, int kTokens = kStreamTokens>
+HWY_INLINE void stream_few(const Product& p, const T* weights, std::int64_t row,
+                           std::int64_t row_end, std::int64_t token, std::int64_t tokens) {
+  if constexpr (kTokens > 0) {
+    if (tokens == kTokens) return stream_rows<T, kTokens>(p, weights, row, row_end, token);
+    stream_few<T, kTokens - 1>(p, weights, row, row_end, token, tokens);
+  }
 }
 
 template <typename T>
 void multiply_typed(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
   const T* weights = reinterpret_cast<const T*>(p.weights.data);
-  // A few rows at a time stay in the nearest cache while all tokens pass by.
-  constexpr std::int64_t kGroup = tile_rows(kMaxTileTokens);
-  if (p.tokens == 1) {
-    multiply_rows<T, 1>(p, weights, row_begin, row_end, 0);
-    return;
+  if (p.tokens <= kStreamTokens) {
+    return stream_few(p, weights, row_begin, row_end, 0, p.tokens);
   }
-  for (std::int64_t row = row_begin; row < row_end; row += kGroup) {
-    const std::int64_t end = row + kGroup < row_end ? row + kGroup : row_end;
+  // A tile's rows stay in the nearest cache while all tokens pass by.
+  for (std::int64_t row = row_begin; row < row_end; row += kTileRows) {
+    const bool whole = row + kTileRows <= row_end;
     std::int64_t token = 0;
-    for (; token + kMaxTileTokens <= p.tokens; token += kMaxTileTokens) {
-      multiply_rows<T, kMaxTileTokens>(p, weights, row, end, token);
+    for (; token + kTileTokens <= p.tokens; token += kTileTokens) {
+      if (whole) {
+        multiply_tile<T, kTileTokens, kTileRows>(p, weights, row, token);
+      } else {
+        stream_rows<T, kTileTokens>(p, weights, row, row_end, token);
+      }
     }
-    const std::int64_t left = p.tokens - token;
-    if constexpr (kMaxTileTokens >= 4) {
-      if (left == 3) multiply_rows<T, 3>(p, weights, row, end, token);
-    }
-    if constexpr (kMaxTileTokens >= 3) {
-      if (left == 2) multiply_rows<T, 2>(p, weights, row, end, token);
-    }
-    if (left == 1) multiply_rows<T, 1>(p, weights, row, end, token);
+    const std::int64_t end = whole ? row + kTileRows : row_end;
+    stream_few(p, weights, row, end, token, p.tokens - token);
   }
 }
 

@@ -15,10 +15,12 @@ namespace {
 // Activations of one run() take at most this much.
 constexpr std::int64_t kActivationBytes = std::int64_t{64} << 20;
 constexpr std::int64_t kMaxRows = 512;
-// Weights that one task of a matrix-vector product reads, and shape of a matrix-matrix task.
-constexpr std::int64_t kTaskBytes = 64 << 10;
+// Up to so many tokens are bound by reading the weights; their smallest task.
+constexpr std::int64_t kFewTokens = 32;
+constexpr std::int64_t kMinTaskBytes = 64 << 10;
+// Shape of a task of more tokens.
 constexpr std::int64_t kTaskTokens = 128;
-constexpr std::int64_t kTaskRows = 2 * kRowGroup;
+constexpr std::int64_t kTaskRows = 4 * kRowGroup;
 // Queries of a task of attention, and the longest piece of a sequence whose keys are stored and
 // attended to in one task for each head.
 constexpr std::int64_t kTaskQueries = 64;
@@ -79,6 +81,14 @@ Transformer::Transformer(const Model& model, const KvPool& pool, ThreadPool& thr
       std::vector<float>(static_cast<std::size_t>(attention_scratch(config_.head_dim))));
 }
 
+std::int64_t Transformer::Job::rows() const noexcept { return products[0].weights.rows; }
+
+std::int64_t Transformer::Job::row_bytes() const noexcept {
+  std::int64_t bytes = 0;
+  for (const Product& p : products) bytes += p.weights.cols * size_of(p.weights.dtype);
+  return bytes;
+}
+
 void Transformer::reserve(std::int64_t rows) {
   for (Activations* a : {&hidden_, &norm_a_, &norm_b_, &qkv_, &attention_, &mlp_, &cos_sin_}) {
     if (a->rows >= rows) continue;
@@ -128,41 +138,54 @@ Product Transformer::product(const Matrix& weights, const std::vector<float>& bi
           add};
 }
 
-void Transformer::multiply_all(std::span<const Job> jobs) {
-  struct Grid {
-    std::int64_t rows_in_task, row_tasks, first_task;
-  };
+// Few tokens: reading the weights is what takes the time. Each task reads a long stretch, half of
+// an even share of what is left, so that streams are long and yet all threads end together.
+std::vector<Transformer::Task> Transformer::streaming_tasks(std::span<const Job> jobs) const {
   const std::int64_t tokens = jobs[0].products[0].tokens;
-  const std::int64_t group = tokens <= 2 ? 8 : kRowGroup;
-  const std::int64_t token_tasks = ceil_div(tokens, kTaskTokens);
-  std::vector<Grid> grids;
-  std::int64_t tasks = 0;
+  std::int64_t left = 0;
+  for (const Job& job : jobs) left += job.row_bytes() * job.rows();
+  std::vector<Task> tasks;
   for (const Job& job : jobs) {
-    std::int64_t row_bytes = 0;
-    for (const Product& p : job.products) row_bytes += p.weights.cols * size_of(p.weights.dtype);
-    const std::int64_t rows = std::max(kTaskBytes / row_bytes / group * group, group);
-    const std::int64_t rows_in_task = tokens >= kTaskTokens / 2 ? kTaskRows : rows;
-    const std::int64_t row_tasks = ceil_div(job.products[0].weights.rows, rows_in_task);
-    grids.push_back({rows_in_task, row_tasks, tasks});
-    tasks += row_tasks * token_tasks;
+    for (std::int64_t row = 0; row < job.rows();) {
+      const std::int64_t bytes = std::max(left / (2 * threads_.size()), kMinTaskBytes);
+      const std::int64_t groups = std::max<std::int64_t>(bytes / job.row_bytes() / kRowGroup, 1);
+      const std::int64_t end = std::min(row + groups * kRowGroup, job.rows());
+      tasks.push_back({&job, row, end, 0, tokens});
+      left -= (end - row) * job.row_bytes();
+      row = end;
+    }
   }
-  threads_.run(tasks, [&](std::int64_t task, int) {
-    std::size_t j = jobs.size() - 1;
-    while (task < grids[j].first_task) --j;
-    const Grid& grid = grids[j];
-    const std::int64_t token = (task - grid.first_task) % token_tasks * kTaskTokens;
-    const std::int64_t row = (task - grid.first_task) / token_tasks * grid.rows_in_task;
-    const std::int64_t row_end =
-        std::min(row + grid.rows_in_task, jobs[j].products[0].weights.rows);
-    const std::int64_t token_end = std::min(token + kTaskTokens, tokens);
-    for (Product p : jobs[j].products) {
-      p.in += token * p.in_stride;
-      p.out += token * p.out_stride;
-      p.tokens = token_end - token;
-      multiply(p, row, row_end);
-      if (!jobs[j].activate) continue;
+  return tasks;
+}
+
+// Many tokens: weights and activations of a task fit the caches.
+std::vector<Transformer::Task> Transformer::tiled_tasks(std::span<const Job> jobs) const {
+  const std::int64_t tokens = jobs[0].products[0].tokens;
+  std::vector<Task> tasks;
+  for (const Job& job : jobs) {
+    for (std::int64_t row = 0; row < job.rows(); row += kTaskRows) {
+      for (std::int64_t token = 0; token < tokens; token += kTaskTokens) {
+        tasks.push_back({&job, row, std::min(row + kTaskRows, job.rows()), token,
+                         std::min(token + kTaskTokens, tokens)});
+      }
+    }
+  }
+  return tasks;
+}
+
+void Transformer::multiply_all(std::span<const Job> jobs) {
+  const bool few = jobs[0].products[0].tokens <= kFewTokens;
+  const std::vector<Task> tasks = few ? streaming_tasks(jobs) : tiled_tasks(jobs);
+  threads_.run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, int) {
+    const Task& task = tasks[static_cast<std::size_t>(index)];
+    for (Product p : task.job->products) {
+      p.in += task.token * p.in_stride;
+      p.out += task.token * p.out_stride;
+      p.tokens = task.token_end - task.token;
+      multiply(p, task.row, task.row_end);
+      if (!task.job->activate) continue;
       for (std::int64_t t = 0; t < p.tokens; ++t) {
-        activate(config_.activation, p.out + t * p.out_stride + row, row_end - row);
+        activate(config_.activation, p.out + t * p.out_stride + task.row, task.row_end - task.row);
       }
     }
   });

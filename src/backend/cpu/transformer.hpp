@@ -59,12 +59,22 @@ class Transformer {
   struct Job {
     std::vector<Product> products;
     bool activate = false;
+
+    std::int64_t rows() const noexcept;
+    std::int64_t row_bytes() const noexcept;  // of weights, over all products
+  };
+  // Rows and tokens of a job that one thread computes.
+  struct Task {
+    const Job* job;
+    std::int64_t row, row_end, token, token_end;
   };
 
   void reserve(std::int64_t rows);
   void embed(std::span<const Segment> segments);
   void normalize(const Norm& norm, Activations& out);
   void multiply_all(std::span<const Job> jobs);
+  std::vector<Task> streaming_tasks(std::span<const Job> jobs) const;
+  std::vector<Task> tiled_tasks(std::span<const Job> jobs) const;
   Product product(const Matrix& weights, const std::vector<float>& bias, const Activations& in,
                   const Activations& out, bool add) const;
   void attention(std::span<const Segment> segments, std::int64_t layer);

@@ -26,6 +26,10 @@ using Native = hn::Vec<FloatTag>;
 constexpr int kNativeLanes = static_cast<int>(hn::MaxLanes(FloatTag()));
 constexpr int kParts = static_cast<int>(kLanes) / kNativeLanes;
 
+// How far ahead of its use memory is asked for, for the second-level cache. Measured on Zen 4 (1 to
+// 128 KB, one to eight streams): one stream and 8 KB read fastest.
+constexpr std::int64_t kPrefetchBytes = 8 << 10;
+
 #define CF_UNROLL _Pragma("GCC unroll 16")
 
 struct Vector16 {
