@@ -133,25 +133,37 @@ HWY_INLINE void stream_few(const Product& p, const T* weights, std::int64_t row,
   }
 }
 
+// Asks for one of `parts` even parts of the memory [data, data + bytes).
+HWY_INLINE void prefetch_part(const void* data, std::int64_t bytes, std::int64_t part,
+                              std::int64_t parts) {
+  const char* from = static_cast<const char*>(data);
+  for (std::int64_t at = bytes * part / parts; at < bytes * (part + 1) / parts; at += 64) {
+    __builtin_prefetch(from + at, 0, 2);
+  }
+}
+
 template <typename T>
 void multiply_typed(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
   const T* weights = reinterpret_cast<const T*>(p.weights.data);
   if (p.tokens <= kStreamTokens) {
     return stream_few(p, weights, row_begin, row_end, 0, p.tokens);
   }
-  // A tile's rows stay in the nearest cache while all tokens pass by.
+  const std::int64_t tiles = p.tokens / kTileTokens;
+  const std::int64_t group_bytes =
+      kTileRows * p.weights.cols * static_cast<std::int64_t>(sizeof(T));
+  // A group of rows stays in the nearest cache while all tokens pass by, and the next one comes in.
   for (std::int64_t row = row_begin; row < row_end; row += kTileRows) {
     const bool whole = row + kTileRows <= row_end;
-    std::int64_t token = 0;
-    for (; token + kTileTokens <= p.tokens; token += kTileTokens) {
+    const std::int64_t end = whole ? row + kTileRows : row_end;
+    for (std::int64_t tile = 0; tile < tiles; ++tile) {
+      prefetch_part(weights + end * p.weights.cols, group_bytes, tile, tiles);
       if (whole) {
-        multiply_tile<T, kTileTokens, kTileRows>(p, weights, row, token);
+        multiply_tile<T, kTileTokens, kTileRows>(p, weights, row, tile * kTileTokens);
       } else {
-        stream_rows<T, kTileTokens>(p, weights, row, row_end, token);
+        stream_rows<T, kTileTokens>(p, weights, row, end, tile * kTileTokens);
       }
     }
-    const std::int64_t end = whole ? row + kTileRows : row_end;
-    stream_few(p, weights, row, end, token, p.tokens - token);
+    stream_few(p, weights, row, end, tiles * kTileTokens, p.tokens % kTileTokens);
   }
 }
 
