@@ -8,6 +8,12 @@
 #include <cmath>
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define CF_HOST_DEVICE __host__ __device__
+#else
+#define CF_HOST_DEVICE
+#endif
+
 namespace clusterfusion {
 
 using PhiloxCounter = std::array<std::uint32_t, 4>;
@@ -42,7 +48,7 @@ constexpr PhiloxCounter noise_words(std::uint64_t seed, std::uint64_t position,
 
 // -log(-log(u)) with u = (word + 0.5) 2^-32, which is exact in float64 and never 0 or 1; both
 // logarithms in float64, the result rounded to float32. Lies in [-3.14, 22.88].
-inline float gumbel_from(std::uint32_t word) noexcept {
+CF_HOST_DEVICE inline float gumbel_from(std::uint32_t word) noexcept {
   const double uniform = (static_cast<double>(word) + 0.5) * 0x1p-32;
   return static_cast<float>(-std::log(-std::log(uniform)));
 }

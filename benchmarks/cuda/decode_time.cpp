@@ -1,0 +1,173 @@
+// Time a token of the streaming decode kernel, for Pythia's shapes and several contexts, beside the
+// read ceiling that the same process measures.
+//   decode_time [SHAPE ...]     e.g. decode_time pythia-2.8b; default: pythia-2.8b
+// Weights are random float16; all layers come from one host matrix, but lie apart on the device.
+// Prints one JSON document on stdout, a table on stderr.
+#include <cuda_fp16.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "backend/cuda/cuda_backend.hpp"
+#include "base/tensor_view.hpp"
+
+using namespace clusterfusion;
+
+namespace {
+
+struct Shape {
+  const char* name;
+  std::int64_t hidden, layers, heads, vocab;
+};
+constexpr Shape kShapes[] = {
+    {"pythia-14m", 128, 6, 4, 50304},     {"pythia-31m", 256, 6, 8, 50304},
+    {"pythia-70m", 512, 6, 8, 50304},     {"pythia-160m", 768, 12, 12, 50304},
+    {"pythia-410m", 1024, 24, 16, 50304}, {"pythia-1b", 2048, 16, 8, 50304},
+    {"pythia-1.4b", 2048, 24, 16, 50304}, {"pythia-2.8b", 2560, 32, 32, 50304},
+    {"pythia-6.9b", 4096, 32, 32, 50432}, {"pythia-12b", 5120, 36, 40, 50688},
+};
+
+// Every tensor of a kind shares one host array.
+class SharedModel final : public Model {
+ public:
+  explicit SharedModel(const Shape& shape) {
+    ModelConfig& c = config_;
+    c.hidden_size = shape.hidden;
+    c.num_layers = shape.layers;
+    c.num_heads = shape.heads;
+    c.head_dim = shape.hidden / shape.heads;
+    c.intermediate_size = 4 * shape.hidden;
+    c.vocab_size = shape.vocab;
+    c.max_positions = 2048;
+    c.rotary_dim = c.head_dim / 4;
+    c.dtype = DType::float16;
+    const std::int64_t most = std::max(c.vocab_size, 4 * c.hidden_size) * c.hidden_size;
+    values_.resize(most);
+    std::uint32_t state = 12345;
+    const float scale = std::sqrt(3.0f / static_cast<float>(c.hidden_size));
+    for (auto& value : values_) {
+      state = state * 1664525u + 1013904223u;
+      const __half half =
+          __float2half_rn((static_cast<float>(state >> 8) / 8388608.0f - 1.0f) * scale);
+      std::memcpy(&value, &half, 2);
+    }
+    const __half one = __float2half_rn(1.0f);
+    ones_.resize(c.hidden_size);
+    for (auto& value : ones_) std::memcpy(&value, &one, 2);
+    const auto matrix = [&](std::int64_t rows, std::int64_t columns) {
+      return view(values_.data(), {rows, columns});
+    };
+    const auto vector = [&](std::int64_t count) { return view(values_.data(), {count}); };
+    const auto ones = [&] { return view(ones_.data(), {c.hidden_size}); };
+    weights_.embedding = matrix(c.vocab_size, c.hidden_size);
+    weights_.lm_head = matrix(c.vocab_size, c.hidden_size);
+    weights_.lm_head.data = values_.data() + 0;
+    weights_.final_norm_weight = ones();
+    weights_.final_norm_bias = vector(c.hidden_size);
+    LayerWeights layer;
+    layer.input_norm_weight = layer.post_norm_weight = ones();
+    layer.input_norm_bias = layer.post_norm_bias = vector(c.hidden_size);
+    layer.qkv_weight = matrix(3 * c.hidden_size, c.hidden_size);
+    layer.qkv_bias = vector(3 * c.hidden_size);
+    layer.attention_out_weight = matrix(c.hidden_size, c.hidden_size);
+    layer.attention_out_bias = vector(c.hidden_size);
+    layer.mlp_up_weight = matrix(c.intermediate_size, c.hidden_size);
+    layer.mlp_up_bias = vector(c.intermediate_size);
+    layer.mlp_down_weight = matrix(c.hidden_size, c.intermediate_size);
+    layer.mlp_down_bias = vector(c.hidden_size);
+    weights_.layers.assign(c.num_layers, layer);
+  }
+  std::optional<std::string> find_non_finite() const override { return std::nullopt; }
+
+ private:
+  DLTensor view(void* data, std::vector<std::int64_t> shape) {
+    shapes_.push_back(std::make_unique<std::vector<std::int64_t>>(std::move(shape)));
+    auto& dims = *shapes_.back();
+    return {data,
+            {kDLCPU, 0},
+            static_cast<int>(dims.size()),
+            to_dl(DType::float16),
+            dims.data(),
+            nullptr,
+            0};
+  }
+  std::vector<std::uint16_t> values_, ones_;
+  std::vector<std::unique_ptr<std::vector<std::int64_t>>> shapes_;
+};
+
+struct Summary {
+  double median, low, high;
+};
+Summary summary(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return {values[values.size() / 2], values.front(), values.back()};
+}
+
+double decode_bytes(const Model& model, const Backend& backend, std::int64_t context) {
+  return static_cast<double>(model.bytes_per_token()) +
+         static_cast<double>(backend.info().kv_bytes_per_position * context);
+}
+
+std::string measure(const Shape& shape) {
+  const auto model = std::make_shared<SharedModel>(shape);
+  const auto backend = make_cuda_backend(model, {});
+  const double ceiling = backend->measure_read_ceiling();
+  std::string rows;
+  for (const std::int64_t context : {16, 128, 1024, 1984}) {
+    const SequenceId id = backend->create_sequence({});
+    std::vector<TokenId> prompt(context);
+    for (std::int64_t i = 0; i < context; ++i)
+      prompt[i] = static_cast<TokenId>(i * 7919 % shape.vocab);
+    backend->prefill(id, prompt, {});
+    const std::int32_t steps = backend->info().decode_ahead;
+    std::vector<SampledToken> sampled(steps);
+    std::vector<double> milliseconds;
+    for (int repeat = 0; repeat < 12; ++repeat) {
+      const auto begin = std::chrono::steady_clock::now();
+      backend->decode(std::vector{id}, std::vector<TokenId>{5}, steps, sampled, {});
+      const std::chrono::duration<double, std::milli> took =
+          std::chrono::steady_clock::now() - begin;
+      if (repeat > 1) milliseconds.push_back(took.count() / steps);
+      backend->truncate(id, context);
+    }
+    backend->release_sequence(id);
+    const Summary time = summary(milliseconds);
+    const double share =
+        decode_bytes(*model, *backend, context + steps / 2) / (time.median * 1e-3) / ceiling;
+    std::fprintf(stderr,
+                 "%-12s context %5ld: %.4f ms a token (%.4f to %.4f), %.1f %% of %.3f TB/s\n",
+                 shape.name, static_cast<long>(context), time.median, time.low, time.high,
+                 100 * share, ceiling * 1e-12);
+    rows += fmt::format(
+        R"({}{{"context": {}, "ms_per_token": {:.5f}, "low": {:.5f}, "high": {:.5f}, "ceiling_share": {:.4f}}})",
+        rows.empty() ? "" : ", ", context, time.median, time.low, time.high, share);
+  }
+  return fmt::format(
+      R"({{"model": "{}", "device": "{}", "read_ceiling_bytes_per_second": {:.4e}, "contexts": [{}]}})",
+      shape.name, backend->info().device, ceiling, rows);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> wanted(argv + 1, argv + argc);
+  if (wanted.empty()) wanted.push_back("pythia-2.8b");
+  std::string all;
+  for (const std::string& name : wanted) {
+    const auto shape = std::find_if(std::begin(kShapes), std::end(kShapes),
+                                    [&](const Shape& s) { return s.name == name; });
+    if (shape == std::end(kShapes)) {
+      std::fprintf(stderr, "decode_time: unknown shape %s\n", name.c_str());
+      return 2;
+    }
+    all += (all.empty() ? "" : ",\n ") + measure(*shape);
+  }
+  std::printf("[%s]\n", all.c_str());
+  return 0;
+}

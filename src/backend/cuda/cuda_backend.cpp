@@ -1,0 +1,437 @@
+#include "backend/cuda/cuda_backend.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <vector>
+
+#include "backend/cuda/check.hpp"
+#include "backend/cuda/decode/decode_kernel.hpp"
+#include "backend/cuda/device_model.hpp"
+#include "backend/cuda/kv_pool.hpp"
+#include "backend/cuda/memory.hpp"
+#include "backend/cuda/read_ceiling.hpp"
+#include "base/fail.hpp"
+#include "plan/decode_plan.hpp"
+#include "sampling/sampler.hpp"
+
+namespace clusterfusion {
+namespace cuda {
+namespace {
+
+constexpr std::int32_t kDecodeAhead = 16;
+constexpr std::int64_t kPrefillChunk = 64;
+constexpr int kMinComputeCapability = 9;
+// More copies under way make the grid barrier's own traffic wait behind them.
+constexpr int kMaxInFlight = 2;
+
+cudaDeviceProp device_properties() {
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the current device");
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "asking for the device's properties");
+  return properties;
+}
+
+StreamedMatrix streamed(const plan::MatrixPlan& plan) {
+  StreamedMatrix matrix;
+  matrix.rows = static_cast<std::int32_t>(plan.rows);
+  matrix.rows_per_chunk = plan.rows_per_chunk;
+  matrix.chunks = plan.chunks;
+  matrix.unit_rows = plan.unit_rows;
+  matrix.units_per_chunk = plan.units_per_chunk();
+  matrix.segments = plan.segments;
+  matrix.slices = plan.slices();
+  matrix.slice_columns = static_cast<std::int32_t>(plan.slice_columns());
+  matrix.segment_columns = static_cast<std::int32_t>(plan.segment_columns());
+  matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
+  matrix.iterations = plan.iterations;
+  return matrix;
+}
+
+// What the kernel cannot do by itself yet: anything but greedy and plain temperature sampling.
+bool needs_host_sampling(const SamplingParams& sampling) {
+  return sampling.num_logprobs >= 0 || sampling.repetition_penalty != 1.0f ||
+         (sampling.temperature > 0 &&
+          (sampling.top_k > 0 || sampling.top_p < 1.0f || sampling.min_p > 0));
+}
+
+struct Sequence {
+  SamplingParams sampling;
+  Sampler sampler;
+  std::int64_t length = 0;
+  std::vector<char*> pages;
+};
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(std::shared_ptr<const Model> model, const BackendOptions& options)
+      : model_(std::move(model)),
+        properties_(device_properties()),
+        plan_(plan::make_decode_plan(
+            model_->config(), {properties_.multiProcessorCount,
+                               static_cast<std::int64_t>(properties_.sharedMemPerBlockOptin)})),
+        weights_(*model_),
+        pool_(plan_.kv.page_bytes) {
+    const ModelConfig& config = model_->config();
+    require(!options.kv_dtype || *options.kv_dtype == config.dtype, ErrorKind::unsupported,
+            "kv_dtype {} is not available on the GPU: its KV cache has the weights' type, {}",
+            name_of(options.kv_dtype.value_or(config.dtype)), name_of(config.dtype));
+    require(options.max_positions >= 0 && options.max_positions <= config.max_positions,
+            ErrorKind::invalid_argument, "max_positions: expected 0 to {} (the model's), found {}",
+            config.max_positions, options.max_positions);
+    info_.name = "cuda";
+    info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
+    info_.kv_dtype = config.dtype;
+    info_.kv_bytes_per_position = plan_.kv.page_bytes / kKvPagePositions;
+    info_.max_positions = options.max_positions ? options.max_positions : config.max_positions;
+    info_.prefill_chunk = kPrefillChunk;
+    info_.decode_ahead = kDecodeAhead;
+    prepare();
+  }
+
+  ~CudaBackend() override { cudaStreamDestroy(stream_); }
+
+  const BackendInfo& info() const noexcept override { return info_; }
+
+  SequenceId create_sequence(const SamplingParams& sampling) override {
+    sampling.validate();
+    const SequenceId id = next_id_++;
+    sequences_.emplace(id,
+                       Sequence{sampling, Sampler(sampling, model_->config().vocab_size), 0, {}});
+    return id;
+  }
+
+  void release_sequence(SequenceId id) override {
+    for (char* page : find(id).pages) pool_.give_back(page);
+    sequences_.erase(id);
+  }
+
+  std::int64_t length(SequenceId id) const override {
+    return const_cast<CudaBackend*>(this)->find(id).length;
+  }
+
+  void reserve(SequenceId id, std::int64_t positions) override {
+    Sequence& sequence = find(id);
+    require(positions <= info_.max_positions, ErrorKind::invalid_argument,
+            "context: at most {} positions, {} asked for", info_.max_positions, positions);
+    const auto pages =
+        static_cast<std::size_t>((positions + kKvPagePositions - 1) / kKvPagePositions);
+    while (sequence.pages.size() < pages) sequence.pages.push_back(pool_.take());
+  }
+
+  void truncate(SequenceId id, std::int64_t length) override {
+    Sequence& sequence = find(id);
+    require(length >= 0 && length <= sequence.length, ErrorKind::invalid_argument,
+            "truncate: expected a length of 0 to {}, found {}", sequence.length, length);
+    sequence.length = length;
+    sequence.sampler.truncate(length);
+  }
+
+  void prefill(SequenceId id, std::span<const TokenId> tokens,
+               const PrefillOutput& output) override {
+    Sequence& sequence = find(id);
+    check_tokens(tokens);
+    require(!tokens.empty(), ErrorKind::invalid_argument, "prefill: expected at least one token");
+    const auto count = static_cast<std::int64_t>(tokens.size());
+    require(sequence.length + count <= info_.max_positions, ErrorKind::invalid_argument,
+            "context full: {} positions held and {} more wanted, at most {}", sequence.length,
+            count, info_.max_positions);
+    reserve(id, sequence.length + count);
+    const bool every = !output.all_logits.empty() || !output.targets.empty();
+    const std::int64_t vocab = model_->config().vocab_size;
+    for (std::int64_t done = 0; done < count;) {
+      const std::int64_t steps = std::min<std::int64_t>(count - done, kPrefillChunk);
+      const bool last = done + steps == count;
+      const std::int64_t first_scored = every ? 0 : last ? steps - 1 : steps;
+      run(sequence, tokens.subspan(done, steps), steps, first_scored, true, 0.0f);
+      for (std::int64_t step = first_scored; step < steps; ++step) {
+        const std::int64_t index = done + step;
+        require_finite(step, sequence.length - steps + step);
+        if (!output.all_logits.empty())
+          copy_logits(step - first_scored, output.all_logits.subspan(index * vocab, vocab));
+        const bool wanted = !output.targets.empty() && output.targets[index] >= 0;
+        if (wanted) {
+          copy_logits(step - first_scored, host_logits_);
+          output.target_logprobs[index] = log_probability(host_logits_, output.targets[index]);
+        }
+      }
+      done += steps;
+      if (!last) continue;
+      copy_logits(steps - 1 - first_scored, host_logits_);
+      if (!output.last_logits.empty())
+        std::copy(host_logits_.begin(), host_logits_.end(), output.last_logits.begin());
+      if (output.sampled) *output.sampled = sequence.sampler.sample(host_logits_);
+    }
+  }
+
+  void decode(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
+              std::int32_t steps, std::span<SampledToken> sampled,
+              std::span<float> logits) override {
+    check_decode(sequences, inputs, steps, sampled, logits);
+    const std::size_t batch = sequences.size();
+    const std::int64_t vocab = model_->config().vocab_size;
+    for (std::size_t b = 0; b < batch; ++b) {
+      Sequence& sequence = find(sequences[b]);
+      reserve(sequences[b], sequence.length + steps);
+      const std::span<float> wanted = logits.empty() ? logits : logits.subspan(b * vocab, vocab);
+      if (needs_host_sampling(sequence.sampling))
+        decode_on_host(sequence, inputs[b], steps, sampled, b, batch, wanted);
+      else
+        decode_on_device(sequence, inputs[b], steps, sampled, b, batch, wanted);
+    }
+  }
+
+  double measure_read_ceiling() override {
+    return cuda::measure_read_ceiling(weights_.weights().as<>(), weights_.weights().bytes());
+  }
+
+ private:
+  void prepare() {
+    const ModelConfig& config = model_->config();
+    int iterations = 0;
+    for (const plan::MatrixPlan* matrix :
+         {&plan_.qkv, &plan_.attention_out, &plan_.mlp_up, &plan_.mlp_down, &plan_.lm_head})
+      iterations = std::max(iterations, matrix->iterations);
+    kernel_ = find_decode_kernel(config.dtype, iterations, static_cast<int>(config.head_dim));
+    check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(plan_.shared_bytes)),
+          "reserving shared memory");
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+    allocate_scratch();
+    fill_params();
+  }
+
+  void allocate_scratch() {
+    const ModelConfig& config = model_->config();
+    const std::int64_t max_splits = info_.max_positions / kKvPagePositions + 1;
+    const std::int64_t phases = num_phases(config.num_layers, config.parallel_residual);
+    counters_ = DeviceMemory((phases + 2 + config.num_heads) * 4, "counters");
+    scratch_ =
+        DeviceMemory(config.hidden_size * (3 * 4 + 2 + 4 + 4) + config.intermediate_size * 2 +
+                         config.num_heads * max_splits * (config.head_dim + 2) * 4 +
+                         properties_.multiProcessorCount * 2 * sizeof(Candidate) + 8 * 256,
+                     "scratch");
+    logits_ = DeviceMemory(kPrefillChunk * config.vocab_size * 4, "logits");
+    host_logits_.resize(config.vocab_size);
+    tokens_ = DeviceMemory(kPrefillChunk * 4 * 2, "tokens");
+    page_table_ = DeviceMemory((max_splits + 1) * sizeof(char*), "the page table");
+    host_chosen_.resize(kPrefillChunk);
+
+    char* next = scratch_.as<>();
+    const auto take = [&](std::int64_t bytes) {
+      char* result = next;
+      next += (bytes + 255) / 256 * 256;
+      return result;
+    };
+    DecodeScratch& scratch = params_.scratch;
+    scratch.qkv = reinterpret_cast<float*>(take(config.hidden_size * 12));
+    scratch.attention = take(config.hidden_size * 2);
+    scratch.mlp = take(config.intermediate_size * 2);
+    scratch.delta_attention = reinterpret_cast<float*>(take(config.hidden_size * 4));
+    scratch.delta_mlp = reinterpret_cast<float*>(take(config.hidden_size * 4));
+    scratch.split_state = reinterpret_cast<float*>(take(config.num_heads * max_splits * 8));
+    scratch.split_output =
+        reinterpret_cast<float*>(take(config.num_heads * max_splits * config.head_dim * 4));
+    scratch.candidates = reinterpret_cast<Candidate*>(
+        take(properties_.multiProcessorCount * 2 * static_cast<std::int64_t>(sizeof(Candidate))));
+    scratch.tickets = counters_.as<std::uint32_t>();
+    scratch.arrivals = scratch.tickets + phases;
+    scratch.heads_done = scratch.arrivals + 1;
+    scratch.splits_done = scratch.heads_done + 1;
+  }
+
+  void fill_params() {
+    const ModelConfig& config = model_->config();
+    DecodeParams& p = params_;
+    p.qkv = streamed(plan_.qkv);
+    p.attention_out = streamed(plan_.attention_out);
+    p.mlp_up = streamed(plan_.mlp_up);
+    p.mlp_down = streamed(plan_.mlp_down);
+    p.lm_head = streamed(plan_.lm_head);
+    p.layers = weights_.layers();
+    p.embedding = weights_.embedding();
+    p.lm_head_weight = weights_.lm_head();
+    p.final_norm_weight = weights_.final_norm_weight();
+    p.final_norm_bias = weights_.final_norm_bias();
+    p.rotary = weights_.rotary();
+    p.num_layers = static_cast<std::int32_t>(config.num_layers);
+    p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
+    p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);
+    p.num_heads = static_cast<std::int32_t>(config.num_heads);
+    p.head_dim = static_cast<std::int32_t>(config.head_dim);
+    p.rotary_dim = static_cast<std::int32_t>(config.rotary_dim);
+    p.vocab_size = static_cast<std::int32_t>(config.vocab_size);
+    p.layer_norm_eps = static_cast<float>(config.layer_norm_eps);
+    p.activation = config.activation;
+    p.parallel_residual = config.parallel_residual;
+    p.stages = plan_.stages;
+    p.stage_bytes = static_cast<std::int32_t>(plan_.stage_bytes);
+    p.sum_slots = plan_.sum_slots;
+    p.max_in_flight = std::min<std::int32_t>(kMaxInFlight, plan_.stages);
+    p.kv_pages = page_table_.as<char*>();
+    p.kv_head_bytes = static_cast<std::int32_t>(plan_.kv.head_bytes);
+    p.kv_block_bytes = static_cast<std::int32_t>(plan_.kv.block_bytes);
+    p.kv_block_positions = plan_.kv.block_positions;
+    p.given_tokens = tokens_.as<std::int32_t>();
+    p.chosen = tokens_.as<std::int32_t>() + kPrefillChunk;
+  }
+
+  Sequence& find(SequenceId id) {
+    const auto found = sequences_.find(id);
+    require(found != sequences_.end(), ErrorKind::out_of_range, "there is no sequence {}", id);
+    return found->second;
+  }
+
+  void check_tokens(std::span<const TokenId> tokens) const {
+    const std::int64_t vocab = model_->config().vocab_size;
+    for (std::size_t i = 0; i < tokens.size(); ++i)
+      require(tokens[i] >= 0 && tokens[i] < vocab, ErrorKind::out_of_range,
+              "token {}: expected an id of 0 to {}, found {}", i, vocab - 1, tokens[i]);
+  }
+
+  void check_decode(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
+                    std::int32_t steps, std::span<const SampledToken> sampled,
+                    std::span<const float> logits) {
+    const std::size_t batch = sequences.size();
+    const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
+    require(batch > 0 && inputs.size() == batch, ErrorKind::invalid_argument,
+            "decode: expected one input for each of at least one sequence, found {} for {}",
+            inputs.size(), batch);
+    require(steps >= 1 && steps <= kDecodeAhead, ErrorKind::invalid_argument,
+            "decode: expected 1 to {} steps, found {}", kDecodeAhead, steps);
+    require(sampled.size() == batch * steps || (sampled.empty() && steps == 1),
+            ErrorKind::invalid_argument, "decode: expected room for {} tokens, found {}",
+            batch * steps, sampled.size());
+    require(logits.empty() || logits.size() == batch * vocab, ErrorKind::invalid_argument,
+            "decode: expected room for {} logits, found {}", batch * vocab, logits.size());
+    check_tokens(inputs);
+    for (std::size_t b = 0; b < batch; ++b) {
+      const Sequence& sequence = find(sequences[b]);
+      require(sequence.length + steps <= info_.max_positions, ErrorKind::invalid_argument,
+              "context full: sequence {} holds {} positions and {} more are wanted, at most {}",
+              sequences[b], sequence.length, steps, info_.max_positions);
+      require(
+          std::find(sequences.begin() + b + 1, sequences.end(), sequences[b]) == sequences.end(),
+          ErrorKind::invalid_argument, "decode: sequence {} appears twice in one batch",
+          sequences[b]);
+    }
+  }
+
+  // `steps` steps of one sequence: the first inputs are `given`, later ones what was chosen before.
+  void run(Sequence& sequence, std::span<const TokenId> given, std::int64_t steps,
+           std::int64_t first_scored, bool want_logits, float temperature) {
+    check(cudaMemsetAsync(counters_.as<>(), 0, counters_.bytes(), stream_), "clearing counters");
+    check(cudaMemcpyAsync(tokens_.as<>(), given.data(), given.size_bytes(), cudaMemcpyHostToDevice,
+                          stream_),
+          "sending tokens");
+    check(cudaMemcpyAsync(page_table_.as<>(), sequence.pages.data(),
+                          sequence.pages.size() * sizeof(char*), cudaMemcpyHostToDevice, stream_),
+          "sending the page table");
+    params_.first_position = static_cast<std::int32_t>(sequence.length);
+    params_.steps = static_cast<std::int32_t>(steps);
+    params_.given_count = static_cast<std::int32_t>(given.size());
+    params_.first_scored_step = static_cast<std::int32_t>(first_scored);
+    params_.logits = want_logits ? logits_.as<float>() : nullptr;
+    params_.temperature = temperature;
+    params_.seed = sequence.sampling.seed;
+    launch_decode(kernel_, params_, properties_.multiProcessorCount, plan_.shared_bytes, stream_);
+    check(cudaMemcpyAsync(host_chosen_.data(), params_.chosen, steps * 4, cudaMemcpyDeviceToHost,
+                          stream_),
+          "fetching tokens");
+    check(cudaStreamSynchronize(stream_), "running the decode kernel");
+    sequence.length += steps;
+    sequence.sampler.append(given);
+    // Inputs that the device chose for itself.
+    for (std::int64_t step = static_cast<std::int64_t>(given.size()); step < steps; ++step)
+      sequence.sampler.append(std::span(&host_chosen_[step - 1], 1));
+  }
+
+  void require_finite(std::int64_t step, std::int64_t position) const {
+    require(host_chosen_[step] >= 0, ErrorKind::non_finite,
+            "the logits after position {} are not finite: the checkpoint holds NaN or infinity, or "
+            "an activation overflowed",
+            position);
+  }
+
+  void copy_logits(std::int64_t row, std::span<float> to) {
+    check(cudaMemcpy(to.data(), logits_.as<float>() + row * static_cast<std::int64_t>(to.size()),
+                     to.size_bytes(), cudaMemcpyDeviceToHost),
+          "fetching logits");
+  }
+
+  void decode_on_device(Sequence& sequence, TokenId input, std::int32_t steps,
+                        std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
+                        std::span<float> logits) {
+    run(sequence, std::span(&input, 1), steps, 0, !logits.empty(), sequence.sampling.temperature);
+    for (std::int32_t step = 0; step < steps; ++step)
+      require_finite(step, sequence.length - steps + step);
+    for (std::int32_t step = 0; !sampled.empty() && step < steps; ++step)
+      sampled[step * batch + b] = SampledToken{host_chosen_[step], 0.0f, {}};
+    if (!logits.empty()) copy_logits(steps - 1, logits);
+  }
+
+  void decode_on_host(Sequence& sequence, TokenId input, std::int32_t steps,
+                      std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
+                      std::span<float> logits) {
+    for (std::int32_t step = 0; step < steps; ++step) {
+      run(sequence, std::span(&input, 1), 1, 0, true, 0.0f);
+      require_finite(0, sequence.length - 1);
+      copy_logits(0, host_logits_);
+      SampledToken token = sequence.sampler.sample(host_logits_);
+      input = token.token;
+      if (!sampled.empty()) sampled[step * batch + b] = std::move(token);
+    }
+    if (!logits.empty()) std::copy(host_logits_.begin(), host_logits_.end(), logits.begin());
+  }
+
+  std::shared_ptr<const Model> model_;
+  cudaDeviceProp properties_;
+  plan::DecodePlan plan_;
+  DeviceModel weights_;
+  KvPool pool_;
+  BackendInfo info_;
+  DeviceMemory counters_, scratch_, logits_, tokens_, page_table_;
+  std::vector<float> host_logits_;
+  std::vector<std::int32_t> host_chosen_;
+  DecodeParams params_{};
+  const void* kernel_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+  std::map<SequenceId, Sequence> sequences_;
+  SequenceId next_id_ = 0;
+};
+
+}  // namespace
+}  // namespace cuda
+
+std::string cuda_unavailable_reason() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return fmt::format("no usable NVIDIA GPU: {}", cudaGetErrorString(error));
+  }
+  if (count == 0) return "no NVIDIA GPU found";
+  int device = 0;
+  cudaDeviceProp properties;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaGetDeviceProperties(&properties, device) != cudaSuccess)
+    return "the NVIDIA GPU does not answer";
+  if (properties.major < cuda::kMinComputeCapability)
+    return fmt::format(
+        "{} has compute capability {}.{}; sm_90 (Hopper) or sm_120 (Blackwell) is "
+        "needed",
+        properties.name, properties.major, properties.minor);
+  return {};
+}
+
+std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,
+                                           const BackendOptions& options) {
+  const std::string reason = cuda_unavailable_reason();
+  require(reason.empty(), ErrorKind::unsupported, "device \"cuda\": {}; use device \"cpu\"",
+          reason);
+  return std::make_unique<cuda::CudaBackend>(std::move(model), options);
+}
+
+}  // namespace clusterfusion

@@ -1,0 +1,19 @@
+// The Backend on an NVIDIA GPU: the whole decode step in one persistent kernel.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "backend/backend.hpp"
+
+namespace clusterfusion {
+
+// Why no GPU of this machine can be used, or an empty string if one can: "no CUDA driver", "NVIDIA
+// A100 has compute capability 8.0; sm_90 or newer is needed". Never throws.
+std::string cuda_unavailable_reason();
+
+// Errors: unsupported (no usable device; a model that the kernels do not cover), out_of_memory.
+std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,
+                                           const BackendOptions& options);
+
+}  // namespace clusterfusion

@@ -1,0 +1,26 @@
+// Bulk asynchronous copies from global to shared memory (cp.async.bulk, sm_90 and later).
+#pragma once
+
+#include <cstdint>
+
+#include "backend/cuda/device/mbarrier.cuh"
+
+namespace clusterfusion::device {
+
+// Copies `bytes` and lets `barrier` know. Both addresses and the size are multiples of 16.
+__device__ __forceinline__ void bulk_copy_to_shared(void* shared, const void* global,
+                                                    std::uint32_t bytes, std::uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+// Orders this thread's ordinary accesses to shared and global memory before later bulk copies of
+// the threads it synchronises with (the copy engine is another proxy).
+__device__ __forceinline__ void fence_before_bulk_copy() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+}  // namespace clusterfusion::device

@@ -1,0 +1,58 @@
+// mbarrier: a barrier in shared memory that counts arrivals and bytes of bulk copies.
+//
+// A wait is by parity: it cannot tell phase k from phase k - 2. Whoever waits must therefore pass
+// every phase, in order. PTX ISA, "Parallel Synchronization and Communication Instructions:
+// mbarrier".
+#pragma once
+
+#include <cstdint>
+
+namespace clusterfusion::device {
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// By one thread, before mbarrier_fence_init() and a block barrier.
+__device__ __forceinline__ void mbarrier_init(std::uint64_t* barrier, std::uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(arrivals));
+}
+
+// Makes initialised barriers visible to bulk copies and to the rest of the cluster.
+__device__ __forceinline__ void mbarrier_fence_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(std::uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
+               : "memory");
+}
+
+// Arrives, and announces `bytes` that bulk copies will bring before the phase can complete.
+__device__ __forceinline__ void mbarrier_arrive_expect(std::uint64_t* barrier,
+                                                       std::uint32_t bytes) {
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
+}
+
+// Waits until the phase of the given parity (0 for the first) is complete.
+__device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
+  const std::uint32_t address = shared_address(barrier);
+  std::uint32_t done;
+  do {
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (!done);
+}
+
+}  // namespace clusterfusion::device

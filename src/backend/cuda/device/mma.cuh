@@ -1,0 +1,80 @@
+// Tensor-core products on 16-bit operands with float32 accumulation (mma.sync, sm_80 and later).
+//
+// Lane = 4 g + q. In m16n8k16, lane (g, q) holds of operand A (16 x 16) the elements of rows g and
+// g + 8 at k = 2q, 2q + 1, 2q + 8, 2q + 9, of operand B (16 x 8) those of column g at the same k,
+// and of the result (16 x 8) rows g and g + 8 at columns 2q and 2q + 1. PTX ISA, "Matrix Fragments
+// for mma.m16n8k16".
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace clusterfusion::device {
+
+template <typename T>
+struct MmaInput;
+template <>
+struct MmaInput<__half> {
+  static constexpr bool kIsHalf = true;
+};
+template <>
+struct MmaInput<__nv_bfloat16> {
+  static constexpr bool kIsHalf = false;
+};
+
+// result += A B with rows 8 to 15 of A zero: `a_low` holds k = 2q, 2q + 1 of row g, `a_high` k =
+// 2q + 8, 2q + 9. Only result[0] and result[1] (row g, columns 2q and 2q + 1) mean anything.
+template <typename T>
+__device__ __forceinline__ void mma_8x8x16(float (&result)[4], std::uint32_t a_low,
+                                           std::uint32_t a_high, std::uint32_t b_low,
+                                           std::uint32_t b_high) {
+  const std::uint32_t zero = 0;
+  if constexpr (MmaInput<T>::kIsHalf) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(result[0]), "+f"(result[1]), "+f"(result[2]), "+f"(result[3])
+        : "r"(a_low), "r"(zero), "r"(a_high), "r"(zero), "r"(b_low), "r"(b_high));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(result[0]), "+f"(result[1]), "+f"(result[2]), "+f"(result[3])
+        : "r"(a_low), "r"(zero), "r"(a_high), "r"(zero), "r"(b_low), "r"(b_high));
+  }
+}
+
+// result += A B for A 16 x 8 and B 8 x 8: `a_upper` is row g, `a_lower` row g + 8 at k = 2q, 2q +
+// 1; `b` is column g at the same k.
+template <typename T>
+__device__ __forceinline__ void mma_16x8x8(float (&result)[4], std::uint32_t a_upper,
+                                           std::uint32_t a_lower, std::uint32_t b) {
+  if constexpr (MmaInput<T>::kIsHalf) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(result[0]), "+f"(result[1]), "+f"(result[2]), "+f"(result[3])
+        : "r"(a_upper), "r"(a_lower), "r"(b));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
+        "{%0,%1,%2,%3};"
+        : "+f"(result[0]), "+f"(result[1]), "+f"(result[2]), "+f"(result[3])
+        : "r"(a_upper), "r"(a_lower), "r"(b));
+  }
+}
+
+// Two 8 x 8 blocks of 16-bit values, transposed on the way: lanes 0-7 and 8-15 point at the rows
+// (16 bytes each) of the first and the second; lane (g, q) gets rows 2q, 2q + 1 of column g.
+__device__ __forceinline__ void load_matrix_2_transposed(std::uint32_t& first,
+                                                         std::uint32_t& second,
+                                                         std::uint32_t shared_row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(first), "=r"(second)
+               : "r"(shared_row_address)
+               : "memory");
+}
+
+}  // namespace clusterfusion::device

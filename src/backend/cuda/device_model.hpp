@@ -1,0 +1,37 @@
+// A checkpoint's weights on the device, in the checkpoint's own layout and 16-bit type.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "backend/cuda/decode/decode_params.hpp"
+#include "backend/cuda/memory.hpp"
+#include "clusterfusion/model.hpp"
+
+namespace clusterfusion::cuda {
+
+class DeviceModel {
+ public:
+  // Copies everything; the matrices must be float16 or bfloat16. Norm parameters become the
+  // matrices' type, biases float32, absent biases zero. Errors: unsupported (dtype), out_of_memory.
+  explicit DeviceModel(const Model& model);
+
+  const StreamedLayer* layers() const noexcept { return layers_.as<StreamedLayer>(); }
+  const char* embedding() const noexcept { return embedding_; }
+  const char* lm_head() const noexcept { return lm_head_; }
+  const void* final_norm_weight() const noexcept { return final_norm_weight_; }
+  const void* final_norm_bias() const noexcept { return final_norm_bias_; }
+  // Cosines and sines, [positions, rotary_dim / 2].
+  const float2* rotary() const noexcept { return rotary_.as<float2>(); }
+  // All weights lie in one block.
+  const DeviceMemory& weights() const noexcept { return weights_; }
+
+ private:
+  DeviceMemory weights_, layers_, rotary_;
+  const char* embedding_ = nullptr;
+  const char* lm_head_ = nullptr;
+  const void* final_norm_weight_ = nullptr;
+  const void* final_norm_bias_ = nullptr;
+};
+
+}  // namespace clusterfusion::cuda

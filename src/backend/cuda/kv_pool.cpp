@@ -1,0 +1,25 @@
+#include "backend/cuda/kv_pool.hpp"
+
+#include <algorithm>
+
+namespace clusterfusion::cuda {
+namespace {
+
+// Small pages are allocated together.
+constexpr std::int64_t kSlabBytes = 16 << 20;
+
+}  // namespace
+
+char* KvPool::take() {
+  if (free_.empty()) {
+    const std::int64_t pages = std::max<std::int64_t>(1, kSlabBytes / page_bytes_);
+    slabs_.emplace_back(pages * page_bytes_, "the KV cache");
+    for (std::int64_t i = pages - 1; i >= 0; --i)
+      free_.push_back(slabs_.back().as<>() + i * page_bytes_);
+  }
+  char* page = free_.back();
+  free_.pop_back();
+  return page;
+}
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,23 @@
+#include "backend/cuda/memory.hpp"
+
+#include "backend/cuda/check.hpp"
+#include "base/fail.hpp"
+
+namespace clusterfusion::cuda {
+
+DeviceMemory::DeviceMemory(std::int64_t bytes, const char* purpose) : bytes_(bytes) {
+  if (bytes == 0) return;
+  const cudaError_t error = cudaMalloc(&data_, static_cast<std::size_t>(bytes));
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    std::size_t free = 0, total = 0;
+    cudaMemGetInfo(&free, &total);
+    fail(ErrorKind::out_of_memory,
+         "not enough GPU memory for {}: {:.2f} GB wanted, {:.2f} of {:.2f} GB free; close other "
+         "programs on this GPU, ask for a shorter context, or use device \"cpu\"",
+         purpose, bytes / 1e9, free / 1e9, total / 1e9);
+  }
+  check(error, "allocating device memory");
+}
+
+}  // namespace clusterfusion::cuda

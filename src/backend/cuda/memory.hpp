@@ -1,0 +1,37 @@
+// Owners of device and pinned host memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <utility>
+
+namespace clusterfusion::cuda {
+
+// `bytes` of device memory, freed with the object. Errors: out_of_memory, with wanted and free
+// bytes.
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  DeviceMemory(std::int64_t bytes, const char* purpose);
+  ~DeviceMemory() { cudaFree(data_); }
+  DeviceMemory(DeviceMemory&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+
+  template <typename T = char>
+  T* as() const noexcept {
+    return static_cast<T*>(data_);
+  }
+  std::int64_t bytes() const noexcept { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  std::int64_t bytes_ = 0;
+};
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,98 @@
+// What one streaming decode step does, as data: how each matrix is cut into chunks for the ring,
+// how a chunk is cut into units for the consumer warps, how the context is cut into attention
+// splits, and what must fit where. Plain C++: no CUDA here, so every promise is tested on any
+// machine.
+//
+// Terms
+//   chunk    whole consecutive rows of a matrix, contiguous in memory: one bulk copy, one ring
+//   stage unit     what one warp multiplies at a time: `unit_rows` rows x one segment of their
+//   columns.
+//            A tensor-core tile has 8 columns; unit_rows x slices = 8 of them, where a segment is
+//            cut into `slices` equal slices. Lane (g, q) covers 8 consecutive elements at
+//              row g / slices, column segment + (g % slices) slice_columns + 32 i + 8 q
+//            for i = 0 .. iterations - 1: 16-byte loads, in the checkpoint's own layout.
+//   segment  is fixed for each warp (warp % segments), so a warp's activations stay in registers.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "clusterfusion/model.hpp"
+
+namespace clusterfusion::plan {
+
+inline constexpr std::int32_t kConsumerWarps = 8;
+inline constexpr std::int32_t kKvPagePositions = 64;
+// Shared memory for barriers, labels and small reductions.
+inline constexpr std::int64_t kControlBytes = 4096;
+
+// What a kernel must know of its device.
+struct DeviceLimits {
+  std::int32_t sm_count = 0;
+  std::int64_t shared_bytes_per_block = 0;  // the opt-in maximum
+};
+
+// How a row-major [rows, columns] matrix of 2-byte elements is streamed.
+struct MatrixPlan {
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  std::int32_t rows_per_chunk = 0;
+  std::int32_t chunks = 0;      // the last may hold fewer rows
+  std::int32_t unit_rows = 0;   // 1, 2, 4 or 8
+  std::int32_t segments = 0;    // of a row: 1, 2, 4 or 8
+  std::int32_t iterations = 0;  // 16-byte loads of a lane for one unit
+
+  std::int32_t slices() const noexcept { return 8 / unit_rows; }
+  std::int64_t segment_columns() const noexcept { return columns / segments; }
+  std::int64_t slice_columns() const noexcept { return segment_columns() / slices(); }
+  std::int64_t row_bytes() const noexcept { return columns * 2; }
+  std::int64_t chunk_bytes() const noexcept { return rows_per_chunk * row_bytes(); }
+  std::int32_t units_per_chunk() const noexcept { return rows_per_chunk / unit_rows * segments; }
+  // Partial sums that a chunk leaves behind: one for each row and segment.
+  std::int32_t sums_per_chunk() const noexcept { return rows_per_chunk * segments; }
+};
+
+// How one (layer, head) of the KV cache is streamed. A page holds, for each layer and head, blocks
+// of `block_positions` keys followed by as many values: [blocks][2][block_positions][head_dim].
+struct KvPlan {
+  std::int32_t block_positions = 0;  // 8, 16, 32 or 64: the most that fit into a ring stage
+  std::int64_t block_bytes = 0;
+  std::int64_t head_bytes = 0;  // one page, one layer, one head
+  std::int64_t page_bytes = 0;  // one page, all layers and heads
+};
+
+struct DecodePlan {
+  MatrixPlan qkv, attention_out, mlp_up, mlp_down, lm_head;
+  KvPlan kv;
+  std::int64_t stage_bytes = 0;  // of one ring stage, a multiple of 128
+  std::int32_t stages = 0;
+  std::int32_t sum_slots = 0;     // float32 partial sums that fit beside the ring
+  std::int64_t shared_bytes = 0;  // of the whole block
+};
+
+// Errors: unsupported if the model's shape cannot be streamed by this kernel (names the number that
+// does not fit) or the device's shared memory is too small for two stages.
+DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits);
+
+// Attention of one sequence with `positions` keys (the current one included).
+struct AttentionSplits {
+  std::int32_t blocks = 0;            // KV blocks in use, of one head
+  std::int32_t blocks_per_split = 0;  // consecutive blocks that one ticket handles
+  std::int32_t splits = 0;            // of one head
+};
+
+// The same arithmetic runs on the device, on the position that it has reached.
+constexpr AttentionSplits attention_splits(std::int32_t positions, std::int32_t block_positions,
+                                           std::int32_t num_heads, std::int32_t sm_count) {
+  AttentionSplits result;
+  result.blocks = (positions + block_positions - 1) / block_positions;
+  // About two tickets an SM: enough to balance, few enough that their fixed cost stays small.
+  const std::int32_t tickets = 2 * sm_count;
+  const std::int32_t pages_worth = kKvPagePositions / block_positions;
+  const std::int32_t per_split = (result.blocks * num_heads + tickets - 1) / tickets;
+  result.blocks_per_split = per_split < pages_worth ? pages_worth : per_split;
+  result.splits = (result.blocks + result.blocks_per_split - 1) / result.blocks_per_split;
+  return result;
+}
+
+}  // namespace clusterfusion::plan
