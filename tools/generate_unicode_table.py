@@ -1,4 +1,4 @@
-"""Write src/tokenizer/unicode_table.inc: the Unicode properties as Hugging Face tokenizers sees them.
+"""Write src/tokenizer/unicode_table.inc: Unicode as Hugging Face tokenizers sees it.
 
 tokenizers takes its properties from three Rust crates, each with a Unicode version of its own:
 Oniguruma (the pre-tokenizer's regex), regex (added tokens) and unicode-normalization-alignments
@@ -106,7 +106,8 @@ def ranges(bits: dict[str, int]) -> list[tuple[int, int, int]]:
 
 def main() -> None:
     """Write the table."""
-    cells = [f"{{0x{first:X}, 0x{last:X}, {value}}}," for first, last, value in ranges(properties())]
+    runs = ranges(properties())
+    cells = [f"{{0x{first:X}, 0x{last:X}, {value}}}," for first, last, value in runs]
     lines, line = [], ""
     for cell in cells:
         if len(line) + 1 + len(cell) > 100:

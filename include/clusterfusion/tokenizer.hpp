@@ -46,8 +46,10 @@ class Tokenizer {
   std::optional<TokenId> token_to_id(std::string_view token) const;
   // The token as tokenizer.json spells it. Errors: out_of_range.
   std::string_view id_to_token(TokenId token) const;
+  // Whether decode() leaves the token out with `skip_special_tokens`.
   bool is_special(TokenId token) const noexcept;
-  // The bytes that a token stands for (an added token: its content). Errors: out_of_range.
+  // The bytes that decode() gives for a token: for an added token with a character that is not of
+  // the byte-level alphabet its content (in NFC if it is matched so). Errors: out_of_range.
   std::string_view bytes_of(TokenId token) const;
 
  private:

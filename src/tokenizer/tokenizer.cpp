@@ -204,7 +204,7 @@ std::optional<TokenId> Tokenizer::token_to_id(std::string_view token) const {
 }
 
 std::string_view Tokenizer::id_to_token(TokenId token) const {
-  impl_->check_id(token, "id_to_token()");
+  impl_->check_id(token, "token");
   return impl_->file->vocabulary[token];
 }
 

@@ -87,8 +87,10 @@ class Reader {
       const auto affix = model.find_non_null(key);
       if (affix && !affix->string().empty()) refuse(*affix, affix->string(), "null or \"\"");
     }
-    if (const auto fallback = model.find_non_null("byte_fallback")) {
-      if (fallback->boolean()) refuse(*fallback, "true", "null or false");
+    const auto fallback = model.find_non_null("byte_fallback");
+    if (fallback && fallback->boolean()) {
+      fail(ErrorKind::unsupported, "{} is not supported: set it to null or false",
+           fallback->where());
     }
   }
 

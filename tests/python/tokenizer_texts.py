@@ -1,15 +1,21 @@
 """Awkward texts for tokenizers, the same ones from the same seed."""
 
+# ruff: noqa: RUF001
+
 import random
 import unicodedata
 
-WORDS = "the of and Tokenizer ClusterFusion naïve Ångström Straße ПРИВЕТ мир 東京 テスト 한국어 שלום"
+WORDS = (
+    "the of and Tokenizer ClusterFusion naïve Ångström Straße ПРИВЕТ мир 東京 テスト 한국어 שלום"
+)
 CONTRACTIONS = ["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "'RE", "'l", "'r", "''s", "’s"]
 SPACES = "\t\n\x0b\x0c\r \x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u2003\u200a\u200b\u2028\u2029"
 SPACES += "\u202f\u205f\u2060\u3000\ufeff"
 EMOJI = ["👩‍👩‍👧‍👦", "👍🏽", "🏳️‍🌈", "🇩🇪", "1️⃣", "❤️", "😀", "🧑🏿‍🚀"]
 # Singletons, composition exclusions, Hangul letters and syllables: what NFC changes.
-UNNORMALIZED = "\u212b\u2126\u0958\u2adc\ufb1d\uf900\u0344\u0340\u0374\u1100\u1161\u11a8\uac00\u0f43"
+UNNORMALIZED = (
+    "\u212b\u2126\u0958\u2adc\ufb1d\uf900\u0344\u0340\u0374\u1100\u1161\u11a8\uac00\u0f43"
+)
 UNNORMALIZED += "\U0001d15e\U0001109a\U00011935\u0439\u1e9b\u03d4\u0b94\u30ac"
 PUNCTUATION = "!\"#$%&()*+,-./:;<=>?@[\\]^_`{|}~'—–…«»“”‘’§°"
 NUMBERS = "0123456789²³¼½Ⅷ٣೬𝟘〇一"

@@ -1,0 +1,180 @@
+#include "clusterfusion/tokenizer.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "clusterfusion/error.hpp"
+#include "small_tokenizer.hpp"
+#include "tokenizer/utf8.hpp"
+
+namespace clusterfusion {
+namespace {
+
+using testing::ElementsAre;
+using testing::IsEmpty;
+
+const std::filesystem::path kGptNeoX =
+    std::filesystem::path(CF_SOURCE_DIR) / "../shared/data/gpt-neox-20b-tokenizer.json";
+
+std::shared_ptr<const Tokenizer> parse(const nlohmann::json& json) {
+  return Tokenizer::parse(json.dump(), "tokenizer.json");
+}
+
+std::string stream(const std::shared_ptr<const Tokenizer>& tokenizer,
+                   const std::vector<TokenId>& tokens, bool skip) {
+  StreamDecoder decoder(tokenizer, skip);
+  std::string text;
+  for (const TokenId token : tokens) {
+    const std::string piece = decoder.push(token);
+    EXPECT_TRUE(is_valid_utf8(piece));
+    text += piece;
+  }
+  text += decoder.finish();
+  EXPECT_EQ(decoder.finish(), "");
+  return text;
+}
+
+template <typename Action>
+void expect_error(ErrorKind kind, const std::string& message, const Action& action) {
+  try {
+    action();
+    FAIL() << "no error; expected: " << message;
+  } catch (const Error& error) {
+    EXPECT_EQ(error.what(), message);
+    EXPECT_EQ(error.kind(), kind);
+  }
+}
+
+TEST(Tokenizer, EncodesAndDecodes) {
+  const auto tokenizer = parse(small_tokenizer());
+  EXPECT_THAT(tokenizer->encode("ab ab<eos>e\u0301<x>c"), ElementsAre(7, 8, 9, 6, 10, 2));
+  EXPECT_THAT(tokenizer->encode("\u00E9 ab"), ElementsAre(6, 8));
+  EXPECT_THAT(tokenizer->encode(""), IsEmpty());
+  const std::vector<TokenId> tokens{7, 8, 9, 6, 10};
+  EXPECT_EQ(tokenizer->decode(tokens), "ab ab\u00E9<x>");
+  EXPECT_EQ(tokenizer->decode(tokens, false), "ab ab<eos>\u00E9<x>");
+  EXPECT_EQ(tokenizer->decode({}), "");
+}
+
+TEST(Tokenizer, KnowsItsTokens) {
+  const auto tokenizer = parse(small_tokenizer());
+  EXPECT_EQ(tokenizer->vocab_size(), 11);
+  EXPECT_EQ(tokenizer->token_to_id("Ġab"), 8);
+  EXPECT_EQ(tokenizer->token_to_id("<eos>"), 9);
+  EXPECT_EQ(tokenizer->token_to_id(" ab"), std::nullopt);
+  EXPECT_EQ(tokenizer->id_to_token(8), "Ġab");
+  EXPECT_EQ(tokenizer->bytes_of(8), " ab");
+  EXPECT_EQ(tokenizer->bytes_of(4), "\xC3");
+  EXPECT_TRUE(tokenizer->is_special(9));
+  EXPECT_FALSE(tokenizer->is_special(10));
+  EXPECT_FALSE(tokenizer->is_special(-1));
+  EXPECT_FALSE(tokenizer->is_special(11));
+}
+
+TEST(Tokenizer, RefusesIdsOutOfRange) {
+  const auto tokenizer = parse(small_tokenizer());
+  expect_error(ErrorKind::out_of_range,
+               "tokenizer.json: decode() token at index 1 must be an id from 0 to 10, found 11",
+               [&] {
+                 tokenizer->decode(std::vector<TokenId>{0, 11});
+               });
+  expect_error(ErrorKind::out_of_range,
+               "tokenizer.json: decode() token at index 0 must be an id from 0 to 10, found -1",
+               [&] { tokenizer->decode(std::vector<TokenId>{-1}); });
+  expect_error(ErrorKind::out_of_range,
+               "tokenizer.json: token must be an id from 0 to 10, found 2147483647",
+               [&] { (void)tokenizer->id_to_token(2147483647); });
+  StreamDecoder decoder(tokenizer);
+  expect_error(ErrorKind::out_of_range,
+               "tokenizer.json: token must be an id from 0 to 10, found 99",
+               [&] { decoder.push(99); });
+}
+
+TEST(StreamDecoder, HoldsBackUnfinishedCharacters) {
+  StreamDecoder decoder(parse(small_tokenizer()));
+  EXPECT_EQ(decoder.push(7), "ab");
+  EXPECT_EQ(decoder.push(4), "");
+  EXPECT_EQ(decoder.push(9), "");  // a special token, left out
+  EXPECT_EQ(decoder.push(5), "\u00E9");
+  EXPECT_EQ(decoder.push(5), "\uFFFD");
+  EXPECT_EQ(decoder.push(4), "");
+  EXPECT_EQ(decoder.push(0), "\uFFFDa");
+  EXPECT_EQ(decoder.push(4), "");
+  EXPECT_EQ(decoder.finish(), "\uFFFD");
+  EXPECT_EQ(decoder.finish(), "");
+}
+
+TEST(StreamDecoder, EqualsDecodeOnRandomTokens) {
+  if (!std::filesystem::exists(kGptNeoX)) GTEST_SKIP() << kGptNeoX << " is missing";
+  const auto tokenizer = Tokenizer::open(kGptNeoX);
+  std::mt19937 random(1);
+  for (int round = 0; round < 3000; ++round) {
+    // Small ids are single bytes: mostly broken UTF-8.
+    const auto limit = static_cast<std::uint32_t>(round % 2 == 0 ? 300 : tokenizer->vocab_size());
+    std::vector<TokenId> tokens(random() % 40);
+    for (TokenId& token : tokens) token = static_cast<TokenId>(random() % limit);
+    for (const bool skip : {true, false}) {
+      ASSERT_EQ(stream(tokenizer, tokens, skip), tokenizer->decode(tokens, skip));
+    }
+  }
+}
+
+TEST(Tokenizer, MayBeSharedBetweenThreads) {
+  const auto tokenizer = parse(small_tokenizer());
+  const std::string text = "ab e\u0301 <eos>ab\xFF c";
+  const std::vector<TokenId> expected = tokenizer->encode(text);
+  std::vector<std::thread> threads;
+  std::vector<int> equal(4);
+  for (int& count : equal) {
+    threads.emplace_back([&] {
+      for (int i = 0; i < 500; ++i) {
+        count += tokenizer->encode(text) == expected &&
+                 stream(tokenizer, expected, true) == tokenizer->decode(expected);
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_THAT(equal, testing::Each(500));
+}
+
+TEST(Tokenizer, TakesLongText) {
+  const auto tokenizer = parse(small_tokenizer());
+  std::string text;
+  for (int i = 0; i < 16 << 20; ++i) text += i % 5 == 0 ? "ab c" : " ab ";
+  ASSERT_EQ(text.size(), std::size_t{64} << 20);
+  EXPECT_EQ(tokenizer->decode(tokenizer->encode(text)), text);
+}
+
+class OpenTest : public testing::Test {
+ protected:
+  OpenTest() { std::filesystem::create_directories(folder_); }
+  ~OpenTest() override { std::filesystem::remove_all(folder_); }
+  std::filesystem::path folder_ = std::filesystem::path(testing::TempDir()) /
+                                  testing::UnitTest::GetInstance()->current_test_info()->name();
+};
+
+TEST_F(OpenTest, TakesAFileOrItsFolder) {
+  std::ofstream(folder_ / "tokenizer.json") << small_tokenizer();
+  EXPECT_EQ(Tokenizer::open(folder_)->vocab_size(), 11);
+  EXPECT_EQ(Tokenizer::open(folder_ / "tokenizer.json")->vocab_size(), 11);
+}
+
+TEST_F(OpenTest, NamesTheMissingFile) {
+  try {
+    Tokenizer::open(folder_);
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::not_found);
+    EXPECT_THAT(error.what(), testing::HasSubstr((folder_ / "tokenizer.json").string()));
+  }
+}
+
+}  // namespace
+}  // namespace clusterfusion
