@@ -116,7 +116,7 @@ def record_checkpoint(setting: dict) -> dict[str, np.ndarray]:
             for attention, kind in product(("sdpa", "eager"), {dtype, "float32"})
         }
         model = load_transformers(folder, "float64")
-        greedy, margins = transformers_greedy(model, tokens[:9].tolist(), GREEDY_TOKENS)
+        greedy, margins = transformers_greedy(model, tokens[None, :9], GREEDY_TOKENS)
     sampled = np.unique(np.linspace(0, exact.shape[1] - 1, VOCAB_SAMPLES).astype(np.int64))
     log_sum_exp = exact[:, 0] - log_softmax(exact)[:, 0]
     positions = np.arange(len(tokens)) if len(tokens) < 256 else np.arange(0, len(tokens), 7)
@@ -128,8 +128,8 @@ def record_checkpoint(setting: dict) -> dict[str, np.ndarray]:
         "logits": exact[positions][:, sampled],
         "log_sum_exp": log_sum_exp[positions],
         "norm": np.linalg.norm(exact, axis=1)[positions],
-        "greedy": np.array(greedy, np.int32),
-        "margins": np.array(margins, np.float32),
+        "greedy": greedy[0].astype(np.int32),
+        "margins": margins[0].astype(np.float32),
     }
 
 
@@ -168,10 +168,12 @@ def record_demo(path: Path) -> None:
     prompts = demo_prompts(np.array(tokenizer.encode(read_text("novels-valid.txt.xz")).ids))
     tokens = np.zeros((DEMO_PROMPTS, DEMO_TOKENS), np.int32)
     margins = np.zeros((DEMO_PROMPTS, DEMO_TOKENS), np.float32)
-    for number, row in enumerate(prompts):
-        prompt = row[1 : 1 + row[0]].tolist()
-        tokens[number], margins[number] = transformers_greedy(model, prompt, DEMO_TOKENS)
-        print(f"prompt {number + 1}/{DEMO_PROMPTS}", file=sys.stderr)
+    for length in np.unique(prompts[:, 0]):
+        chosen = prompts[:, 0] == length
+        tokens[chosen], margins[chosen] = transformers_greedy(
+            model, prompts[chosen, 1 : 1 + length], DEMO_TOKENS
+        )
+        print(f"prompts of {length} tokens", file=sys.stderr)
     arrays = {"prompts": prompts, "tokens": tokens, "margins": margins}
     longest = model.config.max_position_embeddings
     perplexities = []

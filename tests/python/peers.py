@@ -62,23 +62,23 @@ def transformers_logits(
 
 
 def transformers_greedy(
-    model: transformers.GPTNeoXForCausalLM, prompt: list[int], count: int
-) -> tuple[list[int], list[float]]:
-    """Greedy continuation by transformers with its KV cache, never stopping at an end token.
+    model: transformers.GPTNeoXForCausalLM, prompts: np.ndarray | list[list[int]], count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy continuations of prompts of one length, by transformers with its KV cache.
 
-    Also returns by how much each token's logit beats the next one's.
+    Never stops at an end token. Also returns by how much each token's logit beats the next one's.
     """
-    tokens, margins = [], []
-    cache, step = None, torch.tensor([prompt])
+    step = torch.tensor(np.asarray(prompts, np.int64))
+    cache, tokens, margins = None, [], []
     with torch.inference_mode():
         for _ in range(count):
-            output = model(step, past_key_values=cache, use_cache=True)
+            output = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
-            best = output.logits[0, -1].double().topk(2)
-            tokens.append(int(best.indices[0]))
-            margins.append(float(best.values[0] - best.values[1]))
-            step = best.indices[:1][None]
-    return tokens, margins
+            best = output.logits[:, -1].double().topk(2)
+            tokens.append(best.indices[:, 0].numpy())
+            margins.append((best.values[:, 0] - best.values[:, 1]).numpy())
+            step = best.indices[:, :1]
+    return np.stack(tokens, axis=1), np.stack(margins, axis=1)
 
 
 def transformers_perplexity(
@@ -111,7 +111,6 @@ def transformers_perplexity(
     return {
         "perplexity": math.exp(total / scored),
         "documented": math.exp(documented / documented_tokens),
-        "scored_tokens": scored,
     }
 
 
