@@ -33,7 +33,7 @@ class Tokenizer {
   // Text (UTF-8) to token ids. Each maximal ill-formed subsequence of bytes is read as U+FFFD, as
   // Python's bytes.decode("utf-8", errors="replace") does. With `add_special_tokens` the
   // post-processor's tokens are added, as in tokenizers' encode(); added tokens that stand in the
-  // text are always recognised.
+  // text are always recognised. Errors: invalid_argument for more than 2^31 - 1 bytes.
   std::vector<TokenId> encode(std::string_view text, bool add_special_tokens = true) const;
 
   // Token ids to text. Bytes that do not form UTF-8 become U+FFFD, as in tokenizers' decode().
