@@ -8,6 +8,8 @@
 #define HWY_TARGET_INCLUDE "backend/cpu/multiply.cpp"
 #include <hwy/foreach_target.h>
 // After foreach_target.h:
+#include <algorithm>
+
 #include "backend/cpu/vector16-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -37,10 +39,11 @@ HWY_INLINE void sum4x16(const Vector16* acc, float* sums) {
 #endif
 }
 
-// Adds bias and old value where wanted, and stores the sums of kTokens x kRows elements.
+// Adds bias and old value where wanted, and stores the sums of kTokens x kRows elements; rows lie
+// `row_step` apart.
 template <int kTokens, int kRows>
-HWY_INLINE void finish(const Product& p, std::int64_t row, std::int64_t token,
-                       const Vector16 (&acc)[kTokens * kRows]) {
+HWY_INLINE void finish(const Product& p, std::int64_t row, std::int64_t row_step,
+                       std::int64_t token, const Vector16 (&acc)[kTokens * kRows]) {
   constexpr int kTile = kTokens * kRows;
   constexpr int kFours = kTile / 4 * 4;
   float sums[kTile];
@@ -52,8 +55,8 @@ HWY_INLINE void finish(const Product& p, std::int64_t row, std::int64_t token,
     float* out = p.out + (token + t) * p.out_stride + row;
     for (int r = 0; r < kRows; ++r) {
       float value = sums[t * kRows + r];
-      if (p.bias != nullptr) value += p.bias[row + r];
-      out[r] = p.add_to_out ? out[r] + value : value;
+      if (p.bias != nullptr) value += p.bias[row + r * row_step];
+      out[r * row_step] = p.add_to_out ? out[r * row_step] + value : value;
     }
   }
 }
@@ -89,38 +92,66 @@ HWY_NOINLINE void multiply_tile(const Product& p, const T* weights, std::int64_t
   if (k < cols) {
     step(k, [&](const T* from) HWY_ATTR { return load_tail16(from, cols - k); });
   }
-  finish<kTokens, kRows>(p, row, token, acc);
+  finish<kTokens, kRows>(p, row, 1, token, acc);
 }
 
-// Rows one after the other, as they lie in memory, for kTokens tokens.
-template <typename T, int kTokens>
-HWY_NOINLINE void stream_rows(const Product& p, const T* weights, std::int64_t row,
-                              std::int64_t row_end, std::int64_t token) {
+// Rows row, row + row_step, ... row + (kStreams - 1) * row_step, and as many after each of them as
+// `count` says: every stream reads on through memory.
+template <typename T, int kTokens, int kStreams>
+HWY_NOINLINE void stream(const Product& p, const T* weights, std::int64_t first, std::int64_t count,
+                         std::int64_t row_step, std::int64_t token) {
   const std::int64_t cols = p.weights.cols;
+  const std::int64_t step_elements = row_step * cols;
   const float* a = p.in + token * p.in_stride;
-  constexpr std::int64_t kLineElements = 64 / sizeof(T);
+  constexpr std::int64_t kLineElements = kCacheLine / sizeof(T);
   constexpr std::int64_t kAhead = kPrefetchBytes / static_cast<std::int64_t>(sizeof(T));
-  for (; row < row_end; ++row) {
+  for (std::int64_t row = first; row < first + count; ++row) {
     const T* w = weights + row * cols;
-    Vector16 acc[kTokens];
+    Vector16 acc[kTokens * kStreams];
     CF_UNROLL
-    for (int t = 0; t < kTokens; ++t) acc[t] = set16(0.0f);
-    const auto step = [&](std::int64_t k, const Vector16& wide) HWY_ATTR {
+    for (int i = 0; i < kTokens * kStreams; ++i) acc[i] = set16(0.0f);
+    const auto step = [&](std::int64_t k, auto load_weights) HWY_ATTR {
+      Vector16 wide[kStreams];
+      CF_UNROLL
+      for (int s = 0; s < kStreams; ++s) wide[s] = load_weights(w + s * step_elements + k);
       CF_UNROLL
       for (int t = 0; t < kTokens; ++t) {
-        acc[t] = mul_add16(load16(a + t * p.in_stride + k), wide, acc[t]);
+        const Vector16 in = load16(a + t * p.in_stride + k);
+        CF_UNROLL
+        for (int s = 0; s < kStreams; ++s) {
+          acc[t * kStreams + s] = mul_add16(in, wide[s], acc[t * kStreams + s]);
+        }
       }
     };
+    const auto load = [](const T* from) HWY_ATTR { return load16(from); };
     std::int64_t k = 0;
     for (; k + kLineElements <= cols; k += kLineElements) {
-      __builtin_prefetch(w + k + kAhead, 0, 2);
       CF_UNROLL
-      for (std::int64_t i = 0; i < kLineElements; i += kLanes) step(k + i, load16(w + k + i));
+      for (int s = 0; s < kStreams; ++s) {
+        __builtin_prefetch(w + s * step_elements + k + kAhead, 0, 2);
+      }
+      CF_UNROLL
+      for (std::int64_t i = 0; i < kLineElements; i += kLanes) step(k + i, load);
     }
-    for (; k + kLanes <= cols; k += kLanes) step(k, load16(w + k));
-    if (k < cols) step(k, load_tail16(w + k, cols - k));
-    finish<kTokens, 1>(p, row, token, acc);
+    for (; k + kLanes <= cols; k += kLanes) step(k, load);
+    if (k < cols) {
+      step(k, [&](const T* from) HWY_ATTR { return load_tail16(from, cols - k); });
+    }
+    finish<kTokens, kStreams>(p, row, row_step, token, acc);
   }
+}
+
+// Few tokens: the rows are cut into streams that are read at the same time. Measured on Zen 4: four
+// streams read 1.1 to 1.3 times as fast as one.
+template <typename T, int kTokens>
+HWY_INLINE void stream_rows(const Product& p, const T* weights, std::int64_t row,
+                            std::int64_t row_end, std::int64_t token) {
+  constexpr int kAccumulators = kParts == 1 ? 16 : kParts == 2 ? 4 : 2;
+  constexpr int kStreams = std::clamp(kAccumulators / kTokens, 1, 4);
+  const std::int64_t each = (row_end - row) / kStreams;
+  if (each > 0) stream<T, kTokens, kStreams>(p, weights, row, each, each, token);
+  row += each * kStreams;
+  if (row < row_end) stream<T, kTokens, 1>(p, weights, row, row_end - row, 0, token);
 }
 
 // stream_rows for a number of tokens known only now, at most kStreamTokens.

@@ -147,7 +147,7 @@ std::vector<Transformer::Task> Transformer::streaming_tasks(std::span<const Job>
   std::vector<Task> tasks;
   for (const Job& job : jobs) {
     for (std::int64_t row = 0; row < job.rows();) {
-      const std::int64_t bytes = std::max(left / (2 * threads_.size()), kMinTaskBytes);
+      const std::int64_t bytes = std::max(left / threads_.size(), kMinTaskBytes);
       const std::int64_t groups = std::max<std::int64_t>(bytes / job.row_bytes() / kRowGroup, 1);
       const std::int64_t end = std::min(row + groups * kRowGroup, job.rows());
       tasks.push_back({&job, row, end, 0, tokens});
