@@ -24,6 +24,7 @@ struct Settings {
   EngineSettings engine;
   ReportSettings report;
   std::string contexts;
+  CLI::Option* contexts_option = nullptr;
   std::int64_t num_tokens = 32;
   int repeats = 3;
   std::uint64_t seed = 0;
@@ -59,7 +60,7 @@ std::vector<std::int64_t> contexts_of(const Settings& settings, std::int64_t max
   require(longest >= 1, ErrorKind::invalid_argument,
           "--tokens: {} do not fit behind a prompt into the context of {} positions; give fewer",
           settings.num_tokens, max_positions);
-  if (!settings.contexts.empty()) {
+  if (settings.contexts_option->count() > 0) {
     auto contexts = parse_integer_list(settings.contexts, 1, longest,
                                        fmt::format("--contexts (with {} tokens after each, in a "
                                                    "context of {} positions)",

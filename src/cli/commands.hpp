@@ -29,7 +29,7 @@ CLI::App* add_command(CLI::App& app, Command& selected, const std::string& name,
                       ExitCode (*run)(const Settings&), const std::string& notes,
                       const std::string& example) {
   CLI::App* command = app.add_subcommand(name, description);
-  command->footer("\n" + notes + "\n\nExample:\n  " + example);
+  command->footer(notes + "\n\nExample:\n  " + example);
   command->callback([&selected, settings, run] { selected = [=] { return run(*settings); }; });
   return command;
 }

@@ -68,7 +68,7 @@ GenerateRequest make_request(const Settings& settings) {
   request.prompt_tokens = parse_tokens(settings.prompt_tokens, "--prompt-tokens");
   if (!request.prompt_tokens.empty()) return request;
   request.prompt = read_text(settings.prompt);
-  if (settings.prompt.text_option->count() == 0) {
+  if (!is_typed(settings.prompt)) {
     drop_final_newline(request.prompt);
     require(!request.prompt.empty(), ErrorKind::invalid_argument,
             "the prompt from {} is one empty line; expected at least one character",
@@ -204,8 +204,7 @@ void add_sampling_options(CLI::App& app, SamplingParams& sampling) {
   add_number(app, "--seed", sampling.seed, "the same seed gives the same text")
       ->capture_default_str();
   add_number(app, "--logprobs", sampling.num_logprobs,
-             "log-probabilities of the chosen token and of the N likeliest (with --json)",
-             std::int32_t{0});
+             "log-probabilities of each token and the N likeliest (with --json)", std::int32_t{0});
 }
 
 void add_stop_options(CLI::App& app, Settings& settings) {
@@ -261,7 +260,7 @@ void add_generate_command(CLI::App& app, Command& selected) {
                    "show special tokens in the text");
   command.add_flag("--no-stats", settings->no_stats, "no statistics");
   command.add_flag("--ceiling", settings->ceiling,
-                   "measure the read ceiling of a large model too (reads it several times)");
+                   "measure the read ceiling of a large model too (takes a while)");
 }
 
 }  // namespace clusterfusion::cli

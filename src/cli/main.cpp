@@ -4,9 +4,11 @@
 
 #include <csignal>
 #include <exception>
+#include <memory>
 #include <new>
 
 #include "cli/commands.hpp"
+#include "cli/help_formatter.hpp"
 #include "cli/standard_output.hpp"
 #include "cli/terminal.hpp"
 #include "clusterfusion/error.hpp"
@@ -15,6 +17,7 @@ namespace clusterfusion::cli {
 namespace {
 
 void add_commands(CLI::App& app, Command& selected) {
+  app.formatter(std::make_shared<HelpFormatter>());
   app.set_version_flag("--version", "clusterfusion " CLUSTERFUSION_VERSION);
   app.require_subcommand(0, 1);
   add_generate_command(app, selected);
@@ -24,7 +27,7 @@ void add_commands(CLI::App& app, Command& selected) {
   add_info_command(app, selected);
   add_bench_command(app, selected);
   app.footer(
-      "\nEach command's --help ends with an example.\n"
+      "Each command's --help ends with an example.\n"
       "Exit codes: 0 done; 1 failed (a file, memory, the device, ...); 2 misused (an option, a\n"
       "value, a prompt or a token id is wrong).\n\n"
       "Example:\n  clusterfusion generate models/demo -p \"It was a dark night\"");

@@ -31,8 +31,7 @@ void add_engine_options(CLI::App& app, EngineSettings& settings) {
              0)
       ->capture_default_str();
   app.add_option("--kv-dtype", settings.kv_dtype,
-                 "type of the KV cache: float32, float16 or bfloat16 (default: float32 on the CPU, "
-                 "the weights' type on a GPU)")
+                 "type of the KV cache: float32, float16 or bfloat16")
       ->transform(CLI::IsMember({"float32", "float16", "bfloat16"}).description(""))
       ->type_name("NAME");
 }

@@ -1,18 +1,14 @@
 #include "cli/result_json.hpp"
 
-#include "clusterfusion/error.hpp"
-
 namespace clusterfusion::cli {
 namespace {
 
 Json token_json(TokenId token, const Tokenizer* tokenizer) {
   Json json = {{"token", token}};
   if (tokenizer == nullptr) return json;
-  try {
-    json["piece"] = tokenizer->id_to_token(token);
-  } catch (const Error&) {  // a model's matrices may have rows for which there is no token
-    json["piece"] = nullptr;
-  }
+  // A model's matrices may have more rows than the tokenizer has tokens.
+  const bool known = token < tokenizer->vocab_size();
+  json["piece"] = known ? Json(tokenizer->id_to_token(token)) : Json();
   return json;
 }
 

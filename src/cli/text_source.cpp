@@ -16,9 +16,6 @@ namespace {
 // Far beyond any text worth scoring; keeps /dev/zero from eating the machine's memory.
 constexpr std::size_t kMaxTextBytes = std::size_t{1} << 30;
 
-bool from_option(const TextSource& source) {
-  return source.text_option->count() > 0 && source.text != "-";
-}
 bool from_file(const TextSource& source) {
   return source.file_option->count() > 0 && source.file != "-";
 }
@@ -70,7 +67,7 @@ void add_text_options(CLI::App& app, TextSource& source, const std::string& name
 
 std::string read_text(const TextSource& source) {
   std::string text;
-  if (from_option(source)) {
+  if (is_typed(source)) {
     text = source.text;
   } else if (from_file(source)) {
     text = read_file(source.file);
@@ -85,8 +82,12 @@ std::string read_text(const TextSource& source) {
   return text;
 }
 
+bool is_typed(const TextSource& source) {
+  return source.text_option->count() > 0 && source.text != "-";
+}
+
 std::string name_of(const TextSource& source) {
-  if (from_option(source)) return source.text_option->get_name();
+  if (is_typed(source)) return source.text_option->get_name();
   if (from_file(source)) return quote(source.file);
   return "standard input";
 }

@@ -22,7 +22,10 @@ void add_text_options(CLI::App& app, TextSource& source, const std::string& name
 // terminal, or if the text is empty; not_found, permission_denied, io for files.
 std::string read_text(const TextSource& source);
 
-// How messages call the source: "-p", "FILE" or "standard input".
+// Whether the text stands on the command line itself.
+bool is_typed(const TextSource& source);
+
+// How messages call the source: "--text", "FILE" or "standard input".
 std::string name_of(const TextSource& source);
 
 }  // namespace clusterfusion::cli

@@ -479,7 +479,7 @@ MISUSES = {
     ),
     "empty prompt": (["generate", "MODEL", "-p", ""], "-p.*empty|--prompt.*empty"),
     "empty stdin": (["generate", "MODEL"], "standard input is empty"),
-    "two prompts": (["generate", "MODEL", "-p", "x", "-f", "y"], "--prompt-file.*--prompt"),
+    "two prompts": (["generate", "MODEL", "-p", "x", "-f", "y"], "--prompt excludes --prompt-file"),
     "empty stop": (["generate", "MODEL", "-p", "x", "--stop", ""], "--stop"),
     "stop token": (
         ["generate", "MODEL", "-p", "x", "--stop-tokens", "1,x"],
@@ -735,8 +735,9 @@ def start_in_prefill(model: Path, *arguments: str) -> subprocess.Popen:
 def test_signal_ends_a_prefill(long_model, number):
     process = start_in_prefill(long_model, "--json")
     process.send_signal(number)
+    out = process.stdout.read()
     assert process.wait(TIMEOUT) == 0
-    document = json.loads(process.stdout.read())
+    document = json.loads(out)
     assert document["finish_reason"] == "cancelled"
     assert document["tokens"] == []
     assert re.fullmatch(rb"prompt: .*\noutput: 0 tokens \(cancelled\)\n", process.stderr.read())
