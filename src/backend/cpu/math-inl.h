@@ -32,9 +32,10 @@ HWY_INLINE Native sigmoid_of(Native x) {
   return hn::Div(one, hn::Add(one, exp_of(hn::Neg(x))));
 }
 
-// The normal distribution function, (1 + erf(x / sqrt 2)) / 2 = erfc(-x / sqrt 2) / 2, with small
-// relative error on the whole axis: for |z| = |x| / sqrt 2 above 0.93 from log erfc(|z|), which is
-// close to a polynomial, and below from erf. Minimax coefficients of N. Juffa's erff().
+// The normal distribution function, (1 + erf(x / sqrt 2)) / 2 = erfc(-x / sqrt 2) / 2, within 2^-24
+// of itself or of one, whichever is more: for |z| = |x| / sqrt 2 above 0.93 from log erfc(|z|),
+// which is close to a polynomial and leaves nothing to cancel, and below from erf. Minimax
+// coefficients of N. Juffa's erff().
 HWY_INLINE Native normal_cdf_of(Native x) {
   const FloatTag d;
   const auto c = [&](float value) HWY_ATTR { return hn::Set(d, value); };

@@ -52,15 +52,34 @@ HWY_INLINE Vector16 set16(float value) {
 }
 
 template <typename T>
-HWY_INLINE Vector16 load16(const T* from) {
+HWY_INLINE Native widen(const T* from) {
   const FloatTag d;
-  if constexpr (std::is_same_v<T, float>) {
-    return make16([&](int i) HWY_ATTR { return hn::LoadU(d, from + i * kNativeLanes); });
-  } else {
-    const hn::Rebind<T, FloatTag> dn;
-    return make16(
-        [&](int i) HWY_ATTR { return hn::PromoteTo(d, hn::LoadU(dn, from + i * kNativeLanes)); });
-  }
+  return hn::PromoteTo(d, hn::LoadU(hn::Rebind<T, FloatTag>(), from));
+}
+HWY_INLINE Native widen(const float* from) { return hn::LoadU(FloatTag(), from); }
+
+#if HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128
+// Machines without such an instruction: exponent and fraction move up by 13 bits, the exponent's
+// bias grows by 112; infinity and NaN, which Highway's emulation takes for numbers, keep all
+// exponent bits.
+HWY_INLINE Native widen(const hwy::float16_t* from) {
+  const FloatTag d;
+  const hn::RebindToUnsigned<FloatTag> du;
+  const hn::Rebind<std::uint16_t, FloatTag> dh;
+  const auto bits = hn::PromoteTo(du, hn::LoadU(dh, reinterpret_cast<const std::uint16_t*>(from)));
+  const auto sign = hn::ShiftLeft<16>(hn::And(bits, hn::Set(du, 0x8000)));
+  const auto magnitude = hn::And(bits, hn::Set(du, 0x7fff));
+  const Native scaled = hn::Mul(hn::BitCast(d, hn::ShiftLeft<13>(magnitude)), hn::Set(d, 0x1p112f));
+  const auto special = hn::Gt(hn::BitCast(hn::RebindToSigned<FloatTag>(), magnitude),
+                              hn::Set(hn::RebindToSigned<FloatTag>(), 0x7bff));
+  const auto exponent = hn::IfThenElseZero(hn::RebindMask(du, special), hn::Set(du, 0x7f800000));
+  return hn::BitCast(d, hn::Or(hn::Or(hn::BitCast(du, scaled), exponent), sign));
+}
+#endif
+
+template <typename T>
+HWY_INLINE Vector16 load16(const T* from) {
+  return make16([&](int i) HWY_ATTR { return widen(from + i * kNativeLanes); });
 }
 
 HWY_INLINE void store16(const Vector16& v, float* to) {
