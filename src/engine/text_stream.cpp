@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <string_view>
 
-#include "clusterfusion/error.hpp"
-
 namespace clusterfusion {
 namespace {
 
@@ -55,23 +53,14 @@ TextStream::TextStream(std::shared_ptr<const Tokenizer> tokenizer, bool skip_spe
 }
 
 std::string TextStream::push(TokenId token) {
-  return has_text(token) ? stop_filter_.push(decoder_->push(token)) : std::string();
+  if (!decoder_ || token >= tokenizer_->vocab_size()) return {};
+  return stop_filter_.push(decoder_->push(token));
 }
 
 std::string TextStream::finish() {
   if (!decoder_) return {};
   std::string text = stop_filter_.push(decoder_->finish());
   return text + stop_filter_.finish();
-}
-
-bool TextStream::has_text(TokenId token) const {
-  if (!tokenizer_ || token >= tokenizer_->vocab_size()) return false;
-  try {
-    tokenizer_->id_to_token(token);
-    return true;
-  } catch (const Error&) {  // a hole between the ids of the vocabulary
-    return false;
-  }
 }
 
 }  // namespace clusterfusion

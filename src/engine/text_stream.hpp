@@ -33,8 +33,8 @@ class StopFilter {
   bool stopped_ = false;
 };
 
-// Text of the new tokens alone, as well-formed UTF-8. A token that the tokenizer does not know (the
-// model's vocabulary may be padded) and every token where there is no tokenizer adds no text.
+// Text of the new tokens alone, as well-formed UTF-8. A token beyond the tokenizer's vocabulary
+// (the model's may be padded) and every token where there is no tokenizer adds no text.
 class TextStream {
  public:
   TextStream(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special_tokens,
@@ -48,8 +48,6 @@ class TextStream {
   bool stopped() const noexcept { return stop_filter_.stopped(); }
 
  private:
-  bool has_text(TokenId token) const;
-
   std::shared_ptr<const Tokenizer> tokenizer_;
   std::optional<StreamDecoder> decoder_;
   StopFilter stop_filter_;

@@ -1,0 +1,134 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "engine/choose_device.hpp"
+#include "engine/fixtures.hpp"
+
+namespace clusterfusion {
+namespace {
+
+using test::expect_error;
+using testing::HasSubstr;
+
+const std::filesystem::path kCheckpoints = CF_SOURCE_DIR "/tests/unit/model/data/checkpoints";
+
+// A copy of a small checkpoint, with room for other files beside it.
+class CheckpointFolder {
+ public:
+  CheckpointFolder()
+      : path_(std::filesystem::path(testing::TempDir()) /
+              ("engine_test_" + std::to_string(getpid()) + "_" +
+               testing::UnitTest::GetInstance()->current_test_info()->name())) {
+    std::filesystem::copy(kCheckpoints / "untied_float32", path_);
+  }
+  ~CheckpointFolder() { std::filesystem::remove_all(path_); }
+  const std::filesystem::path& path() const { return path_; }
+
+ private:
+  std::filesystem::path path_;
+};
+
+EngineOptions with_device(const char* device) {
+  EngineOptions options;
+  options.device = device;
+  return options;
+}
+EngineOptions with_threads(int threads) {
+  EngineOptions options;
+  options.threads = threads;
+  return options;
+}
+EngineOptions with_max_positions(std::int64_t max_positions) {
+  EngineOptions options;
+  options.max_positions = max_positions;
+  return options;
+}
+
+TEST(ChooseDevice, CpuIsAlwaysThere) {
+  EXPECT_EQ(choose_device("cpu").device, "cpu");
+  EXPECT_FALSE(choose_device("auto").reason.empty());
+  expect_error(ErrorKind::invalid_argument,
+               HasSubstr(R"(device must be "auto", "cpu" or "cuda", got "tpu")"),
+               [] { choose_device("tpu"); });
+}
+
+TEST(Open, RunsACheckpointWithoutATokenizer) {
+  const auto engine = Engine::open(kCheckpoints / "untied_float32", with_device("cpu"));
+  EXPECT_FALSE(engine->has_tokenizer());
+  const EngineInfo info = engine->info();
+  EXPECT_EQ(info.device, "cpu");
+  EXPECT_FALSE(info.device_description.empty());
+  EXPECT_FALSE(info.device_reason.empty());
+  EXPECT_EQ(info.max_positions, engine->model().config().max_positions);
+  EXPECT_GT(info.kv_bytes_per_position, 0);
+  GenerateRequest request;
+  request.prompt_tokens = {1, 2, 3};
+  request.max_new_tokens = 4;
+  request.ignore_eos = true;
+  EXPECT_EQ(engine->generate(request).tokens.size(), 4u);
+}
+
+TEST(Open, ShortensTheContext) {
+  const auto engine = Engine::open(kCheckpoints / "untied_float32", with_max_positions(8));
+  EXPECT_EQ(engine->info().max_positions, 8);
+  GenerateRequest request;
+  request.prompt_tokens = {1, 2, 3};
+  request.max_new_tokens = 100;
+  request.ignore_eos = true;
+  const GenerateResult result = engine->generate(request);
+  EXPECT_EQ(result.tokens.size(), 5u);
+  EXPECT_EQ(result.finish_reason, FinishReason::context_limit);
+}
+
+TEST(Open, RefusesImpossibleOptions) {
+  const auto open = [](const EngineOptions& options) {
+    return [options] { Engine::open(kCheckpoints / "untied_float32", options); };
+  };
+  expect_error(ErrorKind::invalid_argument, HasSubstr("device must be"), open(with_device("gpu")));
+  expect_error(ErrorKind::invalid_argument, HasSubstr("threads must be >= 0"),
+               open(with_threads(-1)));
+  expect_error(ErrorKind::invalid_argument, HasSubstr("max_positions must be in [1, 2048]"),
+               open(with_max_positions(2049)));
+  expect_error(ErrorKind::invalid_argument, HasSubstr("got -1"), open(with_max_positions(-1)));
+  expect_error(ErrorKind::not_found, HasSubstr("no-such-folder"),
+               [] { Engine::open("no-such-folder"); });
+}
+
+TEST(Open, ReadsTheTokenizerBesideTheWeights) {
+  const CheckpointFolder folder;
+  std::ofstream(folder.path() / "tokenizer.json") << test::tokenizer_json(64);
+  const auto engine = Engine::open(folder.path());
+  ASSERT_TRUE(engine->has_tokenizer());
+  EXPECT_EQ(engine->tokenizer().vocab_size(), 64);
+}
+
+TEST(Open, RefusesATokenizerThatIsBrokenOrOfAnotherModel) {
+  const CheckpointFolder folder;
+  const std::filesystem::path file = folder.path() / "tokenizer.json";
+  std::ofstream(file) << "{";
+  expect_error(ErrorKind::malformed, HasSubstr("tokenizer.json"),
+               [&] { Engine::open(folder.path()); });
+  std::ofstream(file) << test::tokenizer_json(65);
+  expect_error(ErrorKind::malformed,
+               HasSubstr("the tokenizer's largest id is 64, and the model's vocab_size is 64"),
+               [&] { Engine::open(folder.path()); });
+  std::filesystem::remove(file);
+  std::filesystem::create_symlink(folder.path() / "gone.json", file);
+  expect_error(ErrorKind::not_found, HasSubstr("tokenizer.json"),
+               [&] { Engine::open(folder.path()); });
+}
+
+TEST(FinishReason, HasNames) {
+  EXPECT_STREQ(name_of(FinishReason::stop_token), "stop_token");
+  EXPECT_STREQ(name_of(FinishReason::stop_string), "stop_string");
+  EXPECT_STREQ(name_of(FinishReason::token_limit), "token_limit");
+  EXPECT_STREQ(name_of(FinishReason::context_limit), "context_limit");
+  EXPECT_STREQ(name_of(FinishReason::cancelled), "cancelled");
+}
+
+}  // namespace
+}  // namespace clusterfusion

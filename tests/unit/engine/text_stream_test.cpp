@@ -1,0 +1,110 @@
+#include "engine/text_stream.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "engine/fixtures.hpp"
+
+namespace clusterfusion {
+namespace {
+
+// What the filter lets through when `text` comes in pieces that end at `cuts`.
+std::string filtered(const std::string& text, const std::vector<std::string>& stops,
+                     const std::vector<std::size_t>& cuts, bool& stopped) {
+  StopFilter filter(stops);
+  std::string out;
+  std::size_t begin = 0;
+  for (const std::size_t cut : cuts) {
+    out += filter.push(text.substr(begin, cut - begin));
+    begin = cut;
+  }
+  out += filter.push(text.substr(begin));
+  out += filter.finish();
+  stopped = filter.stopped();
+  return out;
+}
+
+TEST(StopFilter, EndsBeforeTheLeftmostStopStringHoweverTheTextIsCut) {
+  std::mt19937 random(5);
+  const auto random_text = [&](std::size_t shortest, std::size_t longest) {
+    std::string text(shortest + random() % (longest - shortest + 1), ' ');
+    for (char& c : text) c = "abc"[random() % 3];
+    return text;
+  };
+  for (int round = 0; round < 20'000; ++round) {
+    const std::string text = random_text(0, 12);
+    std::vector<std::string> stops(1 + random() % 3);
+    for (std::string& stop : stops) stop = random_text(1, 4);
+    std::vector<std::size_t> cuts(random() % 6);
+    for (std::size_t& cut : cuts) cut = random() % (text.size() + 1);
+    std::sort(cuts.begin(), cuts.end());
+
+    std::size_t expected = text.size();
+    for (const std::string& stop : stops) expected = std::min(expected, text.find(stop));
+    bool stopped = false;
+    ASSERT_EQ(filtered(text, stops, cuts, stopped), text.substr(0, expected)) << text;
+    ASSERT_EQ(stopped, expected < text.size());
+  }
+}
+
+TEST(StopFilter, HoldsBackOnlyWhatMayBeAStopString) {
+  StopFilter filter({"STOP"});
+  EXPECT_EQ(filter.push("say S"), "say ");
+  EXPECT_EQ(filter.push("T"), "");
+  EXPECT_EQ(filter.push("ART ST"), "START ");
+  EXPECT_EQ(filter.push("STO"), "ST");
+  EXPECT_FALSE(filter.stopped());
+  EXPECT_EQ(filter.push("P it"), "");
+  EXPECT_TRUE(filter.stopped());
+  EXPECT_EQ(filter.push("more"), "");
+  EXPECT_EQ(filter.finish(), "");
+}
+
+TEST(StopFilter, WithoutStopStringsLetsAllThrough) {
+  StopFilter filter({});
+  EXPECT_EQ(filter.push("abc"), "abc");
+  EXPECT_EQ(filter.finish(), "");
+  EXPECT_FALSE(filter.stopped());
+}
+
+TEST(TextStream, EqualsDecodeOfRandomTokens) {
+  std::mt19937 random(6);
+  const auto tokenizer = test::byte_tokenizer();
+  for (int round = 0; round < 2000; ++round) {
+    const bool skip_special_tokens = round % 2 == 0;
+    std::vector<TokenId> tokens(random() % 20);
+    for (TokenId& token : tokens) token = static_cast<TokenId>(random() % (test::kLast + 1));
+    TextStream stream(tokenizer, skip_special_tokens, {});
+    std::string text;
+    for (const TokenId token : tokens) text += stream.push(token);
+    text += stream.finish();
+    ASSERT_EQ(text, tokenizer->decode(tokens, skip_special_tokens));
+  }
+}
+
+TEST(TextStream, HoldsBackUnfinishedCharacters) {
+  TextStream stream(test::byte_tokenizer(), true, {});
+  EXPECT_EQ(stream.push(1 + 0xE2), "");
+  EXPECT_EQ(stream.push(1 + 0x82), "");
+  EXPECT_EQ(stream.push(1 + 0xAC), "€");
+  EXPECT_EQ(stream.push(1 + 0xE2), "");
+  EXPECT_EQ(stream.finish(), "\uFFFD");
+}
+
+TEST(TextStream, TokensWithoutTextAddNone) {
+  TextStream stream(test::byte_tokenizer(), true, {});
+  EXPECT_EQ(stream.push(test::kThe), " the");
+  EXPECT_EQ(stream.push(test::kPadded), "");
+  EXPECT_EQ(stream.push(test::kLast), "abcd");
+
+  TextStream silent(nullptr, true, {});
+  EXPECT_EQ(silent.push(test::kThe), "");
+  EXPECT_EQ(silent.finish(), "");
+}
+
+}  // namespace
+}  // namespace clusterfusion
