@@ -271,10 +271,10 @@ class Engine:
 
         Raises:
             TypeError: A prompt or an option has the wrong type, or an option is not known.
-            ValueError: A prompt is empty or too long, or an option is outside its range.
+            ValueError: A prompt is empty, too long, or text where the checkpoint has no tokenizer;
+                or an option is outside its range.
             IndexError: A token id is not in the vocabulary.
-            FileNotFoundError: The prompt is text and the checkpoint has no tokenizer.
-            KeyboardInterrupt: On Ctrl-C, between two steps.
+            KeyboardInterrupt: On Ctrl-C, between two steps; the prompt's prefill is one of them.
         """
         with self.stream(prompt, **options) as stream:
             for _ in stream:
@@ -343,7 +343,7 @@ class Engine:
         """Computes the log-probability of a text, token by token.
 
         Args:
-            prompt: A text, or at least one token id.
+            prompt: A text, or its token ids; at least two tokens.
         """
         fields = _native.engine_score(self._handle, self._token_ids(prompt))
         return Score(
