@@ -67,9 +67,12 @@ double time_prefill(Backend& backend, std::span<const TokenId> prompt, std::span
   return seconds;
 }
 
-// Appends the seconds of each greedy step of a batch that starts behind `context` positions.
-void time_decode(Backend& backend, const Arguments& arguments, std::span<const TokenId> context,
-                 std::vector<double>& seconds) {
+// Seconds of each greedy step of a batch that starts behind `context` positions; `between` runs
+// after each.
+template <typename F>
+std::vector<double> time_decode(Backend& backend, const Arguments& arguments,
+                                std::span<const TokenId> context, F between) {
+  std::vector<double> seconds;
   std::vector<SequenceId> ids;
   std::vector<TokenId> inputs(static_cast<std::size_t>(arguments.batch), 1);
   std::vector<SampledToken> sampled(inputs.size());
@@ -82,8 +85,10 @@ void time_decode(Backend& backend, const Arguments& arguments, std::span<const T
     backend.decode(ids, inputs, 1, sampled, {});
     seconds.push_back(seconds_since(start));
     for (std::size_t b = 0; b < inputs.size(); ++b) inputs[b] = sampled[b].token;
+    between();
   }
   for (const SequenceId id : ids) backend.release_sequence(id);
+  return seconds;
 }
 
 // Bytes per second of a straight multi-threaded read of all layers' matrices and the LM head.
@@ -153,17 +158,15 @@ nlohmann::json measure(const Arguments& arguments) {
   time_prefill(*backend, prompt, logits);
   const auto bytes = static_cast<double>(model->bytes_per_token());
   for (int round = 0; round < arguments.rounds; ++round) {
-    std::vector<double> reads, steps;
-    for (int pass = 0; pass < 5; ++pass) reads.push_back(plain_read.measure());
+    // Steps and plain reads alternate one by one: what disturbs the machine disturbs both alike.
+    std::vector<double> reads;
+    const std::vector<double> steps =
+        time_decode(*backend, arguments, context, [&] { reads.push_back(plain_read.measure()); });
     ceiling.push_back(backend->measure_read_ceiling());
-    time_decode(*backend, arguments, context, steps);
-    for (int pass = 0; pass < 5; ++pass) reads.push_back(plain_read.measure());
     prefill.push_back(time_prefill(*backend, prompt, logits));
-    // The best of the reads, so that a disturbed read never flatters the share.
-    const double best_read = *std::max_element(reads.begin(), reads.end());
-    share_of_plain.push_back(bytes / middle_of(steps) / best_read);
+    share_of_plain.push_back(bytes / middle_of(steps) / middle_of(reads));
     share_of_ceiling.push_back(bytes / middle_of(steps) / ceiling.back());
-    plain.push_back(best_read);
+    plain.insert(plain.end(), reads.begin(), reads.end());
     decode.insert(decode.end(), steps.begin(), steps.end());
   }
   return {{"device", backend->info().device},

@@ -105,6 +105,11 @@ HWY_NOINLINE void stream(const Product& p, const T* weights, std::int64_t first,
   const float* a = p.in + token * p.in_stride;
   constexpr std::int64_t kLineElements = kCacheLine / sizeof(T);
   constexpr std::int64_t kAhead = kPrefetchBytes / static_cast<std::int64_t>(sizeof(T));
+  for (std::int64_t at = 0; at < std::min(kAhead, count * cols); at += kLineElements) {
+    for (int s = 0; s < kStreams; ++s) {
+      __builtin_prefetch(weights + first * cols + s * step_elements + at, 0, 2);
+    }
+  }
   for (std::int64_t row = first; row < first + count; ++row) {
     const T* w = weights + row * cols;
     Vector16 acc[kTokens * kStreams];

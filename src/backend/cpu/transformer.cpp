@@ -17,7 +17,7 @@ constexpr std::int64_t kActivationBytes = std::int64_t{64} << 20;
 constexpr std::int64_t kMaxRows = 512;
 // Up to so many tokens are bound by reading the weights; their smallest task.
 constexpr std::int64_t kFewTokens = 32;
-constexpr std::int64_t kMinTaskBytes = 64 << 10;
+constexpr std::int64_t kMinTaskBytes = 128 << 10;
 // Shape of a task of more tokens.
 constexpr std::int64_t kTaskTokens = 128;
 constexpr std::int64_t kTaskRows = 4 * kRowGroup;
