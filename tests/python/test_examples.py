@@ -45,7 +45,7 @@ def run(*command: object, status: int = 0) -> subprocess.CompletedProcess:
 
 def test_python_example(demo_model, expected):
     result = run(sys.executable, ROOT / "examples/python/generate.py", demo_model, PROMPT)
-    assert result.stdout == expected + "\n"
+    assert result.stdout == expected
     assert "tokens/s" in result.stderr
 
 
