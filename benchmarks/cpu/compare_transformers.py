@@ -22,6 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PEER = ROOT / "benchmarks/peers/transformers_cpu.py"
+# What the measured program is made of.
+MEASURED = ["src/backend", "src/base", "src/sampling", "benchmarks/cpu"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,7 +78,7 @@ def cpu_name() -> str:
 def commit() -> str:
     """Commit that was measured, marked if the tree had changes in the measured code."""
     show = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    dirty = ["git", "-C", str(ROOT), "status", "--porcelain", "src", "benchmarks/cpu"]
+    dirty = ["git", "-C", str(ROOT), "status", "--porcelain", *MEASURED]
     changed = subprocess.run(dirty, capture_output=True, text=True, check=True).stdout.strip()
     head = subprocess.run(show, capture_output=True, text=True, check=True).stdout.strip()
     return head + ("+changes" if changed else "")

@@ -1,7 +1,7 @@
 """Time decode and prefill of a GPT-NeoX checkpoint with transformers on the CPU.
 
-Prints one JSON object: seconds of each greedy decode step with a KV cache, and of each prefill whose
-logits are wanted at the last position only. Needs torch and transformers.
+Prints one JSON object: seconds of each greedy decode step with a KV cache, and of each prefill
+whose logits are wanted at the last position only. Needs torch and transformers.
 
     python benchmarks/peers/transformers_cpu.py CHECKPOINT --dtype float32 --prompt 512
 """
