@@ -127,14 +127,7 @@ TEST(Requests, WithoutATokenizerOnlyIdsAreTaken) {
 
 TEST(MakeEngine, RefusesATokenizerOfAnotherModel) {
   const auto state = std::make_shared<FakeState>();
-  const auto tokenizer = Tokenizer::parse(
-      R"({"version":"1.0","added_tokens":[{"id":320,"content":"<x>","single_word":false,
-          "lstrip":false,"rstrip":false,"normalized":false,"special":true}],"normalizer":null,
-          "pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,
-          "use_regex":true},"post_processor":null,
-          "decoder":{"type":"ByteLevel","add_prefix_space":false,"trim_offsets":true,
-          "use_regex":true},"model":{"type":"BPE","vocab":{"a":0},"merges":[]}})",
-      "test");
+  const auto tokenizer = Tokenizer::parse(tokenizer_json(321), "test");
   expect_error(ErrorKind::malformed,
                HasSubstr("the tokenizer's largest id is 320, and the model's vocab_size is 320"),
                [&] {
