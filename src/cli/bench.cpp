@@ -192,10 +192,11 @@ void add_bench_command(CLI::App& app, Command& selected) {
       "clusterfusion bench models/demo --contexts 16,64 --tokens 8");
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
-  command
-      .add_option("--contexts", settings->contexts,
-                  "prompt lengths in tokens (default: those of 16,128,1024 that fit)")
-      ->type_name("LIST");
+  settings->contexts_option =
+      command
+          .add_option("--contexts", settings->contexts,
+                      "prompt lengths in tokens (default: those of 16,128,1024 that fit)")
+          ->type_name("LIST");
   add_number(command, "-n,--tokens", settings->num_tokens, "tokens decoded after each prompt",
              std::int64_t{1})
       ->capture_default_str();

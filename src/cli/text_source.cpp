@@ -14,7 +14,7 @@ namespace clusterfusion::cli {
 namespace {
 
 // Far beyond any text worth scoring; keeps /dev/zero from eating the machine's memory.
-constexpr std::size_t kMaxTextBytes = std::size_t{1} << 30;
+constexpr std::size_t kMaxTextBytes = std::size_t{256} << 20;
 
 bool from_file(const TextSource& source) {
   return source.file_option->count() > 0 && source.file != "-";
