@@ -1,6 +1,6 @@
 // Time a token of the streaming decode kernel, for Pythia's shapes and several contexts, beside the
 // read ceiling that the same process measures.
-//   decode_time [SHAPE ...]     e.g. decode_time pythia-2.8b; default: pythia-2.8b
+//   decode_time [--contexts 16,128,...] [SHAPE ...]      default: pythia-2.8b
 // Weights are random float16; all layers come from one host matrix, but lie apart on the device.
 // Prints one JSON document on stdout, a table on stderr.
 #include <cuda_fp16.h>
@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -114,12 +115,12 @@ double decode_bytes(const Model& model, const Backend& backend, std::int64_t con
          static_cast<double>(backend.info().kv_bytes_per_position * context);
 }
 
-std::string measure(const Shape& shape) {
+std::string measure(const Shape& shape, const std::vector<std::int64_t>& contexts) {
   const auto model = std::make_shared<SharedModel>(shape);
   const auto backend = make_cuda_backend(model, {});
   const double ceiling = backend->measure_read_ceiling();
   std::string rows;
-  for (const std::int64_t context : {16, 128, 1024, 1984}) {
+  for (const std::int64_t context : contexts) {
     const SequenceId id = backend->create_sequence({});
     std::vector<TokenId> prompt(context);
     for (std::int64_t i = 0; i < context; ++i)
@@ -157,6 +158,13 @@ std::string measure(const Shape& shape) {
 
 int main(int argc, char** argv) {
   std::vector<std::string> wanted(argv + 1, argv + argc);
+  std::vector<std::int64_t> contexts = {16, 128, 1024, 1984};
+  if (wanted.size() >= 2 && wanted[0] == "--contexts") {
+    contexts.clear();
+    std::stringstream list(wanted[1]);
+    for (std::string item; std::getline(list, item, ',');) contexts.push_back(std::stoll(item));
+    wanted.erase(wanted.begin(), wanted.begin() + 2);
+  }
   if (wanted.empty()) wanted.push_back("pythia-2.8b");
   std::string all;
   for (const std::string& name : wanted) {
@@ -166,7 +174,7 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "decode_time: unknown shape %s\n", name.c_str());
       return 2;
     }
-    all += (all.empty() ? "" : ",\n ") + measure(*shape);
+    all += (all.empty() ? "" : ",\n ") + measure(*shape, contexts);
   }
   std::printf("[%s]\n", all.c_str());
   return 0;

@@ -46,8 +46,8 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
       std::filesystem::file_type::not_found) {
     tokenizer = Tokenizer::open(tokenizer_file);
   }
-  return make_engine(model, std::move(tokenizer), make_cpu_backend(model, backend_options),
-                     std::move(choice.reason));
+  std::unique_ptr<Backend> backend = make_backend(options.device, choice, model, backend_options);
+  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason));
 }
 
 std::vector<GenerateResult> Engine::generate(std::vector<GenerateRequest> requests,

@@ -1,6 +1,7 @@
 #include "backend/cuda/cuda_backend.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -42,7 +43,8 @@ StreamedMatrix streamed(const plan::MatrixPlan& plan) {
   matrix.unit_rows = plan.unit_rows;
   matrix.units_per_chunk = plan.units_per_chunk();
   matrix.segments = plan.segments;
-  matrix.slices = plan.slices();
+  matrix.segments_log2 = std::countr_zero(static_cast<unsigned>(plan.segments));
+  matrix.slices_log2 = std::countr_zero(static_cast<unsigned>(plan.slices()));
   matrix.slice_columns = static_cast<std::int32_t>(plan.slice_columns());
   matrix.segment_columns = static_cast<std::int32_t>(plan.segment_columns());
   matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
@@ -190,7 +192,8 @@ class CudaBackend final : public Backend {
  private:
   void prepare() {
     const ModelConfig& config = model_->config();
-    int iterations = 0;
+    // The residual stream is held in registers as well: a pair of elements for each fragment.
+    int iterations = static_cast<int>((config.hidden_size + 511) / 512);
     for (const plan::MatrixPlan* matrix :
          {&plan_.qkv, &plan_.attention_out, &plan_.mlp_up, &plan_.mlp_down, &plan_.lm_head})
       iterations = std::max(iterations, matrix->iterations);
@@ -207,7 +210,7 @@ class CudaBackend final : public Backend {
     const ModelConfig& config = model_->config();
     const std::int64_t max_splits = info_.max_positions / kKvPagePositions + 1;
     const std::int64_t phases = num_phases(config.num_layers, config.parallel_residual);
-    counters_ = DeviceMemory((phases + 2 + config.num_heads) * 4, "counters");
+    counters_ = DeviceMemory((kPrefillChunk * phases + 2 + config.num_heads) * 4, "counters");
     scratch_ =
         DeviceMemory(config.hidden_size * (3 * 4 + 2 + 4 + 4) + config.intermediate_size * 2 +
                          config.num_heads * max_splits * (config.head_dim + 2) * 4 +
@@ -237,7 +240,7 @@ class CudaBackend final : public Backend {
     scratch.candidates = reinterpret_cast<Candidate*>(
         take(properties_.multiProcessorCount * 2 * static_cast<std::int64_t>(sizeof(Candidate))));
     scratch.tickets = counters_.as<std::uint32_t>();
-    scratch.arrivals = scratch.tickets + phases;
+    scratch.arrivals = scratch.tickets + kPrefillChunk * phases;
     scratch.heads_done = scratch.arrivals + 1;
     scratch.splits_done = scratch.heads_done + 1;
   }

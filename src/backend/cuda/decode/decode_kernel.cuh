@@ -42,14 +42,11 @@ struct SharedControl {
   int chunk_of_slot[kMaxChunkSlots];
   int token;
   int split_is_last;
-  volatile int step_begun;  // the producer may stream KV blocks of this step
+  // Completes when a step after the first begins: what the step before has written to the KV cache
+  // may now be streamed.
+  std::uint64_t step_begun;
 };
 static_assert(sizeof(SharedControl) <= plan::kControlBytes);
-
-template <typename T>
-__device__ __forceinline__ float to_float(T value) {
-  return static_cast<float>(value);
-}
 
 // Two floats, rounded, packed with the first in the low half.
 template <typename T>
@@ -105,8 +102,9 @@ class DecodeStep {
   __device__ __forceinline__ DecodeStep(const DecodeParams& params, char* shared)
       : p(params),
         control(reinterpret_cast<SharedControl*>(shared)),
-        x(reinterpret_cast<float*>(shared + plan::kControlBytes)),
-        sums(x + (params.hidden_size + 31) / 32 * 32),
+        normed(reinterpret_cast<T*>(shared + plan::kControlBytes)),
+        sums(reinterpret_cast<float*>(shared + plan::kControlBytes) +
+             (params.hidden_size + 31) / 32 * 32),
         ring_data(reinterpret_cast<char*>(sums + params.sum_slots)),
         thread(threadIdx.x),
         warp(threadIdx.x / 32),
@@ -117,7 +115,8 @@ class DecodeStep {
   __device__ __forceinline__ void run() {
     if (thread == 0) {
       ring_init(&control->ring, p.stages, plan::kConsumerWarps);
-      control->step_begun = 0;
+      mbarrier_init(&control->step_begun, 1);
+      mbarrier_fence_init();
     }
     __syncthreads();
     if (thread >= kConsumerThreads) {
@@ -154,14 +153,13 @@ class DecodeStep {
     }
   }
 
-  // Draws tickets of one phase until they run out; `push` gets each ticket. Every SM draws exactly
-  // one ticket too many, so the next launch or step knows where the count stands.
+  // Draws tickets of one phase until they run out; `push` gets each ticket. The next ticket is
+  // asked for while this one is pushed.
   template <typename Push>
-  __device__ __forceinline__ void draw(std::uint32_t* counter, std::uint32_t base, int count,
-                                       Push&& push) {
-    int ticket = static_cast<int>(atomicAdd(counter, 1u) - base);
+  __device__ __forceinline__ static void draw(std::uint32_t* counter, int count, Push&& push) {
+    int ticket = static_cast<int>(atomicAdd(counter, 1u));
     while (ticket < count) {
-      const int next = static_cast<int>(atomicAdd(counter, 1u) - base);
+      const int next = static_cast<int>(atomicAdd(counter, 1u));
       push(ticket);
       ticket = next;
     }
@@ -169,65 +167,60 @@ class DecodeStep {
 
   __device__ __forceinline__ void produce() {
     RingProducer ring{&control->ring, ring_data, p.stages, p.stage_bytes, p.max_in_flight};
-    const int sms = gridDim.x;
-    std::uint32_t attention_base = 0;  // tickets that earlier steps gave out for attention
+    // Every phase of every step has a counter of its own: this producer may be a step ahead of
+    // another that has not drawn its last ticket yet.
+    std::uint32_t* counter = p.scratch.tickets;
     for (int step = 0; step < p.steps; ++step) {
       const int position = p.first_position + step;
       const int attention_tickets = p.num_heads * splits_at(position).splits;
-      std::uint32_t* counter = p.scratch.tickets;
+      const auto phase = [&](int count, auto&& push) {
+        draw(counter++, count, push);
+        ring.push({kPhaseEnd, 0, 0, 0}, nullptr, 0);
+      };
       for (int layer = 0; layer < p.num_layers; ++layer) {
         const StreamedLayer& weights = p.layers[layer];
-        const auto fixed = [&](int count) {
-          return static_cast<std::uint32_t>(step * (count + sms));
+        const auto up = [&](int t) { push_chunk(ring, kMlpUp, p.mlp_up, weights.mlp_up, t); };
+        const auto down = [&](int t) {
+          push_chunk(ring, kMlpDown, p.mlp_down, weights.mlp_down, t);
         };
-        const auto end = [&] { ring.push({kPhaseEnd, 0, 0, 0}, nullptr, 0); };
         const int up_with_qkv = p.parallel_residual ? p.mlp_up.chunks : 0;
-        draw(counter, fixed(p.qkv.chunks + up_with_qkv), p.qkv.chunks + up_with_qkv, [&](int t) {
+        phase(p.qkv.chunks + up_with_qkv, [&](int t) {
           if (t < p.qkv.chunks)
             push_chunk(ring, kQkv, p.qkv, weights.qkv, t);
           else
-            push_chunk(ring, kMlpUp, p.mlp_up, weights.mlp_up, t - p.qkv.chunks);
+            up(t - p.qkv.chunks);
         });
-        end();
-        ++counter;
-        if (layer == 0) {  // KV blocks hold what the step before has written
-          while (control->step_begun < step) {
-          }
+        if (layer == 0 && step > 0) {
+          mbarrier_wait(&control->step_begun, (step - 1) & 1);
           fence_before_bulk_copy();
         }
         const int down_with_attention = p.parallel_residual ? p.mlp_down.chunks : 0;
-        const int others = down_with_attention + p.attention_out.chunks;
-        draw(counter, fixed(others) + attention_base, attention_tickets + others, [&](int t) {
+        phase(attention_tickets + down_with_attention + p.attention_out.chunks, [&](int t) {
           if (t < attention_tickets)
             push_attention(ring, t, layer, position);
           else if ((t -= attention_tickets) < down_with_attention)
-            push_chunk(ring, kMlpDown, p.mlp_down, weights.mlp_down, t);
+            down(t);
           else
             push_chunk(ring, kAttentionOut, p.attention_out, weights.attention_out,
                        t - down_with_attention);
         });
-        end();
-        ++counter;
         if (p.parallel_residual) continue;
-        draw(counter, fixed(p.mlp_up.chunks), p.mlp_up.chunks,
-             [&](int t) { push_chunk(ring, kMlpUp, p.mlp_up, weights.mlp_up, t); });
-        end();
-        ++counter;
-        draw(counter, fixed(p.mlp_down.chunks), p.mlp_down.chunks,
-             [&](int t) { push_chunk(ring, kMlpDown, p.mlp_down, weights.mlp_down, t); });
-        end();
-        ++counter;
+        phase(p.mlp_up.chunks, up);
+        phase(p.mlp_down.chunks, down);
       }
-      attention_base += attention_tickets;
       if (step < p.first_scored_step) continue;
-      const std::uint32_t base = (step - p.first_scored_step) * (p.lm_head.chunks + sms);
-      draw(counter, base, p.lm_head.chunks,
-           [&](int t) { push_chunk(ring, kLmHead, p.lm_head, p.lm_head_weight, t); });
-      ring.push({kPhaseEnd, 0, 0, 0}, nullptr, 0);
+      phase(p.lm_head.chunks,
+            [&](int t) { push_chunk(ring, kLmHead, p.lm_head, p.lm_head_weight, t); });
     }
   }
 
   // ---------------------------------------------------------------- consumers
+
+  // The compiler may not know these any more. Else it computes the addresses of all phases once, in
+  // front of the loop over layers, and spills them.
+  __device__ __forceinline__ void forget_indices() {
+    asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane), "+r"(g), "+r"(q));
+  }
 
   __device__ __forceinline__ void consumer_barrier() const {
     asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
@@ -257,8 +250,8 @@ class DecodeStep {
 
   // Element offset of this lane's first 8 values in a row segment of its warp.
   __device__ __forceinline__ int lane_column(const StreamedMatrix& matrix) const {
-    return (warp % matrix.segments) * matrix.segment_columns +
-           (g % matrix.slices) * matrix.slice_columns + q * 8;
+    return (warp & (matrix.segments - 1)) * matrix.segment_columns +
+           (g & ((1 << matrix.slices_log2) - 1)) * matrix.slice_columns + q * 8;
   }
 
   // A row of 16-bit activations in global memory as fragments; written by other SMs, so from L2.
@@ -271,20 +264,23 @@ class DecodeStep {
       if (i < matrix.iterations) fragments.value[i] = __ldcg(first + i * 4);
   }
 
-  // LayerNorm parameters for this lane's elements, fetched ahead of a barrier.
-  struct NormFragments {
-    Frag weight, bias;
+  // This thread's pairs of a vector of hidden_size elements: pair j starts at element(j).
+  __device__ __forceinline__ int element(int j) const {
+    return 2 * (thread + kConsumerThreads * j);
+  }
+  __device__ __forceinline__ bool holds(int j) const { return element(j) < p.hidden_size; }
+
+  // LayerNorm parameters of this thread's elements, fetched before a barrier, used behind it.
+  struct Norm {
+    std::uint32_t weight[kMaxIterations], bias[kMaxIterations];
   };
-  __device__ __forceinline__ void load_norm(const StreamedMatrix& matrix, const void* weight,
-                                            const void* bias, NormFragments& norm) const {
-    const int column = lane_column(matrix);
-    const auto* weights = reinterpret_cast<const uint4*>(static_cast<const T*>(weight) + column);
-    const auto* biases = reinterpret_cast<const uint4*>(static_cast<const T*>(bias) + column);
+  __device__ __forceinline__ void load_norm(const void* weight, const void* bias,
+                                            Norm& norm) const {
 #pragma unroll
-    for (int i = 0; i < kMaxIterations; ++i) {
-      if (i >= matrix.iterations) continue;
-      norm.weight.value[i] = __ldg(weights + i * 4);
-      norm.bias.value[i] = __ldg(biases + i * 4);
+    for (int j = 0; j < kMaxIterations; ++j) {
+      if (!holds(j)) continue;
+      norm.weight[j] = __ldg(static_cast<const std::uint32_t*>(weight) + element(j) / 2);
+      norm.bias[j] = __ldg(static_cast<const std::uint32_t*>(bias) + element(j) / 2);
     }
   }
 
@@ -301,51 +297,63 @@ class DecodeStep {
   struct Moments {
     float mean, inverse_deviation;
   };
-  // Mean and deviation of x in two passes over shared memory: safe for any mean.
+  // Mean and deviation of x in two passes over registers: safe for any mean.
   __device__ __forceinline__ Moments moments() {
     float sum = 0.0f;
-    for (int i = thread; i < p.hidden_size; i += kConsumerThreads) sum += x[i];
+#pragma unroll
+    for (int j = 0; j < kMaxIterations; ++j)
+      if (holds(j)) sum += x[j].x + x[j].y;
     const float mean = block_sum(sum, 0) / p.hidden_size;
     float squares = 0.0f;
-    for (int i = thread; i < p.hidden_size; i += kConsumerThreads) {
-      const float difference = x[i] - mean;
-      squares = fmaf(difference, difference, squares);
+#pragma unroll
+    for (int j = 0; j < kMaxIterations; ++j) {
+      if (!holds(j)) continue;
+      squares = fmaf(x[j].x - mean, x[j].x - mean, squares);
+      squares = fmaf(x[j].y - mean, x[j].y - mean, squares);
     }
     const float variance = block_sum(squares, 1) / p.hidden_size;
     return {mean, rsqrtf(variance + p.layer_norm_eps)};
   }
 
-  // normalised x as fragments. The barriers inside moments() have made x visible.
-  __device__ __forceinline__ void normalise(const StreamedMatrix& matrix, const Moments& moments,
-                                            const NormFragments& norm, Frag& fragments) const {
-    const int column = lane_column(matrix);
+  // Writes normalised x, rounded, to one of the two inputs in shared memory.
+  __device__ __forceinline__ void normalise(const Moments& moments, const Norm& norm, int input) {
 #pragma unroll
-    for (int i = 0; i < kMaxIterations; ++i) {
-      if (i >= matrix.iterations) continue;
-      float value[8];
-      *reinterpret_cast<float4*>(value) = *reinterpret_cast<const float4*>(x + column + i * 32);
-      *reinterpret_cast<float4*>(value + 4) =
-          *reinterpret_cast<const float4*>(x + column + i * 32 + 4);
-      const auto* weight = reinterpret_cast<const std::uint32_t*>(&norm.weight.value[i]);
-      const auto* bias = reinterpret_cast<const std::uint32_t*>(&norm.bias.value[i]);
-      auto* result = reinterpret_cast<std::uint32_t*>(&fragments.value[i]);
-#pragma unroll
-      for (int pair = 0; pair < 4; ++pair) {
-        const float2 w = unpack<T>(weight[pair]);
-        const float2 b = unpack<T>(bias[pair]);
-        const float low = (value[2 * pair] - moments.mean) * moments.inverse_deviation;
-        const float high = (value[2 * pair + 1] - moments.mean) * moments.inverse_deviation;
-        result[pair] = pack<T>(fmaf(low, w.x, b.x), fmaf(high, w.y, b.y));
-      }
+    for (int j = 0; j < kMaxIterations; ++j) {
+      if (!holds(j)) continue;
+      const float2 weight = unpack<T>(norm.weight[j]);
+      const float2 bias = unpack<T>(norm.bias[j]);
+      const float first = (x[j].x - moments.mean) * moments.inverse_deviation;
+      const float second = (x[j].y - moments.mean) * moments.inverse_deviation;
+      reinterpret_cast<std::uint32_t*>(normed + input * p.hidden_size)[element(j) / 2] =
+          pack<T>(fmaf(first, weight.x, bias.x), fmaf(second, weight.y, bias.y));
     }
   }
 
-  // x += the sums that the phase before has left in global memory.
+  // One of the normalised inputs as fragments; a barrier lies behind normalise().
+  __device__ __forceinline__ void load_normed(const StreamedMatrix& matrix, int input,
+                                              Frag& fragments) const {
+    const auto* first =
+        reinterpret_cast<const uint4*>(normed + input * p.hidden_size + lane_column(matrix));
+#pragma unroll
+    for (int i = 0; i < kMaxIterations; ++i)
+      if (i < matrix.iterations) fragments.value[i] = first[i * 4];
+  }
+
+  // x += the sums that the phase before has left in global memory; all loads first.
   __device__ __forceinline__ void add_deltas(const float* first, const float* second) {
-    for (int i = thread; i < p.hidden_size; i += kConsumerThreads) {
-      float value = x[i] + __ldcg(first + i);
-      if (second != nullptr) value += __ldcg(second + i);
-      x[i] = value;
+    float2 delta[kMaxIterations], other[kMaxIterations];
+#pragma unroll
+    for (int j = 0; j < kMaxIterations; ++j) {
+      delta[j] = other[j] = make_float2(0.0f, 0.0f);
+      if (!holds(j)) continue;
+      delta[j] = __ldcg(reinterpret_cast<const float2*>(first + element(j)));
+      if (second != nullptr)
+        other[j] = __ldcg(reinterpret_cast<const float2*>(second + element(j)));
+    }
+#pragma unroll
+    for (int j = 0; j < kMaxIterations; ++j) {
+      x[j].x += delta[j].x + other[j].x;
+      x[j].y += delta[j].y + other[j].y;
     }
   }
 
@@ -357,75 +365,90 @@ class DecodeStep {
       add_deltas(p.scratch.delta_mlp, nullptr);
   }
 
-  // Multiplies all chunks of `kind` at the ring's head and hands each row's sum to `finish`.
+  // Multiplies all chunks of `kind` at the ring's head and hands each row's sum, bias included, to
+  // `finish`. `bias` may be null.
   template <typename Finish>
   __device__ __forceinline__ void multiply(RingKind kind, const StreamedMatrix& matrix,
-                                           const Frag& fragments, Finish&& finish) {
-    const int row_in_unit = g / matrix.slices;
-    const int lanes_per_row = 4 * matrix.slices;
+                                           const Frag& fragments, const float* bias,
+                                           Finish&& finish) {
+    forget_indices();
+    const int row_in_unit = g >> matrix.slices_log2;
+    const int segment = warp & (matrix.segments - 1);
     const int offset = row_in_unit * matrix.row_bytes + lane_column(matrix) * 2;
-    const int sums_per_chunk = matrix.rows_per_chunk * matrix.segments;
-    const int max_slots = min(kMaxChunkSlots, p.sum_slots / sums_per_chunk);
-    const int segment = warp % matrix.segments;
+    const bool writes = (lane & ((4 << matrix.slices_log2) - 1)) == 0;
+    const int max_slots =
+        min(kMaxChunkSlots, p.sum_slots / (matrix.rows_per_chunk * matrix.segments));
+    // The row that this thread will finish first, so that its bias can be fetched ahead.
+    const int early_slot = thread / matrix.rows_per_chunk;
+    float early_bias = 0.0f;
     int slot = 0;
     while (true) {
       const RingLabel label = ring.wait();
       if (label.kind != kind) break;
+      if (slot == early_slot && bias != nullptr) {
+        const int row = label.index * matrix.rows_per_chunk + thread - slot * matrix.rows_per_chunk;
+        if (row < matrix.rows) early_bias = __ldg(bias + row);
+      }
       for (int unit = warp; unit < matrix.units_per_chunk; unit += plan::kConsumerWarps) {
-        const int first_row = unit / matrix.segments * matrix.unit_rows;
+        const int first_row = (unit >> matrix.segments_log2) * matrix.unit_rows;
         const std::uint32_t address =
             shared_address(ring.current() + first_row * matrix.row_bytes + offset);
         float value = dot(address, matrix.iterations, fragments);
-        value = matrix.slices == 8   ? warp_sum<32>(value)
-                : matrix.slices == 4 ? warp_sum<16>(value)
-                : matrix.slices == 2 ? warp_sum<8>(value)
-                                     : warp_sum<4>(value);
-        if (lane % lanes_per_row == 0) {
+        // Over the slices of a row: 4 x slices lanes.
+        value += __shfl_xor_sync(kAllLanes, value, 1);
+        value += __shfl_xor_sync(kAllLanes, value, 2);
+        if (matrix.slices_log2 > 0) value += __shfl_xor_sync(kAllLanes, value, 4);
+        if (matrix.slices_log2 > 1) value += __shfl_xor_sync(kAllLanes, value, 8);
+        if (matrix.slices_log2 > 2) value += __shfl_xor_sync(kAllLanes, value, 16);
+        if (writes) {
           const int row = slot * matrix.rows_per_chunk + first_row + row_in_unit;
-          sums[row * matrix.segments + segment] = value;
+          sums[(row << matrix.segments_log2) + segment] = value;
         }
       }
       if (thread == 0) control->chunk_of_slot[slot] = label.index;
       ring.release(lane);
       if (++slot == max_slots) {
-        finish_rows(matrix, slot, finish);
+        finish_rows(matrix, slot, bias, early_bias, finish);
         slot = 0;
       }
     }
-    if (slot > 0) finish_rows(matrix, slot, finish);
+    if (slot > 0) finish_rows(matrix, slot, bias, early_bias, finish);
   }
 
-  // What column g of the weights and row g of the activations give: this lane's share.
+  // This lane's share of a unit. The four words of a lane's 16 bytes of weights are operand A as
+  // they stand: words 0 and 2 in row g, words 1 and 3 in row g + 8. So the activations, operand B,
+  // are words 0 and 2 for a first product, of which rows 0 to 7 count, and words 1 and 3 for a
+  // second, of which rows 8 to 15 do. In both the diagonal counts: row g (+ 8), column g.
   __device__ __forceinline__ float dot(std::uint32_t address, int iterations,
                                        const Frag& fragments) const {
     float even[4] = {}, odd[4] = {};
 #pragma unroll
     for (int i = 0; i < kMaxIterations; ++i) {
-      if (i >= iterations) continue;
+      if (i >= iterations) break;
       uint4 weight;
       asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                    : "=r"(weight.x), "=r"(weight.y), "=r"(weight.z), "=r"(weight.w)
                    : "r"(address + i * 64));
-      mma_8x8x16<T>(even, fragments.value[i].x, fragments.value[i].y, weight.x, weight.y);
-      mma_8x8x16<T>(odd, fragments.value[i].z, fragments.value[i].w, weight.z, weight.w);
+      mma_16x8x16<T>(even, weight, fragments.value[i].x, fragments.value[i].z);
+      mma_16x8x16<T>(odd, weight, fragments.value[i].y, fragments.value[i].w);
     }
-    // The diagonal of the tile: row g, column g lies in lane q = g / 2 at g % 2.
     if (q != g / 2) return 0.0f;
-    return g % 2 ? even[1] + odd[1] : even[0] + odd[0];
+    return g % 2 ? even[1] + odd[3] : even[0] + odd[2];
   }
 
   template <typename Finish>
   __device__ __forceinline__ void finish_rows(const StreamedMatrix& matrix, int slots,
+                                              const float* bias, float early_bias,
                                               Finish&& finish) {
     consumer_barrier();
     for (int i = thread; i < slots * matrix.rows_per_chunk; i += kConsumerThreads) {
       const int slot = i / matrix.rows_per_chunk;
       const int row =
-          control->chunk_of_slot[slot] * matrix.rows_per_chunk + i % matrix.rows_per_chunk;
+          control->chunk_of_slot[slot] * matrix.rows_per_chunk + i - slot * matrix.rows_per_chunk;
       if (row >= matrix.rows) continue;
-      float value = 0.0f;
+      float value = i == thread ? early_bias : bias != nullptr ? __ldg(bias + row) : 0.0f;
       for (int segment = 0; segment < matrix.segments; ++segment)
-        value += sums[i * matrix.segments + segment];
+        value += sums[(i << matrix.segments_log2) + segment];
       finish(row, value);
     }
     consumer_barrier();
@@ -433,14 +456,50 @@ class DecodeStep {
 
   // ---------------------------------------------------------------- attention
 
-  // Rotated element `dim` of a query or key that starts at `vector`.
-  __device__ __forceinline__ float rotated(const float* vector, int dim, int position) const {
-    const float value = __ldcg(vector + dim);
-    if (dim >= p.rotary_dim) return value;
+  // Query, key and value of the current position for one head, in shared memory: first as they come
+  // from the QKV matrix, then the query rotated and scaled, the key rotated, all rounded.
+  struct HeadInputs {
+    float* raw;  // [3, head_dim]
+    T* ready;    // [3, head_dim]
+  };
+  __device__ __forceinline__ HeadInputs head_inputs() const {
+    float* raw = sums + plan::kConsumerWarps * (p.head_dim + 2);  // behind the warps' states
+    return {raw, reinterpret_cast<T*>(raw + 3 * p.head_dim)};
+  }
+
+  // All threads: one trip to global memory, two barriers.
+  __device__ __forceinline__ void prepare_head(int head, int position) {
+    const HeadInputs inputs = head_inputs();
+    const float* qkv = p.scratch.qkv + static_cast<std::int64_t>(head) * 3 * p.head_dim;
     const int half = p.rotary_dim / 2;
-    const float2 angle = __ldg(p.rotary + static_cast<std::int64_t>(position) * half + dim % half);
-    const float other = __ldcg(vector + (dim < half ? dim + half : dim - half));
-    return dim < half ? value * angle.x - other * angle.y : value * angle.x + other * angle.y;
+    const float2* angles = p.rotary + static_cast<std::int64_t>(position) * half;
+    constexpr int kRounds = (3 * 16 * kMaxHeadSteps + kConsumerThreads - 1) / kConsumerThreads;
+    float2 angle[kRounds];
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int i = thread + round * kConsumerThreads;
+      const int dim = i % p.head_dim;
+      angle[round] = make_float2(1.0f, 0.0f);
+      if (i < 2 * p.head_dim && dim < p.rotary_dim)
+        angle[round] = __ldg(angles + (dim < half ? dim : dim - half));
+      if (i < 3 * p.head_dim) inputs.raw[i] = __ldcg(qkv + i);
+    }
+    consumer_barrier();
+    // Scores come out as base-2 logarithms.
+    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * 1.4426950408889634f;
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int i = thread + round * kConsumerThreads;
+      if (i >= 3 * p.head_dim) continue;
+      const int dim = i % p.head_dim;
+      float value = inputs.raw[i];
+      if (i < 2 * p.head_dim && dim < p.rotary_dim) {
+        const float other = dim < half ? -inputs.raw[i + half] : inputs.raw[i - half];
+        value = value * angle[round].x + other * angle[round].y;
+      }
+      inputs.ready[i] = static_cast<T>(i < p.head_dim ? value * scale : value);
+    }
+    consumer_barrier();
   }
 
   // State of one warp's online softmax over its positions of one head; base-2 logarithms.
@@ -451,6 +510,7 @@ class DecodeStep {
   };
 
   __device__ __forceinline__ void attend(int layer, int position) {
+    forget_indices();
     const plan::AttentionSplits splits = splits_at(position);
     std::uint32_t query[kMaxHeadSteps][2];
     Softmax state;
@@ -459,9 +519,9 @@ class DecodeStep {
       const RingLabel label = ring.wait();
       if (label.kind != kAttention) break;
       const int head = label.index / splits.splits;
-      const float* qkv = p.scratch.qkv + static_cast<std::int64_t>(head) * 3 * p.head_dim;
       if (!begun) {
-        load_query(qkv, position, query);
+        prepare_head(head, position);
+        load_query(query);
         state.maximum = -INFINITY;
         state.sum = 0.0f;
 #pragma unroll
@@ -469,7 +529,7 @@ class DecodeStep {
           state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
         begun = true;
       }
-      attend_block(layer, head, label.part, position, qkv, query, state);
+      attend_block(layer, head, label.part, position, query, state);
       ring.release(lane);
       if (label.last) {
         combine_warps(head, label.index % splits.splits, splits.splits, state);
@@ -480,25 +540,21 @@ class DecodeStep {
     heads_target += p.num_heads;
   }
 
-  __device__ __forceinline__ void load_query(const float* qkv, int position,
-                                             std::uint32_t (&query)[kMaxHeadSteps][2]) const {
-    // Scores come out as base-2 logarithms.
-    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * 1.4426950408889634f;
+  // Row 0 of operand A; the other rows are zero.
+  __device__ __forceinline__ void load_query(std::uint32_t (&query)[kMaxHeadSteps][2]) const {
+    const T* ready = head_inputs().ready;
 #pragma unroll
     for (int t = 0; t < kMaxHeadSteps; ++t) {
       query[t][0] = query[t][1] = 0;
       if (g != 0 || 16 * t >= p.head_dim) continue;
-      float value[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) value[i] = rotated(qkv, 16 * t + 4 * q + i, position) * scale;
-      query[t][0] = pack<T>(value[0], value[1]);
-      query[t][1] = pack<T>(value[2], value[3]);
+      const uint2 four = *reinterpret_cast<const uint2*>(ready + 16 * t + 4 * q);
+      query[t][0] = four.x;
+      query[t][1] = four.y;
     }
   }
 
   // This warp's groups of 8 positions of one block.
   __device__ __forceinline__ void attend_block(int layer, int head, int block, int position,
-                                               const float* qkv,
                                                const std::uint32_t (&query)[kMaxHeadSteps][2],
                                                Softmax& state) {
     const int groups = p.kv_block_positions / 8;
@@ -509,15 +565,14 @@ class DecodeStep {
     const int row_bytes = p.head_dim * 2;
     char* keys = ring.current() + group * 8 * row_bytes;
     char* values = keys + p.kv_block_positions * row_bytes;
-    if (position < first + 8)
-      insert_current(layer, head, block, group, position, qkv, keys, values);
+    if (position < first + 8) insert_current(layer, head, block, group, position, keys, values);
 
     float score[4] = {};
 #pragma unroll
     for (int t = 0; t < kMaxHeadSteps; ++t) {
       if (16 * t >= p.head_dim) continue;
       const uint2 key = *reinterpret_cast<const uint2*>(keys + g * row_bytes + t * 32 + q * 8);
-      mma_8x8x16<T>(score, query[t][0], query[t][1], key.x, key.y);
+      mma_16x8x16<T>(score, make_uint4(query[t][0], 0, query[t][1], 0), key.x, key.y);
     }
     // Lanes 0 to 3 hold the scores of positions first + 2q and first + 2q + 1.
     const float score0 = first + 2 * q <= position ? score[0] : -INFINITY;
@@ -545,15 +600,15 @@ class DecodeStep {
   // Puts the current position's key and value into the landed block and into the cache, and clears
   // the values behind it in this group: whatever lies there must not reach a product.
   __device__ __forceinline__ void insert_current(int layer, int head, int block, int group,
-                                                 int position, const float* qkv, char* keys,
-                                                 char* values) {
+                                                 int position, char* keys, char* values) {
     const int row = position % 8;
     char* cached = kv_block(layer, head, block);
     T* cached_key = reinterpret_cast<T*>(cached) + (group * 8 + row) * p.head_dim;
     T* cached_value = cached_key + p.kv_block_positions * p.head_dim;
+    const T* ready = head_inputs().ready;
     for (int dim = lane; dim < p.head_dim; dim += 32) {
-      const T key = static_cast<T>(rotated(qkv + p.head_dim, dim, position));
-      const T value = static_cast<T>(__ldcg(qkv + 2 * p.head_dim + dim));
+      const T key = ready[p.head_dim + dim];
+      const T value = ready[2 * p.head_dim + dim];
       reinterpret_cast<T*>(keys)[row * p.head_dim + dim] = key;
       reinterpret_cast<T*>(values)[row * p.head_dim + dim] = value;
       cached_key[dim] = key;
@@ -654,19 +709,18 @@ class DecodeStep {
     grid_barrier();
   }
 
-  __device__ __forceinline__ auto store_qkv(const StreamedLayer& layer) {
-    return [this, &layer](int row, float value) {
-      p.scratch.qkv[row] = value + __ldg(layer.qkv_bias + row);
-    };
+  __device__ __forceinline__ void multiply_qkv(const StreamedLayer& layer, const Frag& fragments) {
+    multiply(kQkv, p.qkv, fragments, layer.qkv_bias,
+             [&](int row, float value) { p.scratch.qkv[row] = value; });
   }
-  __device__ __forceinline__ auto store_mlp(const StreamedLayer& layer) {
-    return [this, &layer](int row, float value) {
-      static_cast<T*>(p.scratch.mlp)[row] =
-          static_cast<T>(activate(p.activation, value + __ldg(layer.mlp_up_bias + row)));
-    };
+  __device__ __forceinline__ void multiply_up(const StreamedLayer& layer, const Frag& fragments) {
+    multiply(kMlpUp, p.mlp_up, fragments, layer.mlp_up_bias, [&](int row, float value) {
+      static_cast<T*>(p.scratch.mlp)[row] = static_cast<T>(activate(p.activation, value));
+    });
   }
-  __device__ __forceinline__ static auto store_delta(float* delta, const float* bias) {
-    return [delta, bias](int row, float value) { delta[row] = value + __ldg(bias + row); };
+  __device__ __forceinline__ void multiply_down(const StreamedLayer& layer, const Frag& fragments) {
+    multiply(kMlpDown, p.mlp_down, fragments, layer.mlp_down_bias,
+             [&](int row, float value) { p.scratch.delta_mlp[row] = value; });
   }
 
   __device__ __forceinline__ void wait_for_heads() {
@@ -676,18 +730,16 @@ class DecodeStep {
 
   __device__ __forceinline__ void attention_phase(const StreamedLayer& layer, int index,
                                                   int position) {
+    forget_indices();
     Frag fragments;
+    if (p.parallel_residual) load_activations(p.mlp_down, p.scratch.mlp, fragments);
     attend(index, position);
-    if (p.parallel_residual) {
-      load_activations(p.mlp_down, p.scratch.mlp, fragments);
-      multiply(kMlpDown, p.mlp_down, fragments,
-               store_delta(p.scratch.delta_mlp, layer.mlp_down_bias));
-    }
+    if (p.parallel_residual) multiply_down(layer, fragments);
     if (ring.wait().kind == kAttentionOut) {
       wait_for_heads();
       load_activations(p.attention_out, p.scratch.attention, fragments);
-      multiply(kAttentionOut, p.attention_out, fragments,
-               store_delta(p.scratch.delta_attention, layer.attention_out_bias));
+      multiply(kAttentionOut, p.attention_out, fragments, layer.attention_out_bias,
+               [&](int row, float value) { p.scratch.delta_attention[row] = value; });
     }
   }
 
@@ -695,62 +747,78 @@ class DecodeStep {
     ring = RingConsumer{&control->ring, ring_data, p.stages, p.stage_bytes};
     int token = -1;
     for (int step = 0; step < p.steps; ++step) {
-      if (thread == 0) control->step_begun = step;
+      if (thread == 0 && step > 0) mbarrier_arrive(&control->step_begun);
       if (step < p.given_count) token = p.given_tokens[step];
       const int position = p.first_position + step;
       embed(token);
-      for (int index = 0; index < p.num_layers; ++index) layer_step(index, position);
+      Norm norm;
+      load_norm(p.layers[0].input_norm_weight, p.layers[0].input_norm_bias, norm);
+      for (int index = 0; index < p.num_layers; ++index) layer_step(index, position, norm);
       if (step < p.first_scored_step) {
         if (thread == 0 && blockIdx.x == 0) p.chosen[step] = -1;
         continue;
       }
-      token = score(step, position);
+      token = score(step, position, norm);
       if (thread == 0 && blockIdx.x == 0) p.chosen[step] = token;
     }
   }
 
   __device__ __forceinline__ void embed(int token) {
     // A token that was not chosen (a NaN among the logits) is reported by the host; stay in bounds.
-    const auto* row = static_cast<const T*>(p.embedding) +
-                      static_cast<std::int64_t>(max(token, 0)) * p.hidden_size;
-    consumer_barrier();
-    for (int i = thread; i < p.hidden_size; i += kConsumerThreads) x[i] = to_float(row[i]);
+    const auto* row = reinterpret_cast<const std::uint32_t*>(
+        static_cast<const T*>(p.embedding) +
+        static_cast<std::int64_t>(max(token, 0)) * p.hidden_size);
+#pragma unroll
+    for (int j = 0; j < kMaxIterations; ++j) {
+      x[j] = make_float2(0.0f, 0.0f);
+      if (holds(j)) x[j] = unpack<T>(__ldg(row + element(j) / 2));
+    }
   }
 
-  __device__ __forceinline__ void layer_step(int index, int position) {
+  // One layer. `norm` holds its first LayerNorm's parameters, and on return the next one's: they
+  // are fetched before the last barrier.
+  __device__ __forceinline__ void layer_step(int index, int position, Norm& norm) {
+    forget_indices();
     const StreamedLayer& layer = p.layers[index];
+    Frag fragments;
     {
-      NormFragments norm;
-      Frag fragments;
-      load_norm(p.qkv, layer.input_norm_weight, layer.input_norm_bias, norm);
+      Norm post_norm;
+      if (p.parallel_residual) load_norm(layer.post_norm_weight, layer.post_norm_bias, post_norm);
       if (index > 0) add_layer();
       const Moments m = moments();
-      normalise(p.qkv, m, norm, fragments);
-      if (p.parallel_residual)
-        load_norm(p.mlp_up, layer.post_norm_weight, layer.post_norm_bias, norm);
-      multiply(kQkv, p.qkv, fragments, store_qkv(layer));
-      if (p.parallel_residual) {
-        normalise(p.mlp_up, m, norm, fragments);
-        multiply(kMlpUp, p.mlp_up, fragments, store_mlp(layer));
-      }
-      end_phase();
+      normalise(m, norm, 0);
+      if (p.parallel_residual) normalise(m, post_norm, 1);
+      consumer_barrier();
     }
-    attention_phase(layer, index, position);
+    load_normed(p.qkv, 0, fragments);
+    multiply_qkv(layer, fragments);
+    if (p.parallel_residual) {
+      load_normed(p.mlp_up, 1, fragments);
+      multiply_up(layer, fragments);
+    }
     end_phase();
-    if (p.parallel_residual) return;
-    {
-      NormFragments norm;
-      Frag fragments;
-      load_norm(p.mlp_up, layer.post_norm_weight, layer.post_norm_bias, norm);
-      add_deltas(p.scratch.delta_attention, nullptr);
-      normalise(p.mlp_up, moments(), norm, fragments);
-      multiply(kMlpUp, p.mlp_up, fragments, store_mlp(layer));
-      end_phase();
-      load_activations(p.mlp_down, p.scratch.mlp, fragments);
-      multiply(kMlpDown, p.mlp_down, fragments,
-               store_delta(p.scratch.delta_mlp, layer.mlp_down_bias));
-      end_phase();
-    }
+    attention_phase(layer, index, position);
+    if (!p.parallel_residual) mlp_phases(layer);
+    const bool last = index + 1 == p.num_layers;
+    load_norm(last ? p.final_norm_weight : p.layers[index + 1].input_norm_weight,
+              last ? p.final_norm_bias : p.layers[index + 1].input_norm_bias, norm);
+    end_phase();
+  }
+
+  // The second half of a layer with sequential residual, up to but not with its last barrier.
+  __device__ __forceinline__ void mlp_phases(const StreamedLayer& layer) {
+    Norm norm;
+    Frag fragments;
+    load_norm(layer.post_norm_weight, layer.post_norm_bias, norm);
+    end_phase();
+    add_deltas(p.scratch.delta_attention, nullptr);
+    normalise(moments(), norm, 1);
+    consumer_barrier();
+    load_normed(p.mlp_up, 1, fragments);
+    multiply_up(layer, fragments);
+    end_phase();
+    load_activations(p.mlp_down, p.scratch.mlp, fragments);
+    multiply_down(layer, fragments);
   }
 
   // ---------------------------------------------------------------- choosing the token
@@ -778,18 +846,18 @@ class DecodeStep {
   }
 
   // Final LayerNorm, LM head, and the choice of the next token, which every SM makes for itself.
-  __device__ __forceinline__ int score(int step, int position) {
-    NormFragments norm;
+  __device__ __forceinline__ int score(int step, int position, const Norm& norm) {
     Frag fragments;
-    load_norm(p.lm_head, p.final_norm_weight, p.final_norm_bias, norm);
     add_layer();
-    normalise(p.lm_head, moments(), norm, fragments);
+    normalise(moments(), norm, 0);
+    consumer_barrier();
+    load_normed(p.lm_head, 0, fragments);
     Candidate best{-INFINITY, 0x7fffffff};
     float* logits =
         p.logits == nullptr
             ? nullptr
             : p.logits + static_cast<std::int64_t>(step - p.first_scored_step) * p.vocab_size;
-    multiply(kLmHead, p.lm_head, fragments, [&](int row, float value) {
+    multiply(kLmHead, p.lm_head, fragments, nullptr, [&](int row, float value) {
       if (logits != nullptr) logits[row] = value;
       const Candidate here = candidate(row, value, position);
       if (better(here, best)) best = here;
@@ -819,11 +887,13 @@ class DecodeStep {
 
   const DecodeParams& p;
   SharedControl* control;
-  float* x;     // [hidden]: the residual stream
+  T* normed;    // [2, hidden]: the two normalised inputs of a layer
   float* sums;  // [sum_slots]: partial sums of rows; states of attention
   char* ring_data;
-  const int thread, warp, lane, g, q;
+  int thread, warp, lane, g, q;
   RingConsumer ring{};
+  // The residual stream, the same in every block: this thread's pairs of elements.
+  float2 x[kMaxIterations];
   std::uint32_t arrivals_target = 0;  // where the counters stand after what this block has seen
   std::uint32_t heads_target = 0;
   std::uint32_t splits_target = 0;

@@ -18,7 +18,8 @@ struct StreamedMatrix {
   std::int32_t unit_rows;
   std::int32_t units_per_chunk;
   std::int32_t segments;
-  std::int32_t slices;
+  std::int32_t segments_log2;
+  std::int32_t slices_log2;
   std::int32_t slice_columns;
   std::int32_t segment_columns;
   std::int32_t row_bytes;

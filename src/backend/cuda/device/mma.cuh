@@ -24,25 +24,23 @@ struct MmaInput<__nv_bfloat16> {
   static constexpr bool kIsHalf = false;
 };
 
-// result += A B with rows 8 to 15 of A zero: `a_low` holds k = 2q, 2q + 1 of row g, `a_high` k =
-// 2q + 8, 2q + 9. Only result[0] and result[1] (row g, columns 2q and 2q + 1) mean anything.
+// result += A B for A 16 x 16 and B 16 x 8: `a` is {row g, row g + 8} at k = 2q, 2q + 1, then the
+// same at k = 2q + 8, 2q + 9; `b_low` and `b_high` are column g at these k.
 template <typename T>
-__device__ __forceinline__ void mma_8x8x16(float (&result)[4], std::uint32_t a_low,
-                                           std::uint32_t a_high, std::uint32_t b_low,
-                                           std::uint32_t b_high) {
-  const std::uint32_t zero = 0;
+__device__ __forceinline__ void mma_16x8x16(float (&result)[4], uint4 a, std::uint32_t b_low,
+                                            std::uint32_t b_high) {
   if constexpr (MmaInput<T>::kIsHalf) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(result[0]), "+f"(result[1]), "+f"(result[2]), "+f"(result[3])
-        : "r"(a_low), "r"(zero), "r"(a_high), "r"(zero), "r"(b_low), "r"(b_high));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b_low), "r"(b_high));
   } else {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(result[0]), "+f"(result[1]), "+f"(result[2]), "+f"(result[3])
-        : "r"(a_low), "r"(zero), "r"(a_high), "r"(zero), "r"(b_low), "r"(b_high));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b_low), "r"(b_high));
   }
 }
 
