@@ -31,8 +31,12 @@ build: deps  ## all targets; with a CUDA toolkit the CUDA targets too
 unit: build  ## C++ tests
 	ctest --preset release
 
+# CPU only, to save the time: the release build has compiled the CUDA code already. A plain
+# `pip install .` takes it in where there is a CUDA toolkit.
+WHEEL_OPTIONS ?= -Ccmake.define.CLUSTERFUSION_CUDA=OFF -Ccmake.define.CLUSTERFUSION_WERROR=ON
+
 python-package: deps  ## the Python package, into .venv
-	$(PYTHON) -m pip install --quiet --no-build-isolation .
+	$(PYTHON) -m pip install --quiet --no-build-isolation $(WHEEL_OPTIONS) .
 
 python-test: build python-package  ## Python tests, on the installed package and the built program
 	CLUSTERFUSION_BIN=$(CURDIR)/$(BIN)/clusterfusion CLUSTERFUSION_BUILD_DIR=$(CURDIR)/build/release \
@@ -56,6 +60,7 @@ lint: deps  ## formatting and lint
 	.venv/bin/clang-format --dry-run --Werror $(CPP_FILES)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
+	$(PYTHON) tools/update_readme.py --check
 
 format: deps  ## put everything into the project's format
 	.venv/bin/clang-format -i $(CPP_FILES)

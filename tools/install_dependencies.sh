@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 purpose=${1:-test}
 
-build_packages=(g++ cmake ninja-build pkg-config libhwy-dev libsimdjson-dev nlohmann-json3-dev
+build_packages=(g++ ccache cmake ninja-build pkg-config libhwy-dev libsimdjson-dev nlohmann-json3-dev
   libutf8proc-dev libcli11-dev libfmt-dev libspdlog-dev libdlpack-dev)
 test_packages=(libgtest-dev libgmock-dev libbenchmark-dev clang libclang-rt-14-dev python3 python3-venv
   python3-dev xz-utils)

@@ -16,6 +16,11 @@ namespace {
 // so this covers the serial work between two regions and no more.
 constexpr std::chrono::microseconds kSpinTime{50};
 
+// Parts of ThreadPool::state_.
+constexpr std::uint32_t kOpen = 1u << 16;
+constexpr std::uint32_t kInside = kOpen - 1;
+constexpr std::uint32_t kNextRegion = kOpen << 1;
+
 inline void relax() noexcept {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -65,8 +70,8 @@ ThreadPool::ThreadPool(int threads) {
 
 ThreadPool::~ThreadPool() {
   stop_.store(true, std::memory_order_relaxed);
-  region_.fetch_add(1, std::memory_order_release);
-  region_.notify_all();
+  state_.fetch_add(kNextRegion, std::memory_order_release);
+  state_.notify_all();
   for (std::thread& worker : workers_) worker.join();
 }
 
@@ -77,15 +82,17 @@ void ThreadPool::run_erased(std::int64_t tasks, Call call, void* context) {
   next_task_.store(0, std::memory_order_relaxed);
   const bool alone = workers_.empty() || tasks <= 1;
   if (!alone) {
-    running_.store(static_cast<std::int32_t>(workers_.size()), std::memory_order_relaxed);
-    region_.fetch_add(1, std::memory_order_release);
-    region_.notify_all();
+    // Nobody is inside: the run before has waited for that.
+    const std::uint32_t number = state_.load(std::memory_order_relaxed) & ~(kOpen | kInside);
+    state_.store((number + kNextRegion) | kOpen, std::memory_order_release);
+    state_.notify_all();
   }
   take_tasks(0);
   if (!alone) {
-    for (std::int32_t left = running_.load(std::memory_order_acquire); left != 0;
-         left = running_.load(std::memory_order_acquire)) {
-      wait_while_equal(running_, left);
+    std::uint32_t state = state_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+    while ((state & kInside) != 0) {
+      wait_while_equal(state_, state);
+      state = state_.load(std::memory_order_acquire);
     }
   }
   if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
@@ -104,13 +111,18 @@ void ThreadPool::take_tasks(int thread) noexcept {
 }
 
 void ThreadPool::work(int thread) noexcept {
-  std::uint32_t seen = 0;
+  std::uint32_t state = 0;
   for (;;) {
-    wait_while_equal(region_, seen);
-    ++seen;  // the caller starts a region only after all workers have left the one before
+    wait_while_equal(state_, state);
+    state = state_.load(std::memory_order_acquire);
     if (stop_.load(std::memory_order_relaxed)) return;
-    take_tasks(thread);
-    if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
+    while ((state & kOpen) != 0) {
+      if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acquire)) continue;
+      take_tasks(thread);
+      state = state_.fetch_sub(1, std::memory_order_acq_rel) - 1;
+      if ((state & (kOpen | kInside)) == 0) state_.notify_all();  // the caller may sleep
+      break;
+    }
   }
 }
 

@@ -48,7 +48,7 @@ class ThreadPool {
   void work(int thread) noexcept;
   void take_tasks(int thread) noexcept;
 
-  // The running region. Written by the caller before `region_` advances, read by workers after.
+  // The running region. Written by the caller before it opens, read by workers inside.
   Call call_ = nullptr;
   void* context_ = nullptr;
   std::int64_t tasks_ = 0;
@@ -56,8 +56,10 @@ class ThreadPool {
   std::atomic<bool> failed_ = false;
 
   alignas(64) std::atomic<std::int64_t> next_task_ = 0;
-  alignas(64) std::atomic<std::uint32_t> region_ = 0;  // number of the running region
-  alignas(64) std::atomic<std::int32_t> running_ = 0;  // workers that have not left the region
+  // Number of the region, whether it is open, and how many workers are inside. A worker that comes
+  // too late (on a busy machine it may not get a core for milliseconds) finds the region closed,
+  // and nobody waits for it.
+  alignas(64) std::atomic<std::uint32_t> state_ = 0;
   std::atomic<bool> stop_ = false;
   std::vector<std::thread> workers_;
 };
