@@ -1,0 +1,170 @@
+// Every weight exactly once, everything fits: for every Pythia size, on the limits of several
+// chips.
+#include "plan/decode_plan.hpp"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <string>
+#include <vector>
+
+#include "clusterfusion/error.hpp"
+
+namespace clusterfusion::plan {
+namespace {
+
+struct Shape {
+  const char* name;
+  std::int64_t hidden, layers, heads, vocab;
+};
+
+std::ostream& operator<<(std::ostream& out, const Shape& shape) { return out << shape.name; }
+
+constexpr Shape kShapes[] = {
+    {"pythia_14m", 128, 6, 4, 50304},
+    {"pythia_31m", 256, 6, 8, 50304},
+    {"pythia_70m", 512, 6, 8, 50304},
+    {"pythia_160m", 768, 12, 12, 50304},
+    {"pythia_410m", 1024, 24, 16, 50304},
+    {"pythia_1b", 2048, 16, 8, 50304},
+    {"pythia_1b4", 2048, 24, 16, 50304},
+    {"pythia_2b8", 2560, 32, 32, 50304},
+    {"pythia_6b9", 4096, 32, 32, 50432},
+    {"pythia_12b", 5120, 36, 40, 50688},
+    {"demo", 256, 8, 4, 4096},
+    {"odd", 96, 3, 6, 301},
+};
+
+// Hopper's shared memory, and that of the RTX Blackwell chips.
+constexpr DeviceLimits kHopper{132, 227 * 1024};
+constexpr DeviceLimits kBlackwell{170, 99 * 1024};
+
+ModelConfig config_of(const Shape& shape) {
+  ModelConfig config;
+  config.hidden_size = shape.hidden;
+  config.num_layers = shape.layers;
+  config.num_heads = shape.heads;
+  config.head_dim = shape.hidden / shape.heads;
+  config.intermediate_size = 4 * shape.hidden;
+  config.vocab_size = shape.vocab;
+  config.max_positions = 2048;
+  return config;
+}
+
+// Counts how often the lanes of all warps touch each element of one chunk, as the kernel computes
+// its addresses.
+std::vector<int> touched(const MatrixPlan& plan) {
+  std::vector<int> count(plan.rows_per_chunk * plan.columns, 0);
+  for (int warp = 0; warp < kConsumerWarps; ++warp)
+    for (int unit = warp; unit < plan.units_per_chunk(); unit += kConsumerWarps)
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < plan.iterations; ++i)
+          for (int element = 0; element < 8; ++element) {
+            const int g = lane / 4, q = lane % 4;
+            const std::int64_t row = unit / plan.segments * plan.unit_rows + g / plan.slices();
+            const std::int64_t column = warp % plan.segments * plan.segment_columns() +
+                                        g % plan.slices() * plan.slice_columns() + 32 * i + 8 * q +
+                                        element;
+            ++count.at(row * plan.columns + column);
+          }
+  return count;
+}
+
+class EveryShape : public testing::TestWithParam<Shape> {
+ protected:
+  static std::vector<MatrixPlan> matrices(const DecodePlan& plan) {
+    return {plan.qkv, plan.attention_out, plan.mlp_up, plan.mlp_down, plan.lm_head};
+  }
+};
+
+TEST_P(EveryShape, TouchesEachElementOfAChunkOnce) {
+  const DecodePlan plan = make_decode_plan(config_of(GetParam()), kHopper);
+  for (const MatrixPlan& matrix : matrices(plan)) {
+    EXPECT_THAT(touched(matrix), testing::Each(1)) << matrix.rows << " x " << matrix.columns;
+    // A warp's activations stay in registers: its segment must not depend on the unit.
+    EXPECT_EQ(kConsumerWarps % matrix.segments, 0);
+  }
+}
+
+TEST_P(EveryShape, CutsTheRowsWithoutGapOrOverlap) {
+  const DecodePlan plan = make_decode_plan(config_of(GetParam()), kHopper);
+  for (const MatrixPlan& matrix : matrices(plan)) {
+    const std::int64_t covered = static_cast<std::int64_t>(matrix.chunks) * matrix.rows_per_chunk;
+    EXPECT_GE(covered, matrix.rows);
+    EXPECT_LT(covered - matrix.rows, matrix.rows_per_chunk);
+    EXPECT_EQ(matrix.row_bytes() % 16, 0) << "bulk copies move multiples of 16 bytes";
+  }
+}
+
+TEST_P(EveryShape, FitsIntoSharedMemory) {
+  for (const DeviceLimits& limits : {kHopper, kBlackwell}) {
+    const ModelConfig config = config_of(GetParam());
+    // The widest rows need more than the small chips have for two stages.
+    if (limits.shared_bytes_per_block == kBlackwell.shared_bytes_per_block &&
+        config.hidden_size >= 4096) {
+      EXPECT_THROW(make_decode_plan(config, limits), Error);
+      continue;
+    }
+    const DecodePlan plan = make_decode_plan(config, limits);
+    EXPECT_LE(plan.shared_bytes, limits.shared_bytes_per_block);
+    EXPECT_GE(plan.stages, 2);
+    EXPECT_EQ(plan.stage_bytes % 128, 0);
+    for (const MatrixPlan& matrix : matrices(plan)) {
+      EXPECT_LE(matrix.chunk_bytes(), plan.stage_bytes);
+      EXPECT_LE(matrix.sums_per_chunk(), plan.sum_slots);
+    }
+    EXPECT_LE(plan.kv.block_bytes, plan.stage_bytes);
+    // The warps' states of one head, and its query, key and value twice, share the sums.
+    EXPECT_LE(kConsumerWarps * (config.head_dim + 2) + 3 * config.head_dim +
+                  (3 * config.head_dim + 1) / 2,
+              plan.sum_slots);
+  }
+}
+
+TEST_P(EveryShape, KeepsAPageTogether) {
+  const ModelConfig config = config_of(GetParam());
+  const KvPlan kv = make_decode_plan(config, kHopper).kv;
+  EXPECT_EQ(kKvPagePositions % kv.block_positions, 0);
+  EXPECT_EQ(kv.block_bytes * (kKvPagePositions / kv.block_positions), kv.head_bytes);
+  EXPECT_EQ(kv.head_bytes, kKvPagePositions * config.head_dim * 2 * 2);
+  EXPECT_EQ(kv.page_bytes, kv.head_bytes * config.num_heads * config.num_layers);
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, EveryShape, testing::ValuesIn(kShapes),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(AttentionSplits, CoverEveryBlockOnceWithinTheirBound) {
+  for (const int block_positions : {16, 32, 64})
+    for (const int heads : {1, 8, 32, 40})
+      for (const int sms : {1, 7, 132, 170})
+        for (int positions = 1; positions <= 4096; positions += positions < 200 ? 1 : 61) {
+          const AttentionSplits splits = attention_splits(positions, block_positions, heads, sms);
+          EXPECT_EQ(splits.blocks, (positions + block_positions - 1) / block_positions);
+          EXPECT_GE(splits.splits * splits.blocks_per_split, splits.blocks);
+          EXPECT_LT((splits.splits - 1) * splits.blocks_per_split, splits.blocks);
+          // What the backend allocates for.
+          EXPECT_LE(splits.splits, positions / kKvPagePositions + 1);
+        }
+}
+
+TEST(MakeDecodePlan, RefusesWhatItCannotStream) {
+  const auto message = [](const ModelConfig& config, const DeviceLimits& limits) -> std::string {
+    try {
+      make_decode_plan(config, limits);
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::unsupported);
+      return error.what();
+    }
+    return "nothing was thrown";
+  };
+  ModelConfig config = config_of({"", 100, 2, 4, 301});
+  EXPECT_THAT(message(config, kHopper), testing::HasSubstr("the QKV matrix [300, 100]"));
+  config = config_of({"", 256, 2, 32, 301});
+  EXPECT_THAT(message(config, kHopper),
+              testing::HasSubstr("a multiple of 16 and at most 256, found 8"));
+  config = config_of({"", 256, 2, 4, 301});
+  EXPECT_THAT(message(config, {1, 48 * 1024}), testing::HasSubstr("bytes of shared memory"));
+}
+
+}  // namespace
+}  // namespace clusterfusion::plan
