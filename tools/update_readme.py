@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Fill the README's generated parts: examples from examples/, tables from benchmarks/results/.
 
-  update_readme.py            rewrite them
-  update_readme.py --check    exit with 1 if README.md is not what would be written
-  update_readme.py --session  also run the demo (as `make generate` does) and record it
+update_readme.py            rewrite them
+update_readme.py --check    exit with 1 if README.md is not what would be written
+update_readme.py --session  also run the demo (as `make generate` does) and record it
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def cpu_table() -> str:
             f"{ratios['prefill_speed_over_transformers_float32']:.2f}",
         ),
     ]
-    body = "".join(f"| {name} | {ours} | {theirs} | {ratio} |\n" for name, ours, theirs, ratio in rows)
+    body = "".join(
+        f"| {name} | {ours} | {theirs} | {ratio} |\n" for name, ours, theirs, ratio in rows
+    )
     share = 100 * ratios["decode_share_of_plain_read"]
     return (
         f"CPU, {machine['backend']}: {result['what']}. Median (smallest to largest); "
@@ -91,12 +93,18 @@ def memory_table() -> str:
     result = load("memory_2b8.json")
     if result is None:
         return ""
-    megabyte = 1e6
-    peak = result["ended"]["VmHWM"] / megabyte
+    weights, kv, peak, rest = (
+        f"{value / 1e6:.0f} MB"
+        for value in (
+            result["weight_bytes"],
+            result["kv_bytes"],
+            result["ended"]["VmHWM"],
+            result["allocated_bytes"],
+        )
+    )
     return (
-        f"Memory: a random checkpoint of Pythia-2.8B's shape ({result['weight_bytes'] / megabyte:.0f} MB "
-        f"of weights, mapped; {result['kv_bytes'] / megabyte:.0f} MB of KV cache) peaks at "
-        f"{peak:.0f} MB resident, of which {result['allocated_bytes'] / megabyte:.0f} MB are neither.\n"
+        f"Memory: a random checkpoint of Pythia-2.8B's shape ({weights} of weights, mapped; {kv} of KV "
+        f"cache) peaks at {peak} resident, of which {rest} are neither.\n"
     )
 
 

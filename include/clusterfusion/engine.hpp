@@ -18,11 +18,11 @@
 namespace clusterfusion {
 
 struct EngineOptions {
-  std::string device = "auto";          // "auto", "cpu" or "cuda"
-  int threads = 0;                      // CPU worker threads; 0: one for each usable core
-  std::int64_t max_positions = 0;       // the longest context; 0: the model's own
-  std::optional<DType> kv_dtype;        // of the KV cache; nothing: float32 on the CPU, the
-                                        // weights' type on a GPU
+  std::string device = "auto";     // "auto", "cpu" or "cuda"
+  int threads = 0;                 // CPU worker threads; 0: one for each usable core
+  std::int64_t max_positions = 0;  // the longest context; 0: the model's own
+  std::optional<DType> kv_dtype;   // of the KV cache; nothing: float32 on the CPU, the
+                                   // weights' type on a GPU
 };
 
 enum class FinishReason {
@@ -38,8 +38,8 @@ struct GenerateRequest {
   // The prompt: text, or token ids if `prompt_tokens` is not empty.
   std::string prompt;
   std::vector<TokenId> prompt_tokens;
-  bool add_special_tokens = true;         // when encoding `prompt`
-  std::int64_t max_new_tokens = 128;      // >= 0
+  bool add_special_tokens = true;     // when encoding `prompt`
+  std::int64_t max_new_tokens = 128;  // >= 0
   SamplingParams sampling;
   std::vector<std::string> stop_strings;  // the text ends before the first of them; none empty
   std::vector<TokenId> stop_tokens;       // besides the model's end-of-text tokens
@@ -51,30 +51,30 @@ struct GenerateRequest {
 struct Statistics {
   std::int64_t prompt_tokens = 0;
   std::int64_t new_tokens = 0;
-  double prefill_seconds = 0;               // of this prompt's prefill
-  double time_to_first_token_seconds = 0;   // from start() to the first token
-  double decode_seconds = 0;                // spent in decode steps after the first token
-  double seconds_per_token = 0;             // decode_seconds / (new_tokens - 1), 0 if undefined
-  double tokens_per_second = 0;             // its inverse
-  double bytes_per_second = 0;              // weights and KV cache read by decode / decode_seconds
-  double read_ceiling_bytes_per_second = 0; // of Engine::measure_read_ceiling(); 0: not measured
-  double ceiling_share = 0;                 // bytes_per_second / ceiling; 0: not measured
+  double prefill_seconds = 0;                // of this prompt's prefill
+  double time_to_first_token_seconds = 0;    // from start() to the first token
+  double decode_seconds = 0;                 // spent in decode steps after the first token
+  double seconds_per_token = 0;              // decode_seconds / (new_tokens - 1), 0 if undefined
+  double tokens_per_second = 0;              // its inverse
+  double bytes_per_second = 0;               // weights and KV cache read by decode / decode_seconds
+  double read_ceiling_bytes_per_second = 0;  // of Engine::measure_read_ceiling(); 0: not measured
+  double ceiling_share = 0;                  // bytes_per_second / ceiling; 0: not measured
 };
 
 struct GenerateResult {
-  std::string text;                        // without the prompt
+  std::string text;  // without the prompt
   std::vector<TokenId> prompt_tokens;
-  std::vector<TokenId> tokens;             // new tokens, the stop token included
-  std::vector<SampledToken> sampled;       // with log-probabilities if asked for, else empty
+  std::vector<TokenId> tokens;        // new tokens, the stop token included
+  std::vector<SampledToken> sampled;  // with log-probabilities if asked for, else empty
   FinishReason finish_reason = FinishReason::token_limit;
   Statistics statistics;
 };
 
 // One step's news of one sequence.
 struct GenerateEvent {
-  std::size_t index = 0;                   // which request
-  std::optional<SampledToken> token;       // nothing in a last event that only brings text
-  std::string text;                        // well-formed UTF-8, may be empty
+  std::size_t index = 0;                      // which request
+  std::optional<SampledToken> token;          // nothing in a last event that only brings text
+  std::string text;                           // well-formed UTF-8, may be empty
   std::optional<FinishReason> finish_reason;  // set in the last event of a sequence
 };
 
@@ -96,30 +96,30 @@ class Generation {
 // Log-probability of a text, token by token.
 struct ScoreResult {
   std::vector<TokenId> tokens;
-  std::vector<float> logprobs;   // logprobs[i] of tokens[i + 1] after tokens[0..i]; natural log
-  double total = 0;              // their sum
+  std::vector<float> logprobs;  // logprobs[i] of tokens[i + 1] after tokens[0..i]; natural log
+  double total = 0;             // their sum
 };
 
 struct PerplexityOptions {
-  std::int64_t context = 0;      // window length in tokens, >= 2; 0: the longest the engine allows
-  std::int64_t stride = 0;       // tokens a window moves on, in [1, context]; 0: half the context
+  std::int64_t context = 0;  // window length in tokens, >= 2; 0: the longest the engine allows
+  std::int64_t stride = 0;   // tokens a window moves on, in [1, context]; 0: half the context
   // Called after each window with tokens done and in all; returns false to cancel.
   std::function<bool(std::int64_t done, std::int64_t total)> progress;
 };
 
 struct PerplexityResult {
-  double perplexity = 0;         // exp(mean negative log-likelihood a scored token)
-  double mean_nll = 0;           // in nats
-  double bits_per_byte = 0;      // total NLL / ln 2 / bytes of the text; 0 for token input
+  double perplexity = 0;     // exp(mean negative log-likelihood a scored token)
+  double mean_nll = 0;       // in nats
+  double bits_per_byte = 0;  // total NLL / ln 2 / bytes of the text; 0 for token input
   std::int64_t scored_tokens = 0;
   std::int64_t total_tokens = 0;
   double seconds = 0;
 };
 
 struct EngineInfo {
-  std::string device;            // "cpu", "cuda"
+  std::string device;  // "cpu", "cuda"
   std::string device_description;
-  std::string device_reason;     // why "auto" chose it
+  std::string device_reason;  // why "auto" chose it
   DType kv_dtype = DType::float32;
   std::int64_t kv_bytes_per_position = 0;
   std::int64_t max_positions = 0;

@@ -28,21 +28,21 @@ inline constexpr std::int64_t kKvPagePositions = 64;
 using SequenceId = std::int32_t;
 
 struct BackendOptions {
-  int threads = 0;                  // CPU: worker threads; 0: one for each core this process may use
-  std::int64_t max_positions = 0;   // the longest context a sequence may reach; 0: the model's
+  int threads = 0;                 // CPU: worker threads; 0: one for each core this process may use
+  std::int64_t max_positions = 0;  // the longest context a sequence may reach; 0: the model's
   // Type of the KV cache. Nothing: float32 on the CPU, the weights' type on a GPU.
   std::optional<DType> kv_dtype;
 };
 
 struct BackendInfo {
-  std::string name;                 // "cpu", "cuda"
-  std::string device;               // "AMD EPYC ..., 2 threads, AVX3_DL", "NVIDIA H100 ..., 132 SMs"
+  std::string name;    // "cpu", "cuda"
+  std::string device;  // "AMD EPYC ..., 2 threads, AVX3_DL", "NVIDIA H100 ..., 132 SMs"
   DType kv_dtype = DType::float32;
   std::int64_t kv_bytes_per_position = 0;
   std::int64_t max_positions = 0;
-  std::int64_t prefill_chunk = 512; // the engine prefills in pieces of this many tokens, so that a
-                                    // prompt can be cancelled and its progress shown
-  std::int32_t decode_ahead = 1;    // steps that decode() may run without looking at the host
+  std::int64_t prefill_chunk = 512;  // the engine prefills in pieces of this many tokens, so that a
+                                     // prompt can be cancelled and its progress shown
+  std::int32_t decode_ahead = 1;     // steps that decode() may run without looking at the host
 };
 
 // What a prefill is to give back; each part may be absent (empty or null).
