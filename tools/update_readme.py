@@ -103,8 +103,8 @@ def memory_table() -> str:
         )
     )
     return (
-        f"Memory: a random checkpoint of Pythia-2.8B's shape ({weights} of weights, mapped; {kv} of KV "
-        f"cache) peaks at {peak} resident, of which {rest} are neither.\n"
+        f"Memory: a random checkpoint of Pythia-2.8B's shape ({weights} of weights, mapped; {kv} of "
+        f"KV cache) peaks at {peak} resident, of which {rest} are neither.\n"
     )
 
 
