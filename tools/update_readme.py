@@ -83,8 +83,8 @@ def cpu_table() -> str:
         f"CPU, {machine['backend']}: {result['what']}. Median (smallest to largest); "
         f"transformers {peer['transformers']}, torch {peer['torch']}.\n\n"
         "| | ClusterFusion | transformers | times as fast |\n|---|---|---|---|\n"
-        f"{body}\nDecode reads the weights at {share:.0f} % of what a plain multi-threaded read of the "
-        "same bytes reaches in the same run.\n"
+        f"{body}\nDecode reads the weights at {share:.0f} % of what a plain multi-threaded read of "
+        "the same bytes reaches in the same run.\n"
     )
 
 
@@ -103,8 +103,8 @@ def memory_table() -> str:
         )
     )
     return (
-        f"Memory: a random checkpoint of Pythia-2.8B's shape ({weights} of weights, mapped; {kv} of "
-        f"KV cache) peaks at {peak} resident, of which {rest} are neither.\n"
+        f"Memory: a random checkpoint of the shape of Pythia-2.8B ({weights} of weights, "
+        f"mapped; {kv} of KV cache) peaks at {peak} resident, of which {rest} are neither.\n"
     )
 
 
