@@ -102,7 +102,7 @@ struct ScoreResult {
 
 struct PerplexityOptions {
   std::int64_t context = 0;  // window length in tokens, >= 2; 0: the longest the engine allows
-  std::int64_t stride = 0;   // tokens a window moves on, in [1, context]; 0: half the context
+  std::int64_t stride = 0;   // tokens a window moves on, in [2, context]; 0: half the context
   // Called after each window with tokens done and in all; returns false to cancel.
   std::function<bool(std::int64_t done, std::int64_t total)> progress;
 };

@@ -360,7 +360,7 @@ class Engine:
         Args:
             prompt: A text, or its token ids.
             context: The window's length in tokens, at least 2; None for the longest possible.
-            stride: Tokens that the window moves on, in [1, context]; None for half the context.
+            stride: Tokens that the window moves on, in [2, context]; None for half the context.
 
         Raises:
             ValueError: An option is outside its range, or there are fewer than two tokens.

@@ -85,7 +85,7 @@ void add_perplexity_command(CLI::App& app, Command& selected) {
              "tokens in a window, at least 2; 0: the model's longest context", std::int64_t{0})
       ->capture_default_str();
   add_number(command, "--stride", settings->window.stride,
-             "tokens by which the window moves on; 0: half the window", std::int64_t{0})
+             "tokens by which the window moves on, at least 2; 0: half the window", std::int64_t{0})
       ->capture_default_str();
   add_report_options(command, settings->report);
   command.add_flag("--no-special-tokens", settings->no_special_tokens,

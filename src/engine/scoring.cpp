@@ -56,9 +56,10 @@ PerplexityOptions check_options(PerplexityOptions options, std::int64_t max_posi
   require(options.context >= 2 && options.context <= max_positions, ErrorKind::invalid_argument,
           "context must be in [2, {}] (the engine's longest), or 0 for the longest, got {}",
           max_positions, options.context);
-  if (options.stride == 0) options.stride = options.context / 2;
-  require(options.stride >= 1 && options.stride <= options.context, ErrorKind::invalid_argument,
-          "stride must be in [1, {}] (the context), or 0 for half the context, got {}",
+  if (options.stride == 0) options.stride = std::max<std::int64_t>(2, options.context / 2);
+  // A window counts with its new tokens less one, so a stride of 1 would count the first one only.
+  require(options.stride >= 2 && options.stride <= options.context, ErrorKind::invalid_argument,
+          "stride must be in [2, {}] (the context), or 0 for half the context, got {}",
           options.context, options.stride);
   return options;
 }
