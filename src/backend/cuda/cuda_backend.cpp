@@ -23,7 +23,6 @@ namespace {
 
 constexpr std::int32_t kDecodeAhead = 16;
 constexpr std::int64_t kPrefillChunk = 64;
-constexpr int kMinComputeCapability = 9;
 // More copies under way make the grid barrier's own traffic wait behind them.
 constexpr int kMaxInFlight = 2;
 
@@ -411,9 +410,13 @@ class CudaBackend final : public Backend {
 std::string cuda_unavailable_reason() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaErrorInsufficientDriver || error == cudaErrorNoDevice) {
+    cudaGetLastError();
+    return "no NVIDIA GPU with a driver for CUDA 13";
+  }
   if (error != cudaSuccess) {
     cudaGetLastError();
-    return fmt::format("no usable NVIDIA GPU: {}", cudaGetErrorString(error));
+    return fmt::format("the NVIDIA GPU cannot be used: {}", cudaGetErrorString(error));
   }
   if (count == 0) return "no NVIDIA GPU found";
   int device = 0;
@@ -421,10 +424,11 @@ std::string cuda_unavailable_reason() {
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaGetDeviceProperties(&properties, device) != cudaSuccess)
     return "the NVIDIA GPU does not answer";
-  if (properties.major < cuda::kMinComputeCapability)
+  // The build holds machine code for these two, and for no other.
+  const bool built_for = (properties.major == 9 || properties.major == 12) && properties.minor == 0;
+  if (!built_for)
     return fmt::format(
-        "{} has compute capability {}.{}; sm_90 (Hopper) or sm_120 (Blackwell) is "
-        "needed",
+        "{} has compute capability {}.{}; this build runs on 9.0 (Hopper) and 12.0 (Blackwell)",
         properties.name, properties.major, properties.minor);
   return {};
 }

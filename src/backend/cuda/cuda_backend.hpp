@@ -8,8 +8,9 @@
 
 namespace clusterfusion {
 
-// Why no GPU of this machine can be used, or an empty string if one can: "no CUDA driver", "NVIDIA
-// A100 has compute capability 8.0; sm_90 or newer is needed". Never throws.
+// Why no GPU of this machine can be used, or an empty string if one can: "no NVIDIA GPU with a
+// driver for CUDA 13", "NVIDIA A100 has compute capability 8.0; this build runs on ...". Never
+// throws.
 std::string cuda_unavailable_reason();
 
 // Errors: unsupported (no usable device; a model that the kernels do not cover), out_of_memory.
