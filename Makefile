@@ -42,9 +42,12 @@ python-test: build python-package  ## Python tests, on the installed package and
 	CLUSTERFUSION_BIN=$(CURDIR)/$(BIN)/clusterfusion CLUSTERFUSION_BUILD_DIR=$(CURDIR)/build/release \
 	  $(PYTHON) -m pytest
 
-asan: deps  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+asan-build: deps
 	cmake --preset asan
 	cmake --build --preset asan -j $(JOBS)
+.PHONY: asan-build
+
+asan: asan-build  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	ctest --preset asan
 
 tsan: deps  ## C++ tests under ThreadSanitizer
@@ -53,7 +56,7 @@ tsan: deps  ## C++ tests under ThreadSanitizer
 	ctest --preset tsan
 
 FUZZ_SECONDS ?= 20
-fuzz: asan  ## each fuzzer for FUZZ_SECONDS
+fuzz: asan-build  ## each fuzzer for FUZZ_SECONDS
 	tests/fuzz/run.sh build/asan $(FUZZ_SECONDS)
 
 lint: deps  ## formatting and lint

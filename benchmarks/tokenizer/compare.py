@@ -27,7 +27,7 @@ import tokenizers
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
-TOOL = Path("tests/unit/tokenizer/tokenizer_tool")
+TOOL = Path("bin/tokenizer_tool")
 
 
 def pack(texts: list[bytes]) -> bytes:
