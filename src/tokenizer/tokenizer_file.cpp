@@ -121,7 +121,8 @@ class Reader {
   }
 
   // Without an unk_token tokenizers leaves out bytes that the vocabulary does not know; with one it
-  // would put that in their place, which is not implemented because such files are not made.
+  // puts that in their place. Byte-level trainers write the whole alphabet, so such files are
+  // refused.
   void check_alphabet(const JsonObject& model) const {
     const std::optional<JsonValue> unk_token = model.find_non_null("unk_token");
     if (!unk_token) return;
