@@ -68,7 +68,6 @@ class SharedModel final : public Model {
     const auto ones = [&] { return view(ones_.data(), {c.hidden_size}); };
     weights_.embedding = matrix(c.vocab_size, c.hidden_size);
     weights_.lm_head = matrix(c.vocab_size, c.hidden_size);
-    weights_.lm_head.data = values_.data() + 0;
     weights_.final_norm_weight = ones();
     weights_.final_norm_bias = vector(c.hidden_size);
     LayerWeights layer;

@@ -99,7 +99,7 @@ struct DecodeParams {
   DecodeScratch scratch;
 };
 
-// Words of the counters that a launch needs zeroed: tickets, arrivals, heads done, splits done.
+// Phases of one step, each with a ticket counter: those of the layers, and the LM head.
 constexpr std::int64_t num_phases(std::int64_t num_layers, bool parallel_residual) {
   return num_layers * (parallel_residual ? 2 : 4) + 1;
 }
