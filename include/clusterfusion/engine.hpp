@@ -23,6 +23,10 @@ struct EngineOptions {
   std::int64_t max_positions = 0;  // the longest context; 0: the model's own
   std::optional<DType> kv_dtype;   // of the KV cache; nothing: float32 on the CPU, the
                                    // weights' type on a GPU
+  // Called by open() while it copies weights to a GPU, on the calling thread, with bytes done and
+  // in all: first with 0, last with all. What it throws ends the copy and comes out of open(). Not
+  // called where weights are used in place.
+  std::function<void(std::int64_t done, std::int64_t total)> load_progress = {};
 };
 
 enum class FinishReason {

@@ -12,13 +12,17 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
+#include <vector>
 
+#include "clusterfusion/error.hpp"
 #include "clusterfusion/model.hpp"
 #include "clusterfusion/sampling.hpp"
+#include "clusterfusion/timeline.hpp"
 
 namespace clusterfusion {
 
@@ -32,6 +36,8 @@ struct BackendOptions {
   std::int64_t max_positions = 0;  // the longest context a sequence may reach; 0: the model's
   // Type of the KV cache. Nothing: float32 on the CPU, the weights' type on a GPU.
   std::optional<DType> kv_dtype;
+  // EngineOptions::load_progress.
+  std::function<void(std::int64_t done, std::int64_t total)> load_progress = {};
 };
 
 struct BackendInfo {
@@ -97,6 +103,17 @@ class Backend {
   // Bytes per second at which this device reads the model's weights when it does nothing else; the
   // best of several passes. Errors: none beyond those of the device.
   virtual double measure_read_ceiling() = 0;
+
+  // Decodes one greedy step of `sequence`, as decode() would with `input`, and records what each SM
+  // did when. The sequence holds one more position on return.
+  // Errors: those of decode(); unsupported where no kernel writes down its times.
+  virtual std::vector<TimelineEvent> record_timeline(SequenceId sequence, TokenId input) {
+    static_cast<void>(sequence);
+    static_cast<void>(input);
+    throw Error(ErrorKind::unsupported,
+                "a timeline shows the SMs of a GPU; there is none to record on device \"" +
+                    info().name + "\": use device \"cuda\" on a machine with a supported GPU");
+  }
 };
 
 // Backends of this build. `make_cpu_backend` always exists.

@@ -17,7 +17,8 @@ BackendOptions check_options(const EngineOptions& options, const ModelConfig& co
           config.max_positions, options.max_positions);
   return {.threads = options.threads,
           .max_positions = options.max_positions,
-          .kv_dtype = options.kv_dtype};
+          .kv_dtype = options.kv_dtype,
+          .load_progress = options.load_progress};
 }
 
 }  // namespace
