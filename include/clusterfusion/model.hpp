@@ -3,10 +3,12 @@
 
 #include <dlpack/dlpack.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -106,6 +108,9 @@ class Model {
   // Looks for NaN and infinity in every weight (reads the whole checkpoint) and returns the first
   // finding as "tensor NAME [index] = VALUE in FILE", or nothing.
   virtual std::optional<std::string> find_non_finite() const = 0;
+  // Says that these bytes of the weights will not be read again soon. Mapped ones leave resident
+  // memory until they are touched; they may be read at any time as before.
+  virtual void release(std::span<const std::byte> /*bytes*/) const noexcept {}
 
  protected:
   Model() = default;

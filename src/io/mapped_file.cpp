@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdint>
 #include <system_error>
 #include <utility>
 
@@ -94,6 +95,21 @@ MappedFile::~MappedFile() {
 
 MappedFile::MappedFile(MappedFile&& other) noexcept
     : path_(std::move(other.path_)), bytes_(std::exchange(other.bytes_, {})) {}
+
+void MappedFile::release(std::span<const std::byte> part) const noexcept {
+  // As numbers: `part` may point into any other memory.
+  const auto address = [](const std::byte* byte) { return reinterpret_cast<std::uintptr_t>(byte); };
+  const std::uintptr_t start = address(bytes_.data());
+  const std::uintptr_t begin = address(part.data());
+  const bool is_inside =
+      begin >= start && begin + part.size() <= start + bytes_.size() && !part.empty();
+  if (!is_inside) return;
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const std::uintptr_t first_page = begin / page * page;
+  // Nothing was ever written to these private pages, so nothing is lost. It is advice: whether it
+  // is taken does not matter.
+  ::madvise(reinterpret_cast<void*>(first_page), begin + part.size() - first_page, MADV_DONTNEED);
+}
 
 std::string read_file(const std::filesystem::path& path, std::size_t max_bytes) {
   FileDescriptor file(path);

@@ -26,6 +26,10 @@ class MappedFile {
   std::span<const std::byte> bytes() const noexcept { return bytes_; }
   const std::filesystem::path& path() const noexcept { return path_; }
 
+  // Lets go of the pages in which `part` lies, if it lies in this file: they leave the process's
+  // resident memory, stay in the page cache, and come back when they are touched.
+  void release(std::span<const std::byte> part) const noexcept;
+
  private:
   std::filesystem::path path_;
   std::span<const std::byte> bytes_;

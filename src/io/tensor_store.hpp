@@ -38,6 +38,10 @@ class TensorStore {
   }
   // Null if there is no such tensor.
   const StoredTensor* find(std::string_view name) const;
+  // MappedFile::release() of the file in which `part` lies; nothing happens for other memory.
+  void release(std::span<const std::byte> part) const noexcept {
+    for (const MappedFile& file : files_) file.release(part);
+  }
 
  private:
   void add_file(const std::filesystem::path& path);

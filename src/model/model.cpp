@@ -44,6 +44,8 @@ class MappedModel : public Model {
     return std::nullopt;
   }
 
+  void release(std::span<const std::byte> bytes) const noexcept override { store_.release(bytes); }
+
  private:
   TensorStore store_;
   ShapeStorage shapes_;

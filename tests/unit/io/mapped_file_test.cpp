@@ -5,8 +5,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <fstream>
+#include <sstream>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "io/file_fixtures.hpp"
 
@@ -48,6 +51,44 @@ TEST(MappedFile, MovesWithoutMovingTheBytes) {
   const MappedFile moved(std::move(file));
   EXPECT_EQ(moved.bytes().data(), address);
   EXPECT_EQ(text_of(moved), "abc");
+}
+
+// Resident pages of a mapping, as the kernel counts them (the "Rss" of its entry in smaps).
+std::int64_t resident_kb(const std::byte* begin) {
+  std::ostringstream address;
+  address << std::hex << reinterpret_cast<std::uintptr_t>(begin) << '-';
+  std::ifstream smaps("/proc/self/smaps");
+  std::string line;
+  while (std::getline(smaps, line) && !line.starts_with(address.str())) {
+  }
+  while (std::getline(smaps, line)) {
+    if (line.starts_with("Rss:")) return std::stoll(line.substr(4));
+  }
+  return -1;
+}
+
+TEST(MappedFile, ReleasesPagesAndKeepsTheirContent) {
+  const TemporaryFolder folder;
+  std::string content(4 << 20, '\0');
+  for (std::size_t i = 0; i < content.size(); ++i) content[i] = static_cast<char>(i * 7 % 251);
+  const MappedFile file(folder.write("a", content));
+  EXPECT_EQ(text_of(file), content);
+  const std::int64_t before = resident_kb(file.bytes().data());
+  if (before < 0) GTEST_SKIP() << "no /proc/self/smaps here";
+  EXPECT_GT(before, 3072);
+  file.release(file.bytes().subspan(5000, 3 << 20));
+  EXPECT_LE(resident_kb(file.bytes().data()), 1024);
+  EXPECT_EQ(text_of(file), content);
+}
+
+TEST(MappedFile, ReleasesNothingThatIsNotItsOwn) {
+  const TemporaryFolder folder;
+  const MappedFile file(folder.write("a", "abc"));
+  // The pages of this vector hold what nobody could bring back.
+  const std::vector<std::byte> other(1 << 20, std::byte{7});
+  file.release(other);
+  file.release({});
+  EXPECT_EQ(std::ranges::count(other, std::byte{7}), std::ssize(other));
 }
 
 TEST(MappedFile, KeepsTheOldFileWhenANewOneIsRenamedOverIt) {

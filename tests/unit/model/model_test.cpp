@@ -65,6 +65,15 @@ std::string fnv1a(const std::string& bytes) {
   return text.str();
 }
 
+TEST(Model, ReadsTheSameAfterRelease) {
+  const auto model = Model::open(CF_SOURCE_DIR "/models/demo");
+  const DLTensor& embedding = model->weights().embedding;
+  const std::string before = bytes_of(embedding);
+  const auto size = static_cast<std::size_t>(num_bytes(embedding));
+  model->release({data_of(embedding), size});
+  EXPECT_EQ(bytes_of(embedding), before);
+}
+
 class SavedByTransformers : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(SavedByTransformers, HasTheTensorsThatWereSaved) {
