@@ -65,6 +65,17 @@ struct Sequence {
   std::vector<char*> pages;
 };
 
+// Checks the options, before anything is loaded. Errors: unsupported, invalid_argument.
+std::int64_t longest_context(const ModelConfig& config, const BackendOptions& options) {
+  require(!options.kv_dtype || *options.kv_dtype == config.dtype, ErrorKind::unsupported,
+          "kv_dtype {} is not available on the GPU: its KV cache has the weights' type, {}",
+          name_of(options.kv_dtype.value_or(config.dtype)), name_of(config.dtype));
+  require(options.max_positions >= 0 && options.max_positions <= config.max_positions,
+          ErrorKind::invalid_argument, "max_positions: expected 0 to {} (the model's), found {}",
+          config.max_positions, options.max_positions);
+  return options.max_positions ? options.max_positions : config.max_positions;
+}
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend(std::shared_ptr<const Model> model, const BackendOptions& options)
@@ -73,20 +84,15 @@ class CudaBackend final : public Backend {
         plan_(plan::make_decode_plan(
             model_->config(), {properties_.multiProcessorCount,
                                static_cast<std::int64_t>(properties_.sharedMemPerBlockOptin)})),
-        weights_(*model_),
+        weights_(*model_, {longest_context(model_->config(), options), plan_.kv.page_bytes,
+                           options.load_progress}),
         pool_(plan_.kv.page_bytes) {
     const ModelConfig& config = model_->config();
-    require(!options.kv_dtype || *options.kv_dtype == config.dtype, ErrorKind::unsupported,
-            "kv_dtype {} is not available on the GPU: its KV cache has the weights' type, {}",
-            name_of(options.kv_dtype.value_or(config.dtype)), name_of(config.dtype));
-    require(options.max_positions >= 0 && options.max_positions <= config.max_positions,
-            ErrorKind::invalid_argument, "max_positions: expected 0 to {} (the model's), found {}",
-            config.max_positions, options.max_positions);
     info_.name = "cuda";
     info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
     info_.kv_dtype = config.dtype;
     info_.kv_bytes_per_position = plan_.kv.page_bytes / kKvPagePositions;
-    info_.max_positions = options.max_positions ? options.max_positions : config.max_positions;
+    info_.max_positions = longest_context(config, options);
     info_.prefill_chunk = kPrefillChunk;
     info_.decode_ahead = kDecodeAhead;
     prepare();

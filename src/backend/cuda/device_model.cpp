@@ -3,18 +3,29 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numbers>
+#include <deque>
+#include <vector>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/pinned_staging.hpp"
+#include "backend/load/device_memory_need.hpp"
+#include "backend/load/upload.hpp"
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
+#include "base/thread_pool.hpp"
 
 namespace clusterfusion::cuda {
 namespace {
 
 constexpr std::int64_t kAlignment = 256;
+// Staging: 8 MiB of pinned memory a thread, 64 MiB at most. One thread reads mapped files at a
+// quarter of what the bus takes or less.
+constexpr std::int64_t kBufferBytes = 4 << 20;
+constexpr int kMaxThreads = 8;
+constexpr std::int64_t kBytesWorthAThread = 16 << 20;
 
 float element(const DLTensor& tensor, std::int64_t index) {
   const std::byte* data = data_of(tensor);
@@ -27,34 +38,32 @@ float element(const DLTensor& tensor, std::int64_t index) {
   return reinterpret_cast<const float*>(data)[index];
 }
 
-// Lays tensors out one after another: first counts, then copies.
+// Lays tensors out one after another: first counts, then notes what goes where.
 class Arena {
  public:
   explicit Arena(DType dtype) : dtype_(dtype) {}
 
-  void begin_copying(char* base) {
+  void begin_placing(char* base) {
     base_ = base;
     used_ = 0;
   }
   std::int64_t used() const noexcept { return used_; }
+  const std::vector<UploadPart>& parts() const noexcept { return parts_; }
 
   const char* matrix(const DLTensor& tensor) { return place(data_of(tensor), num_bytes(tensor)); }
 
   // A norm parameter, in the matrices' type.
   const char* norm(const DLTensor& tensor) {
     if (dtype_of(tensor) == dtype_) return matrix(tensor);
-    const std::int64_t count = num_elements(tensor);
-    std::vector<std::uint16_t> values(count);
-    for (std::int64_t i = 0; base_ && i < count; ++i) values[i] = rounded(element(tensor, i));
-    return place(values.data(), count * 2);
+    return place_converted<std::uint16_t>(
+        num_elements(tensor), [&](std::int64_t i) { return rounded(element(tensor, i)); });
   }
 
   // A bias in float32; zeros if absent.
   const float* bias(const DLTensor& tensor, std::int64_t count) {
-    std::vector<float> values(count);
-    for (std::int64_t i = 0; base_ && is_present(tensor) && i < count; ++i)
-      values[i] = element(tensor, i);
-    return reinterpret_cast<const float*>(place(values.data(), count * 4));
+    const char* placed = place_converted<float>(
+        count, [&](std::int64_t i) { return is_present(tensor) ? element(tensor, i) : 0.0f; });
+    return reinterpret_cast<const float*>(placed);
   }
 
  private:
@@ -70,10 +79,21 @@ class Arena {
     return bits;
   }
 
-  const char* place(const void* source, std::int64_t bytes) {
+  template <typename T, typename ValueAt>
+  const char* place_converted(std::int64_t count, ValueAt value_at) {
+    const auto bytes = count * static_cast<std::int64_t>(sizeof(T));
+    if (!base_) return place(nullptr, bytes);
+    std::vector<std::byte>& converted = converted_.emplace_back(bytes);
+    for (std::int64_t i = 0; i < count; ++i) {
+      const T value = value_at(i);
+      std::memcpy(&converted[i * sizeof(T)], &value, sizeof(T));
+    }
+    return place(converted.data(), bytes);
+  }
+
+  const char* place(const std::byte* source, std::int64_t bytes) {
     const char* result = base_ ? base_ + used_ : nullptr;
-    if (base_)
-      check(cudaMemcpy(base_ + used_, source, bytes, cudaMemcpyHostToDevice), "copying weights");
+    if (base_) parts_.push_back({source, bytes, used_});
     used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
     return result;
   }
@@ -81,6 +101,8 @@ class Arena {
   DType dtype_;
   char* base_ = nullptr;
   std::int64_t used_ = 0;
+  std::vector<UploadPart> parts_;
+  std::deque<std::vector<std::byte>> converted_;  // vectors only: a few MB of a large model
 };
 
 StreamedLayer place_layer(Arena& arena, const LayerWeights& layer, const ModelConfig& config) {
@@ -127,9 +149,31 @@ DeviceMemory to_device(const std::vector<T>& values, const char* purpose) {
   return memory;
 }
 
+void check_fit(std::int64_t weight_bytes, const DeviceModelOptions& options) {
+  std::size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "asking for free memory");
+  require_fit({.weight_bytes = weight_bytes,
+               .workspace_bytes = kWorkspaceBytes,
+               .kv_page_bytes = options.kv_page_bytes,
+               .positions = options.positions},
+              static_cast<std::int64_t>(free), static_cast<std::int64_t>(total));
+}
+
+void copy_parts(const Model& model, const Arena& arena, char* to,
+                const DeviceModelOptions& options) {
+  const auto useful_threads = static_cast<int>(arena.used() / kBytesWorthAThread) + 1;
+  const int threads = std::min({kMaxThreads, usable_cores(), useful_threads});
+  PinnedStaging staging(to, threads * kBuffersPerThread, kBufferBytes);
+  upload(arena.parts(), arena.used(), staging,
+         {.threads = threads,
+          .buffer_bytes = kBufferBytes,
+          .progress = options.progress,
+          .after_reading = [&](std::span<const std::byte> bytes) { model.release(bytes); }});
+}
+
 }  // namespace
 
-DeviceModel::DeviceModel(const Model& model) {
+DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) {
   const ModelConfig& config = model.config();
   const ModelWeights& weights = model.weights();
   require(config.dtype != DType::float32, ErrorKind::unsupported,
@@ -138,10 +182,11 @@ DeviceModel::DeviceModel(const Model& model) {
           model.folder().string());
   Arena arena(config.dtype);
   std::vector<StreamedLayer> layers(config.num_layers);
-  for (const bool copy : {false, true}) {
-    if (copy) {
+  for (const bool placing : {false, true}) {
+    if (placing) {
+      check_fit(arena.used(), options);
       weights_ = DeviceMemory(arena.used(), "the weights");
-      arena.begin_copying(weights_.as<>());
+      arena.begin_placing(weights_.as<>());
     }
     for (std::int64_t i = 0; i < config.num_layers; ++i)
       layers[i] = place_layer(arena, weights.layers[i], config);
@@ -151,6 +196,7 @@ DeviceModel::DeviceModel(const Model& model) {
     final_norm_weight_ = arena.norm(weights.final_norm_weight);
     final_norm_bias_ = arena.norm(weights.final_norm_bias);
   }
+  copy_parts(model, arena, weights_.as<>(), options);
   layers_ = to_device(layers, "the list of layers");
   rotary_ = to_device(rotary_table(config), "the rotary tables");
 }

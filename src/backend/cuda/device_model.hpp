@@ -1,8 +1,9 @@
-// A checkpoint's weights on the device, in the checkpoint's own layout and 16-bit type.
+// A checkpoint's weights on the device, in the checkpoint's own layout and 16-bit type, streamed
+// there from the mapped files.
 #pragma once
 
-#include <memory>
-#include <vector>
+#include <cstdint>
+#include <functional>
 
 #include "backend/cuda/decode/decode_params.hpp"
 #include "backend/cuda/memory.hpp"
@@ -10,11 +11,23 @@
 
 namespace clusterfusion::cuda {
 
+// What a backend may take of a GPU's memory besides the weights and the KV cache, so that a model
+// that will not fit is known before it is copied. tests/gpu/loading_test.cpp holds it to that.
+inline constexpr std::int64_t kWorkspaceBytes = 300'000'000;
+
+struct DeviceModelOptions {
+  // For the check that one sequence fits beside the weights: its length, and a KV page's size.
+  std::int64_t positions = 0;
+  std::int64_t kv_page_bytes = 0;
+  std::function<void(std::int64_t done, std::int64_t total)> progress = {};
+};
+
 class DeviceModel {
  public:
   // Copies everything; the matrices must be float16 or bfloat16. Norm parameters become the
-  // matrices' type, biases float32, absent biases zero. Errors: unsupported (dtype), out_of_memory.
-  explicit DeviceModel(const Model& model);
+  // matrices' type, biases float32, absent biases zero.
+  // Errors: unsupported (dtype); out_of_memory before anything is copied.
+  DeviceModel(const Model& model, const DeviceModelOptions& options);
 
   const StreamedLayer* layers() const noexcept { return layers_.as<StreamedLayer>(); }
   const char* embedding() const noexcept { return embedding_; }

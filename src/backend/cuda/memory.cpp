@@ -20,4 +20,16 @@ DeviceMemory::DeviceMemory(std::int64_t bytes, const char* purpose) : bytes_(byt
   check(error, "allocating device memory");
 }
 
+PinnedMemory::PinnedMemory(std::int64_t bytes, const char* purpose) {
+  const cudaError_t error = cudaMallocHost(&data_, static_cast<std::size_t>(bytes));
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    fail(ErrorKind::out_of_memory,
+         "the system does not give {:.2f} GB of page-locked host memory for {}; close other "
+         "programs, or use device \"cpu\"",
+         bytes / 1e9, purpose);
+  }
+  check(error, "allocating page-locked host memory");
+}
+
 }  // namespace clusterfusion::cuda

@@ -34,4 +34,22 @@ class DeviceMemory {
   std::int64_t bytes_ = 0;
 };
 
+// `bytes` of page-locked host memory, which copies to and from the device can overlap with work.
+// Errors: out_of_memory.
+class PinnedMemory {
+ public:
+  PinnedMemory(std::int64_t bytes, const char* purpose);
+  ~PinnedMemory() { cudaFreeHost(data_); }
+  PinnedMemory(const PinnedMemory&) = delete;
+  PinnedMemory& operator=(const PinnedMemory&) = delete;
+
+  template <typename T = char>
+  T* as() const noexcept {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
 }  // namespace clusterfusion::cuda
