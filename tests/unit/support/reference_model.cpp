@@ -3,8 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
+#include <numeric>
 
 #include "base/tensor_view.hpp"
+#include "base/thread_pool.hpp"
 #include "support/random_model.hpp"
 
 namespace clusterfusion::test {
@@ -26,17 +29,37 @@ double element(const DLTensor& tensor, std::int64_t index) {
   return widen(bits, dtype);
 }
 
-Vector linear(const DLTensor& weight, const DLTensor* bias, const Vector& x) {
-  const std::int64_t rows = weight.shape[0];
-  const std::int64_t cols = weight.shape[1];
-  Vector y(static_cast<std::size_t>(rows));
-  for (std::int64_t r = 0; r < rows; ++r) {
-    double sum = bias != nullptr && is_present(*bias) ? element(*bias, r) : 0.0;
-    for (std::int64_t c = 0; c < cols; ++c) {
-      sum += element(weight, r * cols + c) * x[static_cast<std::size_t>(c)];
-    }
-    y[static_cast<std::size_t>(r)] = sum;
+Vector row_of(const DLTensor& matrix, std::int64_t row) {
+  Vector values(static_cast<std::size_t>(matrix.shape[1]));
+  for (std::size_t c = 0; c < values.size(); ++c) {
+    values[c] = element(matrix, row * matrix.shape[1] + static_cast<std::int64_t>(c));
   }
+  return values;
+}
+
+// Several sums side by side: one alone would wait for each of its additions.
+double dot(const Vector& a, const Vector& b) {
+  constexpr std::size_t kSums = 8;
+  double sums[kSums] = {};
+  std::size_t i = 0;
+  for (; i + kSums <= a.size(); i += kSums) {
+    for (std::size_t j = 0; j < kSums; ++j) sums[j] += a[i + j] * b[i + j];
+  }
+  for (; i < a.size(); ++i) sums[0] += a[i] * b[i];
+  return std::accumulate(std::begin(sums), std::end(sums), 0.0);
+}
+
+// Every row of `x` through one matrix; the matrix's rows are shared out over the threads.
+Rows linear(ThreadPool& pool, const DLTensor& weight, const DLTensor* bias, const Rows& x) {
+  const std::int64_t rows = weight.shape[0];
+  Rows y(x.size(), Vector(static_cast<std::size_t>(rows)));
+  pool.run(rows, [&](std::int64_t r, int) {
+    const Vector row = row_of(weight, r);
+    const double start = bias != nullptr && is_present(*bias) ? element(*bias, r) : 0.0;
+    for (std::size_t t = 0; t < x.size(); ++t) {
+      y[t][static_cast<std::size_t>(r)] = start + dot(row, x[t]);
+    }
+  });
   return y;
 }
 
@@ -50,6 +73,12 @@ Vector layer_norm(const DLTensor& weight, const DLTensor& bias, double eps, cons
     const auto at = static_cast<std::int64_t>(i);
     y[i] = (x[i] - mean) / std::sqrt(variance + eps) * element(weight, at) + element(bias, at);
   }
+  return y;
+}
+
+Rows layer_norm(const DLTensor& weight, const DLTensor& bias, double eps, const Rows& x) {
+  Rows y;
+  for (const Vector& row : x) y.push_back(layer_norm(weight, bias, eps, row));
   return y;
 }
 
@@ -68,67 +97,66 @@ void rotate(double* head, const ModelConfig& config, std::size_t position) {
   }
 }
 
-// Attention of all heads over rows of q, k, v of head 0, then of head 1, ...
-Rows attention(const ModelConfig& config, Rows qkv) {
+// One head's attention over rows of q, k, v of head 0, then of head 1, ...; rotates q and k.
+void attend(const ModelConfig& config, std::size_t head, Rows& qkv, Rows& out) {
   const auto dim = static_cast<std::size_t>(config.head_dim);
-  const auto heads = static_cast<std::size_t>(config.num_heads);
+  const std::size_t first = head * 3 * dim;
   for (std::size_t t = 0; t < qkv.size(); ++t) {
-    for (std::size_t h = 0; h < heads; ++h) {
-      rotate(&qkv[t][h * 3 * dim], config, t);
-      rotate(&qkv[t][h * 3 * dim + dim], config, t);
+    rotate(&qkv[t][first], config, t);
+    rotate(&qkv[t][first + dim], config, t);
+    const double* query = &qkv[t][first];
+    Vector weight(t + 1);
+    for (std::size_t s = 0; s <= t; ++s) {
+      const double* key = &qkv[s][first + dim];
+      for (std::size_t i = 0; i < dim; ++i) weight[s] += query[i] * key[i];
+      weight[s] /= std::sqrt(static_cast<double>(dim));
+    }
+    const double largest = *std::max_element(weight.begin(), weight.end());
+    double sum = 0;
+    for (double& w : weight) sum += w = std::exp(w - largest);
+    for (std::size_t s = 0; s <= t; ++s) {
+      const double* value = &qkv[s][first + 2 * dim];
+      for (std::size_t i = 0; i < dim; ++i) out[t][head * dim + i] += weight[s] / sum * value[i];
     }
   }
-  Rows out(qkv.size(), Vector(heads * dim, 0.0));
-  for (std::size_t t = 0; t < qkv.size(); ++t) {
-    for (std::size_t h = 0; h < heads; ++h) {
-      const double* query = &qkv[t][h * 3 * dim];
-      Vector weight(t + 1);
-      for (std::size_t s = 0; s <= t; ++s) {
-        const double* key = &qkv[s][h * 3 * dim + dim];
-        for (std::size_t i = 0; i < dim; ++i) weight[s] += query[i] * key[i];
-        weight[s] /= std::sqrt(static_cast<double>(dim));
-      }
-      const double largest = *std::max_element(weight.begin(), weight.end());
-      double sum = 0;
-      for (double& w : weight) sum += w = std::exp(w - largest);
-      for (std::size_t s = 0; s <= t; ++s) {
-        const double* value = &qkv[s][h * 3 * dim + 2 * dim];
-        for (std::size_t i = 0; i < dim; ++i) out[t][h * dim + i] += weight[s] / sum * value[i];
-      }
-    }
-  }
+}
+
+Rows attention(ThreadPool& pool, const ModelConfig& config, Rows qkv) {
+  Rows out(qkv.size(), Vector(static_cast<std::size_t>(config.num_heads * config.head_dim), 0.0));
+  pool.run(config.num_heads, [&](std::int64_t head, int) {
+    attend(config, static_cast<std::size_t>(head), qkv, out);
+  });
   return out;
 }
 
-Vector mlp(const ModelConfig& config, const LayerWeights& w, const Vector& x) {
-  Vector up = linear(w.mlp_up_weight, &w.mlp_up_bias,
-                     layer_norm(w.post_norm_weight, w.post_norm_bias, config.layer_norm_eps, x));
-  for (double& v : up) v = reference_activation(config.activation, v);
-  return linear(w.mlp_down_weight, &w.mlp_down_bias, up);
-}
-
-void add(Vector& to, const Vector& from) {
-  for (std::size_t i = 0; i < to.size(); ++i) to[i] += from[i];
-}
-
-void run_layer(const ModelConfig& config, const LayerWeights& w, Rows& hidden) {
-  Rows qkv;
-  for (const Vector& x : hidden) {
-    qkv.push_back(
-        linear(w.qkv_weight, &w.qkv_bias,
-               layer_norm(w.input_norm_weight, w.input_norm_bias, config.layer_norm_eps, x)));
+Rows mlp(ThreadPool& pool, const ModelConfig& config, const LayerWeights& w, const Rows& x) {
+  Rows up = linear(pool, w.mlp_up_weight, &w.mlp_up_bias,
+                   layer_norm(w.post_norm_weight, w.post_norm_bias, config.layer_norm_eps, x));
+  for (Vector& row : up) {
+    for (double& v : row) v = reference_activation(config.activation, v);
   }
-  const Rows attended = attention(config, std::move(qkv));
-  for (std::size_t t = 0; t < hidden.size(); ++t) {
-    const Vector out = linear(w.attention_out_weight, &w.attention_out_bias, attended[t]);
-    if (config.parallel_residual) {
-      const Vector both = mlp(config, w, hidden[t]);
-      add(hidden[t], out);
-      add(hidden[t], both);
-    } else {
-      add(hidden[t], out);
-      add(hidden[t], mlp(config, w, hidden[t]));
-    }
+  return linear(pool, w.mlp_down_weight, &w.mlp_down_bias, up);
+}
+
+void add(Rows& to, const Rows& from) {
+  for (std::size_t t = 0; t < to.size(); ++t) {
+    for (std::size_t i = 0; i < to[t].size(); ++i) to[t][i] += from[t][i];
+  }
+}
+
+void run_layer(ThreadPool& pool, const ModelConfig& config, const LayerWeights& w, Rows& hidden) {
+  Rows qkv =
+      linear(pool, w.qkv_weight, &w.qkv_bias,
+             layer_norm(w.input_norm_weight, w.input_norm_bias, config.layer_norm_eps, hidden));
+  const Rows attended = attention(pool, config, std::move(qkv));
+  const Rows out = linear(pool, w.attention_out_weight, &w.attention_out_bias, attended);
+  if (config.parallel_residual) {
+    const Rows both = mlp(pool, config, w, hidden);
+    add(hidden, out);
+    add(hidden, both);
+  } else {
+    add(hidden, out);
+    add(hidden, mlp(pool, config, w, hidden));
   }
 }
 
@@ -165,14 +193,13 @@ std::vector<double> reference_logits(const Model& model, std::span<const TokenId
     }
     hidden.push_back(std::move(x));
   }
-  for (const LayerWeights& layer : weights.layers) run_layer(config, layer, hidden);
+  ThreadPool pool(usable_cores());
+  for (const LayerWeights& layer : weights.layers) run_layer(pool, config, layer, hidden);
+  const Rows rows = linear(pool, weights.lm_head, nullptr,
+                           layer_norm(weights.final_norm_weight, weights.final_norm_bias,
+                                      config.layer_norm_eps, hidden));
   std::vector<double> logits;
-  for (const Vector& x : hidden) {
-    const Vector row = linear(
-        weights.lm_head, nullptr,
-        layer_norm(weights.final_norm_weight, weights.final_norm_bias, config.layer_norm_eps, x));
-    logits.insert(logits.end(), row.begin(), row.end());
-  }
+  for (const Vector& row : rows) logits.insert(logits.end(), row.begin(), row.end());
   return logits;
 }
 

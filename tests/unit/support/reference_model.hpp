@@ -1,4 +1,5 @@
 // GPT-NeoX in float64, written for a reader to check against transformers' modeling_gpt_neox.py.
+// Runs on all usable cores.
 #pragma once
 
 #include <span>
