@@ -19,6 +19,7 @@ char* KvPool::take() {
   }
   char* page = free_.back();
   free_.pop_back();
+  poison_if_asked(page, page_bytes_);
   return page;
 }
 

@@ -1,9 +1,19 @@
 #include "backend/cuda/memory.hpp"
 
+#include <cstdlib>
+#include <string_view>
+
 #include "backend/cuda/check.hpp"
 #include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
+
+void poison_if_asked(void* data, std::int64_t bytes) {
+  const char* asked = std::getenv("CLUSTERFUSION_POISON");
+  if (asked == nullptr || std::string_view(asked) != "1") return;
+  check(cudaMemset(data, 0xFF, static_cast<std::size_t>(bytes)), "poisoning device memory");
+  check(cudaDeviceSynchronize(), "poisoning device memory");
+}
 
 DeviceMemory::DeviceMemory(std::int64_t bytes, const char* purpose) : bytes_(bytes) {
   if (bytes == 0) return;
@@ -18,6 +28,7 @@ DeviceMemory::DeviceMemory(std::int64_t bytes, const char* purpose) : bytes_(byt
          purpose, bytes / 1e9, free / 1e9, total / 1e9);
   }
   check(error, "allocating device memory");
+  poison_if_asked(data_, bytes);
 }
 
 PinnedMemory::PinnedMemory(std::int64_t bytes, const char* purpose) {

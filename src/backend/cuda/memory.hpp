@@ -8,8 +8,13 @@
 
 namespace clusterfusion::cuda {
 
-// `bytes` of device memory, freed with the object. Errors: out_of_memory, with wanted and free
-// bytes.
+// If the environment variable CLUSTERFUSION_POISON is 1, fills memory that holds nothing yet with
+// 0xFF bytes, which are NaN in every floating-point type, so that a test sees whoever reads what
+// nobody wrote. Waits for the device.
+void poison_if_asked(void* data, std::int64_t bytes);
+
+// `bytes` of device memory, freed with the object; poisoned if asked. Errors: out_of_memory, with
+// wanted and free bytes.
 class DeviceMemory {
  public:
   DeviceMemory() = default;
