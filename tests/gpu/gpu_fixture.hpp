@@ -1,0 +1,111 @@
+// What the GPU tests share: model shapes, random tokens, and the skip where there is no GPU.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <limits>
+#include <ostream>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/cuda/cuda_backend.hpp"
+#include "support/random_model.hpp"
+
+namespace clusterfusion::test {
+
+struct Shape {
+  std::string name;
+  std::int64_t hidden, heads, intermediate, layers, vocab, rotary;
+  bool parallel = true;
+  Activation activation = Activation::gelu_erf;
+  DType dtype = DType::float16;
+  int positions = 70;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Shape& shape) { return out << shape.name; }
+
+// Every Pythia size's row lengths and head sizes, with fewer layers and tokens, and the awkward
+// ones.
+inline std::vector<Shape> gpu_shapes() {
+  constexpr auto kErf = Activation::gelu_erf;
+  constexpr auto kTanh = Activation::gelu_tanh;
+  constexpr auto kHalf = DType::float16;
+  return {
+      {"tiny", 128, 4, 512, 2, 301, 8},
+      {"one_layer", 128, 4, 512, 1, 301, 8},
+      {"head_16", 128, 8, 512, 3, 1000, 4},
+      {"pythia_70m_like", 512, 8, 2048, 3, 5003, 16},
+      {"pythia_160m_like", 768, 12, 3072, 3, 5003, 16},
+      {"pythia_1b_like", 2048, 8, 8192, 2, 5003, 64},
+      {"pythia_1b4_like", 2048, 16, 8192, 2, 5003, 32},
+      {"pythia_2b8_like", 2560, 32, 10240, 2, 5003, 20},
+      {"pythia_2b8_bf16", 2560, 32, 10240, 2, 5003, 20, true, kErf, DType::bfloat16},
+      {"pythia_6b9_like", 4096, 32, 16384, 1, 5003, 32},
+      {"pythia_12b_like", 5120, 40, 20480, 1, 5003, 32},
+      {"sequential", 512, 8, 2048, 3, 5003, 16, false},
+      {"sequential_tanh", 768, 12, 3072, 2, 5003, 64, false, kTanh},
+      {"long_context", 512, 8, 2048, 2, 1000, 16, true, kErf, kHalf, 1500},
+  };
+}
+
+inline ModelConfig config_of(const Shape& shape) {
+  ModelConfig config = small_config();
+  config.hidden_size = shape.hidden;
+  config.num_heads = shape.heads;
+  config.head_dim = shape.hidden / shape.heads;
+  config.intermediate_size = shape.intermediate;
+  config.num_layers = shape.layers;
+  config.vocab_size = shape.vocab;
+  config.rotary_dim = shape.rotary;
+  config.max_positions = 4096;
+  config.parallel_residual = shape.parallel;
+  config.activation = shape.activation;
+  config.dtype = shape.dtype;
+  return config;
+}
+
+inline std::vector<TokenId> random_tokens(std::int64_t vocab, int count, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<TokenId> tokens(static_cast<std::size_t>(count));
+  for (TokenId& token : tokens) token = static_cast<TokenId>(random() % vocab);
+  return tokens;
+}
+
+// Logits at every position, [tokens.size(), vocab], of a sequence of its own.
+inline std::vector<float> all_logits(Backend& backend, std::int64_t vocab,
+                                     std::span<const TokenId> tokens) {
+  std::vector<float> logits(tokens.size() * static_cast<std::size_t>(vocab),
+                            std::numeric_limits<float>::quiet_NaN());
+  const SequenceId id = backend.create_sequence({});
+  PrefillOutput output;
+  output.all_logits = logits;
+  backend.prefill(id, tokens, output);
+  backend.release_sequence(id);
+  return logits;
+}
+
+// The same by decode steps, one token each.
+inline std::vector<float> decoded_logits(Backend& backend, std::int64_t vocab,
+                                         std::span<const TokenId> tokens) {
+  const auto width = static_cast<std::size_t>(vocab);
+  std::vector<float> logits(tokens.size() * width, std::numeric_limits<float>::quiet_NaN());
+  const SequenceId id = backend.create_sequence({});
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    backend.decode(std::vector{id}, tokens.subspan(i, 1), 1, {},
+                   std::span(logits).subspan(i * width, width));
+  backend.release_sequence(id);
+  return logits;
+}
+
+class GpuTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (const std::string reason = cuda_unavailable_reason(); !reason.empty())
+      GTEST_SKIP() << reason;
+  }
+};
+
+}  // namespace clusterfusion::test
