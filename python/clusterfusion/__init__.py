@@ -6,8 +6,24 @@
 ...     print(event.text, end="", flush=True)
 """
 
-from clusterfusion import _native
+from clusterfusion import _native, ops
 from clusterfusion.engine import Engine, GenerateOptions, Stream
+from clusterfusion.pythia import (
+    pythia_2b8_attention_only,
+    pythia_2b8_create_graph_context,
+    pythia_2b8_decoder_layer,
+    pythia_2b8_decoder_layer_split,
+    pythia_2b8_destroy_graph_context,
+    pythia_2b8_graph_decode_step,
+    pythia_2b8_mlp_only,
+    pythia_6b9_attention_only,
+    pythia_6b9_create_graph_context,
+    pythia_6b9_decoder_layer,
+    pythia_6b9_decoder_layer_split,
+    pythia_6b9_destroy_graph_context,
+    pythia_6b9_graph_decode_step,
+    pythia_6b9_mlp_only,
+)
 from clusterfusion.results import (
     EngineInfo,
     Event,
@@ -38,4 +54,19 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "__version__",
+    "ops",
+    "pythia_2b8_attention_only",
+    "pythia_2b8_create_graph_context",
+    "pythia_2b8_decoder_layer",
+    "pythia_2b8_decoder_layer_split",
+    "pythia_2b8_destroy_graph_context",
+    "pythia_2b8_graph_decode_step",
+    "pythia_2b8_mlp_only",
+    "pythia_6b9_attention_only",
+    "pythia_6b9_create_graph_context",
+    "pythia_6b9_decoder_layer",
+    "pythia_6b9_decoder_layer_split",
+    "pythia_6b9_destroy_graph_context",
+    "pythia_6b9_graph_decode_step",
+    "pythia_6b9_mlp_only",
 ]

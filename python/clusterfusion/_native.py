@@ -112,3 +112,9 @@ engine_measure_read_ceiling = find_function(_library, "engine_measure_read_ceili
 generation_next = find_function(_library, "generation_next")
 generation_cancel = find_function(_library, "generation_cancel")
 generation_results = find_function(_library, "generation_results")
+
+ops_attention_mlp_up = find_function(_library, "ops_attention_mlp_up")
+ops_mlp_down = find_function(_library, "ops_mlp_down")
+ops_decoder_layer = find_function(_library, "ops_decoder_layer")
+ops_check_graph_context = find_function(_library, "ops_check_graph_context")
+ops_as_bfloat16 = find_function(_library, "ops_as_bfloat16")

@@ -45,3 +45,14 @@ struct Guard<function> {
   _Pragma("GCC diagnostic push") _Pragma("GCC diagnostic ignored \"-Wunused-parameter\"") \
       TVM_FFI_DLL_EXPORT_TYPED_FUNC(name, (::clusterfusion::python::Guard<&name>::call))  \
           _Pragma("GCC diagnostic pop")
+
+// The same for a function that takes all its arguments as one tvm::ffi::PackedArgs, so that it can
+// name them in its errors. It returns nothing.
+#define CLUSTERFUSION_EXPORT_PACKED(name)                                               \
+  extern "C" TVM_FFI_DLL_EXPORT int __tvm_ffi_##name(void*, const TVMFFIAny* arguments, \
+                                                     int32_t count, TVMFFIAny*) {       \
+    TVM_FFI_SAFE_CALL_BEGIN();                                                          \
+    ::clusterfusion::python::Guard<&name>::call(                                        \
+        {reinterpret_cast<const ::tvm::ffi::AnyView*>(arguments), count});              \
+    TVM_FFI_SAFE_CALL_END();                                                            \
+  }

@@ -45,16 +45,6 @@ constexpr std::array<std::pair<std::string_view, Activation>, 16> kActivations{{
     {"linear", Activation::identity},
 }};
 
-Activation parse_activation(const std::string& name, const std::string& file) {
-  std::vector<std::string_view> known;
-  for (const auto& [spelling, activation] : kActivations) {
-    if (spelling == name) return activation;
-    known.push_back(spelling);
-  }
-  fail(ErrorKind::unsupported, "{}: \"hidden_act\" {} is not supported; expected one of {}", file,
-       quote(name), fmt::join(known, ", "));
-}
-
 bool boolean_or(const JsonObject& object, std::string_view key, bool fallback) {
   const std::optional<JsonValue> value = object.find(key);
   return value ? value->boolean() : fallback;
@@ -213,6 +203,16 @@ void read_special_tokens(const JsonObject& root, ModelConfig& config) {
 
 }  // namespace
 
+Activation parse_activation(std::string_view name, std::string_view where) {
+  std::vector<std::string_view> known;
+  for (const auto& [spelling, activation] : kActivations) {
+    if (spelling == name) return activation;
+    known.push_back(spelling);
+  }
+  fail(ErrorKind::unsupported, "{} {} is not supported; expected one of {}", where, quote(name),
+       fmt::join(known, ", "));
+}
+
 ModelConfig parse_config(std::string_view json, const std::string& file) {
   const JsonDocument document(json, file);
   const JsonObject root(document.root());
@@ -226,7 +226,7 @@ ModelConfig parse_config(std::string_view json, const std::string& file) {
   config.layer_norm_eps = eps ? eps->number({0, 1}) : kDefaultLayerNormEps;
   const std::optional<JsonValue> hidden_act = root.find("hidden_act");
   config.hidden_act = hidden_act ? hidden_act->string() : "gelu";
-  config.activation = parse_activation(config.hidden_act, file);
+  config.activation = parse_activation(config.hidden_act, file + ": \"hidden_act\"");
   config.parallel_residual = boolean_or(root, "use_parallel_residual", true);
   config.attention_bias = boolean_or(root, "attention_bias", true);
   config.tied_embeddings = boolean_or(root, "tie_word_embeddings", false);

@@ -14,6 +14,10 @@ namespace clusterfusion {
 // Errors: malformed; unsupported, by name, for anything that this library cannot run.
 ModelConfig parse_config(std::string_view json, const std::string& file);
 
+// The activation that a spelling of `hidden_act` names.
+// Errors: unsupported, a message that begins with `where` and lists the known names.
+Activation parse_activation(std::string_view name, std::string_view where);
+
 // Takes over the tokens that a generation_config.json names, as transformers' generate() does:
 // where it says something, config.json's word on them does not count.
 // Errors: malformed.

@@ -1,34 +1,12 @@
 #include "backend/cpu/rotary.hpp"
 
-#include <bit>
 #include <cmath>
-#include <cstring>
 
 #include "backend/backend.hpp"
+#include "backend/cpu/narrow.hpp"
 
 namespace clusterfusion::cpu {
 namespace {
-
-// To the nearest, ties to even; NaN stays NaN, what is too large becomes infinity.
-std::uint16_t bits_of_bfloat16(float value) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-  if (std::isnan(value)) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
-  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-std::uint16_t bits_of_float16(float value) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-  const std::uint16_t sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000);
-  const float magnitude = std::fabs(value);
-  if (std::isnan(value)) return static_cast<std::uint16_t>(sign | 0x7e00);
-  if (magnitude >= 65520.0f) return static_cast<std::uint16_t>(sign | 0x7c00);
-  if (magnitude < 0x1p-14f) {  // subnormal: a multiple of 2^-24, which adding 0.5 rounds to
-    const std::uint32_t rounded = std::bit_cast<std::uint32_t>(magnitude + 0.5f);
-    return static_cast<std::uint16_t>(sign | (rounded - std::bit_cast<std::uint32_t>(0.5f)));
-  }
-  const std::uint32_t rounded = (bits & 0x7fffffff) + 0xfff + (bits >> 13 & 1);
-  return static_cast<std::uint16_t>(sign | ((rounded - (112u << 23)) >> 13));
-}
 
 template <typename T, typename Narrow>
 void store(const KvLayout& layout, const float* key, const float* value, std::int64_t slot,

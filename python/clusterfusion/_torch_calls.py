@@ -1,0 +1,154 @@
+"""The layer calls on torch tensors, and the same as operators of torch.
+
+Operators `torch.ops.clusterfusion.{attention_mlp_up, mlp_down, decoder_layer}`: what torch.compile,
+fake tensors and autograd see. They have no gradient: asking for one raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from clusterfusion._layer_calls import (
+    ATTENTION_MLP_UP,
+    CACHES,
+    DECODER_LAYER,
+    FRAMEWORKS,
+    MLP_DOWN,
+    OPTIONAL,
+    POSITION,
+    SUBCLASSES,
+    LayerCall,
+    check_out,
+    explain,
+)
+
+_SETTING_TYPES = {
+    "num_heads": "SymInt",
+    "rotary_dim": "SymInt?",
+    "layer_norm_eps": "float",
+    "activation": "str",
+    "split": "bool",
+    "hidden_size": "SymInt",
+    "intermediate_size": "SymInt",
+}
+
+
+_is_compiling = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+
+def _run(
+    call: LayerCall,
+    tensors: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    out: Sequence[torch.Tensor] | None,
+) -> tuple[torch.Tensor, ...]:
+    if _is_compiling() or (_is_grad_enabled() and _wants_gradient(tensors)):
+        return _dispatch(call, tensors, settings, out)
+    return _run_native(call, tensors, settings, out)
+
+
+def _wants_gradient(tensors: tuple[Any, ...]) -> bool:
+    return True in [getattr(tensor, "requires_grad", False) for tensor in tensors]
+
+
+def _run_native(
+    call: LayerCall,
+    tensors: Sequence[Any],
+    settings: Sequence[Any],
+    out: Sequence[torch.Tensor] | None,
+) -> tuple[torch.Tensor, ...]:
+    results = None
+    try:
+        if out is None:
+            results = call.allocate(tensors[0].new_empty, tensors, settings)
+        else:
+            results = check_out(call, out)
+        call.native(*tensors, *settings, *results)
+    except Exception:
+        explain(call, tensors, settings, results)
+        raise
+    return results
+
+
+def _dispatch(
+    call: LayerCall,
+    tensors: tuple[Any, ...],
+    settings: tuple[Any, ...],
+    out: Sequence[torch.Tensor] | None,
+) -> tuple[torch.Tensor, ...]:
+    if call.settings[0] == POSITION:
+        position, *rest = settings
+        if isinstance(position, torch.Tensor):
+            settings = (0, position, *rest)
+        else:
+            settings = (position, None, *rest)
+    results = getattr(torch.ops.clusterfusion, call.name)(*tensors, *settings)
+    if isinstance(results, torch.Tensor):
+        results = (results,)
+    if out is None:
+        return tuple(results)
+    out = check_out(call, out)
+    for destination, result in zip(out, results, strict=True):
+        destination.copy_(result)
+    return out
+
+
+def _schema(call: LayerCall) -> str:
+    """The operator's arguments: tensors, then settings, the position as a number and a tensor."""
+    parameters = []
+    for name in call.tensors:
+        kind = "Tensor?" if name in OPTIONAL else "Tensor"
+        if name in CACHES:
+            kind = f"Tensor({name}!)"
+        parameters.append(f"{kind} {name}")
+    for name in call.settings:
+        if name == POSITION:
+            parameters += [f"SymInt {POSITION}", "Tensor? position"]
+        else:
+            parameters.append(f"{_SETTING_TYPES[name]} {name}")
+    results = ", ".join("Tensor" for _ in call.results)
+    return f"({', '.join(parameters)}) -> {results if len(call.results) == 1 else f'({results})'}"
+
+
+def _split_arguments(
+    call: LayerCall, arguments: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Tensors and settings of a call from those of the operator."""
+    count = len(call.tensors)
+    tensors, settings = arguments[:count], arguments[count:]
+    if call.settings[0] == POSITION:
+        number, position, *rest = settings
+        settings = (number if position is None else position, *rest)
+    return tensors, settings
+
+
+def _register(call: LayerCall) -> None:
+    def unwrap(results: tuple[torch.Tensor, ...]) -> Any:
+        return results[0] if len(results) == 1 else results
+
+    def compute(*arguments: Any) -> Any:
+        tensors, settings = _split_arguments(call, arguments)
+        return unwrap(_run_native(call, tensors, settings, None))
+
+    def fake(*arguments: Any) -> Any:
+        tensors, settings = _split_arguments(call, arguments)
+        return unwrap(call.allocate(tensors[0].new_empty, tensors, settings))
+
+    operator = torch.library.custom_op(
+        f"clusterfusion::{call.name}",
+        compute,
+        mutates_args=[name for name in call.tensors if name in CACHES],
+        schema=_schema(call),
+    )
+    operator.register_fake(fake)
+
+
+for _call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER):
+    _register(_call)
+
+FRAMEWORKS[torch.Tensor] = FRAMEWORKS[torch.nn.Parameter] = _run
+SUBCLASSES[torch.Tensor] = _dispatch

@@ -1,0 +1,208 @@
+"""One GPT-NeoX decoder layer, or a part of it, for one new token on your own tensors.
+
+The layer is the one with the parallel residual, as in every Pythia model::
+
+    output = input + attention(layer_norm(input)) + mlp(post_layer_norm(input))
+
+Tensors are torch's or NumPy's (bfloat16 as `ml_dtypes.bfloat16`), all on one device; results are of
+the same kind. All but `cos`, `sin` and the position have one dtype, float16 or bfloat16. Each is
+contiguous and starts at a multiple of 16 bytes. Inside, numbers are float32.
+
+On CPU tensors the calls run on the CPU. On CUDA tensors they run on torch's current stream, in
+builds that have the CUDA kernels. They may be called from several threads. The same functions are
+operators of torch (`torch.ops.clusterfusion`), which `torch.compile` goes through. They compute no
+gradients.
+
+Errors come before anything runs and name the argument, what was expected and what was found:
+`TypeError` (dtypes, things that are no tensors), `ValueError` (shapes, layout, devices, overlap, a
+full cache), `NotImplementedError` (devices that this build does not run on).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from clusterfusion._layer_calls import (
+    ATTENTION_MLP_UP,
+    DECODER_LAYER,
+    FRAMEWORKS,
+    MLP_DOWN,
+    Tensor,
+    run_subclass,
+)
+
+# apache-tvm-ffi imports torch wherever there is one.
+if "torch" in sys.modules:
+    from clusterfusion import _torch_calls  # noqa: F401
+
+__all__ = ["attention_mlp_up", "decoder_layer", "mlp_down"]
+
+
+def attention_mlp_up(
+    input: Tensor,
+    weight_qkv: Tensor,
+    bias_qkv: Tensor | None,
+    weight_o: Tensor,
+    bias_o: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    post_ln_weight: Tensor,
+    post_ln_bias: Tensor,
+    mlp_up_weight: Tensor,
+    mlp_up_bias: Tensor,
+    current_seq_len: int | Tensor,
+    *,
+    num_heads: int,
+    rotary_dim: int | None = None,
+    layer_norm_eps: float = 1e-5,
+    activation: str = "gelu",
+    out: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes attention and the first half of the MLP for one new token.
+
+    Writes the new token's key and value to row `current_seq_len` of the caches.
+
+    Args:
+        input: [1, hidden] or [1, 1, hidden]; the residual stream.
+        weight_qkv: [3 hidden, hidden]; rows are query, key and value of head 0, then of head 1, ...
+            as GPT-NeoX checkpoints have them.
+        bias_qkv: [3 hidden], or None.
+        weight_o: [hidden, hidden].
+        bias_o: [hidden], or None.
+        k_cache: [max_seq_len, hidden]; keys after the rotary embedding.
+        v_cache: [max_seq_len, hidden].
+        ln_weight: [hidden]; of the LayerNorm before attention.
+        ln_bias: [hidden].
+        cos: float32 [rotary_dim], or [head_dim] with 1 past rotary_dim; of the new position.
+        sin: float32, as `cos`, with 0 past rotary_dim.
+        post_ln_weight: [hidden]; of the LayerNorm before the MLP.
+        post_ln_bias: [hidden].
+        mlp_up_weight: [intermediate, hidden].
+        mlp_up_bias: [intermediate].
+        current_seq_len: Positions that the caches hold, 0 to max_seq_len - 1, which is also the new
+            token's position: an int, or an int32 tensor of one element on the same device. A CUDA
+            tensor is read when the kernel runs, so one captured graph serves every position.
+        num_heads: Divides hidden; head_dim is hidden / num_heads.
+        rotary_dim: How many values of a head are rotated. None: as many as `cos` has, if these are
+            fewer than head_dim.
+        layer_norm_eps: Of both LayerNorms.
+        activation: By the names of `hidden_act` in config.json: "gelu" is the exact one,
+            "gelu_pytorch_tanh" and "gelu_new" its tanh form; also "quick_gelu", "relu", "relu2",
+            "silu", "mish", "tanh", "sigmoid", "linear".
+        out: The four results to write to, instead of new ones.
+
+    Returns:
+        attn_output [1, hidden] (with bias, without residual), mlp_intermediate [intermediate]
+        (after the activation), k_new and v_new [1, num_heads, head_dim] (what the caches got).
+    """
+    tensors = (
+        input,
+        weight_qkv,
+        bias_qkv,
+        weight_o,
+        bias_o,
+        k_cache,
+        v_cache,
+        ln_weight,
+        ln_bias,
+        cos,
+        sin,
+        post_ln_weight,
+        post_ln_bias,
+        mlp_up_weight,
+        mlp_up_bias,
+    )
+    settings = (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, 0, 0)
+    return FRAMEWORKS.get(type(input), run_subclass)(ATTENTION_MLP_UP, tensors, settings, out)
+
+
+def mlp_down(
+    hidden_states: Tensor,
+    attn_output: Tensor,
+    mlp_intermediate: Tensor,
+    mlp_down_weight: Tensor,
+    mlp_down_bias: Tensor,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Computes the second half of the MLP and adds up the layer's output.
+
+    Args:
+        hidden_states: [1, hidden] or [1, 1, hidden]; the layer's input.
+        attn_output: [1, hidden]; of :func:`attention_mlp_up`.
+        mlp_intermediate: [intermediate]; of :func:`attention_mlp_up`.
+        mlp_down_weight: [hidden, intermediate].
+        mlp_down_bias: [hidden].
+        out: The result to write to, instead of a new one.
+
+    Returns:
+        hidden_states + attn_output + the MLP's output, in the shape of `hidden_states`.
+    """
+    tensors = (hidden_states, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias)
+    run = FRAMEWORKS.get(type(hidden_states), run_subclass)
+    return run(MLP_DOWN, tensors, (0, 0), None if out is None else (out,))[0]
+
+
+def decoder_layer(
+    input: Tensor,
+    weight_qkv: Tensor,
+    bias_qkv: Tensor | None,
+    weight_o: Tensor,
+    bias_o: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    post_ln_weight: Tensor,
+    post_ln_bias: Tensor,
+    mlp_up_weight: Tensor,
+    mlp_up_bias: Tensor,
+    mlp_down_weight: Tensor,
+    mlp_down_bias: Tensor,
+    current_seq_len: int | Tensor,
+    *,
+    num_heads: int,
+    rotary_dim: int | None = None,
+    layer_norm_eps: float = 1e-5,
+    activation: str = "gelu",
+    split: bool = False,
+    out: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes a whole decoder layer for one new token.
+
+    Arguments are those of :func:`attention_mlp_up` and :func:`mlp_down`. `split` asks for two
+    kernels without a grid-wide barrier instead of one with it; on the CPU both are the same. `out`
+    holds the three results to write to, instead of new ones.
+
+    Returns:
+        output (the layer's, in the shape of `input`), k_new and v_new [1, num_heads, head_dim]
+        (what the caches got).
+    """
+    tensors = (
+        input,
+        weight_qkv,
+        bias_qkv,
+        weight_o,
+        bias_o,
+        k_cache,
+        v_cache,
+        ln_weight,
+        ln_bias,
+        cos,
+        sin,
+        post_ln_weight,
+        post_ln_bias,
+        mlp_up_weight,
+        mlp_up_bias,
+        mlp_down_weight,
+        mlp_down_bias,
+    )
+    settings = (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, split, 0, 0)
+    return FRAMEWORKS.get(type(input), run_subclass)(DECODER_LAYER, tensors, settings, out)

@@ -1,0 +1,178 @@
+#include "ops/tensor_checker.hpp"
+
+#include <fmt/ranges.h>
+
+#include <span>
+#include <vector>
+
+#include "base/fail.hpp"
+#include "base/tensor_view.hpp"
+
+namespace clusterfusion::ops {
+namespace {
+
+// Every call passes here: messages are made only when they are needed.
+
+// Bulk copies and vector loads of the kernels.
+constexpr std::uintptr_t kAlignment = 16;
+
+std::string device_text(DLDevice device) {
+  if (device.device_type == kDLCPU) return "cpu";
+  if (device.device_type == kDLCUDA) return fmt::format("cuda:{}", device.device_id);
+  return fmt::format("DLPack device type {}", static_cast<int>(device.device_type));
+}
+
+std::string dtype_text(DLDataType type) {
+  static constexpr const char* kCodes[] = {"int",    "uint",    "float", "opaque",
+                                           "bfloat", "complex", "bool"};
+  const std::string code = type.code < std::size(kCodes) ? kCodes[type.code] : "DLPack type";
+  return fmt::format("{}{}{}", code, type.bits,
+                     type.lanes == 1 ? "" : fmt::format("x{}", type.lanes));
+}
+
+bool same_device(DLDevice a, DLDevice b) {
+  return a.device_type == b.device_type && (a.device_type == kDLCPU || a.device_id == b.device_id);
+}
+
+bool same_dtype(DLDataType a, DLDataType b) {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+bool is_contiguous(const DLTensor& tensor) {
+  if (tensor.strides == nullptr) return true;
+  std::int64_t step = 1;
+  bool contiguous = true;
+  for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
+    if (tensor.shape[axis] == 0) return true;
+    if (tensor.shape[axis] != 1 && tensor.strides[axis] != step) contiguous = false;
+    step *= tensor.shape[axis];
+  }
+  return contiguous;
+}
+
+bool has_shape(const DLTensor& tensor, Shape shape, Leading leading) {
+  const int extra = tensor.ndim - static_cast<int>(shape.size());
+  if (extra < 0 || (extra > 0 && leading == Leading::none)) return false;
+  for (int axis = 0; axis < extra; ++axis) {
+    if (tensor.shape[axis] != 1) return false;
+  }
+  int axis = extra;
+  for (const Dimension& dimension : shape) {
+    if (tensor.shape[axis++] != dimension.size) return false;
+  }
+  return true;
+}
+
+void require_shape(const DLTensor& tensor, const char* name, Shape shape, Leading leading) {
+  if (has_shape(tensor, shape, leading)) return;
+  std::vector<std::int64_t> sizes;
+  std::vector<const char*> meanings;
+  for (const Dimension& dimension : shape) {
+    sizes.push_back(dimension.size);
+    meanings.push_back(dimension.meaning);
+  }
+  fail(ErrorKind::invalid_argument, "{}: expected shape [{}] ({}), found {}", name,
+       fmt::join(sizes, ", "), fmt::join(meanings, ", "), shape_text(tensor));
+}
+
+void require_present(const DLTensor& tensor, const char* name) {
+  require(tensor.data != nullptr || (tensor.ndim > 0 && num_elements(tensor) == 0),
+          ErrorKind::wrong_type, "{}: expected a tensor, found none", name);
+}
+
+}  // namespace
+
+std::string shape_text(const DLTensor& tensor) {
+  return fmt::format("[{}]", fmt::join(std::span(tensor.shape, tensor.ndim), ", "));
+}
+
+TensorChecker::TensorChecker(const DLTensor& first, const char* name, std::int64_t hidden_size)
+    : device_(first.device), first_name_(name) {
+  require_present(first, name);
+  if (device_.device_type != kDLCPU && device_.device_type != kDLCUDA) {
+    fail(ErrorKind::unsupported, "{}: expected a tensor in CPU or CUDA memory, found one on {}",
+         name, device_text(device_));
+  }
+  const std::optional<DType> dtype = dtype_of(first);
+  if (dtype != DType::float16 && dtype != DType::bfloat16) {
+    fail(ErrorKind::wrong_type, "{}: expected dtype float16 or bfloat16, found {}", name,
+         dtype_text(first.dtype));
+  }
+  dtype_ = *dtype;
+  if (first.ndim < 1 || first.shape[first.ndim - 1] < 1) {
+    fail(ErrorKind::invalid_argument, "{}: expected shape [..., hidden], found {}", name,
+         shape_text(first));
+  }
+  hidden_size_ = hidden_size != 0 ? hidden_size : first.shape[first.ndim - 1];
+}
+
+const std::byte* TensorChecker::add(const DLTensor& tensor, const char* name, DLDataType dtype,
+                                    std::uintptr_t alignment, Shape shape, Leading leading,
+                                    bool written) {
+  require_present(tensor, name);
+  if (!same_device(tensor.device, device_)) {
+    fail(ErrorKind::invalid_argument, "{}: expected device {}, as {} has, found {}", name,
+         device_text(device_), first_name_, device_text(tensor.device));
+  }
+  if (!same_dtype(tensor.dtype, dtype)) {
+    fail(ErrorKind::wrong_type, "{}: expected dtype {}{}, found {}", name, dtype_text(dtype),
+         same_dtype(dtype, to_dl(dtype_)) ? fmt::format(", as {} has", first_name_) : "",
+         dtype_text(tensor.dtype));
+  }
+  require_shape(tensor, name, shape, leading);
+  if (!is_contiguous(tensor)) {
+    fail(ErrorKind::invalid_argument,
+         "{}: expected a contiguous row-major tensor, found strides [{}] for shape {}; pass a "
+         "contiguous copy",
+         name, fmt::join(std::span(tensor.strides, tensor.ndim), ", "), shape_text(tensor));
+  }
+  const std::byte* begin = data_of(tensor);
+  const std::uintptr_t off = reinterpret_cast<std::uintptr_t>(begin) % alignment;
+  require(off == 0, ErrorKind::invalid_argument,
+          "{}: expected an address that is a multiple of {} bytes, found one {} bytes past it; "
+          "pass a copy",
+          name, alignment, off);
+  require(count_ < kMaxTensors, ErrorKind::internal, "more than {} tensors in one call",
+          kMaxTensors);
+  spans_[count_++] = {begin, begin + num_bytes(tensor), name, written};
+  return begin;
+}
+
+const void* TensorChecker::read(const DLTensor& tensor, const char* name, Shape shape,
+                                Leading leading) {
+  return add(tensor, name, to_dl(dtype_), kAlignment, shape, leading, false);
+}
+
+const void* TensorChecker::read_optional(const DLTensor& tensor, const char* name, Shape shape) {
+  return is_present(tensor) ? read(tensor, name, shape) : nullptr;
+}
+
+void* TensorChecker::write(const DLTensor& tensor, const char* name, Shape shape, Leading leading) {
+  return const_cast<std::byte*>(add(tensor, name, to_dl(dtype_), kAlignment, shape, leading, true));
+}
+
+const float* TensorChecker::read_float32(const DLTensor& tensor, const char* name, Shape shape) {
+  return reinterpret_cast<const float*>(
+      add(tensor, name, {kDLFloat, 32, 1}, alignof(float), shape, Leading::ones, false));
+}
+
+const std::int32_t* TensorChecker::read_int32(const DLTensor& tensor, const char* name,
+                                              Shape shape) {
+  return reinterpret_cast<const std::int32_t*>(
+      add(tensor, name, {kDLInt, 32, 1}, alignof(std::int32_t), shape, Leading::ones, false));
+}
+
+void TensorChecker::require_no_overlap() const {
+  const std::span all(spans_.data(), count_);
+  for (const Span& written : all) {
+    if (!written.written) continue;
+    for (const Span& other : all) {
+      const bool apart = written.end <= other.begin || other.end <= written.begin;
+      require(apart || &written == &other, ErrorKind::invalid_argument,
+              "{}: expected memory of its own, because it is written, found that it overlaps {}",
+              written.name, other.name);
+    }
+  }
+}
+
+}  // namespace clusterfusion::ops

@@ -1,0 +1,21 @@
+// The layer calls of a build that has no CUDA kernels for them.
+#include "backend/layer_ops.hpp"
+#include "base/fail.hpp"
+
+namespace clusterfusion::cuda {
+namespace {
+
+[[noreturn]] void refuse(const LayerStream& stream) {
+  fail(ErrorKind::unsupported,
+       "the tensors are on cuda:{}, but this build has no CUDA kernels for the layer calls; move "
+       "the tensors to the CPU",
+       stream.device_id);
+}
+
+}  // namespace
+
+void attention_mlp_up(const AttentionMlpUpTask&, const LayerStream& stream) { refuse(stream); }
+void mlp_down(const MlpDownTask&, const LayerStream& stream) { refuse(stream); }
+void decoder_layer(const DecoderLayerTask&, const LayerStream& stream) { refuse(stream); }
+
+}  // namespace clusterfusion::cuda
