@@ -4,6 +4,7 @@ import os
 import signal
 from pathlib import Path
 
+import clusterfusion
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +33,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpu(demo_model) -> str:
+    """The device of the GPU tests: "cuda", or what CLUSTERFUSION_TEST_DEVICE names.
+
+    With that variable a device that cannot be used is an error; without it, a reason to skip.
+    """
+    device = os.environ.get("CLUSTERFUSION_TEST_DEVICE")
+    if device is None:
+        try:
+            clusterfusion.Engine(demo_model, device="cuda")
+        except NotImplementedError as reason:
+            pytest.skip(f"no GPU to test on: {reason}")
+    return device or "cuda"
 
 
 @pytest.fixture(scope="session")

@@ -48,3 +48,29 @@ def load_family() -> list[FamilyRecord]:
         meta = json.loads(str(arrays.pop("meta")))
         records.append(FamilyRecord(**meta, **arrays))
     return records
+
+
+@dataclass(frozen=True)
+class DemoRecord:
+    """What transformers in float32 computed with the demo model."""
+
+    digest: str  # weights_digest() of the model
+    prompts: list[list[int]]
+    tokens: np.ndarray  # [prompts, 64]: their greedy continuations
+    margins: np.ndarray  # of each greedy token's logit over the next one's
+    perplexities: list[dict]  # of texts, windows and strides
+    perplexity_tokens: list[np.ndarray]  # the texts' tokens
+
+
+def load_demo() -> DemoRecord:
+    with np.load(DATA / "demo_reference.npz") as file:
+        meta = json.loads(str(file["meta"]))
+        perplexities = meta["perplexities"]
+        return DemoRecord(
+            digest=meta["digest"],
+            prompts=[row[1 : 1 + row[0]].tolist() for row in file["prompts"]],
+            tokens=file["tokens"],
+            margins=file["margins"],
+            perplexities=perplexities,
+            perplexity_tokens=[file[f"perplexity_tokens_{i}"] for i in range(len(perplexities))],
+        )

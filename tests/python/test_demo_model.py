@@ -1,14 +1,13 @@
 """The demo model against transformers in float32: greedy texts and perplexities."""
 
 import hashlib
-import json
 import lzma
 
 import clusterfusion
 import numpy as np
 import pytest
 from checkpoints import weights_digest
-from recordings import DATA
+from recordings import DemoRecord, load_demo
 from tokenizers import Tokenizer
 
 # Below this difference of two logits float32 cannot tell which token is likelier.
@@ -16,10 +15,8 @@ TIE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def recording() -> dict:
-    with np.load(DATA / "demo_reference.npz") as file:
-        arrays = {name: file[name] for name in file.files}
-    return json.loads(str(arrays.pop("meta"))) | arrays
+def recording() -> DemoRecord:
+    return load_demo()
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +24,14 @@ def engine(demo_model) -> clusterfusion.Engine:
     return clusterfusion.Engine(demo_model, device="cpu")
 
 
-def prompts_of(recording: dict) -> list[list[int]]:
-    return [row[1 : 1 + row[0]].tolist() for row in recording["prompts"]]
-
-
 def test_recording_is_of_this_model(recording, demo_model):
-    assert recording["digest"] == weights_digest(demo_model)
-    assert recording["tokens"].shape == recording["margins"].shape == (200, 64)
+    assert recording.digest == weights_digest(demo_model)
+    assert recording.tokens.shape == recording.margins.shape == (200, 64)
 
 
 def test_greedy_texts(recording, engine, demo_model, record_testsuite_property):
     """200 prompts x 64 tokens: the same tokens, and the text that tokenizers makes of them."""
-    prompts = prompts_of(recording)
+    prompts = recording.prompts
     results = [
         result
         for start in range(0, len(prompts), 8)
@@ -46,15 +39,15 @@ def test_greedy_texts(recording, engine, demo_model, record_testsuite_property):
             prompts[start : start + 8], max_new_tokens=64, ignore_eos=True
         )
     ]
-    smallest = np.sort(recording["margins"].ravel())[:5]
+    smallest = np.sort(recording.margins.ravel())[:5]
     print("smallest differences between the two likeliest logits:", smallest)
     record_testsuite_property("demo_smallest_margins", smallest.tolist())
     tokenizer = Tokenizer.from_file(str(demo_model / "tokenizer.json"))
     differences = []
-    for number, (result, expected) in enumerate(zip(results, recording["tokens"], strict=True)):
+    for number, (result, expected) in enumerate(zip(results, recording.tokens, strict=True)):
         if result.tokens != expected.tolist():
             place = int(np.flatnonzero(np.array(result.tokens) != expected)[0])
-            margin = recording["margins"][number, place]
+            margin = recording.margins[number, place]
             tie = " (a tie)" if margin < TIE else ""
             differences.append(f"prompt {number}, token {place}: margin {margin:.2e}{tie}")
         assert result.text == tokenizer.decode(result.tokens)
@@ -63,8 +56,8 @@ def test_greedy_texts(recording, engine, demo_model, record_testsuite_property):
 
 def test_perplexities(recording, engine):
     """Equal within 0.1 %, for the recorded tokens of each text, window and stride."""
-    for number, expected in enumerate(recording["perplexities"]):
-        tokens = recording[f"perplexity_tokens_{number}"]
+    for number, expected in enumerate(recording.perplexities):
+        tokens = recording.perplexity_tokens[number]
         result = engine.perplexity(tokens, context=expected["context"], stride=expected["stride"])
         assert result.perplexity == pytest.approx(expected["documented"], rel=1e-5)
         assert result.perplexity == pytest.approx(expected["perplexity"], rel=1e-3)
@@ -72,13 +65,13 @@ def test_perplexities(recording, engine):
 
 def test_perplexity_of_texts(recording, engine, shared_data):
     """From the text itself: the engine's tokenizer gives the recorded tokens."""
-    for number, expected in enumerate(recording["perplexities"]):
+    for number, expected in enumerate(recording.perplexities):
         path = shared_data / expected["text"]
         data = path.read_bytes()
         data = lzma.decompress(data) if path.suffix == ".xz" else data
         text = data[: expected["bytes"]]
         assert hashlib.sha256(text).hexdigest() == expected["sha256"]
-        tokens = recording[f"perplexity_tokens_{number}"]
+        tokens = recording.perplexity_tokens[number]
         assert engine.encode(text) == tokens.tolist()
     text = text[:9000].decode(errors="ignore")
     result = engine.perplexity(text, context=256, stride=100)
@@ -96,12 +89,12 @@ def test_live_transformers(recording, engine, demo_model):
     from peers import load_transformers, transformers_greedy, transformers_perplexity
 
     model = load_transformers(demo_model, "float32")
-    for prompt, expected in list(zip(prompts_of(recording), recording["tokens"], strict=True))[::5]:
+    for prompt, expected in list(zip(recording.prompts, recording.tokens, strict=True))[::5]:
         tokens, _ = transformers_greedy(model, [prompt], 64)
         assert tokens[0].tolist() == expected.tolist()
         ours = engine.generate(prompt, max_new_tokens=64, ignore_eos=True)
         assert ours.tokens == tokens[0].tolist()
-    tokens = recording["perplexity_tokens_0"][:4000]
+    tokens = recording.perplexity_tokens[0][:4000]
     theirs = transformers_perplexity(model, tokens, 256, 128)
     ours = engine.perplexity(tokens, context=256, stride=128)
     assert ours.perplexity == pytest.approx(theirs["documented"], rel=1e-5)
