@@ -13,6 +13,7 @@
 
 #include "clusterfusion/model.hpp"
 #include "clusterfusion/sampling.hpp"
+#include "clusterfusion/timeline.hpp"
 #include "clusterfusion/tokenizer.hpp"
 
 namespace clusterfusion {
@@ -24,8 +25,8 @@ struct EngineOptions {
   std::optional<DType> kv_dtype;   // of the KV cache; nothing: float32 on the CPU, the
                                    // weights' type on a GPU
   // Called by open() while it copies weights to a GPU, on the calling thread, with bytes done and
-  // in all: first with 0, last with all. What it throws ends the copy and comes out of open(). Not
-  // called where weights are used in place.
+  // in all: first with 0, last with all. Where weights are used in place it is called once, with
+  // all. What it throws ends the loading and comes out of open().
   std::function<void(std::int64_t done, std::int64_t total)> load_progress = {};
 };
 
@@ -120,6 +121,13 @@ struct PerplexityResult {
   double seconds = 0;
 };
 
+// Decode steps of one sequence that stays at one length.
+struct DecodeTiming {
+  double prefill_seconds = 0;             // from the prompt to its first new token
+  std::vector<double> seconds_per_token;  // of each burst of steps: the host's time by their number
+  double bytes_per_token = 0;             // weights and KV cache that a step reads, on average
+};
+
 struct EngineInfo {
   std::string device;  // "cpu", "cuda"
   std::string device_description;
@@ -166,6 +174,16 @@ class Engine {
   // Reads the weights once with all threads, without computing, and returns bytes per second: what
   // decoding could reach at best. Measured once (the best of several passes) and remembered.
   virtual double measure_read_ceiling() = 0;
+
+  // Prefills `prompt` and decodes at least `num_tokens` greedily, timed, in bursts of up to 16
+  // steps that the host starts at once. After each burst the sequence is cut back to the prompt, or
+  // to what lets the next burst end with the context. A first burst is not timed. Errors:
+  // invalid_argument (no prompt, no room for a step behind it, num_tokens < 1), out_of_range,
+  // out_of_memory.
+  virtual DecodeTiming time_decode(std::span<const TokenId> prompt, std::int64_t num_tokens) = 0;
+  // What each SM of a GPU does in one greedy decode step behind `prompt`.
+  // Errors: those of time_decode; unsupported on the CPU.
+  virtual std::vector<TimelineEvent> record_timeline(std::span<const TokenId> prompt) = 0;
 };
 
 }  // namespace clusterfusion

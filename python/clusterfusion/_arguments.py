@@ -2,7 +2,7 @@
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, SupportsFloat, SupportsIndex, TypeAlias, TypeGuard, cast
 
 import numpy as np
@@ -134,6 +134,17 @@ def boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: expected bool, found {type(value).__name__}")
     return bool(value)
+
+
+def callback(name: str, value: object) -> Callable[..., object]:
+    """Returns something that can be called.
+
+    Raises:
+        TypeError: The value cannot be called.
+    """
+    if not callable(value):
+        raise TypeError(f"{name}: expected a callable, found {type(value).__name__}")
+    return value
 
 
 def prompt_tokens(name: str, prompt: object) -> npt.NDArray[np.int32]:

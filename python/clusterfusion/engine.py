@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
@@ -21,6 +21,7 @@ from clusterfusion._arguments import (
     Text,
     Tokens,
     boolean,
+    callback,
     file_path,
     integer,
     is_batch,
@@ -185,10 +186,11 @@ class Engine:
         threads: int = 0,
         context: int | None = None,
         kv_dtype: str | None = None,
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """Opens a Hugging Face checkpoint folder of a GPT-NeoX model.
 
-        The weights are memory-mapped and used in place.
+        The weights are memory-mapped: used in place on the CPU, copied to a GPU.
 
         Args:
             path: Folder with config.json, model.safetensors (or its shards with their index) and
@@ -198,6 +200,9 @@ class Engine:
             context: The longest context in tokens; None for the model's own.
             kv_dtype: Type of the KV cache, "float32", "float16" or "bfloat16"; None for float32 on
                 the CPU and the weights' type on a GPU.
+            progress: Called while the weights are copied to a GPU, with bytes done and in all:
+                first with 0, last with all. On the CPU it is called once, with all. What it raises
+                ends the loading and is raised here.
 
         Raises:
             FileNotFoundError: The folder or one of its files does not exist.
@@ -208,13 +213,20 @@ class Engine:
             NotImplementedError: The checkpoint is well-formed, but not one this library runs.
             MemoryError: Memory does not suffice.
         """
-        self._handle = _native.engine_open(
-            file_path("path", path),
-            text_option("device", device),
-            integer("threads", threads, INT32_MIN, INT32_MAX),
-            integer("context", context, 1) if context is not None else 0,
-            text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
-        )
+        report = None if progress is None else _Reporter(callback("progress", progress))
+        try:
+            self._handle = _native.engine_open(
+                file_path("path", path),
+                text_option("device", device),
+                integer("threads", threads, INT32_MIN, INT32_MAX),
+                integer("context", context, 1) if context is not None else 0,
+                text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
+                report,
+            )
+        except Exception:
+            if report is not None and report.raised is not None:
+                raise report.raised from None
+            raise
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -389,6 +401,21 @@ class Engine:
 
     def _token_ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
         return prompt_tokens("prompt", self.encode(prompt) if is_text(prompt) else prompt)
+
+
+class _Reporter:
+    """A callback that keeps what it raises: tvm-ffi hands on the classes that it knows only."""
+
+    def __init__(self, call: Callable[[int, int], object]) -> None:
+        self._call = call
+        self.raised: BaseException | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        try:
+            self._call(done, total)
+        except BaseException as error:
+            self.raised = error
+            raise
 
 
 def _requests(prompts: list[dict[str, Any]], options: GenerateOptions) -> list[dict[str, Any]]:

@@ -25,12 +25,18 @@ std::optional<DType> to_kv_dtype(const std::string& name) {
 }
 
 EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads,
-                      std::int64_t context, ffi::String kv_dtype) {
+                      std::int64_t context, ffi::String kv_dtype,
+                      ffi::Optional<ffi::Function> progress) {
   EngineOptions options;
   options.device = device;
   options.threads = static_cast<int>(threads);
   options.max_positions = context;
   options.kv_dtype = to_kv_dtype(kv_dtype);
+  if (progress) {
+    options.load_progress = [report = *progress](std::int64_t done, std::int64_t total) {
+      report(done, total);
+    };
+  }
   return EngineRef(ffi::make_object<EngineObj>(Engine::open(std::string(path), options)));
 }
 

@@ -2,12 +2,15 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <optional>
 #include <random>
 
 #include "base/fail.hpp"
+#include "cli/chrome_trace.hpp"
 #include "cli/commands.hpp"
 #include "cli/number.hpp"
 #include "cli/options.hpp"
+#include "cli/output_file.hpp"
 #include "cli/progress.hpp"
 #include "cli/report_format.hpp"
 #include "cli/result_json.hpp"
@@ -18,16 +21,18 @@
 namespace clusterfusion::cli {
 namespace {
 
-constexpr std::string_view kDefaultContexts = "16,128,1024";
+constexpr std::int64_t kDefaultContexts[] = {16, 128, 1024, 2047};
+constexpr std::int64_t kDefaultTokensOnCpu = 32, kDefaultTokensOnGpu = 256;
 
 struct Settings {
   EngineSettings engine;
   ReportSettings report;
   std::string contexts;
   CLI::Option* contexts_option = nullptr;
-  std::int64_t num_tokens = 32;
+  std::int64_t num_tokens = 0;
   int repeats = 3;
   std::uint64_t seed = 0;
+  std::string timeline;
 };
 
 // What several repeats gave.
@@ -53,50 +58,55 @@ Spread spread_of(std::vector<double> values) {
   return {median, values.front(), values.back()};
 }
 
-// The contexts that were asked for, or those of the default that this model can hold.
+// The contexts that were asked for, or the usual ones as far as this model goes.
 std::vector<std::int64_t> contexts_of(const Settings& settings, std::int64_t max_positions) {
-  // The first of num_tokens + 1 tokens comes from the prefill; the last needs no position.
-  const std::int64_t longest = max_positions - settings.num_tokens;
+  // A step must fit behind the prompt.
+  const std::int64_t longest = max_positions - 1;
   require(longest >= 1, ErrorKind::invalid_argument,
-          "--tokens: {} do not fit behind a prompt into the context of {} positions; give fewer",
-          settings.num_tokens, max_positions);
+          "a context of {} leaves no room for a step behind a prompt; give a longer --context",
+          format_count(max_positions, "position"));
   if (settings.contexts_option->count() > 0) {
-    auto contexts = parse_integer_list(settings.contexts, 1, longest,
-                                       fmt::format("--contexts (with {} tokens after each, in a "
-                                                   "context of {} positions)",
-                                                   settings.num_tokens, max_positions));
+    auto contexts = parse_integer_list(
+        settings.contexts, 1, longest,
+        fmt::format("--contexts (with a step behind each, in a context of {} positions)",
+                    max_positions));
     require(!contexts.empty(), ErrorKind::invalid_argument,
             "--contexts: expected at least one number, found none");
     return contexts;
   }
-  auto contexts = parse_integer_list(kDefaultContexts, 1, 1024, "--contexts");
-  std::erase_if(contexts, [&](std::int64_t context) { return context > longest; });
-  if (contexts.empty()) contexts.push_back(longest);
+  std::vector<std::int64_t> contexts;
+  for (const std::int64_t context : kDefaultContexts) {
+    contexts.push_back(std::min(context, longest));
+    if (context >= longest) break;
+  }
   return contexts;
 }
 
-GenerateRequest synthetic_request(const Model& model, const Settings& settings,
-                                  std::int64_t context) {
-  std::mt19937_64 random(settings.seed);
-  GenerateRequest request;
-  request.ignore_eos = true;
-  request.max_new_tokens = settings.num_tokens + 1;
+std::int64_t num_tokens_of(const Settings& settings, const EngineInfo& info) {
+  if (settings.num_tokens > 0) return settings.num_tokens;
+  return info.device == "cpu" ? kDefaultTokensOnCpu : kDefaultTokensOnGpu;
+}
+
+std::vector<TokenId> random_prompt(const Model& model, std::uint64_t seed, std::int64_t context) {
+  std::mt19937_64 random(seed);
   const auto vocab_size = static_cast<std::uint64_t>(model.config().vocab_size);
-  for (std::int64_t i = 0; i < context; ++i) {
-    request.prompt_tokens.push_back(static_cast<TokenId>(random() % vocab_size));
-  }
-  return request;
+  std::vector<TokenId> prompt(static_cast<std::size_t>(context));
+  for (TokenId& token : prompt) token = static_cast<TokenId>(random() % vocab_size);
+  return prompt;
 }
 
 ContextResult measure(Engine& engine, const Settings& settings, std::int64_t context,
                       double ceiling, const std::function<void()>& on_repeat) {
-  const GenerateRequest request = synthetic_request(engine.model(), settings, context);
+  const std::vector<TokenId> prompt = random_prompt(engine.model(), settings.seed, context);
+  const std::int64_t num_tokens = num_tokens_of(settings, engine.info());
   std::vector<double> prefill, decode, bytes;
   for (int repeat = 0; repeat < settings.repeats; ++repeat) {
-    const Statistics statistics = engine.generate(request).statistics;
-    prefill.push_back(double(context) / statistics.prefill_seconds);
-    decode.push_back(statistics.seconds_per_token);
-    bytes.push_back(statistics.bytes_per_second);
+    const DecodeTiming timing = engine.time_decode(prompt, num_tokens);
+    prefill.push_back(double(context) / timing.prefill_seconds);
+    for (const double seconds : timing.seconds_per_token) {
+      decode.push_back(seconds);
+      bytes.push_back(timing.bytes_per_token / seconds);
+    }
     on_repeat();
   }
   ContextResult result{context, spread_of(prefill), spread_of(decode), spread_of(bytes), 0};
@@ -105,22 +115,21 @@ ContextResult measure(Engine& engine, const Settings& settings, std::int64_t con
 }
 
 std::string table_head(const Engine& engine, double ceiling) {
-  const EngineInfo info = engine.info();
   return fmt::format(
-      "{}: {}\nreads at most {}/s (weights read without computing); one token reads {} of weights\n"
-      "{:>8} {:>17} {:>19} {:>9} {:>11} {:>11} {:>11}\n",
-      info.device, info.device_description, format_bytes(ceiling),
+      "{}\nreads at most {}/s (weights read without computing); one token reads {} of weights\n"
+      "{:>8} {:>17} {:>19} {:>19} {:>11} {:>11} {:>11}\n",
+      format_device(engine.info()), format_bytes(ceiling),
       format_bytes(double(engine.model().bytes_per_token())), "context", "prefill tokens/s",
-      "decode median/token", "spread", "tokens/s", "read/s", "of ceiling");
+      "decode median/token", "from ... to", "tokens/s", "read/s", "of ceiling");
 }
 
 std::string table_row(const ContextResult& result) {
   const Spread& decode = result.seconds_per_token;
-  return fmt::format("{:>8} {:>17.1f} {:>19} {:>7.1f} % {:>11.2f} {:>11} {:>9.1f} %\n",
-                     result.context, result.prefill_tokens_per_second.median,
-                     format_duration(decode.median),
-                     100 * (decode.max - decode.min) / decode.median, 1 / decode.median,
-                     format_bytes(result.bytes_per_second.median), 100 * result.ceiling_share);
+  return fmt::format("{:>8} {:>17.1f} {:>19} {:>19} {:>11.2f} {:>11} {:>9.1f} %\n", result.context,
+                     result.prefill_tokens_per_second.median, format_duration(decode.median),
+                     format_duration(decode.min) + " ... " + format_duration(decode.max),
+                     1 / decode.median, format_bytes(result.bytes_per_second.median),
+                     100 * result.ceiling_share);
 }
 
 Json to_json(const Spread& spread) {
@@ -135,9 +144,10 @@ Json to_json(const Engine& engine, const Settings& settings, double ceiling,
                {"kv_dtype", clusterfusion::name_of(info.kv_dtype)},
                {"device", info.device},
                {"device_description", info.device_description},
+               {"device_reason", info.device_reason},
                {"bytes_per_token", engine.model().bytes_per_token()},
                {"read_ceiling_bytes_per_second", ceiling},
-               {"decode_tokens", settings.num_tokens},
+               {"decode_tokens", num_tokens_of(settings, info)},
                {"repeats", settings.repeats},
                {"contexts", Json::array()}};
   for (const ContextResult& result : results) {
@@ -151,9 +161,22 @@ Json to_json(const Engine& engine, const Settings& settings, double ceiling,
   return json;
 }
 
+// Of a step at the first context.
+void write_timeline(Engine& engine, const Settings& settings, std::int64_t context,
+                    OutputFile& file) {
+  const std::vector<TimelineEvent> events =
+      engine.record_timeline(random_prompt(engine.model(), settings.seed, context));
+  file.write(
+      chrome_trace(events, fmt::format("{}, context {}, {}", engine.model().folder().string(),
+                                       context, engine.info().device_description)));
+}
+
 ExitCode run(const Settings& settings) {
-  const std::unique_ptr<Engine> engine = open_engine(settings.engine);
+  std::optional<OutputFile> timeline;
+  if (!settings.timeline.empty()) timeline.emplace(settings.timeline, "--timeline");
+  const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
   const std::vector<std::int64_t> contexts = contexts_of(settings, engine->info().max_positions);
+  if (timeline) write_timeline(*engine, settings, contexts.front(), *timeline);
   const double ceiling = engine->measure_read_ceiling();
   const std::int64_t num_runs = static_cast<std::int64_t>(contexts.size()) * settings.repeats;
   std::int64_t runs_done = 0;
@@ -182,11 +205,14 @@ void add_bench_command(CLI::App& app, Command& selected) {
   CLI::App& command = *add_command(
       app, selected, "bench", "Measure prefill and decode speed over contexts.", settings, &run,
       "For each context a prompt of that many random tokens is prefilled and --tokens more are\n"
-      "decoded, --repeats times; the median and the spread (longest less shortest, in % of the\n"
-      "median) are shown. The ceiling is measured first: reading all weights, computing "
-      "nothing.\n\n"
-      "Keys of --json: model, dtype, kv_dtype, device, device_description, bytes_per_token,\n"
-      "read_ceiling_bytes_per_second, decode_tokens, repeats, contexts (context,\n"
+      "decoded behind it, --repeats times, greedily, in bursts of up to 16; after each burst the\n"
+      "sequence is cut back, so that it stays near the context (a burst ends with the context at\n"
+      "the latest). Times are the host's; median, smallest and largest are of the bursts. The\n"
+      "ceiling is measured first: reading all weights, computing nothing.\n\n"
+      "--timeline writes what each SM of a GPU does in one step at the first context; open it in\n"
+      "https://ui.perfetto.dev or chrome://tracing.\n\n"
+      "Keys of --json: model, dtype, kv_dtype, device, device_description, device_reason,\n"
+      "bytes_per_token, read_ceiling_bytes_per_second, decode_tokens, repeats, contexts (context,\n"
       "prefill_tokens_per_second, seconds_per_token, bytes_per_second: each median, min, max;\n"
       "ceiling_share).",
       "clusterfusion bench models/demo --contexts 16,64 --tokens 8");
@@ -194,12 +220,15 @@ void add_bench_command(CLI::App& app, Command& selected) {
   add_context_option(command, settings->engine);
   settings->contexts_option =
       command
-          .add_option("--contexts", settings->contexts,
-                      "prompt lengths in tokens (default: those of 16,128,1024 that fit)")
+          .add_option(
+              "--contexts", settings->contexts,
+              "prompt lengths in tokens (default: 16,128,1024,2047, as far as the model goes)")
           ->type_name("LIST");
-  add_number(command, "-n,--tokens", settings->num_tokens, "tokens decoded after each prompt",
-             std::int64_t{1})
-      ->capture_default_str();
+  add_number(command, "-n,--tokens", settings->num_tokens,
+             "tokens decoded after each prompt (default: 256 on a GPU, 32 on the CPU)",
+             std::int64_t{1});
+  command.add_option("--timeline", settings->timeline, "write a trace of one step to this file")
+      ->type_name("FILE");
   add_number(command, "--repeats", settings->repeats, "runs for each context", 1)
       ->capture_default_str();
   add_number(command, "--seed", settings->seed, "of the random prompts")->capture_default_str();

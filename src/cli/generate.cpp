@@ -162,7 +162,7 @@ void add_read_ceiling(Engine& engine, const Settings& settings, GenerateResult& 
 
 ExitCode run(const Settings& settings) {
   const GenerateRequest request = make_request(settings);
-  const std::unique_ptr<Engine> engine = open_engine(settings.engine);
+  const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
   EventWriter writer(settings, engine->has_tokenizer() ? &engine->tokenizer() : nullptr);
   const std::unique_ptr<Generation> generation = engine->start({request});
   {
@@ -182,7 +182,8 @@ ExitCode run(const Settings& settings) {
   }
   writer.end(result);
   if (with_statistics) {
-    write_stderr(format_statistics(result.statistics, name_of(result.finish_reason)));
+    write_stderr(fmt::format("device: {}\n{}", format_device(engine->info()),
+                             format_statistics(result.statistics, name_of(result.finish_reason))));
   }
   return kDone;
 }

@@ -99,18 +99,16 @@ std::string engine_text(const Engine& engine) {
                             count_special(engine.tokenizer()));
   }
   return fmt::format(
-      "{}end of text {}\ntokenizer   {}\ndevice      {}: {}{}\nKV cache    {}, {} a position, {} "
-      "at "
+      "{}end of text {}\ntokenizer   {}\ndevice      {}\nKV cache    {}, {} a position, {} at "
       "most\n",
       model_text(engine.model()), fmt::join(engine.model().config().eos_tokens, ", "), tokenizer,
-      info.device, info.device_description,
-      info.device_reason.empty() ? "" : fmt::format(" ({})", info.device_reason),
-      clusterfusion::name_of(info.kv_dtype), format_bytes(double(info.kv_bytes_per_position)),
+      format_device(info), clusterfusion::name_of(info.kv_dtype),
+      format_bytes(double(info.kv_bytes_per_position)),
       format_count(info.max_positions, "position"));
 }
 
 ExitCode run(const Settings& settings) {
-  const std::unique_ptr<Engine> engine = open_engine(settings.engine);
+  const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
   if (settings.check) {
     const std::optional<std::string> finding = engine->model().find_non_finite();
     require(!finding, ErrorKind::non_finite,

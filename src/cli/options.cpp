@@ -4,11 +4,15 @@
 
 #include "base/fail.hpp"
 #include "cli/number.hpp"
+#include "cli/progress.hpp"
 #include "cli/terminal.hpp"
 #include "cli/token_text.hpp"
 
 namespace clusterfusion::cli {
 namespace {
+
+// What takes less is over before a reader has looked.
+constexpr std::chrono::milliseconds kLoadingPatience{300};
 
 std::optional<DType> parse_dtype(const std::string& name) {
   for (DType dtype : {DType::float16, DType::bfloat16, DType::float32}) {
@@ -42,9 +46,13 @@ void add_context_option(CLI::App& app, EngineSettings& settings) {
       ->capture_default_str();
 }
 
-std::unique_ptr<Engine> open_engine(const EngineSettings& settings) {
+std::unique_ptr<Engine> open_engine(const EngineSettings& settings, const ReportSettings& report) {
   EngineOptions options = settings.options;
   options.kv_dtype = parse_dtype(settings.kv_dtype);
+  ProgressBar progress("loading", "MB", report.quiet, kLoadingPatience);
+  options.load_progress = [&](std::int64_t done, std::int64_t total) {
+    progress.update(done / 1'000'000, total / 1'000'000);
+  };
   try {
     return Engine::open(settings.model, options);
   } catch (const Error& error) {

@@ -19,13 +19,13 @@ struct EngineSettings {
 void add_engine_options(CLI::App& app, EngineSettings& settings);
 // --context, the longest context, for the commands in which it means nothing else.
 void add_context_option(CLI::App& app, EngineSettings& settings);
-// Errors: those of Engine::open.
-std::unique_ptr<Engine> open_engine(const EngineSettings& settings);
-
 struct ReportSettings {
   bool json = false;
   bool quiet = false;
 };
+
+// Shows how far loading is if it takes longer than a moment. Errors: those of Engine::open.
+std::unique_ptr<Engine> open_engine(const EngineSettings& settings, const ReportSettings& report);
 
 // --json and --quiet.
 void add_report_options(CLI::App& app, ReportSettings& settings);

@@ -60,7 +60,7 @@ PerplexityResult measure(Engine& engine, const Settings& settings) {
 }
 
 ExitCode run(const Settings& settings) {
-  const std::unique_ptr<Engine> engine = open_engine(settings.engine);
+  const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
   const PerplexityResult result = measure(*engine, settings);
   write_output(settings.report.json ? to_line(result_json(result)) : result_text(result));
   return kDone;

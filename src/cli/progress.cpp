@@ -33,17 +33,22 @@ std::string progress_line(std::string_view label, std::int64_t done, std::int64_
   return line.substr(0, static_cast<std::size_t>(std::max(columns - 1, 0)));
 }
 
-ProgressBar::ProgressBar(std::string label, std::string unit, bool quiet)
-    : label_(std::move(label)), unit_(std::move(unit)), shown_(!quiet && stderr_is_terminal()) {}
+ProgressBar::ProgressBar(std::string label, std::string unit, bool quiet,
+                         std::chrono::milliseconds patience)
+    : label_(std::move(label)),
+      unit_(std::move(unit)),
+      shown_(!quiet && stderr_is_terminal()),
+      patience_(patience) {}
 
 ProgressBar::~ProgressBar() {
-  if (shown_) write_stderr(kEraseLine);
+  if (last_drawn_) write_stderr(kEraseLine);
 }
 
 void ProgressBar::update(std::int64_t done, std::int64_t total) {
   if (!shown_) return;
   const Clock::time_point now = Clock::now();
-  if (done < total && now - last_drawn_ < std::chrono::milliseconds(100)) return;
+  if (now - start_ < patience_) return;
+  if (last_drawn_ && done < total && now - *last_drawn_ < std::chrono::milliseconds(100)) return;
   last_drawn_ = now;
   const double seconds = std::chrono::duration<double>(now - start_).count();
   write_stderr(fmt::format("{}{}", kEraseLine,

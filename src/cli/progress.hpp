@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -13,10 +14,12 @@ namespace clusterfusion::cli {
 std::string progress_line(std::string_view label, std::int64_t done, std::int64_t total,
                           std::string_view unit, double seconds, int columns);
 
-// Redraws itself in place, ten times a second at most, and leaves no trace when destroyed.
+// Redraws itself in place, ten times a second at most, and leaves no trace when destroyed. Work
+// that is done within `patience` shows nothing.
 class ProgressBar {
  public:
-  ProgressBar(std::string label, std::string unit, bool quiet);
+  ProgressBar(std::string label, std::string unit, bool quiet,
+              std::chrono::milliseconds patience = {});
   ~ProgressBar();
   ProgressBar(const ProgressBar&) = delete;
   ProgressBar& operator=(const ProgressBar&) = delete;
@@ -28,8 +31,9 @@ class ProgressBar {
   const std::string label_;
   const std::string unit_;
   const bool shown_;
+  const std::chrono::milliseconds patience_;
   const Clock::time_point start_ = Clock::now();
-  Clock::time_point last_drawn_{};
+  std::optional<Clock::time_point> last_drawn_;
 };
 
 }  // namespace clusterfusion::cli

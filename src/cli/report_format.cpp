@@ -44,6 +44,10 @@ std::string format_count(std::int64_t count, std::string_view unit) {
   return fmt::format("{} {}{}", digits, unit, count == 1 ? "" : "s");
 }
 
+std::string format_device(const EngineInfo& info) {
+  return fmt::format("{}, {} ({})", info.device, info.device_description, info.device_reason);
+}
+
 std::string format_statistics(const Statistics& statistics, std::string_view finish_reason) {
   std::string text = "prompt: " + format_count(statistics.prompt_tokens, "token");
   if (statistics.new_tokens > 0) {

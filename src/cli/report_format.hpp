@@ -16,6 +16,9 @@ std::string format_bytes(double bytes);
 // "1 token", "1,024 tokens".
 std::string format_count(std::int64_t count, std::string_view unit);
 
+// "cuda, NVIDIA H100 80GB HBM3, 132 SMs (a supported GPU is there)".
+std::string format_device(const EngineInfo& info);
+
 // The statistics of one generation, as one to two lines that end in a newline:
 //   prompt: 12 tokens, first token after 35.1 ms
 //   output: 128 tokens (token_limit), 12.0 ms/token, 83.3 tokens/s, 9.80 GB/s, 87 % of the read

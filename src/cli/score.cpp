@@ -46,7 +46,7 @@ void print_table(const ScoreResult& score, const Tokenizer& tokenizer) {
 
 ExitCode run(const Settings& settings) {
   const std::string text = read_text(settings.source);
-  const std::unique_ptr<Engine> engine = open_engine(settings.engine);
+  const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
   const Tokenizer& tokenizer = engine->tokenizer();
   const std::vector<TokenId> tokens = encode(tokenizer, text, !settings.no_special_tokens,
                                              name_of(settings.source), settings.report.quiet);

@@ -47,7 +47,10 @@ std::unique_ptr<Backend> make_backend(const std::string& requested, DeviceChoice
       choice = {"cpu", error.what()};
     }
   }
-  return make_cpu_backend(model, options);
+  std::unique_ptr<Backend> backend = make_cpu_backend(model, options);
+  // Weights are used where they are: nothing is left to load.
+  if (options.load_progress) options.load_progress(model->total_bytes(), model->total_bytes());
+  return backend;
 }
 
 }  // namespace clusterfusion

@@ -5,6 +5,7 @@
 #include "engine/prepare_request.hpp"
 #include "engine/scoring.hpp"
 #include "engine/shared_backend.hpp"
+#include "engine/timing.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -68,6 +69,12 @@ class BackendEngine final : public Engine {
     return compute_perplexity(*backend_, tokens, bytes, options);
   }
   double measure_read_ceiling() override { return backend_->measure_read_ceiling(); }
+  DecodeTiming time_decode(std::span<const TokenId> prompt, std::int64_t num_tokens) override {
+    return compute_decode_timing(*backend_, prompt, num_tokens);
+  }
+  std::vector<TimelineEvent> record_timeline(std::span<const TokenId> prompt) override {
+    return compute_timeline(*backend_, prompt);
+  }
 
  private:
   std::shared_ptr<const Model> model_;

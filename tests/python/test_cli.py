@@ -166,6 +166,7 @@ def test_generate_reports_statistics_on_stderr(model, tokenizer):
     count = len(tokenizer.encode(PROMPT).ids)
     number = r"[\d.]+"
     assert re.fullmatch(
+        r"device: cpu, .*threads.* \(.+\)\n"
         rf"prompt: {count} tokens, first token after {number} .s\n"
         rf"output: 12 tokens \(token_limit\), {number} .s/token, {number} tokens/s, "
         rf"{number} .B/s, {number} % of the read ceiling of {number} .B/s\n",
@@ -433,8 +434,45 @@ def test_bench(no_tokenizer):
         assert row["ceiling_share"] == pytest.approx(row["bytes_per_second"]["median"] / ceiling)
     ended = run(*arguments)
     assert (ended.code, ended.err) == (0, "")
-    rows = [line.split() for line in ended.out.splitlines()[-2:]]
-    assert [row[0] for row in rows] == ["16", "128"], "1024 does not fit into this model's context"
+    rows = [line.split() for line in ended.out.splitlines()[-3:]]
+    assert [row[0] for row in rows] == ["16", "128", "255"], "this model's context is 256"
+
+
+def test_bench_counts_the_bytes_of_a_step(no_tokenizer):
+    """Weights once and the KV cache up to the step's own position: the same at any speed."""
+    arguments = ["bench", no_tokenizer, "--contexts", "1,200", "--tokens", 2, "--repeats", 1]
+    document = run(*arguments, "--json").json
+    device = run("info", no_tokenizer, "--json").json["device"]
+    for row in document["contexts"]:
+        read = row["bytes_per_second"]["max"] * row["seconds_per_token"]["min"]
+        cache = device["kv_bytes_per_position"] * (row["context"] + 1)
+        assert read == pytest.approx(document["bytes_per_token"] + cache)
+
+
+def test_device_is_named_with_the_reason(model):
+    """Which device, and why: asked for, or what "auto" found."""
+    for option, reason in (("cpu", "asked for"), ("auto", "GPU|CUDA")):
+        device = run("info", model, "--device", option, "--json").json["device"]
+        assert re.search(reason, device["reason"])
+        expected = f"{device['name']}, {device['description']} ({device['reason']})"
+        assert f"device      {expected}\n" in run("info", model, "--device", option).out
+        ended = run("generate", model, "--device", option, "-p", PROMPT, "-n", 2)
+        assert f"device: {expected}\n" in ended.err
+        ended = run("bench", model, "--device", option, "--contexts", 4, "-n", 2, "--repeats", 1)
+        assert ended.out.startswith(expected)
+
+
+def test_timeline_needs_a_gpu(model, tmp_path):
+    """Without one nothing is written; a path that cannot be written is known before the work."""
+    file = tmp_path / "trace.json"
+    arguments = ["bench", model, "--device", "cpu", "--timeline"]
+    assert_one_error(run(*arguments, file), 1, 'timeline.*GPU.*"cpu"')
+    assert not file.exists()
+    file.write_text("kept")
+    assert_one_error(run(*arguments, file), 1, 'timeline.*GPU.*"cpu"')
+    assert file.read_text() == "kept"
+    nowhere = tmp_path / "nowhere" / "trace.json"
+    assert_one_error(run(*arguments, nowhere), 1, "--timeline.*nowhere.*No such")
 
 
 # Misuse and failure.
@@ -507,7 +545,7 @@ MISUSES = {
     "contexts": (["bench", "MODEL", "--contexts", "16,abc"], '--contexts.*entry 1 is "abc"'),
     "no contexts": (["bench", "MODEL", "--contexts", ""], "--contexts"),
     "context too long": (["bench", "MODEL", "--contexts", "16,256"], "--contexts.*entry 1.*256"),
-    "bench tokens": (["bench", "MODEL", "--tokens", "256"], "--tokens.*256"),
+    "bench tokens": (["bench", "MODEL", "--tokens", "0"], '--tokens.*at least 1.*"0"'),
     "repeats": (["bench", "MODEL", "--repeats", "0"], '--repeats.*at least 1.*"0"'),
 }
 
@@ -692,8 +730,8 @@ def test_ctrl_c_ends_the_text_with_statistics(long_model):
     terminal.press(b"\x03")
     assert terminal.end() == 0
     assert re.search(
-        rb"\r\nprompt: \d+ tokens, first token after .*\r\noutput: [\d,]+ tokens \(cancelled\), .*"
-        rb"tokens/s.*\r\n$",
+        rb"\r\ndevice: .*\r\nprompt: \d+ tokens, first token after .*\r\n"
+        rb"output: [\d,]+ tokens \(cancelled\), .*tokens/s.*\r\n$",
         terminal.seen,
     )
 
@@ -740,7 +778,9 @@ def test_signal_ends_a_prefill(long_model, number):
     document = json.loads(out)
     assert document["finish_reason"] == "cancelled"
     assert document["tokens"] == []
-    assert re.fullmatch(rb"prompt: .*\noutput: 0 tokens \(cancelled\)\n", process.stderr.read())
+    assert re.fullmatch(
+        rb"device: .*\nprompt: .*\noutput: 0 tokens \(cancelled\)\n", process.stderr.read()
+    )
 
 
 @needs_proc
@@ -806,6 +846,7 @@ def test_progress_only_on_a_terminal(model):
     assert re.search(rb"perplexity \[#*\s*\]", terminal.seen)
     erased = terminal.seen.split(b"\r\x1b[K")[-1]
     assert erased.startswith(b"perplexity ") and b"[" not in erased
+    assert b"loading" not in terminal.seen, "what takes no time shows no progress"
     quiet = Terminal([*arguments, "--quiet"], model)
     assert quiet.end() == 0
     assert b"\x1b" not in quiet.seen

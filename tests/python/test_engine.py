@@ -112,6 +112,25 @@ def test_engine_options(folder):
     assert (len(result.tokens), result.finish_reason) == (10, "context_limit")
 
 
+def test_progress(folder):
+    """On the CPU weights are used in place: loading has ended as soon as it is reported."""
+    seen = []
+    engine = Engine(folder, "cpu", progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(engine.info.total_bytes,) * 2]
+    Engine(folder, "cpu", progress=None)
+    with pytest.raises(TypeError, match="progress: expected a callable, found int"):
+        Engine(folder, "cpu", progress=3)
+
+
+@pytest.mark.parametrize("error", [LookupError("enough"), KeyboardInterrupt()], ids=repr)
+def test_progress_that_raises_ends_the_loading(folder, error):
+    def progress(done, total):
+        raise error
+
+    with pytest.raises(type(error)):
+        Engine(folder, "cpu", progress=progress)
+
+
 def test_read_ceiling(folder):
     engine = Engine(folder)
     before = engine.generate([1], max_new_tokens=3, ignore_eos=True).statistics

@@ -36,6 +36,14 @@ TEST(FormatCount, GroupsDigitsAndKnowsThePlural) {
   EXPECT_EQ(format_count(2775208960, "parameter"), "2,775,208,960 parameters");
 }
 
+TEST(FormatDevice, SaysWhichAndWhy) {
+  EngineInfo info;
+  info.device = "cpu";
+  info.device_description = "Some processor, 2 threads";
+  info.device_reason = "no NVIDIA GPU found";
+  EXPECT_EQ(format_device(info), "cpu, Some processor, 2 threads (no NVIDIA GPU found)");
+}
+
 TEST(FormatStatistics, SaysWhatWasMeasured) {
   Statistics statistics;
   statistics.prompt_tokens = 12;

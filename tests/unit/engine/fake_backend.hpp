@@ -29,10 +29,12 @@ struct FakeState {
   std::function<void()> before_step;  // called in each prefill and decode
   std::vector<std::int64_t> prefill_sizes;
   std::vector<std::size_t> decode_batches;
+  std::vector<std::int64_t> burst_starts;   // lengths of the first sequence before decode()
   std::vector<std::int64_t> reserved;       // in the order of creation
   std::map<SequenceId, std::int64_t> live;  // sequences and what they may grow to
   int truncations = 0;
   int ceilings_measured = 0;
+  std::vector<TimelineEvent> timeline;
 };
 
 class FakeBackend final : public Backend {
@@ -102,6 +104,7 @@ class FakeBackend final : public Backend {
     const Step step(*this);
     if (state_->before_step) state_->before_step();
     state_->decode_batches.push_back(ids.size());
+    state_->burst_starts.push_back(length(ids.front()));
     EXPECT_EQ(ids.size(), inputs.size());
     EXPECT_TRUE(steps >= 1 && steps <= info().decode_ahead);
     EXPECT_EQ(sampled.size(), ids.size() * static_cast<std::size_t>(steps));
@@ -118,6 +121,13 @@ class FakeBackend final : public Backend {
     const Step step(*this);
     ++state_->ceilings_measured;
     return 1e9;
+  }
+
+  std::vector<TimelineEvent> record_timeline(SequenceId id, TokenId input) override {
+    const Step step(*this);
+    state_->burst_starts.push_back(length(id));
+    append(id, input);
+    return state_->timeline;
   }
 
   std::int64_t capacity = 1 << 20;  // positions of all sequences together

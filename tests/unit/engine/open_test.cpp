@@ -4,6 +4,9 @@
 
 #include <filesystem>
 #include <fstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
 
 #include "engine/choose_device.hpp"
 #include "engine/fixtures.hpp"
@@ -82,6 +85,19 @@ TEST(Open, ShortensTheContext) {
   const GenerateResult result = engine->generate(request);
   EXPECT_EQ(result.tokens.size(), 5u);
   EXPECT_EQ(result.finish_reason, FinishReason::context_limit);
+}
+
+TEST(Open, ReportsProgressToTheEnd) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> seen;
+  EngineOptions options = with_device("cpu");
+  options.load_progress = [&](std::int64_t done, std::int64_t total) {
+    seen.emplace_back(done, total);
+  };
+  const auto engine = Engine::open(kCheckpoints / "untied_float32", options);
+  const std::int64_t total = engine->model().total_bytes();
+  EXPECT_THAT(seen, testing::ElementsAre(std::pair(total, total))) << "weights are used in place";
+  options.load_progress = [](std::int64_t, std::int64_t) { throw std::runtime_error("enough"); };
+  EXPECT_THROW(Engine::open(kCheckpoints / "untied_float32", options), std::runtime_error);
 }
 
 TEST(Open, RefusesImpossibleOptions) {
