@@ -1,6 +1,8 @@
 // Time a token of the streaming decode kernel, for Pythia's shapes and several contexts, beside the
 // read ceiling that the same process measures.
-//   decode_time [--contexts 16,128,...] [SHAPE ...]      default: pythia-2.8b
+//   decode_time [--contexts 16,128,...] [--phases] [SHAPE ...]      default: pythia-2.8b
+// A time is that of 256 greedy tokens, from the host, at about the same context: 16 at a time, then
+// the sequence is cut back. --phases prints when the phases of a layer end, in the median.
 // Weights are random float16; all layers come from one host matrix, but lie apart on the device.
 // Prints one JSON document on stdout, a table on stderr.
 #include <cuda_fp16.h>
@@ -11,6 +13,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <map>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -101,6 +104,9 @@ class SharedModel final : public Model {
   std::vector<std::unique_ptr<std::vector<std::int64_t>>> shapes_;
 };
 
+constexpr int kTokens = 256;
+constexpr int kRepeats = 7;
+
 struct Summary {
   double median, low, high;
 };
@@ -114,32 +120,68 @@ double decode_bytes(const Model& model, const Backend& backend, std::int64_t con
          static_cast<double>(backend.info().kv_bytes_per_position * context);
 }
 
-std::string measure(const Shape& shape, const std::vector<std::int64_t>& contexts) {
+// Medians over SMs and inner layers of when each phase ends after its layer's first SM began, and
+// of how long it takes, to stderr.
+void print_phases(Backend& backend, SequenceId id, const Shape& shape) {
+  const auto events = backend.record_timeline(id, 5);
+  std::map<std::int32_t, std::int64_t> begin;
+  for (const TimelineEvent& event : events) {
+    const auto [at, fresh] = begin.emplace(event.layer, event.begin_ns);
+    if (!fresh) at->second = std::min(at->second, event.begin_ns);
+  }
+  std::vector<std::string_view> names;
+  std::map<std::string_view, std::vector<double>> took, ends;
+  for (const TimelineEvent& event : events) {
+    if (event.layer >= 0 && (event.layer < 2 || event.layer + 1 >= shape.layers)) continue;
+    const std::string_view name = event.phase;
+    if (!took.contains(name)) names.push_back(name);
+    took[name].push_back(static_cast<double>(event.end_ns - event.begin_ns) * 1e-3);
+    ends[name].push_back(static_cast<double>(event.end_ns - begin[event.layer]) * 1e-3);
+  }
+  for (const std::string_view name : names) {
+    std::sort(took[name].begin(), took[name].end());
+    std::sort(ends[name].begin(), ends[name].end());
+    const auto at = [](const std::vector<double>& v, double q) {
+      return v[static_cast<std::size_t>(q * static_cast<double>(v.size() - 1))];
+    };
+    std::fprintf(
+        stderr, "    %-20s %6zu times %6.2f us (%.2f to %.2f), ends %6.2f (%.2f to %.2f)\n",
+        std::string(name).c_str(), took[name].size(), at(took[name], 0.5), at(took[name], 0.05),
+        at(took[name], 0.95), at(ends[name], 0.5), at(ends[name], 0.05), at(ends[name], 0.95));
+  }
+}
+
+std::string measure(const Shape& shape, const std::vector<std::int64_t>& contexts, bool phases) {
   const auto model = std::make_shared<SharedModel>(shape);
   const auto backend = make_cuda_backend(model, {});
   const double ceiling = backend->measure_read_ceiling();
   std::string rows;
+  const std::int32_t steps = backend->info().decode_ahead;
   for (const std::int64_t context : contexts) {
+    const std::int64_t start = std::min(context, backend->info().max_positions - steps);
     const SequenceId id = backend->create_sequence({});
-    std::vector<TokenId> prompt(context);
-    for (std::int64_t i = 0; i < context; ++i)
+    std::vector<TokenId> prompt(start);
+    for (std::int64_t i = 0; i < start; ++i)
       prompt[i] = static_cast<TokenId>(i * 7919 % shape.vocab);
     backend->prefill(id, prompt, {});
-    const std::int32_t steps = backend->info().decode_ahead;
     std::vector<SampledToken> sampled(steps);
     std::vector<double> milliseconds;
-    for (int repeat = 0; repeat < 12; ++repeat) {
+    for (int repeat = -1; repeat < kRepeats; ++repeat) {
       const auto begin = std::chrono::steady_clock::now();
-      backend->decode(std::vector{id}, std::vector<TokenId>{5}, steps, sampled, {});
+      for (int done = 0; done < kTokens; done += steps) {
+        backend->truncate(id, start);
+        backend->decode(std::vector{id}, std::vector<TokenId>{5}, steps, sampled, {});
+      }
       const std::chrono::duration<double, std::milli> took =
           std::chrono::steady_clock::now() - begin;
-      if (repeat > 1) milliseconds.push_back(took.count() / steps);
-      backend->truncate(id, context);
+      if (repeat >= 0) milliseconds.push_back(took.count() / kTokens);
     }
+    backend->truncate(id, start);
+    if (phases) print_phases(*backend, id, shape);
     backend->release_sequence(id);
     const Summary time = summary(milliseconds);
     const double share =
-        decode_bytes(*model, *backend, context + steps / 2) / (time.median * 1e-3) / ceiling;
+        decode_bytes(*model, *backend, start + steps / 2) / (time.median * 1e-3) / ceiling;
     std::fprintf(stderr,
                  "%-12s context %5ld: %.4f ms a token (%.4f to %.4f), %.1f %% of %.3f TB/s\n",
                  shape.name, static_cast<long>(context), time.median, time.low, time.high,
@@ -158,6 +200,7 @@ std::string measure(const Shape& shape, const std::vector<std::int64_t>& context
 int main(int argc, char** argv) {
   std::vector<std::string> wanted(argv + 1, argv + argc);
   std::vector<std::int64_t> contexts = {16, 128, 1024, 1984};
+  const bool phases = std::erase(wanted, "--phases") > 0;
   if (wanted.size() >= 2 && wanted[0] == "--contexts") {
     contexts.clear();
     std::stringstream list(wanted[1]);
@@ -173,7 +216,7 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "decode_time: unknown shape %s\n", name.c_str());
       return 2;
     }
-    all += (all.empty() ? "" : ",\n ") + measure(*shape, contexts);
+    all += (all.empty() ? "" : ",\n ") + measure(*shape, contexts, phases);
   }
   std::printf("[%s]\n", all.c_str());
   return 0;

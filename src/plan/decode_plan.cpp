@@ -9,48 +9,57 @@ namespace clusterfusion::plan {
 namespace {
 
 // Bulk copies of about this size keep memory busy with two of them in flight for each SM; smaller
-// ones are bound by the rate of tickets, larger ones widen the skew at a phase's end.
-constexpr std::int64_t kTargetChunkBytes = 25600;
+// ones are bound by the rate of tickets, larger ones widen the skew at a phase's end. Matrices that
+// are too small for that are cut finer, so that each SM gets a share.
+constexpr std::int64_t kTargetChunkBytes = 20480;
 // Registers: a lane holds `iterations` 16-byte fragments of activations for a matrix.
+constexpr std::int32_t kGoodIterations = 5;
 constexpr std::int32_t kMaxIterations = 10;
-constexpr std::int64_t kSumBytes = 16384;
+// Partial sums: enough for most of what one SM multiplies in a phase; what the ring leaves over is
+// added.
+constexpr std::int64_t kMinSumSlots = 2048;
+constexpr std::int64_t kMaxSumSlots = 8192;
 
-// The cut with the largest chunk up to `limit_bytes` that gives every warp the same work; of
-// equals, the one with the fewest segments (fewest sums).
-std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int64_t limit_bytes) {
-  std::optional<MatrixPlan> best;
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The cut with the fewest segments (fewest sums) that holds at most `max_iterations` fragments.
+std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int32_t max_iterations,
+                              std::int32_t sm_count) {
+  const std::int64_t target =
+      std::min(kTargetChunkBytes,
+               rows * columns * 2 / sm_count);
+  // More rows in a unit only where the columns need it.
   for (std::int32_t unit_rows : {1, 2, 4, 8}) {
     for (std::int32_t segments : {1, 2, 4, 8}) {
       const std::int64_t step = static_cast<std::int64_t>(segments) * (8 / unit_rows) * 32;
-      if (columns % step != 0 || columns / step > kMaxIterations) continue;
-      const std::int64_t rows_step = unit_rows * kConsumerWarps / segments;
-      const std::int64_t steps = limit_bytes / (rows_step * columns * 2);
-      if (steps < 1) continue;
+      if (columns % step != 0 || columns / step > max_iterations) continue;
       MatrixPlan plan;
       plan.rows = rows;
       plan.columns = columns;
       plan.unit_rows = unit_rows;
       plan.segments = segments;
       plan.iterations = static_cast<std::int32_t>(columns / step);
-      plan.rows_per_chunk = static_cast<std::int32_t>(steps * rows_step);
+      // A row may be wider than the target.
+      const std::int64_t units = target / (unit_rows * columns * 2);
+      plan.rows_per_chunk = static_cast<std::int32_t>(std::max<std::int64_t>(units, 1)) * unit_rows;
       plan.chunks =
           static_cast<std::int32_t>((rows + plan.rows_per_chunk - 1) / plan.rows_per_chunk);
-      if (!best || plan.chunk_bytes() > best->chunk_bytes()) best = plan;
+      return plan;
     }
-    if (best) break;  // more rows in a unit only where the columns need it
   }
-  return best;
+  return std::nullopt;
 }
 
-MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns) {
-  // A row may be wider than the target: then a chunk is as small as the warps allow.
-  for (std::int64_t limit = kTargetChunkBytes; limit <= 4 * kTargetChunkBytes; limit *= 2) {
-    if (const auto plan = cut(rows, columns, limit)) return *plan;
-  }
+MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns,
+                       std::int32_t sm_count) {
+  for (const std::int32_t iterations : {kGoodIterations, kMaxIterations})
+    if (const auto plan = cut(rows, columns, iterations, sm_count)) return *plan;
   fail(ErrorKind::unsupported,
        "the streaming decode kernel cannot cut {} [{}, {}]: the number of columns must be a "
-       "multiple "
-       "of 32 (of 256 above 2560) and at most 20480; run this model on the CPU (device \"cpu\")",
+       "multiple of 32 (of 256 above 2560) and at most 20480; run this model on the CPU (device "
+       "\"cpu\")",
        name, rows, columns);
 }
 
@@ -68,34 +77,43 @@ KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
   return kv;
 }
 
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 }  // namespace
 
 DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits) {
   const std::int64_t hidden = config.hidden_size;
   DecodePlan plan;
-  plan.qkv = cut_or_fail("the QKV matrix", 3 * hidden, hidden);
-  plan.attention_out = cut_or_fail("the attention output matrix", hidden, hidden);
-  plan.mlp_up = cut_or_fail("the first MLP matrix", config.intermediate_size, hidden);
-  plan.mlp_down = cut_or_fail("the second MLP matrix", hidden, config.intermediate_size);
-  plan.lm_head = cut_or_fail("the LM head", config.vocab_size, hidden);
+  plan.qkv = cut_or_fail("the QKV matrix", 3 * hidden, hidden, limits.sm_count);
+  plan.attention_out = cut_or_fail("the attention output matrix", hidden, hidden, limits.sm_count);
+  plan.mlp_up =
+      cut_or_fail("the first MLP matrix", config.intermediate_size, hidden, limits.sm_count);
+  plan.mlp_down =
+      cut_or_fail("the second MLP matrix", hidden, config.intermediate_size, limits.sm_count);
+  plan.lm_head = cut_or_fail("the LM head", config.vocab_size, hidden, limits.sm_count);
   for (const MatrixPlan* matrix :
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head}) {
     plan.stage_bytes = std::max(plan.stage_bytes, round_up(matrix->chunk_bytes(), 128));
   }
+  const std::int64_t page_bytes = kKvPagePositions * config.head_dim * 4;
+  plan.stage_bytes = std::max(plan.stage_bytes, std::min(page_bytes, kTargetChunkBytes));
   plan.kv = plan_kv(config, plan.stage_bytes);
-  plan.sum_slots = kSumBytes / 4;
-  const std::int64_t fixed = kControlBytes + kSumBytes + round_up(hidden * 4, 128);
+  // Attention keeps there the warps' states of one head, and its query, key and value twice.
+  std::int64_t sum_slots = std::max<std::int64_t>(
+      kMinSumSlots, kConsumerWarps * (config.head_dim + 2) + 3 * config.head_dim * 2);
+  for (const MatrixPlan* matrix :
+       {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head})
+    sum_slots = std::max<std::int64_t>(sum_slots, matrix->sums_per_chunk());
+  sum_slots = round_up(sum_slots, 32);
+  const std::int64_t fixed = kControlBytes + round_up(hidden * 4, 128);
+  const std::int64_t room = limits.shared_bytes_per_block - fixed;
   plan.stages = static_cast<std::int32_t>(
-      std::min<std::int64_t>(16, (limits.shared_bytes_per_block - fixed) / plan.stage_bytes));
+      std::min<std::int64_t>(16, (room - sum_slots * 4) / plan.stage_bytes));
   require(plan.stages >= 2, ErrorKind::unsupported,
           "the streaming decode kernel needs {} bytes of shared memory a block for hidden size {}, "
           "the device has {}; run this model on the CPU (device \"cpu\")",
-          fixed + 2 * plan.stage_bytes, hidden, limits.shared_bytes_per_block);
-  plan.shared_bytes = fixed + plan.stages * plan.stage_bytes;
+          fixed + sum_slots * 4 + 2 * plan.stage_bytes, hidden, limits.shared_bytes_per_block);
+  const std::int64_t left = (room - plan.stages * plan.stage_bytes) / 128 * 32;
+  plan.sum_slots = static_cast<std::int32_t>(std::clamp(left, sum_slots, kMaxSumSlots));
+  plan.shared_bytes = fixed + plan.sum_slots * 4 + plan.stages * plan.stage_bytes;
   return plan;
 }
 

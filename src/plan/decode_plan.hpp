@@ -24,7 +24,7 @@ namespace clusterfusion::plan {
 inline constexpr std::int32_t kConsumerWarps = 8;
 inline constexpr std::int32_t kKvPagePositions = 64;
 // Shared memory for barriers, labels and small reductions.
-inline constexpr std::int64_t kControlBytes = 4096;
+inline constexpr std::int64_t kControlBytes = 2048;
 
 // What a kernel must know of its device.
 struct DeviceLimits {
@@ -47,9 +47,10 @@ struct MatrixPlan {
   std::int64_t slice_columns() const noexcept { return segment_columns() / slices(); }
   std::int64_t row_bytes() const noexcept { return columns * 2; }
   std::int64_t chunk_bytes() const noexcept { return rows_per_chunk * row_bytes(); }
-  std::int32_t units_per_chunk() const noexcept { return rows_per_chunk / unit_rows * segments; }
-  // Partial sums that a chunk leaves behind: one for each row and segment.
-  std::int32_t sums_per_chunk() const noexcept { return rows_per_chunk * segments; }
+  // Units of one segment in a chunk; the kConsumerWarps / segments warps of a segment share them.
+  std::int32_t units_per_chunk() const noexcept { return rows_per_chunk / unit_rows; }
+  // Partial sums that a chunk leaves behind: one for each row, segment and slice.
+  std::int32_t sums_per_chunk() const noexcept { return rows_per_chunk * segments * slices(); }
 };
 
 // How one (layer, head) of the KV cache is streamed. A page holds, for each layer and head, blocks
@@ -60,6 +61,48 @@ struct KvPlan {
   std::int64_t head_bytes = 0;  // one page, one layer, one head
   std::int64_t page_bytes = 0;  // one page, all layers and heads
 };
+
+// What streams through the ring.
+enum class Stream : std::int32_t { qkv, mlp_up, attention, mlp_down, attention_out, lm_head, none };
+
+// The matrices of a phase are dealt out together, one after the other.
+struct Phase {
+  Stream first = Stream::none;
+  Stream second = Stream::none;
+  bool attention_before = false;  // each SM's own share of attention comes in front
+};
+
+constexpr std::int32_t layer_phases(bool parallel_residual) noexcept {
+  return parallel_residual ? 2 : 4;
+}
+
+// Phase `index` of a layer. Each stream comes behind those whose results it needs.
+constexpr Phase layer_phase(bool parallel_residual, std::int32_t index) noexcept {
+  if (parallel_residual)
+    return index == 0 ? Phase{Stream::qkv, Stream::mlp_up}
+                      : Phase{Stream::mlp_down, Stream::attention_out, true};
+  switch (index) {
+    case 0: return {Stream::qkv};
+    case 1: return {Stream::attention_out, Stream::none, true};
+    case 2: return {Stream::mlp_up};
+    default: return {Stream::mlp_down};
+  }
+}
+
+// How the chunks of a phase are handed out: at first in turns (turn t of SM s is chunk
+// t sm_count + s), so that nothing has to be waited for when the phase begins; then by ticket,
+// because SMs are not served equally.
+struct Deal {
+  std::int32_t turns = 0;
+  std::int32_t first_by_ticket = 0;
+};
+constexpr Deal deal(std::int32_t chunks, std::int32_t percent_in_turns,
+                    std::int32_t sm_count) noexcept {
+  const std::int32_t turns =
+      static_cast<std::int32_t>(static_cast<std::int64_t>(chunks) * percent_in_turns / 100) /
+      sm_count;
+  return {turns, turns * sm_count};
+}
 
 struct DecodePlan {
   MatrixPlan qkv, attention_out, mlp_up, mlp_down, lm_head;
@@ -81,16 +124,21 @@ struct AttentionSplits {
   std::int32_t splits = 0;            // of one head
 };
 
-// The same arithmetic runs on the device, on the position that it has reached.
+// The most splits of a head: one lane of a warp looks at each.
+inline constexpr std::int32_t kMaxSplits = 16;
+
+// At most one task (a split of a head) for each SM: its fixed cost does not repeat, and what is
+// uneven is evened out by the chunks behind it, which go by ticket. The same arithmetic runs on the
+// device, on the position that it has reached.
 constexpr AttentionSplits attention_splits(std::int32_t positions, std::int32_t block_positions,
                                            std::int32_t num_heads, std::int32_t sm_count) {
+  const std::int32_t most = sm_count / num_heads;
+  const std::int32_t max_splits = most < 1 ? 1 : most > kMaxSplits ? kMaxSplits : most;
+  const std::int32_t pages = (positions + kKvPagePositions - 1) / kKvPagePositions;
+  const std::int32_t pages_per_split = (pages + max_splits - 1) / max_splits;
   AttentionSplits result;
   result.blocks = (positions + block_positions - 1) / block_positions;
-  // About two tickets an SM: enough to balance, few enough that their fixed cost stays small.
-  const std::int32_t tickets = 2 * sm_count;
-  const std::int32_t pages_worth = kKvPagePositions / block_positions;
-  const std::int32_t per_split = (result.blocks * num_heads + tickets - 1) / tickets;
-  result.blocks_per_split = per_split < pages_worth ? pages_worth : per_split;
+  result.blocks_per_split = pages_per_split * (kKvPagePositions / block_positions);
   result.splits = (result.blocks + result.blocks_per_split - 1) / result.blocks_per_split;
   return result;
 }

@@ -9,6 +9,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
+#include "backend/cuda/decode/decode_timeline.hpp"
 #include "backend/cuda/device_model.hpp"
 #include "backend/cuda/kv_pool.hpp"
 #include "backend/cuda/memory.hpp"
@@ -23,8 +24,11 @@ namespace {
 
 constexpr std::int32_t kDecodeAhead = 16;
 constexpr std::int64_t kPrefillChunk = 64;
-// More copies under way make the grid barrier's own traffic wait behind them.
+// More copies under way make what the SMs tell each other wait behind them.
 constexpr int kMaxInFlight = 2;
+// A part of a phase is dealt in turns, so that no ticket has to be waited for when it begins.
+constexpr int kStaticPercent = 30;
+constexpr int kTicketChunks = 2;
 
 cudaDeviceProp device_properties() {
   int device = 0;
@@ -41,6 +45,7 @@ StreamedMatrix streamed(const plan::MatrixPlan& plan) {
   matrix.chunks = plan.chunks;
   matrix.unit_rows = plan.unit_rows;
   matrix.units_per_chunk = plan.units_per_chunk();
+  matrix.sums_per_chunk = plan.sums_per_chunk();
   matrix.segments = plan.segments;
   matrix.segments_log2 = std::countr_zero(static_cast<unsigned>(plan.segments));
   matrix.slices_log2 = std::countr_zero(static_cast<unsigned>(plan.slices()));
@@ -190,6 +195,25 @@ class CudaBackend final : public Backend {
     }
   }
 
+  std::vector<TimelineEvent> record_timeline(SequenceId id, TokenId input) override {
+    check_decode(std::span(&id, 1), std::span(&input, 1), 1, {}, {});
+    Sequence& sequence = find(id);
+    reserve(id, sequence.length + 1);
+    const auto sms = static_cast<std::size_t>(properties_.multiProcessorCount);
+    std::vector<std::uint64_t> times(sms * (model_->config().num_layers + 1) *
+                                     static_cast<std::size_t>(TimelinePoint::count));
+    const auto bytes = static_cast<std::int64_t>(times.size() * sizeof(times[0]));
+    const DeviceMemory memory(bytes, "the timeline");
+    check(cudaMemsetAsync(memory.as<>(), 0, bytes, stream_), "clearing the timeline");
+    params_.timeline = memory.as<std::uint64_t>();
+    run(sequence, std::span(&input, 1), 1, 0, false, 0.0f);
+    params_.timeline = nullptr;
+    check(cudaMemcpy(times.data(), memory.as<>(), bytes, cudaMemcpyDeviceToHost),
+          "fetching the timeline");
+    return timeline_events(times, properties_.multiProcessorCount,
+                           static_cast<std::int32_t>(model_->config().num_layers));
+  }
+
   double measure_read_ceiling() override {
     return cuda::measure_read_ceiling(weights_.weights().as<>(), weights_.weights().bytes());
   }
@@ -213,41 +237,39 @@ class CudaBackend final : public Backend {
 
   void allocate_scratch() {
     const ModelConfig& config = model_->config();
-    const std::int64_t max_splits = info_.max_positions / kKvPagePositions + 1;
     const std::int64_t phases = num_phases(config.num_layers, config.parallel_residual);
-    counters_ = DeviceMemory((kPrefillChunk * phases + 2 + config.num_heads) * 4, "counters");
-    scratch_ =
-        DeviceMemory(config.hidden_size * (3 * 4 + 2 + 4 + 4) + config.intermediate_size * 2 +
-                         config.num_heads * max_splits * (config.head_dim + 2) * 4 +
-                         properties_.multiProcessorCount * 2 * sizeof(Candidate) + 8 * 256,
-                     "scratch");
+    counters_ = DeviceMemory((kPrefillChunk * phases + 1) * 4, "counters");
+    params_.tickets = counters_.as<std::uint32_t>();
+    params_.arrivals = params_.tickets + kPrefillChunk * phases;
+    params_.layout = flow_layout();
+    flow_ = DeviceMemory(std::int64_t{kFlowSets} * params_.layout.bytes, "flow vectors");
+    params_.flow = flow_.as<>();
     logits_ = DeviceMemory(kPrefillChunk * config.vocab_size * 4, "logits");
     host_logits_.resize(config.vocab_size);
     tokens_ = DeviceMemory(kPrefillChunk * 4 * 2, "tokens");
-    page_table_ = DeviceMemory((max_splits + 1) * sizeof(char*), "the page table");
+    const std::int64_t pages = info_.max_positions / kKvPagePositions + 1;
+    page_table_ = DeviceMemory(pages * sizeof(char*), "the page table");
     host_chosen_.resize(kPrefillChunk);
+  }
 
-    char* next = scratch_.as<>();
+  FlowLayout flow_layout() const {
+    const ModelConfig& config = model_->config();
+    const std::int32_t sms = properties_.multiProcessorCount;
+    const auto tasks = std::max<std::int64_t>(sms, config.num_heads);
+    FlowLayout layout{};
     const auto take = [&](std::int64_t bytes) {
-      char* result = next;
-      next += (bytes + 255) / 256 * 256;
-      return result;
+      const std::int32_t offset = layout.bytes;
+      layout.bytes += static_cast<std::int32_t>((bytes + 255) / 256 * 256);
+      return offset;
     };
-    DecodeScratch& scratch = params_.scratch;
-    scratch.qkv = reinterpret_cast<float*>(take(config.hidden_size * 12));
-    scratch.attention = take(config.hidden_size * 2);
-    scratch.mlp = take(config.intermediate_size * 2);
-    scratch.delta_attention = reinterpret_cast<float*>(take(config.hidden_size * 4));
-    scratch.delta_mlp = reinterpret_cast<float*>(take(config.hidden_size * 4));
-    scratch.split_state = reinterpret_cast<float*>(take(config.num_heads * max_splits * 8));
-    scratch.split_output =
-        reinterpret_cast<float*>(take(config.num_heads * max_splits * config.head_dim * 4));
-    scratch.candidates = reinterpret_cast<Candidate*>(
-        take(properties_.multiProcessorCount * 2 * static_cast<std::int64_t>(sizeof(Candidate))));
-    scratch.tickets = counters_.as<std::uint32_t>();
-    scratch.arrivals = scratch.tickets + kPrefillChunk * phases;
-    scratch.heads_done = scratch.arrivals + 1;
-    scratch.splits_done = scratch.heads_done + 1;
+    layout.qkv = take(config.hidden_size * 12);
+    layout.mlp = take(config.intermediate_size * 2);
+    layout.attention = take(config.hidden_size * 2);
+    layout.delta_attention = take(config.hidden_size * 4);
+    layout.delta_mlp = take(config.hidden_size * 4);
+    layout.partials = take(tasks * (config.head_dim + 2) * 4);
+    layout.candidates = take(sms * static_cast<std::int64_t>(sizeof(Candidate)));
+    return layout;
   }
 
   void fill_params() {
@@ -258,7 +280,8 @@ class CudaBackend final : public Backend {
     p.mlp_up = streamed(plan_.mlp_up);
     p.mlp_down = streamed(plan_.mlp_down);
     p.lm_head = streamed(plan_.lm_head);
-    p.layers = weights_.layers();
+    p.first_layer = weights_.first_layer();
+    p.layer_stride = weights_.layer_stride();
     p.embedding = weights_.embedding();
     p.lm_head_weight = weights_.lm_head();
     p.final_norm_weight = weights_.final_norm_weight();
@@ -278,6 +301,8 @@ class CudaBackend final : public Backend {
     p.stage_bytes = static_cast<std::int32_t>(plan_.stage_bytes);
     p.sum_slots = plan_.sum_slots;
     p.max_in_flight = std::min<std::int32_t>(kMaxInFlight, plan_.stages);
+    p.static_percent = kStaticPercent;
+    p.ticket_chunks = kTicketChunks;
     p.kv_pages = page_table_.as<char*>();
     p.kv_head_bytes = static_cast<std::int32_t>(plan_.kv.head_bytes);
     p.kv_block_bytes = static_cast<std::int32_t>(plan_.kv.block_bytes);
@@ -331,6 +356,7 @@ class CudaBackend final : public Backend {
   void run(Sequence& sequence, std::span<const TokenId> given, std::int64_t steps,
            std::int64_t first_scored, bool want_logits, float temperature) {
     check(cudaMemsetAsync(counters_.as<>(), 0, counters_.bytes(), stream_), "clearing counters");
+    check(cudaMemsetAsync(flow_.as<>(), 0xff, flow_.bytes(), stream_), "clearing flow vectors");
     check(cudaMemcpyAsync(tokens_.as<>(), given.data(), given.size_bytes(), cudaMemcpyHostToDevice,
                           stream_),
           "sending tokens");
@@ -400,7 +426,7 @@ class CudaBackend final : public Backend {
   DeviceModel weights_;
   KvPool pool_;
   BackendInfo info_;
-  DeviceMemory counters_, scratch_, logits_, tokens_, page_table_;
+  DeviceMemory counters_, flow_, logits_, tokens_, page_table_;
   std::vector<float> host_logits_;
   std::vector<std::int32_t> host_chosen_;
   DecodeParams params_{};

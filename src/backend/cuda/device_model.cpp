@@ -198,6 +198,9 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
   }
   copy_parts(model, arena, weights_.as<>(), options);
   layers_ = to_device(layers, "the list of layers");
+  // All layers have the same shapes, so they lie one after another at one distance.
+  first_layer_ = layers.front();
+  if (layers.size() > 1) layer_stride_ = layers[1].qkv - layers[0].qkv;
   rotary_ = to_device(rotary_table(config), "the rotary tables");
 }
 

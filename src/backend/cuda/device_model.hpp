@@ -30,6 +30,9 @@ class DeviceModel {
   DeviceModel(const Model& model, const DeviceModelOptions& options);
 
   const StreamedLayer* layers() const noexcept { return layers_.as<StreamedLayer>(); }
+  // The first layer, and the bytes from each pointer of a layer to the same one of the next.
+  const StreamedLayer& first_layer() const noexcept { return first_layer_; }
+  std::int64_t layer_stride() const noexcept { return layer_stride_; }
   const char* embedding() const noexcept { return embedding_; }
   const char* lm_head() const noexcept { return lm_head_; }
   const void* final_norm_weight() const noexcept { return final_norm_weight_; }
@@ -41,6 +44,8 @@ class DeviceModel {
 
  private:
   DeviceMemory weights_, layers_, rotary_;
+  StreamedLayer first_layer_{};
+  std::int64_t layer_stride_ = 0;
   const char* embedding_ = nullptr;
   const char* lm_head_ = nullptr;
   const void* final_norm_weight_ = nullptr;

@@ -5,6 +5,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <numeric>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -51,22 +54,28 @@ ModelConfig config_of(const Shape& shape) {
   return config;
 }
 
-// Counts how often the lanes of all warps touch each element of one chunk, as the kernel computes
-// its addresses.
-std::vector<int> touched(const MatrixPlan& plan) {
-  std::vector<int> count(plan.rows_per_chunk * plan.columns, 0);
-  for (int warp = 0; warp < kConsumerWarps; ++warp)
-    for (int unit = warp; unit < plan.units_per_chunk(); unit += kConsumerWarps)
-      for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < plan.iterations; ++i)
-          for (int element = 0; element < 8; ++element) {
-            const int g = lane / 4, q = lane % 4;
-            const std::int64_t row = unit / plan.segments * plan.unit_rows + g / plan.slices();
-            const std::int64_t column = warp % plan.segments * plan.segment_columns() +
-                                        g % plan.slices() * plan.slice_columns() + 32 * i + 8 * q +
-                                        element;
-            ++count.at(row * plan.columns + column);
-          }
+// Counts how often the lanes of all warps touch each element of some chunks, as the kernel goes
+// through them: the warps of a segment take its units in turns, across chunks.
+std::vector<int> touched(const MatrixPlan& plan, int chunks) {
+  const std::int64_t chunk_elements = plan.rows_per_chunk * plan.columns;
+  std::vector<int> count(chunks * chunk_elements, 0);
+  for (int warp = 0; warp < kConsumerWarps; ++warp) {
+    int turn = warp / plan.segments;
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      for (; turn < plan.units_per_chunk(); turn += kConsumerWarps / plan.segments)
+        for (int lane = 0; lane < 32; ++lane)
+          for (int i = 0; i < plan.iterations; ++i)
+            for (int element = 0; element < 8; ++element) {
+              const int g = lane / 4, q = lane % 4;
+              const std::int64_t row = turn * plan.unit_rows + g / plan.slices();
+              const std::int64_t column = warp % plan.segments * plan.segment_columns() +
+                                          g % plan.slices() * plan.slice_columns() + 32 * i +
+                                          8 * q + element;
+              ++count.at(chunk * chunk_elements + row * plan.columns + column);
+            }
+      turn -= plan.units_per_chunk();
+    }
+  }
   return count;
 }
 
@@ -77,10 +86,10 @@ class EveryShape : public testing::TestWithParam<Shape> {
   }
 };
 
-TEST_P(EveryShape, TouchesEachElementOfAChunkOnce) {
+TEST_P(EveryShape, TouchesEachElementOnce) {
   const DecodePlan plan = make_decode_plan(config_of(GetParam()), kHopper);
   for (const MatrixPlan& matrix : matrices(plan)) {
-    EXPECT_THAT(touched(matrix), testing::Each(1)) << matrix.rows << " x " << matrix.columns;
+    EXPECT_THAT(touched(matrix, 3), testing::Each(1)) << matrix.rows << " x " << matrix.columns;
     // A warp's activations stay in registers: its segment must not depend on the unit.
     EXPECT_EQ(kConsumerWarps % matrix.segments, 0);
   }
@@ -101,7 +110,7 @@ TEST_P(EveryShape, FitsIntoSharedMemory) {
     const ModelConfig config = config_of(GetParam());
     // The widest rows need more than the small chips have for two stages.
     if (limits.shared_bytes_per_block == kBlackwell.shared_bytes_per_block &&
-        config.hidden_size >= 4096) {
+        config.hidden_size >= 5120) {
       EXPECT_THROW(make_decode_plan(config, limits), Error);
       continue;
     }
@@ -142,9 +151,56 @@ TEST(AttentionSplits, CoverEveryBlockOnceWithinTheirBound) {
           EXPECT_EQ(splits.blocks, (positions + block_positions - 1) / block_positions);
           EXPECT_GE(splits.splits * splits.blocks_per_split, splits.blocks);
           EXPECT_LT((splits.splits - 1) * splits.blocks_per_split, splits.blocks);
-          // What the backend allocates for.
-          EXPECT_LE(splits.splits, positions / kKvPagePositions + 1);
+          // One task for an SM, and what the combiners can take.
+          EXPECT_LE(splits.splits * heads, std::max(sms, heads));
+          EXPECT_LE(splits.splits, kMaxSplits);
         }
+}
+
+// SMs draw tickets in any order; each chunk must be handed out once.
+TEST(Deal, HandsOutEachChunkOnce) {
+  std::mt19937 random(5);
+  for (const int sms : {1, 7, 131, 132, 170})
+    for (const int chunks : {0, 1, 5, 131, 132, 133, 3584, 10061})
+      for (const int percent : {0, 30, 70, 100})
+        for (const int ticket_chunks : {1, 2, 3}) {
+          const Deal dealt = deal(chunks, percent, sms);
+          std::vector<int> count(chunks, 0);
+          for (int sm = 0; sm < sms; ++sm)
+            for (int turn = 0; turn < dealt.turns; ++turn) ++count.at(turn * sms + sm);
+          std::vector<int> drawing(sms);
+          std::iota(drawing.begin(), drawing.end(), 0);
+          for (int ticket = dealt.first_by_ticket; !drawing.empty(); ticket += ticket_chunks) {
+            const auto who = random() % drawing.size();
+            if (ticket >= chunks) drawing.erase(drawing.begin() + static_cast<long>(who));
+            for (int chunk = ticket; chunk < std::min(ticket + ticket_chunks, chunks); ++chunk)
+              ++count.at(chunk);
+          }
+          ASSERT_THAT(count, testing::Each(1))
+              << sms << " SMs, " << chunks << " chunks, " << percent << " %";
+        }
+}
+
+// The streams of a layer in order; behind each what must have come before it.
+TEST(LayerPhases, KeepEveryDependency) {
+  for (const bool parallel : {true, false}) {
+    std::vector<Stream> order;
+    for (int i = 0; i < layer_phases(parallel); ++i) {
+      const Phase phase = layer_phase(parallel, i);
+      if (phase.attention_before) order.push_back(Stream::attention);
+      order.push_back(phase.first);
+      if (phase.second != Stream::none) order.push_back(phase.second);
+    }
+    EXPECT_THAT(order, testing::UnorderedElementsAre(Stream::qkv, Stream::mlp_up, Stream::attention,
+                                                     Stream::mlp_down, Stream::attention_out));
+    const auto at = [&](Stream stream) { return std::find(order.begin(), order.end(), stream); };
+    EXPECT_LT(at(Stream::qkv), at(Stream::attention));
+    EXPECT_LT(at(Stream::attention), at(Stream::attention_out));
+    EXPECT_LT(at(Stream::mlp_up), at(Stream::mlp_down));
+    if (!parallel) {
+      EXPECT_LT(at(Stream::attention_out), at(Stream::mlp_up));
+    }
+  }
 }
 
 TEST(MakeDecodePlan, RefusesWhatItCannotStream) {

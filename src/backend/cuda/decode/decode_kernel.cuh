@@ -1,92 +1,37 @@
 // The streaming decode step: one block on each SM, all layers, one launch for many tokens.
 //
-// A producer thread streams weight chunks and KV blocks into a ring in shared memory; it needs no
-// result of the computation to know what comes next, so memory never waits. Eight consumer warps
-// multiply. Chunks are handed out by tickets; every output row is computed whole, in a fixed order,
-// so the same input gives the same bits no matter who drew what.
+// Roles of a block's warps
+//   8 consumers   multiply what has landed in the ring, on the tensor cores
+//   1 producer    streams weight chunks and KV blocks into the ring; it needs no result to know
+//                 what comes next, so memory never waits
+//   1 sweeper     makes the vectors usable again through which blocks tell each other results
+//   2 combiners   merge the splits of a long context's attention
+// Every output row is computed whole, in a fixed order, by whoever was dealt it, so the same input
+// gives the same bits. Blocks meet nowhere: a block waits for the elements it reads, no more.
 //
-// Phases of a layer, each followed by a grid barrier:
-//   parallel residual    (1) LayerNorm, QKV, MLP up   (2) attention, MLP down, attention output
-//   sequential residual  (1) LayerNorm, QKV   (2) attention, attention output
-//                        (3) LayerNorm, MLP up   (4) MLP down
+// The stream of a layer
+//   parallel residual    QKV, MLP up, attention, MLP down, attention output
+//   sequential residual  QKV, attention, attention output, MLP up, MLP down
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "backend/cuda/decode/decode_combiner.cuh"
+#include "backend/cuda/decode/decode_common.cuh"
 #include "backend/cuda/decode/decode_kernel.hpp"
-#include "backend/cuda/decode/decode_params.hpp"
-#include "backend/cuda/device/grid_barrier.cuh"
+#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/decode/decode_producer.cuh"
+#include "backend/cuda/decode/decode_sweeper.cuh"
 #include "backend/cuda/device/mma.cuh"
-#include "backend/cuda/device/reduce.cuh"
 #include "backend/cuda/device/registers.cuh"
-#include "backend/cuda/device/ring.cuh"
+#include "backend/cuda/device/shared_memory.cuh"
 #include "sampling/philox.hpp"
 
 namespace clusterfusion::cuda {
 
-using namespace device;
-
-inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
-inline constexpr int kProducerRegisters = 40;
-inline constexpr int kConsumerRegisters = 232;
-inline constexpr int kMaxChunkSlots = 512;
-
-enum RingKind : int { kQkv, kMlpUp, kAttention, kMlpDown, kAttentionOut, kLmHead, kPhaseEnd };
-
-// Shared memory: control, activations, sums, ring. The sizes are those of DecodePlan.
-struct SharedControl {
-  RingControl ring;
-  float reduce[2][plan::kConsumerWarps];
-  Candidate candidate[plan::kConsumerWarps];
-  int chunk_of_slot[kMaxChunkSlots];
-  int token;
-  int split_is_last;
-  // Completes when a step after the first begins: what the step before has written to the KV cache
-  // may now be streamed.
-  std::uint64_t step_begun;
-};
-static_assert(sizeof(SharedControl) <= plan::kControlBytes);
-
-// Two floats, rounded, packed with the first in the low half.
-template <typename T>
-__device__ __forceinline__ std::uint32_t pack(float low, float high) {
-  if constexpr (MmaInput<T>::kIsHalf) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const std::uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const std::uint32_t*>(&pair);
-  }
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(std::uint32_t pair) {
-  if constexpr (MmaInput<T>::kIsHalf) {
-    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
-  } else {
-    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
-  }
-}
-
-__device__ __forceinline__ float activate(Activation activation, float x) {
-  switch (activation) {
-    case Activation::gelu_erf: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
-    case Activation::gelu_tanh: {
-      const float inner = 0.79788456080286536f * (x + 0.044715f * x * x * x);
-      return 0.5f * x * (1.0f + tanhf(inner));
-    }
-    case Activation::gelu_quick: return x / (1.0f + expf(-1.702f * x));
-    case Activation::relu: return fmaxf(x, 0.0f);
-    case Activation::relu_squared: return fmaxf(x, 0.0f) * fmaxf(x, 0.0f);
-    case Activation::silu: return x / (1.0f + expf(-x));
-    case Activation::mish: return x * tanhf(x > 20.0f ? x : log1pf(expf(x)));
-    case Activation::tanh: return tanhf(x);
-    case Activation::sigmoid: return 1.0f / (1.0f + expf(-x));
-    case Activation::identity: return x;
-  }
-  return x;
-}
+inline constexpr int kProducerRegisters = 56;
+inline constexpr int kConsumerRegisters = 224;
 
 // Activations of one matrix as tensor-core fragments: what this lane's slice needs.
 template <int kMaxIterations>
@@ -110,110 +55,35 @@ class DecodeStep {
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         g(threadIdx.x % 32 / 4),
-        q(threadIdx.x % 4) {}
+        q(threadIdx.x % 4),
+        zero(0),
+        ring(&control->ring, ring_data, params.stages, params.stage_bytes) {}
 
   __device__ __forceinline__ void run() {
     if (thread == 0) {
       ring_init(&control->ring, p.stages, plan::kConsumerWarps);
-      mbarrier_init(&control->step_begun, 1);
-      mbarrier_fence_init();
+      control->begun = control->swept = 0;
+      control->zero = 0;
     }
     __syncthreads();
-    if (thread >= kConsumerThreads) {
-      give_up_registers<kProducerRegisters>();
-      if (thread == kConsumerThreads) produce();
-    } else {
+    if (warp < plan::kConsumerWarps) {
       take_registers<kConsumerRegisters>();
+      zero = static_cast<int>(block_counter_load(&control->zero));
+      ring = RingConsumer(&control->ring, ring_data, p.stages + zero, p.stage_bytes + zero);
       consume();
+      return;
+    }
+    give_up_registers<kProducerRegisters>();
+    switch (warp - plan::kConsumerWarps) {
+      case 0:
+        if (lane == 0) DecodeProducer(p, control, ring_data).run();
+        break;
+      case 1: sweep(p, control, lane); break;
+      default: SplitCombiner<T>(p, control, warp - plan::kConsumerWarps - 2).run();
     }
   }
 
  private:
-  // ---------------------------------------------------------------- producer
-
-  __device__ __forceinline__ void push_chunk(RingProducer& ring, RingKind kind,
-                                             const StreamedMatrix& matrix, const char* weights,
-                                             int chunk) {
-    const int first_row = chunk * matrix.rows_per_chunk;
-    const int rows = min(matrix.rows_per_chunk, matrix.rows - first_row);
-    ring.push({kind, chunk, 0, 0},
-              weights + static_cast<std::int64_t>(first_row) * matrix.row_bytes,
-              rows * matrix.row_bytes);
-  }
-
-  __device__ __forceinline__ void push_attention(RingProducer& ring, int ticket, int layer,
-                                                 int position) {
-    const plan::AttentionSplits splits = splits_at(position);
-    const int head = ticket / splits.splits;
-    const int first = ticket % splits.splits * splits.blocks_per_split;
-    const int end = min(first + splits.blocks_per_split, splits.blocks);
-    for (int block = first; block < end; ++block) {
-      ring.push({kAttention, ticket, block, block + 1 == end}, kv_block(layer, head, block),
-                p.kv_block_bytes);
-    }
-  }
-
-  // Draws tickets of one phase until they run out; `push` gets each ticket. The next ticket is
-  // asked for while this one is pushed.
-  template <typename Push>
-  __device__ __forceinline__ static void draw(std::uint32_t* counter, int count, Push&& push) {
-    int ticket = static_cast<int>(atomicAdd(counter, 1u));
-    while (ticket < count) {
-      const int next = static_cast<int>(atomicAdd(counter, 1u));
-      push(ticket);
-      ticket = next;
-    }
-  }
-
-  __device__ __forceinline__ void produce() {
-    RingProducer ring{&control->ring, ring_data, p.stages, p.stage_bytes, p.max_in_flight};
-    // Every phase of every step has a counter of its own: this producer may be a step ahead of
-    // another that has not drawn its last ticket yet.
-    std::uint32_t* counter = p.scratch.tickets;
-    for (int step = 0; step < p.steps; ++step) {
-      const int position = p.first_position + step;
-      const int attention_tickets = p.num_heads * splits_at(position).splits;
-      const auto phase = [&](int count, auto&& push) {
-        draw(counter++, count, push);
-        ring.push({kPhaseEnd, 0, 0, 0}, nullptr, 0);
-      };
-      for (int layer = 0; layer < p.num_layers; ++layer) {
-        const StreamedLayer& weights = p.layers[layer];
-        const auto up = [&](int t) { push_chunk(ring, kMlpUp, p.mlp_up, weights.mlp_up, t); };
-        const auto down = [&](int t) {
-          push_chunk(ring, kMlpDown, p.mlp_down, weights.mlp_down, t);
-        };
-        const int up_with_qkv = p.parallel_residual ? p.mlp_up.chunks : 0;
-        phase(p.qkv.chunks + up_with_qkv, [&](int t) {
-          if (t < p.qkv.chunks)
-            push_chunk(ring, kQkv, p.qkv, weights.qkv, t);
-          else
-            up(t - p.qkv.chunks);
-        });
-        if (layer == 0 && step > 0) {
-          mbarrier_wait(&control->step_begun, (step - 1) & 1);
-          fence_before_bulk_copy();
-        }
-        const int down_with_attention = p.parallel_residual ? p.mlp_down.chunks : 0;
-        phase(attention_tickets + down_with_attention + p.attention_out.chunks, [&](int t) {
-          if (t < attention_tickets)
-            push_attention(ring, t, layer, position);
-          else if ((t -= attention_tickets) < down_with_attention)
-            down(t);
-          else
-            push_chunk(ring, kAttentionOut, p.attention_out, weights.attention_out,
-                       t - down_with_attention);
-        });
-        if (p.parallel_residual) continue;
-        phase(p.mlp_up.chunks, up);
-        phase(p.mlp_down.chunks, down);
-      }
-      if (step < p.first_scored_step) continue;
-      phase(p.lm_head.chunks,
-            [&](int t) { push_chunk(ring, kLmHead, p.lm_head, p.lm_head_weight, t); });
-    }
-  }
-
   // ---------------------------------------------------------------- consumers
 
   // The compiler may not know these any more. Else it computes the addresses of all phases once, in
@@ -226,26 +96,28 @@ class DecodeStep {
     asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
   }
 
-  __device__ __forceinline__ void grid_barrier() {
-    consumer_barrier();
-    arrivals_target += gridDim.x;
-    if (thread == 0) {
-      counter_add_release(p.scratch.arrivals, 1);
-      counter_wait(p.scratch.arrivals, arrivals_target);
-    }
-    consumer_barrier();
+  __device__ __forceinline__ void mark(TimelinePoint point) const {
+    if (p.timeline == nullptr || thread != 0) return;
+    std::uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    constexpr int kPoints = static_cast<int>(TimelinePoint::count);
+    p.timeline[(static_cast<std::int64_t>(blockIdx.x) * p.steps * epochs_per_step(p) + epoch) *
+                   kPoints +
+               static_cast<int>(point)] = now;
   }
 
-  __device__ __forceinline__ plan::AttentionSplits splits_at(int position) const {
-    return plan::attention_splits(position + 1, p.kv_block_positions, p.num_heads, gridDim.x);
+  // A flow vector of this epoch.
+  template <typename Element>
+  __device__ __forceinline__ Element* flow(std::int32_t offset) const {
+    return reinterpret_cast<Element*>(flow_set(p, epoch) + offset);
   }
 
-  __device__ __forceinline__ char* kv_block(int layer, int head, int block) const {
-    const int first = block * p.kv_block_positions;
-    const int block_in_page = first % plan::kKvPagePositions / p.kv_block_positions;
-    return p.kv_pages[first / plan::kKvPagePositions] +
-           static_cast<std::int64_t>(layer * p.num_heads + head) * p.kv_head_bytes +
-           static_cast<std::int64_t>(block_in_page) * p.kv_block_bytes;
+  // To be called when this block has read all that it needs of earlier epochs, by all threads, with
+  // a barrier before and one behind.
+  __device__ __forceinline__ void begin_epoch() {
+    if (thread != 0) return;
+    block_counter_store(&control->begun, epoch + 1);
+    block_counter_wait(&control->swept, epoch);
   }
 
   // Element offset of this lane's first 8 values in a row segment of its warp.
@@ -254,14 +126,26 @@ class DecodeStep {
            (g & ((1 << matrix.slices_log2) - 1)) * matrix.slice_columns + q * 8;
   }
 
-  // A row of 16-bit activations in global memory as fragments; written by other SMs, so from L2.
-  __device__ __forceinline__ void load_activations(const StreamedMatrix& matrix, const void* source,
-                                                   Frag& fragments) const {
-    const auto* first =
-        reinterpret_cast<const uint4*>(static_cast<const T*>(source) + lane_column(matrix));
+  // A flow vector of 16-bit activations as fragments: asks for them once ...
+  __device__ __forceinline__ void ask_activations(const StreamedMatrix& matrix, std::int32_t offset,
+                                                  Frag& fragments) const {
+    const T* first = flow<const T>(offset) + lane_column(matrix);
 #pragma unroll
-    for (int i = 0; i < kMaxIterations; ++i)
-      if (i < matrix.iterations) fragments.value[i] = __ldcg(first + i * 4);
+    for (int i = 0; i < kMaxIterations; ++i) {
+      fragments.value[i] = make_uint4(0, 0, 0, 0);
+      if (i < matrix.iterations) fragments.value[i] = flow_load_4(first + i * 32);
+    }
+  }
+  // ... and again until all that this lane needs are there.
+  __device__ __forceinline__ void wait_activations(const StreamedMatrix& matrix,
+                                                   std::int32_t offset, Frag& fragments) const {
+    while (true) {
+      bool missing = false;
+#pragma unroll
+      for (int i = 0; i < kMaxIterations; ++i) missing |= any_empty_half(fragments.value[i]);
+      if (!missing) return;
+      ask_activations(matrix, offset, fragments);
+    }
   }
 
   // This thread's pairs of a vector of hidden_size elements: pair j starts at element(j).
@@ -278,6 +162,7 @@ class DecodeStep {
                                             Norm& norm) const {
 #pragma unroll
     for (int j = 0; j < kMaxIterations; ++j) {
+      norm.weight[j] = norm.bias[j] = 0;
       if (!holds(j)) continue;
       norm.weight[j] = __ldg(static_cast<const std::uint32_t*>(weight) + element(j) / 2);
       norm.bias[j] = __ldg(static_cast<const std::uint32_t*>(bias) + element(j) / 2);
@@ -298,12 +183,13 @@ class DecodeStep {
     float mean, inverse_deviation;
   };
   // Mean and deviation of x in two passes over registers: safe for any mean.
-  __device__ __forceinline__ Moments moments() {
+  __device__ __forceinline__ Moments moments(bool first_of_epoch) {
     float sum = 0.0f;
 #pragma unroll
     for (int j = 0; j < kMaxIterations; ++j)
       if (holds(j)) sum += x[j].x + x[j].y;
     const float mean = block_sum(sum, 0) / p.hidden_size;
+    if (first_of_epoch) begin_epoch();
     float squares = 0.0f;
 #pragma unroll
     for (int j = 0; j < kMaxIterations; ++j) {
@@ -317,15 +203,16 @@ class DecodeStep {
 
   // Writes normalised x, rounded, to one of the two inputs in shared memory.
   __device__ __forceinline__ void normalise(const Moments& moments, const Norm& norm, int input) {
+    auto* output = reinterpret_cast<std::uint32_t*>(normed + input * p.hidden_size);
 #pragma unroll
     for (int j = 0; j < kMaxIterations; ++j) {
-      if (!holds(j)) continue;
       const float2 weight = unpack<T>(norm.weight[j]);
       const float2 bias = unpack<T>(norm.bias[j]);
       const float first = (x[j].x - moments.mean) * moments.inverse_deviation;
       const float second = (x[j].y - moments.mean) * moments.inverse_deviation;
-      reinterpret_cast<std::uint32_t*>(normed + input * p.hidden_size)[element(j) / 2] =
+      const std::uint32_t rounded =
           pack<T>(fmaf(first, weight.x, bias.x), fmaf(second, weight.y, bias.y));
+      if (holds(j)) output[operand_order(element(j)) / 2] = rounded;
     }
   }
 
@@ -336,120 +223,196 @@ class DecodeStep {
         reinterpret_cast<const uint4*>(normed + input * p.hidden_size + lane_column(matrix));
 #pragma unroll
     for (int i = 0; i < kMaxIterations; ++i)
-      if (i < matrix.iterations) fragments.value[i] = first[i * 4];
+      fragments.value[i] = i < matrix.iterations ? first[i * 4] : make_uint4(0, 0, 0, 0);
   }
 
-  // x += the sums that the phase before has left in global memory; all loads first.
+  // x += one or two flow vectors; all loads first, and again for what is missing.
   __device__ __forceinline__ void add_deltas(const float* first, const float* second) {
-    float2 delta[kMaxIterations], other[kMaxIterations];
+    uint2 delta[kMaxIterations], other[kMaxIterations];
+    bool missing = true;
+    while (missing) {
+      missing = false;
 #pragma unroll
-    for (int j = 0; j < kMaxIterations; ++j) {
-      delta[j] = other[j] = make_float2(0.0f, 0.0f);
-      if (!holds(j)) continue;
-      delta[j] = __ldcg(reinterpret_cast<const float2*>(first + element(j)));
-      if (second != nullptr)
-        other[j] = __ldcg(reinterpret_cast<const float2*>(second + element(j)));
+      for (int j = 0; j < kMaxIterations; ++j) {
+        delta[j] = other[j] = make_uint2(0, 0);
+        if (!holds(j)) continue;
+        delta[j] = flow_load_2(first + element(j));
+        if (second != nullptr) other[j] = flow_load_2(second + element(j));
+      }
+#pragma unroll
+      for (int j = 0; j < kMaxIterations; ++j)
+        missing |= delta[j].x == kEmpty || delta[j].y == kEmpty || other[j].x == kEmpty ||
+                   other[j].y == kEmpty;
     }
 #pragma unroll
     for (int j = 0; j < kMaxIterations; ++j) {
-      x[j].x += delta[j].x + other[j].x;
-      x[j].y += delta[j].y + other[j].y;
+      x[j].x += __uint_as_float(delta[j].x) + __uint_as_float(other[j].x);
+      x[j].y += __uint_as_float(delta[j].y) + __uint_as_float(other[j].y);
     }
   }
 
-  // What the layer before still owes x.
+  // What the layer of the epoch before still owes x.
   __device__ __forceinline__ void add_layer() {
-    if (p.parallel_residual)
-      add_deltas(p.scratch.delta_attention, p.scratch.delta_mlp);
-    else
-      add_deltas(p.scratch.delta_mlp, nullptr);
+    char* before = flow_set(p, epoch - 1);
+    const auto* attention = reinterpret_cast<const float*>(before + p.layout.delta_attention);
+    const auto* mlp = reinterpret_cast<const float*>(before + p.layout.delta_mlp);
+    add_deltas(mlp, p.parallel_residual ? attention : nullptr);
   }
 
-  // Multiplies all chunks of `kind` at the ring's head and hands each row's sum, bias included, to
-  // `finish`. `bias` may be null.
-  template <typename Finish>
-  __device__ __forceinline__ void multiply(RingKind kind, const StreamedMatrix& matrix,
+  __device__ __forceinline__ void release_stage() {
+    ring.release(lane);
+    next_id = ring.announced();
+  }
+  __device__ __forceinline__ bool comes(Stream stream) const {
+    return next_id == ring_id(epoch, stream);
+  }
+
+  // A warp's way through the units of its segment, chunk after chunk. All in registers and by
+  // increments: between two chunks there is no time to compute addresses.
+  struct Turns {
+    int turn;                   // the next unit of this warp in the current chunk
+    int offset;                 // in the chunk, of this lane's first values of that unit
+    std::uint32_t sum_address;  // where this lane's sum of that unit goes
+    // From one unit of this warp to the next.
+    int turn_step, offset_step, sum_step;
+    int chunk_units, chunk_bytes, iterations;
+    int holds_sum;
+
+    __device__ __forceinline__ Turns(const DecodeStep& step, const StreamedMatrix& matrix) {
+      const int row_in_unit = step.g >> matrix.slices_log2;
+      const int segment = step.warp & (matrix.segments - 1);
+      const int slice = step.g & ((1 << matrix.slices_log2) - 1);
+      // Each (row, segment, slice) has a sum.
+      const int row_sums_log2 = matrix.segments_log2 + matrix.slices_log2;
+      const int unit_bytes = matrix.unit_rows * matrix.row_bytes;
+      const int unit_sums = matrix.unit_rows << row_sums_log2;
+      turn = step.warp >> matrix.segments_log2;
+      offset = turn * unit_bytes + row_in_unit * matrix.row_bytes + step.lane_column(matrix) * 2;
+      const int sum = turn * unit_sums + (row_in_unit << row_sums_log2) +
+                      (segment << matrix.slices_log2) + slice;
+      sum_address = shared_address(step.sums + sum);
+      turn_step = (plan::kConsumerWarps >> matrix.segments_log2) + step.zero;
+      offset_step = turn_step * unit_bytes;
+      sum_step = turn_step * unit_sums * 4;
+      chunk_units = matrix.units_per_chunk + step.zero;
+      chunk_bytes = chunk_units * unit_bytes;
+      iterations = matrix.iterations + step.zero;
+      holds_sum = step.q == step.g / 2;
+    }
+
+    __device__ __forceinline__ void multiply_chunk(std::uint32_t chunk, const Frag& fragments) {
+#pragma unroll 1
+      for (; turn < chunk_units; turn += turn_step) {
+        const float value = dot(chunk + offset, iterations, fragments);
+        if (holds_sum != 0) store_shared(sum_address, value);
+        offset += offset_step;
+        sum_address += sum_step;
+      }
+      turn -= chunk_units;
+      offset -= chunk_bytes;
+    }
+  };
+
+  // Multiplies all chunks of `stream` that come next, and hands each row's sum, bias included, to
+  // `finish`. `bias` may be null. `ahead` is called when the last chunk is multiplied, before the
+  // rows are finished: the place to ask for what comes next.
+  template <typename Finish, typename Ahead>
+  __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
                                            const Frag& fragments, const float* bias,
-                                           Finish&& finish) {
+                                           Finish&& finish, Ahead&& ahead) {
     forget_indices();
-    const int row_in_unit = g >> matrix.slices_log2;
-    const int segment = warp & (matrix.segments - 1);
-    const int offset = row_in_unit * matrix.row_bytes + lane_column(matrix) * 2;
-    const bool writes = (lane & ((4 << matrix.slices_log2) - 1)) == 0;
-    const int max_slots =
-        min(kMaxChunkSlots, p.sum_slots / (matrix.rows_per_chunk * matrix.segments));
+    const int chunk_sums = matrix.sums_per_chunk;
+    const int max_slots = min(kMaxChunkSlots, p.sum_slots / chunk_sums);
     // The row that this thread will finish first, so that its bias can be fetched ahead.
-    const int early_slot = thread / matrix.rows_per_chunk;
+    const int early_row = thread >> matrix.segments_log2;
+    const int early_slot = bias != nullptr ? early_row / matrix.rows_per_chunk : kMaxChunkSlots;
     float early_bias = 0.0f;
+    Turns turns(*this, matrix);
     int slot = 0;
-    while (true) {
+    while (comes(stream)) {
       const RingLabel label = ring.wait();
-      if (label.kind != kind) break;
-      if (slot == early_slot && bias != nullptr) {
-        const int row = label.index * matrix.rows_per_chunk + thread - slot * matrix.rows_per_chunk;
+      turns.multiply_chunk(ring.current(), fragments);
+      if (slot == early_slot) {
+        const int row = (label.index - slot) * matrix.rows_per_chunk + early_row;
         if (row < matrix.rows) early_bias = __ldg(bias + row);
       }
-      for (int unit = warp; unit < matrix.units_per_chunk; unit += plan::kConsumerWarps) {
-        const int first_row = (unit >> matrix.segments_log2) * matrix.unit_rows;
-        const std::uint32_t address =
-            shared_address(ring.current() + first_row * matrix.row_bytes + offset);
-        float value = dot(address, matrix.iterations, fragments);
-        // Over the slices of a row: 4 x slices lanes.
-        value += __shfl_xor_sync(kAllLanes, value, 1);
-        value += __shfl_xor_sync(kAllLanes, value, 2);
-        if (matrix.slices_log2 > 0) value += __shfl_xor_sync(kAllLanes, value, 4);
-        if (matrix.slices_log2 > 1) value += __shfl_xor_sync(kAllLanes, value, 8);
-        if (matrix.slices_log2 > 2) value += __shfl_xor_sync(kAllLanes, value, 16);
-        if (writes) {
-          const int row = slot * matrix.rows_per_chunk + first_row + row_in_unit;
-          sums[(row << matrix.segments_log2) + segment] = value;
-        }
-      }
       if (thread == 0) control->chunk_of_slot[slot] = label.index;
-      ring.release(lane);
+      release_stage();
       if (++slot == max_slots) {
         finish_rows(matrix, slot, bias, early_bias, finish);
+        turns.sum_address -= slot * chunk_sums * 4;
         slot = 0;
       }
     }
+    ahead();
     if (slot > 0) finish_rows(matrix, slot, bias, early_bias, finish);
   }
-
-  // This lane's share of a unit. The four words of a lane's 16 bytes of weights are operand A as
-  // they stand: words 0 and 2 in row g, words 1 and 3 in row g + 8. So the activations, operand B,
-  // are words 0 and 2 for a first product, of which rows 0 to 7 count, and words 1 and 3 for a
-  // second, of which rows 8 to 15 do. In both the diagonal counts: row g (+ 8), column g.
-  __device__ __forceinline__ float dot(std::uint32_t address, int iterations,
-                                       const Frag& fragments) const {
-    float even[4] = {}, odd[4] = {};
-#pragma unroll
-    for (int i = 0; i < kMaxIterations; ++i) {
-      if (i >= iterations) break;
-      uint4 weight;
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(weight.x), "=r"(weight.y), "=r"(weight.z), "=r"(weight.w)
-                   : "r"(address + i * 64));
-      mma_16x8x16<T>(even, weight, fragments.value[i].x, fragments.value[i].z);
-      mma_16x8x16<T>(odd, weight, fragments.value[i].y, fragments.value[i].w);
-    }
-    if (q != g / 2) return 0.0f;
-    return g % 2 ? even[1] + odd[3] : even[0] + odd[2];
+  template <typename Finish>
+  __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
+                                           const Frag& fragments, const float* bias,
+                                           Finish&& finish) {
+    multiply(stream, matrix, fragments, bias, finish, [] {});
   }
 
+  // This lane's share of a unit; lanes q = g / 2 get slice g % slices of row g / slices. The four
+  // words of a lane's 16 bytes of weights are operand A as they stand: words 0 and 2 in row g,
+  // words 1 and 3 in row g + 8. So the activations, operand B, are words 0 and 2 for a first
+  // product, of which rows 0 to 7 count, and words 1 and 3 for a second, of which rows 8 to 15 do;
+  // they lie in this order in memory (operand_order). In both the diagonal counts: row g (+ 8),
+  // column g.
+  __device__ __forceinline__ static float dot(std::uint32_t address, int iterations,
+                                              const Frag& fragments) {
+    // Batches of loads, then products in independent chains: latency is all that counts here.
+    constexpr int kBatch = kMaxIterations < 5 ? kMaxIterations : 5;
+    float even[2][4] = {}, odd[2][4] = {};
+#pragma unroll
+    for (int first = 0; first < kMaxIterations; first += kBatch) {
+      uint4 weight[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        weight[i] = make_uint4(0, 0, 0, 0);
+        if (first + i < iterations) weight[i] = load_shared_4(address + (first + i) * 64);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const uint4& activation = fragments.value[first + i];
+        mma_16x8x16<T>(even[i % 2], weight[i], activation.x, activation.y);
+        mma_16x8x16<T>(odd[i % 2], weight[i], activation.z, activation.w);
+      }
+    }
+    const bool odd_column = threadIdx.x & 4;  // g is odd
+    return odd_column ? (even[0][1] + even[1][1]) + (odd[0][3] + odd[1][3])
+                      : (even[0][0] + even[1][0]) + (odd[0][2] + odd[1][2]);
+  }
+
+  // Adds up the sums of each row, one lane for each segment.
   template <typename Finish>
   __device__ __forceinline__ void finish_rows(const StreamedMatrix& matrix, int slots,
                                               const float* bias, float early_bias,
                                               Finish&& finish) {
     consumer_barrier();
-    for (int i = thread; i < slots * matrix.rows_per_chunk; i += kConsumerThreads) {
+    const int count = slots * matrix.rows_per_chunk;
+    const int rows_at_once = kConsumerThreads >> matrix.segments_log2;
+    for (int first = 0; first < count; first += rows_at_once) {
+      const int i = first + (thread >> matrix.segments_log2);
+      const float* own = sums + (((first << matrix.segments_log2) + thread) << matrix.slices_log2);
+      float value = 0.0f;
+      if (i < count) {
+        if (matrix.slices_log2 == 3) {
+          const float4 low = *reinterpret_cast<const float4*>(own);
+          const float4 high = *reinterpret_cast<const float4*>(own + 4);
+          value = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
+        } else {
+          for (int slice = 0; slice < 1 << matrix.slices_log2; ++slice) value += own[slice];
+        }
+      }
+      for (int distance = 1; distance < matrix.segments; distance *= 2)
+        value += __shfl_xor_sync(kAllLanes, value, distance);
+      if (i >= count || (thread & (matrix.segments - 1)) != 0) continue;
       const int slot = i / matrix.rows_per_chunk;
-      const int row =
-          control->chunk_of_slot[slot] * matrix.rows_per_chunk + i - slot * matrix.rows_per_chunk;
+      const int row = (control->chunk_of_slot[slot] - slot) * matrix.rows_per_chunk + i;
       if (row >= matrix.rows) continue;
-      float value = i == thread ? early_bias : bias != nullptr ? __ldg(bias + row) : 0.0f;
-      for (int segment = 0; segment < matrix.segments; ++segment)
-        value += sums[(i << matrix.segments_log2) + segment];
-      finish(row, value);
+      finish(row, value + (first == 0 ? early_bias : bias != nullptr ? __ldg(bias + row) : 0.0f));
     }
     consumer_barrier();
   }
@@ -470,7 +433,7 @@ class DecodeStep {
   // All threads: one trip to global memory, two barriers.
   __device__ __forceinline__ void prepare_head(int head, int position) {
     const HeadInputs inputs = head_inputs();
-    const float* qkv = p.scratch.qkv + static_cast<std::int64_t>(head) * 3 * p.head_dim;
+    const float* qkv = flow<const float>(p.layout.qkv) + head * 3 * p.head_dim;
     const int half = p.rotary_dim / 2;
     const float2* angles = p.rotary + static_cast<std::int64_t>(position) * half;
     constexpr int kRounds = (3 * 16 * kMaxHeadSteps + kConsumerThreads - 1) / kConsumerThreads;
@@ -482,7 +445,11 @@ class DecodeStep {
       angle[round] = make_float2(1.0f, 0.0f);
       if (i < 2 * p.head_dim && dim < p.rotary_dim)
         angle[round] = __ldg(angles + (dim < half ? dim : dim - half));
-      if (i < 3 * p.head_dim) inputs.raw[i] = __ldcg(qkv + i);
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int i = thread + round * kConsumerThreads;
+      if (i < 3 * p.head_dim) inputs.raw[i] = flow_wait(qkv + i);
     }
     consumer_barrier();
     // Scores come out as base-2 logarithms.
@@ -511,15 +478,16 @@ class DecodeStep {
 
   __device__ __forceinline__ void attend(int layer, int position) {
     forget_indices();
-    const plan::AttentionSplits splits = splits_at(position);
+    const plan::AttentionSplits splits = splits_at(p, position);
     std::uint32_t query[kMaxHeadSteps][2];
     Softmax state;
-    bool begun = false;
-    while (true) {
+    int task = -1;
+    while (comes(Stream::attention)) {
       const RingLabel label = ring.wait();
-      if (label.kind != kAttention) break;
       const int head = label.index / splits.splits;
-      if (!begun) {
+      const int split = label.index % splits.splits;
+      if (label.index != task) {
+        task = label.index;
         prepare_head(head, position);
         load_query(query);
         state.maximum = -INFINITY;
@@ -527,17 +495,12 @@ class DecodeStep {
 #pragma unroll
         for (int t = 0; t < kMaxHeadSteps; ++t)
           state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
-        begun = true;
       }
       attend_block(layer, head, label.part, position, query, state);
-      ring.release(lane);
-      if (label.last) {
-        combine_warps(head, label.index % splits.splits, splits.splits, state);
-        begun = false;
-      }
+      release_stage();
+      if (label.part + 1 == min((split + 1) * splits.blocks_per_split, splits.blocks))
+        combine_warps(head, label.index, splits.splits, state);
     }
-    if (splits.splits > 1) splits_target += splits.splits;
-    heads_target += p.num_heads;
   }
 
   // Row 0 of operand A; the other rows are zero.
@@ -563,7 +526,7 @@ class DecodeStep {
     const int first = block * p.kv_block_positions + group * 8;
     if (first > position) return;
     const int row_bytes = p.head_dim * 2;
-    char* keys = ring.current() + group * 8 * row_bytes;
+    char* keys = ring.current_data() + group * 8 * row_bytes;
     char* values = keys + p.kv_block_positions * row_bytes;
     if (position < first + 8) insert_current(layer, head, block, group, position, keys, values);
 
@@ -602,7 +565,7 @@ class DecodeStep {
   __device__ __forceinline__ void insert_current(int layer, int head, int block, int group,
                                                  int position, char* keys, char* values) {
     const int row = position % 8;
-    char* cached = kv_block(layer, head, block);
+    char* cached = kv_block(p, layer, head, block);
     T* cached_key = reinterpret_cast<T*>(cached) + (group * 8 + row) * p.head_dim;
     T* cached_value = cached_key + p.kv_block_positions * p.head_dim;
     const T* ready = head_inputs().ready;
@@ -620,8 +583,9 @@ class DecodeStep {
     __syncwarp();
   }
 
-  // Merges the eight warps' states of one split; the last split of a head merges the splits.
-  __device__ __forceinline__ void combine_warps(int head, int split, int num_splits,
+  // Merges the eight warps' states of one task: the head's output if it has one split, else a
+  // partial result for the combiners.
+  __device__ __forceinline__ void combine_warps(int head, int task, int num_splits,
                                                 const Softmax& state) {
     const int stride = p.head_dim + 2;
     float* own = sums + warp * stride;
@@ -642,123 +606,83 @@ class DecodeStep {
     float total = 0.0f;
     for (int w = 0; w < plan::kConsumerWarps; ++w)
       total += sums[w * stride + 1] * exp2f(sums[w * stride] - maximum);
-    T* result = static_cast<T*>(p.scratch.attention) + head * p.head_dim;
-    float* split_output = p.scratch.split_output +
-                          (static_cast<std::int64_t>(head) * num_splits + split) * p.head_dim;
+    float* partial = flow<float>(p.layout.partials) + task * stride;
     for (int dim = thread; dim < p.head_dim; dim += kConsumerThreads) {
       float value = 0.0f;
       for (int w = 0; w < plan::kConsumerWarps; ++w)
         value += sums[w * stride + 2 + dim] * exp2f(sums[w * stride] - maximum);
       if (num_splits == 1)
-        result[dim] = static_cast<T>(value / total);
+        flow_store(flow<T>(p.layout.attention) + operand_order(head * p.head_dim + dim),
+                   static_cast<T>(value / total));
       else
-        split_output[dim] = value;
+        flow_store(partial + 2 + dim, value);
     }
-    if (num_splits > 1) {
-      if (thread == 0) {
-        float* split_state = p.scratch.split_state + (head * num_splits + split) * 2;
-        split_state[0] = maximum;
-        split_state[1] = total;
-      }
-      if (!last_of_head(head, num_splits)) return;
-      combine_splits(head, num_splits, result);
-    }
+    if (num_splits > 1 && thread < 2) flow_store(partial + thread, thread == 0 ? maximum : total);
     consumer_barrier();
-    if (thread == 0) {
-      __threadfence();
-      counter_add_release(p.scratch.heads_done, 1);
-    }
-  }
-
-  // Whether this block has finished the last of a head's splits. All consumers get the answer.
-  __device__ __forceinline__ bool last_of_head(int head, int num_splits) {
-    __threadfence();
-    consumer_barrier();
-    if (thread == 0) {
-      const std::uint32_t before = atomicAdd(p.scratch.splits_done + head, 1u);
-      control->split_is_last = before + 1 == splits_target + num_splits;
-      __threadfence();
-    }
-    consumer_barrier();
-    return control->split_is_last;
-  }
-
-  __device__ __forceinline__ void combine_splits(int head, int num_splits, T* result) {
-    const float* states = p.scratch.split_state + head * num_splits * 2;
-    const float* outputs =
-        p.scratch.split_output + static_cast<std::int64_t>(head) * num_splits * p.head_dim;
-    float maximum = -INFINITY;
-    for (int s = 0; s < num_splits; ++s) maximum = fmaxf(maximum, __ldcg(states + 2 * s));
-    for (int dim = thread; dim < p.head_dim; dim += kConsumerThreads) {
-      float total = 0.0f, value = 0.0f;
-      for (int s = 0; s < num_splits; ++s) {
-        const float factor = exp2f(__ldcg(states + 2 * s) - maximum);
-        total = fmaf(__ldcg(states + 2 * s + 1), factor, total);
-        value =
-            fmaf(__ldcg(outputs + static_cast<std::int64_t>(s) * p.head_dim + dim), factor, value);
-      }
-      result[dim] = static_cast<T>(value / total);
-    }
   }
 
   // ---------------------------------------------------------------- the step
 
-  __device__ __forceinline__ void end_phase() {
-    ring.wait();
-    ring.release(lane);
-    grid_barrier();
-  }
-
   __device__ __forceinline__ void multiply_qkv(const StreamedLayer& layer, const Frag& fragments) {
-    multiply(kQkv, p.qkv, fragments, layer.qkv_bias,
-             [&](int row, float value) { p.scratch.qkv[row] = value; });
+    float* result = flow<float>(p.layout.qkv);
+    multiply(Stream::qkv, p.qkv, fragments, layer.qkv_bias,
+             [&](int row, float value) { flow_store(result + row, value); });
+    mark(TimelinePoint::qkv);
   }
   __device__ __forceinline__ void multiply_up(const StreamedLayer& layer, const Frag& fragments) {
-    multiply(kMlpUp, p.mlp_up, fragments, layer.mlp_up_bias, [&](int row, float value) {
-      static_cast<T*>(p.scratch.mlp)[row] = static_cast<T>(activate(p.activation, value));
+    T* result = flow<T>(p.layout.mlp);
+    multiply(Stream::mlp_up, p.mlp_up, fragments, layer.mlp_up_bias, [&](int row, float value) {
+      flow_store(result + operand_order(row), static_cast<T>(activate(p.activation, value)));
     });
+    mark(TimelinePoint::mlp_up);
   }
-  __device__ __forceinline__ void multiply_down(const StreamedLayer& layer, const Frag& fragments) {
-    multiply(kMlpDown, p.mlp_down, fragments, layer.mlp_down_bias,
-             [&](int row, float value) { p.scratch.delta_mlp[row] = value; });
-  }
-
-  __device__ __forceinline__ void wait_for_heads() {
-    if (thread == 0) counter_wait(p.scratch.heads_done, heads_target);
-    consumer_barrier();
-  }
-
-  __device__ __forceinline__ void attention_phase(const StreamedLayer& layer, int index,
-                                                  int position) {
+  // `next` is what will be multiplied next; its activations are asked for on the way.
+  __device__ __forceinline__ void multiply_down(const StreamedLayer& layer, Frag& next) {
     forget_indices();
-    Frag fragments;
-    if (p.parallel_residual) load_activations(p.mlp_down, p.scratch.mlp, fragments);
-    attend(index, position);
-    if (p.parallel_residual) multiply_down(layer, fragments);
-    if (ring.wait().kind == kAttentionOut) {
-      wait_for_heads();
-      load_activations(p.attention_out, p.scratch.attention, fragments);
-      multiply(kAttentionOut, p.attention_out, fragments, layer.attention_out_bias,
-               [&](int row, float value) { p.scratch.delta_attention[row] = value; });
+    if (comes(Stream::mlp_down)) {
+      Frag fragments;
+      ask_activations(p.mlp_down, p.layout.mlp, fragments);
+      wait_activations(p.mlp_down, p.layout.mlp, fragments);
+      mark(TimelinePoint::mlp);
+      float* result = flow<float>(p.layout.delta_mlp);
+      multiply(
+          Stream::mlp_down, p.mlp_down, fragments, layer.mlp_down_bias,
+          [&](int row, float value) { flow_store(result + row, value); },
+          [&] {
+            if (comes(Stream::attention_out))
+              ask_activations(p.attention_out, p.layout.attention, next);
+          });
+      mark(TimelinePoint::mlp_down);
+    } else if (comes(Stream::attention_out)) {
+      ask_activations(p.attention_out, p.layout.attention, next);
     }
+  }
+  // `fragments` have been asked for.
+  __device__ __forceinline__ void multiply_out(const StreamedLayer& layer, Frag& fragments) {
+    forget_indices();
+    if (!comes(Stream::attention_out)) return;
+    wait_activations(p.attention_out, p.layout.attention, fragments);
+    mark(TimelinePoint::attention_in);
+    float* result = flow<float>(p.layout.delta_attention);
+    multiply(Stream::attention_out, p.attention_out, fragments, layer.attention_out_bias,
+             [&](int row, float value) { flow_store(result + row, value); });
+    mark(TimelinePoint::attention_out);
   }
 
   __device__ __forceinline__ void consume() {
-    ring = RingConsumer{&control->ring, ring_data, p.stages, p.stage_bytes};
+    next_id = ring.announced();
     int token = -1;
     for (int step = 0; step < p.steps; ++step) {
-      if (thread == 0 && step > 0) mbarrier_arrive(&control->step_begun);
       if (step < p.given_count) token = p.given_tokens[step];
       const int position = p.first_position + step;
       embed(token);
-      Norm norm;
-      load_norm(p.layers[0].input_norm_weight, p.layers[0].input_norm_bias, norm);
-      for (int index = 0; index < p.num_layers; ++index) layer_step(index, position, norm);
-      if (step < p.first_scored_step) {
-        if (thread == 0 && blockIdx.x == 0) p.chosen[step] = -1;
-        continue;
-      }
-      token = score(step, position, norm);
+      LayerNorms norms;
+      load_norms(0, norms);
+#pragma unroll 1
+      for (int index = 0; index < p.num_layers; ++index, ++epoch)
+        layer_step(index, position, norms);
+      token = step < p.first_scored_step ? skip_score() : score(step, position, norms.input);
+      ++epoch;
       if (thread == 0 && blockIdx.x == 0) p.chosen[step] = token;
     }
   }
@@ -775,49 +699,65 @@ class DecodeStep {
     }
   }
 
-  // One layer. `norm` holds its first LayerNorm's parameters, and on return the next one's: they
-  // are fetched before the last barrier.
-  __device__ __forceinline__ void layer_step(int index, int position, Norm& norm) {
+  // LayerNorm parameters of a layer: the first one's and, if the residual is parallel, the second
+  // one's.
+  struct LayerNorms {
+    Norm input, post;
+  };
+  // Those of layer `index`, or the final one's behind the last layer.
+  __device__ __forceinline__ void load_norms(int index, LayerNorms& norms) const {
+    const StreamedLayer layer = layer_at(p, index);
+    const bool final = index == p.num_layers;
+    load_norm(final ? p.final_norm_weight : layer.input_norm_weight,
+              final ? p.final_norm_bias : layer.input_norm_bias, norms.input);
+    if (p.parallel_residual && !final)
+      load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
+  }
+
+  // One layer. `norms` are its own, and on return the next one's: they come from far away, and are
+  // asked for early.
+  __device__ __forceinline__ void layer_step(int index, int position, LayerNorms& norms) {
     forget_indices();
-    const StreamedLayer& layer = p.layers[index];
+    mark(TimelinePoint::begin);
+    const StreamedLayer layer = layer_at(p, index);
     Frag fragments;
-    {
-      Norm post_norm;
-      if (p.parallel_residual) load_norm(layer.post_norm_weight, layer.post_norm_bias, post_norm);
-      if (index > 0) add_layer();
-      const Moments m = moments();
-      normalise(m, norm, 0);
-      if (p.parallel_residual) normalise(m, post_norm, 1);
-      consumer_barrier();
-    }
+    if (index > 0) add_layer();
+    mark(TimelinePoint::input);
+    const Moments m = moments(true);
+    normalise(m, norms.input, 0);
+    if (p.parallel_residual) normalise(m, norms.post, 1);
+    consumer_barrier();
     load_normed(p.qkv, 0, fragments);
+    mark(TimelinePoint::normalised);
     multiply_qkv(layer, fragments);
     if (p.parallel_residual) {
       load_normed(p.mlp_up, 1, fragments);
       multiply_up(layer, fragments);
     }
-    end_phase();
-    attention_phase(layer, index, position);
-    if (!p.parallel_residual) mlp_phases(layer);
-    const bool last = index + 1 == p.num_layers;
-    load_norm(last ? p.final_norm_weight : p.layers[index + 1].input_norm_weight,
-              last ? p.final_norm_bias : p.layers[index + 1].input_norm_bias, norm);
-    end_phase();
+    attend(index, position);
+    mark(TimelinePoint::attention);
+    load_norms(index + 1, norms);
+    if (p.parallel_residual) {
+      multiply_down(layer, fragments);
+      multiply_out(layer, fragments);
+    } else {
+      if (comes(Stream::attention_out))
+        ask_activations(p.attention_out, p.layout.attention, fragments);
+      multiply_out(layer, fragments);
+      mlp_after_attention(layer);
+    }
   }
 
-  // The second half of a layer with sequential residual, up to but not with its last barrier.
-  __device__ __forceinline__ void mlp_phases(const StreamedLayer& layer) {
+  // The second half of a layer with sequential residual.
+  __device__ __forceinline__ void mlp_after_attention(const StreamedLayer& layer) {
     Norm norm;
     Frag fragments;
     load_norm(layer.post_norm_weight, layer.post_norm_bias, norm);
-    end_phase();
-    add_deltas(p.scratch.delta_attention, nullptr);
-    normalise(moments(), norm, 1);
+    add_deltas(flow<const float>(p.layout.delta_attention), nullptr);
+    normalise(moments(false), norm, 1);
     consumer_barrier();
     load_normed(p.mlp_up, 1, fragments);
     multiply_up(layer, fragments);
-    end_phase();
-    load_activations(p.mlp_down, p.scratch.mlp, fragments);
     multiply_down(layer, fragments);
   }
 
@@ -845,37 +785,51 @@ class DecodeStep {
     return best;
   }
 
-  // Final LayerNorm, LM head, and the choice of the next token, which every SM makes for itself.
+  // The LM head's epoch where no logits are wanted.
+  __device__ __forceinline__ int skip_score() {
+    consumer_barrier();
+    begin_epoch();
+    consumer_barrier();
+    return -1;
+  }
+
+  // Final LayerNorm, LM head, and the choice of the next token, which every block makes for itself.
   __device__ __forceinline__ int score(int step, int position, const Norm& norm) {
+    mark(TimelinePoint::begin);
     Frag fragments;
     add_layer();
-    normalise(moments(), norm, 0);
+    mark(TimelinePoint::input);
+    normalise(moments(true), norm, 0);
     consumer_barrier();
     load_normed(p.lm_head, 0, fragments);
+    mark(TimelinePoint::normalised);
     Candidate best{-INFINITY, 0x7fffffff};
     float* logits =
         p.logits == nullptr
             ? nullptr
             : p.logits + static_cast<std::int64_t>(step - p.first_scored_step) * p.vocab_size;
-    multiply(kLmHead, p.lm_head, fragments, nullptr, [&](int row, float value) {
+    multiply(Stream::lm_head, p.lm_head, fragments, nullptr, [&](int row, float value) {
       if (logits != nullptr) logits[row] = value;
       const Candidate here = candidate(row, value, position);
       if (better(here, best)) best = here;
     });
+    mark(TimelinePoint::qkv);
     best = best_of_warp(best);
     if (lane == 0) control->candidate[warp] = best;
     consumer_barrier();
-    Candidate* candidates = p.scratch.candidates + (step & 1) * gridDim.x;
-    if (thread == 0) {
-      for (int w = 1; w < plan::kConsumerWarps; ++w)
-        if (better(control->candidate[w], best)) best = control->candidate[w];
-      candidates[blockIdx.x] = best;
-    }
-    end_phase();
+    auto* candidates = flow<std::uint64_t>(p.layout.candidates);
     if (warp == 0) {
+      if (lane == 0) {
+        for (int w = 1; w < plan::kConsumerWarps; ++w)
+          if (better(control->candidate[w], best)) best = control->candidate[w];
+        flow_store(candidates + blockIdx.x, reinterpret_cast<const std::uint64_t&>(best));
+      }
       best = {-INFINITY, 0x7fffffff};
       for (int i = lane; i < gridDim.x; i += 32) {
-        const Candidate other{__ldcg(&candidates[i].score), __ldcg(&candidates[i].token)};
+        std::uint64_t bits;
+        do bits = flow_load(candidates + i);
+        while (bits == ~0ull);
+        const Candidate other = reinterpret_cast<const Candidate&>(bits);
         if (better(other, best)) best = other;
       }
       best = best_of_warp(best);
@@ -891,12 +845,14 @@ class DecodeStep {
   float* sums;  // [sum_slots]: partial sums of rows; states of attention
   char* ring_data;
   int thread, warp, lane, g, q;
-  RingConsumer ring{};
+  // Zero, which the compiler cannot know: what it is added to stays in a register, where the
+  // compiler would look it up in constant memory again and again.
+  int zero;
+  RingConsumer ring;
+  int next_id = kRingEnd;  // of the stage that comes next
+  int epoch = 0;
   // The residual stream, the same in every block: this thread's pairs of elements.
   float2 x[kMaxIterations];
-  std::uint32_t arrivals_target = 0;  // where the counters stand after what this block has seen
-  std::uint32_t heads_target = 0;
-  std::uint32_t splits_target = 0;
 };
 
 template <typename T, int kMaxIterations, int kMaxHeadSteps>

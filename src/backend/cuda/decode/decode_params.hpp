@@ -17,6 +17,7 @@ struct StreamedMatrix {
   std::int32_t chunks;
   std::int32_t unit_rows;
   std::int32_t units_per_chunk;
+  std::int32_t sums_per_chunk;
   std::int32_t segments;
   std::int32_t segments_log2;
   std::int32_t slices_log2;
@@ -44,31 +45,46 @@ struct StreamedLayer {
 };
 
 // The best token that one SM has seen, with its score (logit, scaled and with noise if sampled).
-struct Candidate {
+struct alignas(8) Candidate {
   float score;
   std::int32_t token;
 };
 
-// Scratch in device memory, written and read within a launch.
-struct DecodeScratch {
-  float* qkv;              // [3 hidden], with bias, before the rotation
-  void* attention;         // [hidden], 16-bit
-  void* mlp;               // [intermediate], 16-bit
-  float* delta_attention;  // [hidden], with bias
-  float* delta_mlp;        // [hidden], with bias
-  float* split_state;      // [heads, splits, 2]: maximum (base 2) and sum
-  float* split_output;     // [heads, splits, head_dim], not normalised
-  Candidate* candidates;   // [2, SMs]
-  // Counters; all zero when a launch begins.
-  std::uint32_t* tickets;   // [phases of a step]
-  std::uint32_t* arrivals;  // grid barrier
-  std::uint32_t* heads_done;
-  std::uint32_t* splits_done;  // [heads]
+// What the SMs tell each other within one epoch, a layer or the LM head of one step: flow vectors
+// (device/flow.cuh), at these byte offsets of a set. Epoch e uses set e % kFlowSets.
+struct FlowLayout {
+  std::int32_t qkv;              // float32 [3 hidden], with bias, before the rotation
+  std::int32_t mlp;              // 16-bit [intermediate], in operand_order
+  std::int32_t attention;        // 16-bit [hidden], in operand_order
+  std::int32_t delta_attention;  // float32 [hidden], with bias
+  std::int32_t delta_mlp;        // float32 [hidden], with bias
+  // float32 [heads * splits, 2 + head_dim]: maximum (base 2), sum, output not normalised.
+  std::int32_t partials;
+  std::int32_t candidates;  // Candidate [SMs]
+  std::int32_t bytes;       // of a set, a multiple of 16
+};
+inline constexpr std::int32_t kFlowSets = 3;
+
+// Points of an epoch at which thread 0 of each SM notes the time, if asked to.
+enum class TimelinePoint : int {
+  begin,
+  input,          // what the epoch before has left is there
+  normalised,     // and normalised
+  qkv,            // this SM's QKV rows (of the LM head's epoch: its logits) are written
+  mlp_up,         // its MLP-up rows
+  attention,      // its share of attention
+  mlp,            // all MLP activations are there
+  mlp_down,       // its MLP-down rows are written
+  attention_in,   // all of attention is there
+  attention_out,  // its attention output rows are written
+  count
 };
 
 struct DecodeParams {
   StreamedMatrix qkv, attention_out, mlp_up, mlp_down, lm_head;
-  const StreamedLayer* layers;
+  // Layer i's pointers are those of the first layer plus i strides: known without a look at memory.
+  StreamedLayer first_layer;
+  std::int64_t layer_stride;
   const void* embedding;
   const char* lm_head_weight;
   const void* final_norm_weight;
@@ -81,6 +97,8 @@ struct DecodeParams {
   bool parallel_residual;
 
   std::int32_t stages, stage_bytes, sum_slots, max_in_flight;
+  std::int32_t static_percent;  // of a phase's chunks that are dealt in turns; the rest by ticket
+  std::uint32_t ticket_chunks;  // that one ticket stands for
 
   char* const* kv_pages;  // of this sequence: the page of each 64 positions
   std::int32_t kv_head_bytes, kv_block_bytes, kv_block_positions;
@@ -96,12 +114,18 @@ struct DecodeParams {
   float temperature;     // 0: greedy
   std::uint64_t seed;
 
-  DecodeScratch scratch;
+  char* flow;  // kFlowSets sets, all bits one when a launch begins
+  FlowLayout layout;
+  // Counters; all zero when a launch begins.
+  std::uint32_t* tickets;   // [steps, phases of a step]
+  std::uint32_t* arrivals;  // of blocks at epochs
+
+  std::uint64_t* timeline;  // [SMs, epochs, TimelinePoint::count] nanoseconds, or null
 };
 
 // Phases of one step, each with a ticket counter: those of the layers, and the LM head.
 constexpr std::int64_t num_phases(std::int64_t num_layers, bool parallel_residual) {
-  return num_layers * (parallel_residual ? 2 : 4) + 1;
+  return num_layers * plan::layer_phases(parallel_residual) + 1;
 }
 
 }  // namespace clusterfusion::cuda

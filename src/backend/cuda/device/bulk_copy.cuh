@@ -7,14 +7,19 @@
 
 namespace clusterfusion::device {
 
-// Copies `bytes` and lets `barrier` know. Both addresses and the size are multiples of 16.
-__device__ __forceinline__ void bulk_copy_to_shared(void* shared, const void* global,
-                                                    std::uint32_t bytes, std::uint64_t* barrier) {
+// Copies `bytes` and lets `barrier` know. Both addresses and the size are multiples of 16. Target
+// and barrier are addresses in shared memory, or pointers.
+__device__ __forceinline__ void bulk_copy_to_shared(std::uint32_t target, const void* global,
+                                                    std::uint32_t bytes, std::uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(shared_address(shared)),
-      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+          "r"(target),
+      "l"(global), "r"(bytes), "r"(barrier)
       : "memory");
+}
+__device__ __forceinline__ void bulk_copy_to_shared(void* target, const void* global,
+                                                    std::uint32_t bytes, std::uint64_t* barrier) {
+  bulk_copy_to_shared(shared_address(target), global, bytes, shared_address(barrier));
 }
 
 // Orders this thread's ordinary accesses to shared and global memory before later bulk copies of

@@ -24,23 +24,26 @@ __device__ __forceinline__ void mbarrier_fence_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
+// Barriers may be given by their address in shared memory, where that is at hand.
+__device__ __forceinline__ void mbarrier_arrive(std::uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address) : "memory");
+}
 __device__ __forceinline__ void mbarrier_arrive(std::uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
-               : "memory");
+  mbarrier_arrive(shared_address(barrier));
 }
 
 // Arrives, and announces `bytes` that bulk copies will bring before the phase can complete.
+__device__ __forceinline__ void mbarrier_arrive_expect(std::uint32_t address, std::uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes)
+               : "memory");
+}
 __device__ __forceinline__ void mbarrier_arrive_expect(std::uint64_t* barrier,
                                                        std::uint32_t bytes) {
-  asm volatile(
-      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-      "r"(bytes)
-      : "memory");
+  mbarrier_arrive_expect(shared_address(barrier), bytes);
 }
 
 // Waits until the phase of the given parity (0 for the first) is complete.
-__device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
-  const std::uint32_t address = shared_address(barrier);
+__device__ __forceinline__ void mbarrier_wait(std::uint32_t address, std::uint32_t parity) {
   std::uint32_t done;
   do {
     asm volatile(
@@ -53,6 +56,9 @@ __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint3
         : "r"(address), "r"(parity)
         : "memory");
   } while (!done);
+}
+__device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
+  mbarrier_wait(shared_address(barrier), parity);
 }
 
 }  // namespace clusterfusion::device

@@ -1,10 +1,13 @@
 // A ring of stages in shared memory between one producer thread and several consumer warps.
 //
-// The producer waits for a stage to be empty, labels it, and starts its bulk copy (or none: a
-// marker). Every consumer warp passes every stage, in order: the parity of the barriers cannot tell
-// a lap from the one before last, so nobody may skip one.
+// For each stage the producer waits until it is empty, announces what it will hold, and starts its
+// bulk copy. Consumers see the announcement at once, and the data when it has landed: so they know
+// that something is over without waiting for a copy of something else. Every consumer warp passes
+// every stage, in order: the parity of the barriers cannot tell a lap from the one before last, so
+// nobody may skip one.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "backend/cuda/device/bulk_copy.cuh"
@@ -13,20 +16,25 @@
 namespace clusterfusion::device {
 
 inline constexpr int kMaxRingStages = 16;
+inline constexpr int kRingEnd = -1;  // the id behind the last stage
 
-// What a stage holds: `kind` is the phase's business, `index` and `part` say which piece.
+// What a stage holds: the numbers are the users' business.
 struct RingLabel {
-  int kind;
   int index;
   int part;
-  int last;  // of this index
 };
 
 // Lies in shared memory.
 struct RingControl {
+  struct Announcement {
+    int id;
+    int sequence;  // of all stages since the beginning: tells a new announcement from an old one
+    int index;
+    int part;
+  };
   std::uint64_t full[kMaxRingStages];
   std::uint64_t empty[kMaxRingStages];
-  RingLabel label[kMaxRingStages];
+  alignas(16) Announcement announced[kMaxRingStages];
 };
 
 // By one thread, before a block barrier.
@@ -34,77 +42,130 @@ __device__ __forceinline__ void ring_init(RingControl* control, int stages, int 
   for (int stage = 0; stage < stages; ++stage) {
     mbarrier_init(&control->full[stage], 1);
     mbarrier_init(&control->empty[stage], consumer_warps);
+    control->announced[stage].sequence = -1;
   }
   mbarrier_fence_init();
 }
 
 // The producer's side, held by one thread.
-struct RingProducer {
-  RingControl* control;
-  char* data;
-  int stages;
-  int stage_bytes;
-  int max_in_flight;  // copies that may be under way; more make barriers elsewhere slow
-  int stage = 0;
-  std::uint32_t parity = 1;  // of `empty`: the first lap finds every stage empty
-  int pushed = 0;
+class RingProducer {
+ public:
+  // `max_in_flight` copies may be under way; more make everything else in the memory system slow.
+  __device__ __forceinline__ RingProducer(RingControl* control, const char* data, int stages,
+                                          int stage_bytes, int max_in_flight)
+      : control_(shared_address(control)),
+        data_(shared_address(data)),
+        stages_(stages),
+        stage_bytes_(stage_bytes),
+        max_in_flight_(max_in_flight) {}
 
-  __device__ __forceinline__ void push(const RingLabel& label, const void* source,
-                                       std::uint32_t bytes) {
-    mbarrier_wait(&control->empty[stage], parity);
+  // The next stage will hold this.
+  __device__ __forceinline__ void announce(int id, const RingLabel& label) {
+    mbarrier_wait(control_ + kEmpty + stage_ * 8, parity_);
+    const std::uint32_t address = control_ + kAnnounced + stage_ * 16;
+    asm volatile("st.shared.v2.u32 [%0 + 8], {%1, %2};" ::"r"(address), "r"(label.index),
+                 "r"(label.part)
+                 : "memory");
+    asm volatile("st.volatile.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(id), "r"(sequence_)
+                 : "memory");
+  }
+
+  // Copies what was announced last, and goes on to the next stage.
+  __device__ __forceinline__ void copy(const void* source, std::uint32_t bytes) {
+    const std::uint32_t full = control_ + kFull + stage_ * 8;
+    const std::uint32_t target = data_ + stage_ * stage_bytes_;
+    mbarrier_arrive_expect(full, bytes);
     wait_for_flight();
-    control->label[stage] = label;
-    if (bytes != 0) {
-      mbarrier_arrive_expect(&control->full[stage], bytes);
-      bulk_copy_to_shared(data + stage * stage_bytes, source, bytes, &control->full[stage]);
-    } else {
-      mbarrier_arrive(&control->full[stage]);
-    }
-    ++pushed;
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
+    bulk_copy_to_shared(target, source, bytes, full);
+    ++sequence_;
+    if (++stage_ == stages_) {
+      stage_ = 0;
+      parity_ ^= 1;
     }
   }
 
  private:
-  // The copy that was pushed `max_in_flight` ago must have landed.
-  __device__ __forceinline__ void wait_for_flight() {
-    if (pushed < max_in_flight) return;
-    int earlier = stage - max_in_flight;
-    std::uint32_t its_parity = parity ^ 1;
+  static constexpr std::uint32_t kFull = offsetof(RingControl, full);
+  static constexpr std::uint32_t kEmpty = offsetof(RingControl, empty);
+  static constexpr std::uint32_t kAnnounced = offsetof(RingControl, announced);
+
+  // The copy `max_in_flight` before this one must have landed.
+  __device__ __forceinline__ void wait_for_flight() const {
+    if (sequence_ < max_in_flight_) return;
+    int earlier = stage_ - max_in_flight_;
+    std::uint32_t its_parity = parity_ ^ 1;
     if (earlier < 0) {
-      earlier += stages;
+      earlier += stages_;
       its_parity ^= 1;
     }
-    mbarrier_wait(&control->full[earlier], its_parity);
+    mbarrier_wait(control_ + kFull + earlier * 8, its_parity);
   }
+
+  std::uint32_t control_, data_;
+  int stages_, stage_bytes_, max_in_flight_;
+  int stage_ = 0;
+  std::uint32_t parity_ = 1;  // of `empty`: the first lap finds every stage empty
+  int sequence_ = 0;
 };
 
 // A consumer's side, held by every thread of the consumer warps.
-struct RingConsumer {
-  RingControl* control;
-  char* data;
-  int stages;
-  int stage_bytes;
-  int stage = 0;
-  std::uint32_t parity = 0;
+class RingConsumer {
+ public:
+  __device__ __forceinline__ RingConsumer(RingControl* control, const char* data, int stages,
+                                          int stage_bytes)
+      : control_(shared_address(control)),
+        data_(shared_address(data)),
+        stages_(stages),
+        stage_bytes_(stage_bytes) {}
 
-  // Waits until the current stage has landed.
-  __device__ __forceinline__ RingLabel wait() {
-    mbarrier_wait(&control->full[stage], parity);
-    return control->label[stage];
+  // The id of the current stage; waits for its announcement, not for its data.
+  __device__ __forceinline__ int announced() const {
+    int id, sequence;
+    do {
+      asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];"
+                   : "=r"(id), "=r"(sequence)
+                   : "r"(control_ + kAnnounced + stage_ * 16)
+                   : "memory");
+    } while (sequence != sequence_);
+    return id;
   }
-  __device__ __forceinline__ char* current() const { return data + stage * stage_bytes; }
+  // Waits until the current stage has landed.
+  __device__ __forceinline__ RingLabel wait() const {
+    mbarrier_wait(control_ + kFull + stage_ * 8, parity_);
+    RingLabel label;
+    const std::uint32_t address = control_ + kAnnounced + stage_ * 16;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 8];"
+                 : "=r"(label.index), "=r"(label.part)
+                 : "r"(address)
+                 : "memory");
+    return label;
+  }
+  // The current stage's data, as an address in shared memory and as a pointer.
+  __device__ __forceinline__ std::uint32_t current() const { return data_ + stage_ * stage_bytes_; }
+  __device__ __forceinline__ char* current_data() const {
+    return static_cast<char*>(__cvta_shared_to_generic(current()));
+  }
   // This warp is done with the stage.
   __device__ __forceinline__ void release(int lane) {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&control->empty[stage]);
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
+    if (lane == 0) mbarrier_arrive(control_ + kEmpty + stage_ * 8);
+    ++sequence_;
+    if (++stage_ == stages_) {
+      stage_ = 0;
+      parity_ ^= 1;
     }
   }
+
+ private:
+  static constexpr std::uint32_t kFull = offsetof(RingControl, full);
+  static constexpr std::uint32_t kEmpty = offsetof(RingControl, empty);
+  static constexpr std::uint32_t kAnnounced = offsetof(RingControl, announced);
+
+  std::uint32_t control_, data_;
+  int stages_, stage_bytes_;
+  int stage_ = 0;
+  std::uint32_t parity_ = 0;
+  int sequence_ = 0;
 };
 
 }  // namespace clusterfusion::device

@@ -1,0 +1,84 @@
+// Combines the splits of a head's attention, off the path of the computation: two warps of the
+// block that a head belongs to wait for the splits' partial results and write the head's output.
+#pragma once
+
+#include "backend/cuda/decode/decode_common.cuh"
+#include "backend/cuda/decode/decode_numbers.cuh"
+
+namespace clusterfusion::cuda {
+
+inline constexpr int kCombinerWarps = 2;
+
+template <typename T>
+class SplitCombiner {
+ public:
+  __device__ __forceinline__ SplitCombiner(const DecodeParams& params, SharedControl* shared,
+                                           int combiner_warp)
+      : p(params), control(shared), which(combiner_warp), lane(threadIdx.x % 32) {}
+
+  __device__ __forceinline__ void run() {
+    constexpr unsigned kNap = 100;
+    int epoch = 0;
+    for (int step = 0; step < p.steps; ++step, ++epoch) {
+      const int splits = splits_at(p, p.first_position + step).splits;
+      for (int layer = 0; layer < p.num_layers; ++layer, ++epoch) {
+        if (splits == 1) continue;
+        block_counter_wait(&control->swept, epoch, kNap);
+        for (int head = static_cast<int>(blockIdx.x); head < p.num_heads;
+             head += static_cast<int>(gridDim.x))
+          combine(flow_set(p, epoch), head, splits);
+      }
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void combine(char* set, int head, int splits) const {
+    const int stride = p.head_dim + 2;
+    const float* partials =
+        reinterpret_cast<const float*>(set + p.layout.partials) + head * splits * stride;
+    float maximum = -INFINITY, sum = 0.0f;
+    if (lane < splits) {
+      sum = flow_wait(partials + lane * stride + 1);
+      maximum = flow_wait(partials + lane * stride);
+    }
+    const float factor = exp2f(maximum - warp_max(maximum));  // 0 in lanes without a split
+    const float total = warp_sum(sum * factor);
+    T* output = reinterpret_cast<T*>(set + p.layout.attention);
+    for (int first = which * 32; first < p.head_dim; first += kCombinerWarps * 32) {
+      const int dim = first + lane;
+      const float value =
+          weighted_sum(partials + 2 + min(dim, p.head_dim - 1), stride, splits, factor);
+      if (dim < p.head_dim)
+        flow_store(output + operand_order(head * p.head_dim + dim), static_cast<T>(value / total));
+    }
+  }
+
+  // The sum over splits of value[split * stride] times the factor that lane `split` holds.
+  __device__ __forceinline__ static float weighted_sum(const float* value, int stride, int splits,
+                                                       float factor) {
+    constexpr int kBatch = 4;  // loads under way
+    float result = 0.0f;
+    for (int first = 0; first < splits; first += kBatch) {
+      std::uint32_t bits[kBatch];
+      bool missing = true;
+      while (missing) {
+        missing = false;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          bits[i] = first + i < splits ? flow_load(value + (first + i) * stride) : 0;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) missing |= bits[i] == kEmpty;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        result = fmaf(__uint_as_float(bits[i]), __shfl_sync(kAllLanes, factor, first + i), result);
+    }
+    return result;
+  }
+
+  const DecodeParams& p;
+  SharedControl* control;
+  int which, lane;
+};
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,151 @@
+// The producer of the streaming decode kernel: one thread of each block that knows, before anything
+// is computed, what has to be read, and keeps the ring filled.
+//
+// The chunks of a phase are dealt out in turns at first, then by ticket, because SMs are not served
+// equally. All of this block's attention comes with the second phase of a layer, in front of it.
+#pragma once
+
+#include "backend/cuda/decode/decode_common.cuh"
+
+namespace clusterfusion::cuda {
+
+class DecodeProducer {
+ public:
+  __device__ __forceinline__ DecodeProducer(const DecodeParams& params, SharedControl* shared,
+                                            char* ring_data)
+      : p(params),
+        control(shared),
+        ring(&shared->ring, ring_data, params.stages, params.stage_bytes, params.max_in_flight),
+        counter(params.tickets) {}
+
+  __device__ __forceinline__ void run() {
+    int epoch = 0;
+    for (int step = 0; step < p.steps; ++step) {
+      const int position = p.first_position + step;
+      const bool scored = step >= p.first_scored_step;
+#pragma unroll 1
+      for (int layer = 0; layer < p.num_layers + scored; ++layer, ++epoch) {
+        // One copy of the code for all phases: it must fit into few registers.
+        const bool head = layer == p.num_layers;
+        const int phases = head ? 1 : plan::layer_phases(p.parallel_residual);
+#pragma unroll 1
+        for (int index = 0; index < phases; ++index) {
+          const plan::Phase phase =
+              head ? plan::Phase{Stream::lm_head} : plan::layer_phase(p.parallel_residual, index);
+          if (phase.attention_before) stream_attention(layer, epoch, position);
+          stream(layer, epoch, phase);
+        }
+      }
+      epoch += !scored;
+    }
+    ring.announce(kRingEnd, {});
+  }
+
+ private:
+  __device__ __forceinline__ const StreamedMatrix& matrix_of(Stream stream) const {
+    switch (stream) {
+      case Stream::qkv: return p.qkv;
+      case Stream::mlp_up: return p.mlp_up;
+      case Stream::mlp_down: return p.mlp_down;
+      case Stream::attention_out: return p.attention_out;
+      default: return p.lm_head;
+    }
+  }
+
+  __device__ __forceinline__ const char* weights_of(int layer, Stream stream) const {
+    if (stream == Stream::lm_head) return p.lm_head_weight;
+    const StreamedLayer weights = layer_at(p, layer);
+    switch (stream) {
+      case Stream::qkv: return weights.qkv;
+      case Stream::mlp_up: return weights.mlp_up;
+      case Stream::mlp_down: return weights.mlp_down;
+      default: return weights.attention_out;
+    }
+  }
+
+  // A matrix of one layer, to be streamed as `id`.
+  struct Piece {
+    int id;
+    const char* weights;
+    int chunks;
+    int chunk_bytes;
+    int last_bytes;  // of the last chunk
+  };
+  __device__ __forceinline__ Piece piece(int layer, int epoch, Stream stream) const {
+    const StreamedMatrix& matrix = matrix_of(stream);
+    const int last_rows = matrix.rows - (matrix.chunks - 1) * matrix.rows_per_chunk;
+    return {ring_id(epoch, stream), weights_of(layer, stream), matrix.chunks,
+            matrix.rows_per_chunk * matrix.row_bytes, last_rows * matrix.row_bytes};
+  }
+
+  __device__ __forceinline__ void stream_chunk(const Piece& piece, int index) {
+    ring.announce(piece.id, {index, 0});
+    ring.copy(piece.weights + static_cast<std::int64_t>(index) * piece.chunk_bytes,
+              index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes);
+  }
+
+  // One phase: this block's chunks of one matrix, or of two, one after the other.
+  __device__ __forceinline__ void stream(int layer, int epoch, const plan::Phase& phase) {
+    const Piece first = piece(layer, epoch, phase.first);
+    Piece second = piece(layer, epoch, phase.second);
+    if (phase.second == Stream::none) second.chunks = 0;
+    const int chunks = first.chunks + second.chunks;
+    const plan::Deal deal =
+        plan::deal(chunks, p.static_percent, static_cast<std::int32_t>(gridDim.x));
+    // A ticket takes as long to come as a chunk: it is asked for one round ahead, and nothing may
+    // touch it before.
+    std::uint32_t ticket = atomicAdd(counter, p.ticket_chunks);
+    int begin = static_cast<int>(blockIdx.x), end = deal.first_by_ticket;
+    int stride = static_cast<int>(gridDim.x);
+    while (true) {
+#pragma unroll 1
+      for (int chunk = begin; chunk < end; chunk += stride) {
+        if (chunk < first.chunks)
+          stream_chunk(first, chunk);
+        else
+          stream_chunk(second, chunk - first.chunks);
+      }
+      begin = deal.first_by_ticket + static_cast<int>(ticket);
+      if (begin >= chunks) break;
+      end = min(begin + static_cast<int>(p.ticket_chunks), chunks);
+      stride = 1;
+      ticket = atomicAdd(counter, p.ticket_chunks);
+    }
+    // Every phase of every step has a counter of its own: this producer may be a step ahead of
+    // another that has not drawn its last ticket yet.
+    ++counter;
+  }
+
+  __device__ __forceinline__ void stream_attention(int layer, int epoch, int position) {
+    const plan::AttentionSplits splits = splits_at(p, position);
+    const int tasks = p.num_heads * splits.splits;
+    for (int task = static_cast<int>(blockIdx.x); task < tasks;
+         task += static_cast<int>(gridDim.x)) {
+      const int head = task / splits.splits;
+      const int first = task % splits.splits * splits.blocks_per_split;
+      const int end = min(first + splits.blocks_per_split, splits.blocks);
+      const char* source = kv_block(p, layer, head, first);
+#pragma unroll 1
+      for (int block = first; block < end; ++block) {
+        // The page table is in global memory: look ahead.
+        const char* next = kv_block(p, layer, head, min(block + 1, end - 1));
+        ring.announce(ring_id(epoch, Stream::attention), {task, block});
+        // What earlier steps of this launch have written must be there before it is copied.
+        const int written = epoch - epochs_per_step(p);
+        if (written >= 0) {
+          block_counter_wait(&control->swept, written + 2);
+          fence_before_bulk_copy();
+        }
+        ring.copy(source, p.kv_block_bytes);
+        source = next;
+      }
+    }
+  }
+
+  const DecodeParams& p;
+  SharedControl* control;
+  RingProducer ring;
+  std::uint32_t* counter;
+};
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,53 @@
+// Counters on which threads wait for each other: in global memory for blocks, in shared memory
+// within one. They only grow within a launch, so none needs a reset while anybody may look at it.
+// Blocks that wait for each other must all be resident together.
+#pragma once
+
+#include <cstdint>
+
+#include "backend/cuda/device/mbarrier.cuh"
+
+namespace clusterfusion::device {
+
+// Adds to a counter; what this thread (and those it synchronised with) wrote before is visible to
+// whoever sees the new count.
+__device__ __forceinline__ void counter_add_release(std::uint32_t* counter, std::uint32_t amount) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(amount) : "memory");
+}
+
+__device__ __forceinline__ std::uint32_t counter_load_acquire(const std::uint32_t* counter) {
+  std::uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+// Spins until the counter has reached `target` (counts may wrap).
+__device__ __forceinline__ void counter_wait(const std::uint32_t* counter, std::uint32_t target) {
+  while (static_cast<std::int32_t>(counter_load_acquire(counter) - target) < 0) {
+  }
+}
+
+// The same within a block, on a counter in shared memory that one thread writes.
+__device__ __forceinline__ void block_counter_store(std::uint32_t* counter, std::uint32_t value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(counter)), "r"(value)
+               : "memory");
+}
+
+__device__ __forceinline__ std::uint32_t block_counter_load(const std::uint32_t* counter) {
+  std::uint32_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
+               : "=r"(value)
+               : "r"(shared_address(counter))
+               : "memory");
+  return value;
+}
+
+// Spins until the counter has reached `target`, asleep for `nanoseconds` between two looks.
+__device__ __forceinline__ void block_counter_wait(const std::uint32_t* counter,
+                                                   std::uint32_t target, unsigned nanoseconds = 0) {
+  while (static_cast<std::int32_t>(block_counter_load(counter) - target) < 0) {
+    if (nanoseconds != 0) __nanosleep(nanoseconds);
+  }
+}
+
+}  // namespace clusterfusion::device

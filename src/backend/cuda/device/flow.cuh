@@ -1,0 +1,83 @@
+// Flow vectors: results in global memory that carry their own readiness.
+//
+// An element whose bits are all ones is empty: not written yet. (As a float that is a NaN which no
+// arithmetic yields; a store turns it into another NaN.) Readers load what they need and load again
+// whatever was empty, so a result crosses from one SM to another in one store and one load, without
+// a barrier, a fence or a flag. Whoever uses a vector again must first empty it when nobody reads
+// it any more, and everybody must know that before he writes or reads it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace clusterfusion::device {
+
+inline constexpr std::uint32_t kEmpty = 0xffffffffu;
+
+__device__ __forceinline__ void flow_store(float* element, float value) {
+  std::uint32_t bits = __float_as_uint(value);
+  if (bits == kEmpty) bits = 0x7fffffffu;
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(element), "r"(bits) : "memory");
+}
+
+// A 16-bit float of either type.
+template <typename T>
+__device__ __forceinline__ void flow_store(T* element, T value) {
+  static_assert(sizeof(T) == 2);
+  std::uint16_t bits;
+  std::memcpy(&bits, &value, 2);
+  if (bits == 0xffffu) bits = 0x7fffu;
+  asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(element), "h"(bits) : "memory");
+}
+
+// The value must not be all ones.
+__device__ __forceinline__ void flow_store(std::uint64_t* element, std::uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(element), "l"(value) : "memory");
+}
+
+// Loads, from L2: another SM may have written.
+__device__ __forceinline__ std::uint32_t flow_load(const float* element) {
+  std::uint32_t bits;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(bits) : "l"(element) : "memory");
+  return bits;
+}
+__device__ __forceinline__ std::uint64_t flow_load(const std::uint64_t* element) {
+  std::uint64_t bits;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(bits) : "l"(element) : "memory");
+  return bits;
+}
+__device__ __forceinline__ uint2 flow_load_2(const float* elements) {
+  uint2 bits;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+               : "=r"(bits.x), "=r"(bits.y)
+               : "l"(elements)
+               : "memory");
+  return bits;
+}
+__device__ __forceinline__ uint4 flow_load_4(const void* elements) {
+  uint4 bits;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "l"(elements)
+               : "memory");
+  return bits;
+}
+
+// Whether a half of a word is empty: as "has a zero half" of its complement.
+__device__ __forceinline__ std::uint32_t empty_half(std::uint32_t word) {
+  return (~word - 0x00010001u) & word & 0x80008000u;
+}
+__device__ __forceinline__ bool any_empty_half(const uint4& words) {
+  return (empty_half(words.x) | empty_half(words.y) | empty_half(words.z) | empty_half(words.w)) !=
+         0;
+}
+
+// Waits for one element.
+__device__ __forceinline__ float flow_wait(const float* element) {
+  std::uint32_t bits;
+  do bits = flow_load(element);
+  while (bits == kEmpty);
+  return __uint_as_float(bits);
+}
+
+}  // namespace clusterfusion::device
