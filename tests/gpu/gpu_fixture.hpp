@@ -35,6 +35,8 @@ inline std::vector<Shape> gpu_shapes() {
   constexpr auto kHalf = DType::float16;
   return {
       {"tiny", 128, 4, 512, 2, 301, 8},
+      {"tiny_sequential", 128, 4, 512, 2, 301, 8, false},
+      {"tiny_bf16", 128, 4, 512, 2, 301, 8, true, kErf, DType::bfloat16},
       {"one_layer", 128, 4, 512, 1, 301, 8},
       {"head_16", 128, 8, 512, 3, 1000, 4},
       {"pythia_70m_like", 512, 8, 2048, 3, 5003, 16},

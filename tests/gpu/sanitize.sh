@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# The GPU tests' small shapes and a few tokens of the demo model under compute-sanitizer:
+#   tests/gpu/sanitize.sh BUILD_DIR [LOG_DIR [TOOL ...]]
+# Tools: memcheck, synccheck and initcheck unless others are named. Prints a tally; exits with 1 if a
+# program failed, did not end in time, or an error was found.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+build=${1:?usage: tests/gpu/sanitize.sh BUILD_DIR [LOG_DIR [TOOL ...]]}
+logs=${2:-$(mktemp -d)}
+shift $(($# < 2 ? $# : 2))
+tools=("$@")
+((${#tools[@]})) || tools=(memcheck synccheck initcheck)
+seconds=${SANITIZE_SECONDS:-150} # for each program
+mkdir -p "$logs"
+
+# Each way of the kernel (both types, one layer and several, parallel and sequential residual) and of
+# choosing a token, over more than one page of the KV cache; what grows with the model's size is left out.
+under() { # under TOOL PROGRAM
+  local -a command
+  case $2 in
+    gpu_test) command=("$build/bin/gpu_test" --gtest_brief=1
+      "--gtest_filter=*/tiny*:*/one_layer:*/head_16:PoisonedMemory.*") ;;
+    greedy) command=("$build/bin/clusterfusion" generate models/demo --device cuda
+      --prompt "$(head -c 600 README.md)" --max-new-tokens 20) ;;
+    sampled) command=("$build/bin/clusterfusion" generate models/demo --device cuda
+      --prompt It --max-new-tokens 70 --temperature 0.8 --ignore-eos) ;;
+  esac
+  timeout "$seconds" compute-sanitizer --tool "$1" --print-limit 20 "${command[@]}"
+}
+
+failed=0
+tally=$(printf '%-10s %-10s %8s %8s  %s' tool program errors seconds verdict)
+for tool in "${tools[@]}"; do
+  for name in gpu_test greedy sampled; do
+    log="$logs/sanitize_${tool}_$name.log"
+    begin=$SECONDS
+    under "$tool" "$name" >"$log" 2>&1
+    code=$?
+    errors=$(sed -n 's/^=* ERROR SUMMARY: \([0-9]*\) error.*/\1/p' "$log" | tail -1)
+    verdict=clean
+    if ((code == 124)); then
+      verdict="not done after $seconds s"
+    elif [[ -z $errors ]]; then
+      verdict="no summary"
+    elif ((errors > 0)); then
+      verdict=errors
+    elif ((code != 0)); then
+      verdict="exit status $code"
+    fi
+    [[ $verdict == clean ]] || failed=1
+    tally+=$'\n'$(printf '%-10s %-10s %8s %8s  %s' "$tool" "$name" "${errors:--}" $((SECONDS - begin)) "$verdict")
+  done
+done
+echo "$tally"
+((failed)) && echo "logs: $logs"
+exit "$failed"
