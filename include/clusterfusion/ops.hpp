@@ -14,8 +14,8 @@
 //   wrong_type        dtype; a tensor that is not there
 //   unsupported       a device that this build does not run on
 //
-// Tensors in CPU memory run on the CPU. CUDA tensors need a build with the CUDA kernels; then the
-// calls enqueue on `stream` and return. May be called from several threads.
+// The calls run on the CPU. There are no CUDA kernels for them yet: CUDA tensors are checked, then
+// refused. May be called from several threads.
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -28,9 +28,7 @@
 namespace clusterfusion::ops {
 
 // How many positions the caches hold, which is also the new token's position: a number, or an int32
-// tensor of one element on the device of the others. A tensor in GPU memory is read when the work
-// runs, so that one captured graph serves every position; out of range it makes the results NaN
-// and leaves the caches as they are.
+// tensor of one element on the device of the others.
 struct Position {
   std::int64_t value = 0;
   DLTensor tensor{};  // used if its `data` is not null

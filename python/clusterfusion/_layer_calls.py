@@ -149,8 +149,8 @@ def run_subclass(
         if isinstance(tensors[0], base):
             return run(call, tensors, settings, out)
     raise TypeError(
-        f"{call.tensors[0]}: expected a torch.Tensor or a numpy.ndarray, found "
-        f"{type(tensors[0]).__name__}"
+        f"{call.tensors[0]}: expected a torch.Tensor (of torch 2.4 or newer) or a numpy.ndarray, "
+        f"found {type(tensors[0]).__name__}"
     )
 
 

@@ -80,6 +80,9 @@ def _dispatch(
     settings: tuple[Any, ...],
     out: Sequence[torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:
+    if out is not None:
+        out = check_out(call, out)
+        _check_shapes(call, tensors, settings, out)
     if call.settings[0] == POSITION:
         position, *rest = settings
         if isinstance(position, torch.Tensor):
@@ -91,10 +94,21 @@ def _dispatch(
         results = (results,)
     if out is None:
         return tuple(results)
-    out = check_out(call, out)
     for destination, result in zip(out, results, strict=True):
-        destination.copy_(result)
+        destination.copy_(result.view(destination.shape))
     return out
+
+
+def _check_shapes(
+    call: LayerCall, tensors: Sequence[Any], settings: Sequence[Any], out: Sequence[torch.Tensor]
+) -> None:
+    """Raises what the library would raise for results of other shapes than those it writes."""
+    shapes = call.allocate(lambda *shape: shape, tensors, settings)
+    for name, destination, shape in zip(call.results, out, shapes, strict=True):
+        if [size for size in destination.shape if size != 1] != [n for n in shape if n != 1]:
+            raise ValueError(
+                f"{name}: expected shape {list(shape)}, found {list(destination.shape)}"
+            )
 
 
 def _schema(call: LayerCall) -> str:

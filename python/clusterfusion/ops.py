@@ -4,14 +4,14 @@ The layer is the one with the parallel residual, as in every Pythia model::
 
     output = input + attention(layer_norm(input)) + mlp(post_layer_norm(input))
 
-Tensors are torch's or NumPy's (bfloat16 as `ml_dtypes.bfloat16`), all on one device; results are of
-the same kind. All but `cos`, `sin` and the position have one dtype, float16 or bfloat16. Each is
-contiguous and starts at a multiple of 16 bytes. Inside, numbers are float32.
+Tensors are torch's (2.4 or newer) or NumPy's (bfloat16 as `ml_dtypes.bfloat16`), all on one device;
+results are of the same kind. All but `cos`, `sin` and the position have one dtype, float16 or
+bfloat16. Each is contiguous and starts at a multiple of 16 bytes. What is written (caches, results)
+overlaps nothing else. Inside, numbers are float32.
 
-On CPU tensors the calls run on the CPU. On CUDA tensors they run on torch's current stream, in
-builds that have the CUDA kernels. They may be called from several threads. The same functions are
-operators of torch (`torch.ops.clusterfusion`), which `torch.compile` goes through. They compute no
-gradients.
+The calls run on the CPU; there are no CUDA kernels for them yet, and CUDA tensors are refused. They
+may be called from several threads. The same functions are operators of torch
+(`torch.ops.clusterfusion`), which `torch.compile` goes through. They compute no gradients.
 
 Errors come before anything runs and name the argument, what was expected and what was found:
 `TypeError` (dtypes, things that are no tensors), `ValueError` (shapes, layout, devices, overlap, a
@@ -32,8 +32,8 @@ from clusterfusion._layer_calls import (
     run_subclass,
 )
 
-# apache-tvm-ffi imports torch wherever there is one.
-if "torch" in sys.modules:
+# apache-tvm-ffi imports torch wherever there is one. Before 2.4 torch.library has no custom_op.
+if hasattr(getattr(sys.modules.get("torch"), "library", None), "custom_op"):
     from clusterfusion import _torch_calls  # noqa: F401
 
 __all__ = ["attention_mlp_up", "decoder_layer", "mlp_down"]
@@ -85,8 +85,7 @@ def attention_mlp_up(
         mlp_up_weight: [intermediate, hidden].
         mlp_up_bias: [intermediate].
         current_seq_len: Positions that the caches hold, 0 to max_seq_len - 1, which is also the new
-            token's position: an int, or an int32 tensor of one element on the same device. A CUDA
-            tensor is read when the kernel runs, so one captured graph serves every position.
+            token's position: an int, or an int32 tensor of one element on the same device.
         num_heads: Divides hidden; head_dim is hidden / num_heads.
         rotary_dim: How many values of a head are rotated. None: as many as `cos` has, if these are
             fewer than head_dim.

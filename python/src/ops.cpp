@@ -17,6 +17,23 @@
 namespace clusterfusion::python {
 namespace {
 
+// What Python calls the type of a value.
+std::string type_text(const ffi::AnyView& value) {
+  switch (value.type_index()) {
+    case ffi::TypeIndex::kTVMFFISmallStr:
+    case ffi::TypeIndex::kTVMFFIStr: return "str";
+    case ffi::TypeIndex::kTVMFFISmallBytes:
+    case ffi::TypeIndex::kTVMFFIBytes: return "bytes";
+    case ffi::TypeIndex::kTVMFFIArray: return "list or tuple";
+    case ffi::TypeIndex::kTVMFFIMap: return "dict";
+    case ffi::TypeIndex::kTVMFFIBigInt: return "int of more than 64 bits";
+    case ffi::TypeIndex::kTVMFFITensor:
+    case ffi::TypeIndex::kTVMFFIDLTensorPtr: return "tensor";
+    case ffi::TypeIndex::kTVMFFIOpaquePyObject: return "an object that is no tensor";
+    default: return value.GetTypeKey();
+  }
+}
+
 // The arguments of a call, taken one after the other by name. None is a tensor that is not there.
 class Arguments {
  public:
@@ -81,7 +98,7 @@ class Arguments {
 
   [[noreturn]] static void refuse(const ffi::AnyView& value, const char* name,
                                   const char* expected) {
-    fail(ErrorKind::wrong_type, "{}: expected {}, found {}", name, expected, value.GetTypeKey());
+    fail(ErrorKind::wrong_type, "{}: expected {}, found {}", name, expected, type_text(value));
   }
 
   ffi::PackedArgs packed_;

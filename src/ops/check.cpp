@@ -43,11 +43,14 @@ void check_rotary(TensorChecker& checker, const LayerTensors& tensors, const Lay
           "not tell how many are rotated, found none",
           head_dim);
   const std::int64_t rotary_dim = options.rotary_dim.value_or(found);
-  require(rotary_dim >= 0 && rotary_dim <= head_dim && rotary_dim % 2 == 0,
-          ErrorKind::invalid_argument,
-          "{}: expected an even number of 0 to {} (head_dim){}, found {}",
-          options.rotary_dim ? "rotary_dim" : "cos", head_dim, options.rotary_dim ? "" : " values",
-          rotary_dim);
+  if (rotary_dim < 0 || rotary_dim > head_dim || rotary_dim % 2 != 0) {
+    require(!options.rotary_dim, ErrorKind::invalid_argument,
+            "rotary_dim: expected an even number of 0 to {} (head_dim), found {}", head_dim,
+            rotary_dim);
+    fail(ErrorKind::invalid_argument,
+         "cos: expected shape [rotary_dim], an even number of at most {} (head_dim), found {}",
+         head_dim, shape_text(tensors.cos));
+  }
   inputs.shape.rotary_dim = rotary_dim;
   const std::int64_t given = found == head_dim ? head_dim : rotary_dim;
   const char* meaning = given == head_dim ? "head_dim" : "rotary_dim";
