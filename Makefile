@@ -64,6 +64,7 @@ lint: deps  ## formatting and lint
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	$(PYTHON) tools/update_readme.py --check
+	$(PYTHON) benchmarks/plot.py --check
 
 format: deps  ## put everything into the project's format
 	.venv/bin/clang-format -i $(CPP_FILES)

@@ -17,8 +17,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from gpu_results import COMPARED, contexts_of, load_results, short_contexts  # noqa: E402
+
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
+NOT_MEASURED = "not measured"
 
 
 def replace(text: str, begin: str, end: str, content: str) -> str:
@@ -45,6 +50,97 @@ def load(name: str) -> dict[str, Any] | None:
     """One result file, or nothing."""
     path = RESULTS / name
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def spread_text(row: dict[str, float]) -> str:
+    """A time with its smallest and largest, in milliseconds."""
+    digits = 3 if row["high"] < 10 else 1
+    return f"{row['ms_per_token']:.{digits}f} ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
+
+
+def gpu_compared_table(chip: str, result: dict[str, Any]) -> str:
+    """One model beside its rivals, by context."""
+    ours = {row["context"]: row for row in contexts_of(result)}
+    rivals = {rival["name"]: rival for rival in result["rivals"]}
+    rows = {"**ClusterFusion**": ours} | {
+        name: {row["context"]: row for row in rival["contexts"]} for name, rival in rivals.items()
+    }
+    best = {
+        context: min(
+            (rows[name][context]["ms_per_token"] for name in rivals if context in rows[name]),
+            default=None,
+        )
+        for context in ours
+    }
+    lines = [[f"{COMPARED}, ms a token", *(f"context {context}" for context in ours)]]
+    for name, row in rows.items():
+        failure = rivals.get(name, {}).get("error", NOT_MEASURED)
+        lines.append([name, *(spread_text(row[c]) if c in row else failure for c in ours)])
+    lines.append(
+        [
+            "times as fast as the best rival",
+            *(f"{best[c] / ours[c]['ms_per_token']:.2f}" if best[c] else "" for c in ours),
+        ]
+    )
+    lines.append(
+        ["share of the read ceiling", *(f"{100 * r['ceiling_share']:.1f} %" for r in ours.values())]
+    )
+    ceiling = next(
+        m["read_ceiling_bytes_per_second"] for m in result["models"] if m["model"] == COMPARED
+    )
+    versions = ", ".join(
+        f"{name} {result[name]}" for name in ("torch", "transformers") if result.get(name)
+    )
+    return (
+        f"GPU, {result['device']}, driver {result['driver']}: {result['what']}. It reads at most "
+        f"{ceiling / 1e12:.2f} TB/s, measured by the same process{'; ' if versions else ''}"
+        f"{versions}.\n\n{markdown_table(lines)}\n"
+        f"![Milliseconds a token against the context, {chip}](docs/images/decode_time.svg)\n"
+    )
+
+
+def gpu_sizes_table(results: dict[str, dict[str, Any]]) -> str:
+    """All sizes at a short context, on each chip."""
+    names = [model["model"] for model in next(iter(results.values()))["models"]]
+    lines = [["context 128", *(name.removeprefix("pythia-") for name in names)]]
+    for chip, result in results.items():
+        rows = dict(short_contexts(result))
+        known = [rows.get(name) for name in names]
+        lines.append(
+            [f"{chip}, ms a token", *(f"{r['ms_per_token']:.3f}" if r else "" for r in known)]
+        )
+        shares = (f"{100 * r['ceiling_share']:.0f} %" if r else "" for r in known)
+        lines.append([f"{chip}, share of the read ceiling", *shares])
+    return (
+        f"{markdown_table(lines)}\n"
+        "![Share of the read ceiling by model](docs/images/ceiling_share.svg)\n"
+    )
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """A table whose first line is its head."""
+    rows = [f"| {' | '.join(cells)} |\n" for cells in lines]
+    return rows[0] + "|---" * len(lines[0]) + "|\n" + "".join(rows[1:])
+
+
+def gpu_tables(results: dict[str, dict[str, Any]]) -> list[str]:
+    """What there is about GPUs."""
+    compared = [gpu_compared_table(c, r) for c, r in results.items() if r["rivals"]][:1]
+    return compared + ([gpu_sizes_table(results)] if results else [])
+
+
+def load_table() -> str:
+    """How fast a checkpoint comes onto the GPU."""
+    result = load("load_h100.json")
+    if result is None:
+        return ""
+    seconds = result["seconds"]
+    speed, bus = (result[key] / 1e9 for key in ("bytes_per_second", "bus_bytes_per_second"))
+    return (
+        f"Loading: {result['what']} takes {seconds['median']:.2f} s ({seconds['low']:.2f} to "
+        f"{seconds['high']:.2f}) on {result['device']}: {speed:.1f} GB/s, where the bus alone "
+        f"gives {bus:.1f}.\n"
+    )
 
 
 def cpu_table() -> str:
@@ -143,7 +239,8 @@ def main() -> int:
     arguments = parser.parse_args()
     old = README.read_text(encoding="utf-8")
     new = include_examples(old)
-    tables = [table for table in (cpu_table(), memory_table(), tokenizer_table()) if table]
+    tables = [*gpu_tables(load_results()), load_table(), cpu_table(), memory_table()]
+    tables = [table for table in [*tables, tokenizer_table()] if table]
     new = replace(new, "tables", "end tables", "\n".join(tables))
     if arguments.session:
         new = replace(new, "session", "end session", record_session())

@@ -1,0 +1,47 @@
+"""The GPU's result files, as benchmarks/collect_gpu.py writes and plot and README read them.
+
+docs/testing.md says what is in them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).resolve().parent / "results"
+# The model that rivals are compared on.
+COMPARED = "pythia-2.8b"
+CHIPS = {"gpu_h100.json": "H100", "gpu_h200.json": "H200"}
+
+Result = dict[str, Any]
+
+
+def load_results(folder: Path = RESULTS) -> dict[str, Result]:
+    """The results that there are, by the chip's name."""
+    return {
+        chip: json.loads((folder / name).read_text(encoding="utf-8"))
+        for name, chip in CHIPS.items()
+        if (folder / name).exists()
+    }
+
+
+def contexts_of(result: Result, model: str = COMPARED) -> list[dict[str, float]]:
+    """Measurements of one of our models by context; none if it was not measured."""
+    for measured in result["models"]:
+        if measured["model"] == model:
+            return sorted(measured["contexts"], key=lambda row: row["context"])
+    return []
+
+
+def floor_of(row: dict[str, float]) -> float:
+    """Milliseconds that reading what the step reads takes at the ceiling's speed."""
+    return row["ms_per_token"] * row["ceiling_share"]
+
+
+def short_contexts(result: Result) -> list[tuple[str, dict[str, float]]]:
+    """For each model its measurement at the context next to 128, which hardly counts beside it."""
+    return [
+        (measured["model"], min(measured["contexts"], key=lambda row: abs(row["context"] - 128)))
+        for measured in result["models"]
+    ]
