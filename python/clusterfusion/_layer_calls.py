@@ -61,11 +61,19 @@ _LAYER_SETTINGS = (POSITION, "num_heads", "rotary_dim", "layer_norm_eps", "activ
 _SIZES = ("hidden_size", "intermediate_size")
 
 
+def _head_dim(hidden_size: int, num_heads: int) -> int:
+    if num_heads < 1 or hidden_size % num_heads != 0:
+        raise ValueError(
+            f"num_heads: expected a divisor of the hidden size {hidden_size}, found {num_heads}"
+        )
+    return hidden_size // num_heads
+
+
 def _attention_mlp_up_results(
     allocate: Allocate, tensors: Sequence[Tensor], settings: Sequence[Any]
 ) -> tuple[Tensor, ...]:
     hidden, num_heads = tensors[0].shape[-1], settings[1]
-    head_dim = hidden // num_heads
+    head_dim = _head_dim(hidden, num_heads)
     return (
         allocate(1, hidden),
         allocate(tensors[13].shape[0]),
@@ -84,7 +92,7 @@ def _decoder_layer_results(
     allocate: Allocate, tensors: Sequence[Tensor], settings: Sequence[Any]
 ) -> tuple[Tensor, ...]:
     shape, num_heads = tensors[0].shape, settings[1]
-    head_dim = shape[-1] // num_heads
+    head_dim = _head_dim(shape[-1], num_heads)
     return (
         allocate(*shape),
         allocate(1, num_heads, head_dim),

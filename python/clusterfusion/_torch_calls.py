@@ -82,7 +82,7 @@ def _dispatch(
 ) -> tuple[torch.Tensor, ...]:
     if out is not None:
         out = check_out(call, out)
-        _check_shapes(call, tensors, settings, out)
+        _check_out_tensors(call, tensors, settings, out)
     if call.settings[0] == POSITION:
         position, *rest = settings
         if isinstance(position, torch.Tensor):
@@ -99,16 +99,21 @@ def _dispatch(
     return out
 
 
-def _check_shapes(
+def _check_out_tensors(
     call: LayerCall, tensors: Sequence[Any], settings: Sequence[Any], out: Sequence[torch.Tensor]
 ) -> None:
-    """Raises what the library would raise for results of other shapes than those it writes."""
+    """Raises what the library would raise for results of another form than those it writes."""
+    like = tensors[0]
     shapes = call.allocate(lambda *shape: shape, tensors, settings)
-    for name, destination, shape in zip(call.results, out, shapes, strict=True):
-        if [size for size in destination.shape if size != 1] != [n for n in shape if n != 1]:
-            raise ValueError(
-                f"{name}: expected shape {list(shape)}, found {list(destination.shape)}"
-            )
+    for name, tensor, shape in zip(call.results, out, shapes, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
+        if tensor.dtype != like.dtype:
+            raise TypeError(f"{name}: expected dtype {like.dtype}, found {tensor.dtype}")
+        if tensor.device != like.device:
+            raise ValueError(f"{name}: expected device {like.device}, found {tensor.device}")
+        if [n for n in tensor.shape if n != 1] != [n for n in shape if n != 1]:
+            raise ValueError(f"{name}: expected shape {list(shape)}, found {list(tensor.shape)}")
 
 
 def _schema(call: LayerCall) -> str:
