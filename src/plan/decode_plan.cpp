@@ -26,10 +26,7 @@ constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
 
 // The cut with the fewest segments (fewest sums) that holds at most `max_iterations` fragments.
 std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int32_t max_iterations,
-                              std::int32_t sm_count) {
-  const std::int64_t target =
-      std::min(kTargetChunkBytes,
-               rows * columns * 2 / sm_count);
+                              std::int64_t target_bytes) {
   // More rows in a unit only where the columns need it.
   for (std::int32_t unit_rows : {1, 2, 4, 8}) {
     for (std::int32_t segments : {1, 2, 4, 8}) {
@@ -42,7 +39,7 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
       plan.segments = segments;
       plan.iterations = static_cast<std::int32_t>(columns / step);
       // A row may be wider than the target.
-      const std::int64_t units = target / (unit_rows * columns * 2);
+      const std::int64_t units = target_bytes / (unit_rows * columns * 2);
       plan.rows_per_chunk = static_cast<std::int32_t>(std::max<std::int64_t>(units, 1)) * unit_rows;
       plan.chunks =
           static_cast<std::int32_t>((rows + plan.rows_per_chunk - 1) / plan.rows_per_chunk);
@@ -53,9 +50,9 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
 }
 
 MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns,
-                       std::int32_t sm_count) {
+                       std::int64_t target_bytes) {
   for (const std::int32_t iterations : {kGoodIterations, kMaxIterations})
-    if (const auto plan = cut(rows, columns, iterations, sm_count)) return *plan;
+    if (const auto plan = cut(rows, columns, iterations, target_bytes)) return *plan;
   fail(ErrorKind::unsupported,
        "the streaming decode kernel cannot cut {} [{}, {}]: the number of columns must be a "
        "multiple of 32 (of 256 above 2560) and at most 20480; run this model on the CPU (device "
@@ -81,14 +78,18 @@ KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
 
 DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits) {
   const std::int64_t hidden = config.hidden_size;
+  const std::int64_t widest_row = std::max(hidden, config.intermediate_size) * 2;
+  const auto cut_matrix = [&](const char* name, std::int64_t rows, std::int64_t columns) {
+    const std::int64_t share = rows * columns * 2 / limits.sm_count;
+    return cut_or_fail(name, rows, columns,
+                       std::min(std::max(kTargetChunkBytes, widest_row), share));
+  };
   DecodePlan plan;
-  plan.qkv = cut_or_fail("the QKV matrix", 3 * hidden, hidden, limits.sm_count);
-  plan.attention_out = cut_or_fail("the attention output matrix", hidden, hidden, limits.sm_count);
-  plan.mlp_up =
-      cut_or_fail("the first MLP matrix", config.intermediate_size, hidden, limits.sm_count);
-  plan.mlp_down =
-      cut_or_fail("the second MLP matrix", hidden, config.intermediate_size, limits.sm_count);
-  plan.lm_head = cut_or_fail("the LM head", config.vocab_size, hidden, limits.sm_count);
+  plan.qkv = cut_matrix("the QKV matrix", 3 * hidden, hidden);
+  plan.attention_out = cut_matrix("the attention output matrix", hidden, hidden);
+  plan.mlp_up = cut_matrix("the first MLP matrix", config.intermediate_size, hidden);
+  plan.mlp_down = cut_matrix("the second MLP matrix", hidden, config.intermediate_size);
+  plan.lm_head = cut_matrix("the LM head", config.vocab_size, hidden);
   for (const MatrixPlan* matrix :
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head}) {
     plan.stage_bytes = std::max(plan.stage_bytes, round_up(matrix->chunk_bytes(), 128));

@@ -53,6 +53,7 @@ StreamedMatrix streamed(const plan::MatrixPlan& plan) {
   matrix.segment_columns = static_cast<std::int32_t>(plan.segment_columns());
   matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
   matrix.iterations = plan.iterations;
+  matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0;
   return matrix;
 }
 

@@ -43,6 +43,12 @@ template <typename T, int kMaxIterations, int kMaxHeadSteps>
 class DecodeStep {
  public:
   using Frag = Fragments<kMaxIterations>;
+  static constexpr int kBatch = 5;  // loads under way together
+  static_assert(kMaxIterations % kBatch == 0);
+  // Wide models have no registers left to hold the next layer's norm parameters while they
+  // multiply; wide heads none for the query.
+  static constexpr bool kNormsEarly = kMaxIterations <= 5;
+  static constexpr bool kQueryInRegisters = kMaxHeadSteps <= 8;
 
   __device__ __forceinline__ DecodeStep(const DecodeParams& params, char* shared)
       : p(params),
@@ -126,14 +132,23 @@ class DecodeStep {
            (g & ((1 << matrix.slices_log2) - 1)) * matrix.slice_columns + q * 8;
   }
 
+  // Slices that lie a multiple of 128 bytes apart would all be read from the same banks of shared
+  // memory. Then odd slices take each two iterations in the other order: the even one this many
+  // columns later, the odd one as many earlier.
+  __device__ __forceinline__ int swap_columns(const StreamedMatrix& matrix) const {
+    return matrix.swaps && g % 2 != 0 ? 32 : 0;
+  }
+
   // A flow vector of 16-bit activations as fragments: asks for them once ...
   __device__ __forceinline__ void ask_activations(const StreamedMatrix& matrix, std::int32_t offset,
                                                   Frag& fragments) const {
     const T* first = flow<const T>(offset) + lane_column(matrix);
+    const int swap = swap_columns(matrix);
 #pragma unroll
     for (int i = 0; i < kMaxIterations; ++i) {
       fragments.value[i] = make_uint4(0, 0, 0, 0);
-      if (i < matrix.iterations) fragments.value[i] = flow_load_4(first + i * 32);
+      if (i < matrix.iterations)
+        fragments.value[i] = flow_load_4(first + i * 32 + (i % 2 == 0 ? swap : -swap));
     }
   }
   // ... and again until all that this lane needs are there.
@@ -219,35 +234,42 @@ class DecodeStep {
   // One of the normalised inputs as fragments; a barrier lies behind normalise().
   __device__ __forceinline__ void load_normed(const StreamedMatrix& matrix, int input,
                                               Frag& fragments) const {
-    const auto* first =
-        reinterpret_cast<const uint4*>(normed + input * p.hidden_size + lane_column(matrix));
+    const T* first = normed + input * p.hidden_size + lane_column(matrix);
+    const int swap = swap_columns(matrix);
 #pragma unroll
-    for (int i = 0; i < kMaxIterations; ++i)
-      fragments.value[i] = i < matrix.iterations ? first[i * 4] : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kMaxIterations; ++i) {
+      fragments.value[i] = make_uint4(0, 0, 0, 0);
+      if (i < matrix.iterations)
+        fragments.value[i] =
+            *reinterpret_cast<const uint4*>(first + i * 32 + (i % 2 == 0 ? swap : -swap));
+    }
   }
 
-  // x += one or two flow vectors; all loads first, and again for what is missing.
+  // x += one or two flow vectors; all loads of a batch first, and again for what is missing.
   __device__ __forceinline__ void add_deltas(const float* first, const float* second) {
-    uint2 delta[kMaxIterations], other[kMaxIterations];
-    bool missing = true;
-    while (missing) {
-      missing = false;
 #pragma unroll
-      for (int j = 0; j < kMaxIterations; ++j) {
-        delta[j] = other[j] = make_uint2(0, 0);
-        if (!holds(j)) continue;
-        delta[j] = flow_load_2(first + element(j));
-        if (second != nullptr) other[j] = flow_load_2(second + element(j));
+    for (int begin = 0; begin < kMaxIterations; begin += kBatch) {
+      uint2 delta[kBatch], other[kBatch];
+      bool missing = true;
+      while (missing) {
+        missing = false;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          delta[i] = other[i] = make_uint2(0, 0);
+          if (!holds(begin + i)) continue;
+          delta[i] = flow_load_2(first + element(begin + i));
+          if (second != nullptr) other[i] = flow_load_2(second + element(begin + i));
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          missing |= delta[i].x == kEmpty || delta[i].y == kEmpty || other[i].x == kEmpty ||
+                     other[i].y == kEmpty;
       }
 #pragma unroll
-      for (int j = 0; j < kMaxIterations; ++j)
-        missing |= delta[j].x == kEmpty || delta[j].y == kEmpty || other[j].x == kEmpty ||
-                   other[j].y == kEmpty;
-    }
-#pragma unroll
-    for (int j = 0; j < kMaxIterations; ++j) {
-      x[j].x += __uint_as_float(delta[j].x) + __uint_as_float(other[j].x);
-      x[j].y += __uint_as_float(delta[j].y) + __uint_as_float(other[j].y);
+      for (int i = 0; i < kBatch; ++i) {
+        x[begin + i].x += __uint_as_float(delta[i].x) + __uint_as_float(other[i].x);
+        x[begin + i].y += __uint_as_float(delta[i].y) + __uint_as_float(other[i].y);
+      }
     }
   }
 
@@ -276,6 +298,7 @@ class DecodeStep {
     // From one unit of this warp to the next.
     int turn_step, offset_step, sum_step;
     int chunk_units, chunk_bytes, iterations;
+    std::uint32_t swap;
     int holds_sum;
 
     __device__ __forceinline__ Turns(const DecodeStep& step, const StreamedMatrix& matrix) {
@@ -297,13 +320,14 @@ class DecodeStep {
       chunk_units = matrix.units_per_chunk + step.zero;
       chunk_bytes = chunk_units * unit_bytes;
       iterations = matrix.iterations + step.zero;
+      swap = step.swap_columns(matrix) * 2;
       holds_sum = step.q == step.g / 2;
     }
 
     __device__ __forceinline__ void multiply_chunk(std::uint32_t chunk, const Frag& fragments) {
 #pragma unroll 1
       for (; turn < chunk_units; turn += turn_step) {
-        const float value = dot(chunk + offset, iterations, fragments);
+        const float value = dot(chunk + offset, swap, iterations, fragments);
         if (holds_sum != 0) store_shared(sum_address, value);
         offset += offset_step;
         sum_address += sum_step;
@@ -360,18 +384,20 @@ class DecodeStep {
   // product, of which rows 0 to 7 count, and words 1 and 3 for a second, of which rows 8 to 15 do;
   // they lie in this order in memory (operand_order). In both the diagonal counts: row g (+ 8),
   // column g.
-  __device__ __forceinline__ static float dot(std::uint32_t address, int iterations,
-                                              const Frag& fragments) {
+  __device__ __forceinline__ static float dot(std::uint32_t address, std::uint32_t swap,
+                                              int iterations, const Frag& fragments) {
     // Batches of loads, then products in independent chains: latency is all that counts here.
-    constexpr int kBatch = kMaxIterations < 5 ? kMaxIterations : 5;
     float even[2][4] = {}, odd[2][4] = {};
 #pragma unroll
     for (int first = 0; first < kMaxIterations; first += kBatch) {
+      if (first > 0 && first >= iterations) break;
       uint4 weight[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         weight[i] = make_uint4(0, 0, 0, 0);
-        if (first + i < iterations) weight[i] = load_shared_4(address + (first + i) * 64);
+        if (first + i < iterations)
+          weight[i] = load_shared_4(((first + i) % 2 == 0 ? address + swap : address - swap) +
+                                    (first + i) * 64);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -479,7 +505,7 @@ class DecodeStep {
   __device__ __forceinline__ void attend(int layer, int position) {
     forget_indices();
     const plan::AttentionSplits splits = splits_at(p, position);
-    std::uint32_t query[kMaxHeadSteps][2];
+    Query query;
     Softmax state;
     int task = -1;
     while (comes(Stream::attention)) {
@@ -503,23 +529,24 @@ class DecodeStep {
     }
   }
 
-  // Row 0 of operand A; the other rows are zero.
-  __device__ __forceinline__ void load_query(std::uint32_t (&query)[kMaxHeadSteps][2]) const {
-    const T* ready = head_inputs().ready;
+  // Step t of the query as row 0 of operand A; the other rows are zero.
+  __device__ __forceinline__ uint2 query_step(int t) const {
+    if (g != 0 || 16 * t >= p.head_dim) return make_uint2(0, 0);
+    return *reinterpret_cast<const uint2*>(head_inputs().ready + 16 * t + 4 * q);
+  }
+  struct Query {
+    uint2 step[kQueryInRegisters ? kMaxHeadSteps : 1];
+  };
+  __device__ __forceinline__ void load_query(Query& query) const {
+    if constexpr (kQueryInRegisters) {
 #pragma unroll
-    for (int t = 0; t < kMaxHeadSteps; ++t) {
-      query[t][0] = query[t][1] = 0;
-      if (g != 0 || 16 * t >= p.head_dim) continue;
-      const uint2 four = *reinterpret_cast<const uint2*>(ready + 16 * t + 4 * q);
-      query[t][0] = four.x;
-      query[t][1] = four.y;
+      for (int t = 0; t < kMaxHeadSteps; ++t) query.step[t] = query_step(t);
     }
   }
 
   // This warp's groups of 8 positions of one block.
   __device__ __forceinline__ void attend_block(int layer, int head, int block, int position,
-                                               const std::uint32_t (&query)[kMaxHeadSteps][2],
-                                               Softmax& state) {
+                                               const Query& query, Softmax& state) {
     const int groups = p.kv_block_positions / 8;
     const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
     if (group >= groups) return;
@@ -535,7 +562,12 @@ class DecodeStep {
     for (int t = 0; t < kMaxHeadSteps; ++t) {
       if (16 * t >= p.head_dim) continue;
       const uint2 key = *reinterpret_cast<const uint2*>(keys + g * row_bytes + t * 32 + q * 8);
-      mma_16x8x16<T>(score, make_uint4(query[t][0], 0, query[t][1], 0), key.x, key.y);
+      uint2 part;
+      if constexpr (kQueryInRegisters)
+        part = query.step[t];
+      else
+        part = query_step(t);
+      mma_16x8x16<T>(score, make_uint4(part.x, 0, part.y, 0), key.x, key.y);
     }
     // Lanes 0 to 3 hold the scores of positions first + 2q and first + 2q + 1.
     const float score0 = first + 2 * q <= position ? score[0] : -INFINITY;
@@ -736,7 +768,7 @@ class DecodeStep {
     }
     attend(index, position);
     mark(TimelinePoint::attention);
-    load_norms(index + 1, norms);
+    if constexpr (kNormsEarly) load_norms(index + 1, norms);
     if (p.parallel_residual) {
       multiply_down(layer, fragments);
       multiply_out(layer, fragments);
@@ -746,6 +778,7 @@ class DecodeStep {
       multiply_out(layer, fragments);
       mlp_after_attention(layer);
     }
+    if constexpr (!kNormsEarly) load_norms(index + 1, norms);
   }
 
   // The second half of a layer with sequential residual.

@@ -25,6 +25,7 @@ struct StreamedMatrix {
   std::int32_t segment_columns;
   std::int32_t row_bytes;
   std::int32_t iterations;
+  bool swaps;  // each two iterations in odd slices: see swap_columns
 };
 
 // One layer on the device. Matrices and norm parameters in the weights' 16-bit type, biases float32
