@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The GPU tests' small shapes and a few tokens of the demo model under compute-sanitizer:
 #   tests/gpu/sanitize.sh BUILD_DIR [LOG_DIR [TOOL ...]]
-# Tools: memcheck, synccheck and initcheck unless others are named. Prints a tally; exits with 1 if a
-# program failed, did not end in time, or an error was found.
+# Tools: memcheck, synccheck and initcheck unless others are named. Prints a line for each tool and
+# program; exits with 1 if a program failed, did not end in time, or an error was found.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 build=${1:?usage: tests/gpu/sanitize.sh BUILD_DIR [LOG_DIR [TOOL ...]]}
@@ -29,7 +29,9 @@ under() { # under TOOL PROGRAM
 }
 
 failed=0
-tally=$(printf '%-10s %-10s %8s %8s  %s' tool program errors seconds verdict)
+line='%-10s %-10s %8s %8s  %s\n'
+# shellcheck disable=SC2059  # the format is the one above
+printf "$line" tool program errors seconds verdict
 for tool in "${tools[@]}"; do
   for name in gpu_test greedy sampled; do
     log="$logs/sanitize_${tool}_$name.log"
@@ -48,9 +50,9 @@ for tool in "${tools[@]}"; do
       verdict="exit status $code"
     fi
     [[ $verdict == clean ]] || failed=1
-    tally+=$'\n'$(printf '%-10s %-10s %8s %8s  %s' "$tool" "$name" "${errors:--}" $((SECONDS - begin)) "$verdict")
+    # shellcheck disable=SC2059
+    printf "$line" "$tool" "$name" "${errors:--}" $((SECONDS - begin)) "$verdict"
   done
 done
-echo "$tally"
 ((failed)) && echo "logs: $logs"
 exit "$failed"
