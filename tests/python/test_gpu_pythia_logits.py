@@ -58,6 +58,7 @@ def make_model(device: str) -> transformers.GPTNeoXForCausalLM:
         bos_token_id=0,
         eos_token_id=0,
     )
+    torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment says
     with torch.device(device):
         model = transformers.GPTNeoXForCausalLM(config).eval()
     torch.manual_seed(11)
