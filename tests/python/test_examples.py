@@ -49,6 +49,14 @@ def test_python_example(demo_model, expected):
     assert "tokens/s" in result.stderr
 
 
+def test_decoder_layer_example(demo_model):
+    """One call a layer, with a transformers model's weights, gives what the engine gives."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    expected = clusterfusion.Engine(demo_model).generate(PROMPT, max_new_tokens=51)
+    result = run(sys.executable, ROOT / "examples/python/decoder_layer.py", demo_model, PROMPT)
+    assert result.stdout == PROMPT + expected.text + "\n"
+
+
 def test_cpp_example(demo_model, expected, cpp_example):
     result = run(cpp_example, demo_model, PROMPT)
     assert result.stdout == expected

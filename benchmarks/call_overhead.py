@@ -1,0 +1,87 @@
+"""What a layer call costs from Python: time of the calling thread on a layer of almost no size.
+
+The time includes computing that layer; on a GPU the work is only enqueued. Prints one JSON object.
+
+    python benchmarks/call_overhead.py --output benchmarks/results/call_overhead_h100.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from clusterfusion import ops
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+
+import layer_timing as timing
+import torch_layer
+
+SIZES = torch_layer.Sizes(hidden=16, intermediate=16, num_heads=2, rotary_dim=2)
+CALLS = 2000
+ROUNDS = 15
+
+
+def microseconds(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Time the calling thread, which waits for a GPU only between rounds."""
+    rounds = []
+    for _ in range(ROUNDS):
+        start = time.thread_time()
+        for _ in range(CALLS):
+            call()
+        rounds.append((time.thread_time() - start) / CALLS * 1e6)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return {"median": statistics.median(rounds), "smallest": min(rounds)}
+
+
+def measure(device: torch.device) -> dict[str, dict[str, float]]:
+    """Time the calls with new results, with given ones, and by torch's dispatcher."""
+    tensors = torch_layer.random_tensors(SIZES, torch.float16, device, 8)
+    layer = list(tensors.values())
+    options = {"num_heads": SIZES.num_heads, "rotary_dim": SIZES.rotary_dim}
+    parts = ops.attention_mlp_up(*layer[:15], 3, **options)
+    out = ops.decoder_layer(*layer, 3, **options)
+    down = (layer[0], *parts[:2], *layer[15:])
+    one = ops.mlp_down(*down)
+    operator = torch.ops.clusterfusion.decoder_layer
+    settings = (3, None, *options.values(), 1e-5, "gelu", False, 0, 0)
+    calls: dict[str, Callable[[], object]] = {
+        "decoder_layer": lambda: ops.decoder_layer(*layer, 3, **options),
+        "decoder_layer, out": lambda: ops.decoder_layer(*layer, 3, **options, out=out),
+        "attention_mlp_up": lambda: ops.attention_mlp_up(*layer[:15], 3, **options),
+        "attention_mlp_up, out": lambda: ops.attention_mlp_up(*layer[:15], 3, **options, out=parts),
+        "mlp_down": lambda: ops.mlp_down(*down),
+        "mlp_down, out": lambda: ops.mlp_down(*down, out=one),
+        "decoder_layer by torch's dispatcher": lambda: operator(*layer, *settings),
+        "one empty tensor of torch": lambda: layer[0].new_empty(1, SIZES.hidden),
+    }
+    return {name: microseconds(call, device) for name, call in calls.items()}
+
+
+def main() -> None:
+    """Measure, and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", type=torch.device, default=timing.default_device())
+    parser.add_argument("--output", type=Path, help="of the JSON; else it goes to stdout")
+    args = parser.parse_args()
+    with torch.inference_mode():
+        result = {
+            "machine": timing.machine(args.device),
+            "microseconds_per_call": measure(args.device),
+        }
+    text = json.dumps(result, indent=2) + "\n"
+    if args.output:
+        args.output.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

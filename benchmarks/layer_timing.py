@@ -1,0 +1,134 @@
+"""How layer calls are timed: on a GPU by events and in CUDA graphs, on the CPU by the clock."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+Step = Callable[[], object]
+
+
+def default_device() -> torch.device:
+    """Give the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def time_once(run: Step, device: torch.device) -> float:
+    """Time one run in seconds."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
+
+
+def median_seconds(run: Step, device: torch.device, rounds: int) -> float:
+    """Time several runs after two that warm up, and give the median."""
+    for _ in range(2):
+        run()
+    return statistics.median(time_once(run, device) for _ in range(rounds))
+
+
+def eager_seconds(steps: Sequence[Step], device: torch.device, rounds: int) -> float:
+    """Time a step: the median of rounds over all steps, divided by their number.
+
+    Steps with weights of their own leave nothing of each other in the cache.
+    """
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return median_seconds(run, device, rounds) / len(steps)
+
+
+def capture(steps: Sequence[Step]) -> torch.cuda.CUDAGraph:
+    """Capture all steps, one after the other, in one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in steps:
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for step in steps:
+            step()
+    return graph
+
+
+def graph_seconds(steps: Sequence[Step], device: torch.device, rounds: int) -> float | None:
+    """Time a step within a CUDA graph of all; nothing on the CPU."""
+    if device.type != "cuda":
+        return None
+    return median_seconds(capture(steps).replay, device, rounds) / len(steps)
+
+
+def read_ceiling(device: torch.device) -> float:
+    """Measure bytes per second of the best of several sums over much memory.
+
+    A reduction comes close to what memory can give. Pass a measured ceiling where there is one
+    (benchmarks/cuda/decode_time prints it).
+    """
+    elements = (1 << 30) if device.type == "cuda" else (1 << 26)
+    values = torch.zeros(elements, dtype=torch.float32, device=device)
+    values.sum()
+    best = min(time_once(values.sum, device) for _ in range(10))
+    return values.numel() * values.element_size() / best
+
+
+def output_of(*command: str) -> str:
+    """Run a command and give what it prints, or nothing if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Describe what was measured on, and with what."""
+    info = {
+        "date": datetime.date.today().isoformat(),
+        "commit": output_of("git", "describe", "--always", "--dirty"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return info | {
+            "device": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "driver": output_of(*query).splitlines()[:1],
+            "cuda": torch.version.cuda,
+        }
+    return info | {"device": f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Lay out a table with columns as wide as they must be."""
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def microseconds(seconds: float | None) -> str:
+    """Write a time for a table."""
+    return "-" if seconds is None else f"{seconds * 1e6:.1f}"
