@@ -1,4 +1,6 @@
 // Each argument of each call, spoiled in each way: the error names it, what was expected and found.
+#include "ops/check.hpp"
+
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -343,13 +345,46 @@ TEST(LayerChecks, ChecksMlpDown) {
                [&] { layer.run_mlp_down(); });
 }
 
-TEST(LayerChecks, RefusesDevicesWithoutKernels) {
+TEST(LayerChecks, LeavesAPositionOnTheGpuUnread) {
   LayerFixture layer;
   for (const Argument& argument : arguments()) argument.of(layer).device = {kDLCUDA, 1};
+  std::array<std::int64_t, 1> one{1};
+  DLTensor& position = layer.tensors.current_seq_len.tensor;
+  position.data = reinterpret_cast<void*>(0x1000);
+  position.dtype = {kDLInt, 32, 1};
+  position.shape = one.data();
+  position.ndim = 1;
+  expect_error(ErrorKind::invalid_argument,
+               AllOf(StartsWith("current_seq_len: expected device cuda:1"), HasSubstr("found cpu")),
+               [&] {
+                 position.device = {kDLCPU, 0};
+                 layer.run_decoder_layer();
+               });
+  position.device = {kDLCUDA, 1};
+  const auto checked = ops::check(layer.tensors, layer.down_weight, layer.down_bias, layer.options,
+                                  {}, &layer.layer);
+  EXPECT_EQ(checked.device.device_type, kDLCUDA);
+  EXPECT_EQ(checked.device.device_id, 1);
+  EXPECT_EQ(checked.task.inputs.device_position, position.data);
+  EXPECT_EQ(checked.task.inputs.shape.max_positions, layer.sizes.max_positions);
+}
+
+TEST(LayerChecks, RefusesOtherDevices) {
+  LayerFixture layer;
   layer.tensors.input.device = {kDLMetal, 0};
   expect_error(ErrorKind::unsupported, StartsWith("input: expected a tensor in CPU or CUDA memory"),
                [&] { layer.run_decoder_layer(); });
 }
+
+#ifndef CLUSTERFUSION_WITH_CUDA
+TEST(LayerChecks, SaysThatTheBuildHasNoCudaKernels) {
+  LayerFixture layer;
+  for (const Argument& argument : arguments()) argument.of(layer).device = {kDLCUDA, 1};
+  expect_error(ErrorKind::unsupported,
+               AllOf(HasSubstr("on cuda:1"), HasSubstr("no CUDA kernels for the layer calls")),
+               [&] { layer.run_decoder_layer(); });
+}
+#endif
 
 }  // namespace
 }  // namespace clusterfusion::test
