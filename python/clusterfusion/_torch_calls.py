@@ -21,6 +21,7 @@ from clusterfusion._layer_calls import (
     POSITION,
     SUBCLASSES,
     LayerCall,
+    check,
     check_out,
     explain,
 )
@@ -46,7 +47,10 @@ def _run(
     settings: tuple[Any, ...],
     out: Sequence[torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:
-    if _is_compiling() or (_is_grad_enabled() and _wants_gradient(tensors)):
+    if _is_compiling():
+        return _dispatch(call, tensors, settings, out)
+    if _is_grad_enabled() and _wants_gradient(tensors):
+        check(call, tensors, settings)  # whose errors say more than the dispatcher's
         return _dispatch(call, tensors, settings, out)
     return _run_native(call, tensors, settings, out)
 

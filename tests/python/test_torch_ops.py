@@ -182,6 +182,9 @@ def test_module_parameters():
         assert equal(results, expected)
         with pytest.raises(RuntimeError, match=r"clusterfusion\.decoder_layer"):
             results[0].sum().backward()
+        modules["weight_o"] = None
+        with pytest.raises(TypeError, match=r"^weight_o: expected a tensor, found none$"):
+            run_layer(modules)
 
 
 @pytest.mark.parametrize(
