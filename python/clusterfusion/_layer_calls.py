@@ -184,7 +184,7 @@ def explain(
         call: The call that failed.
         tensors: Its tensors.
         settings: Its settings.
-        results: Where its results were to go; None if they could not even be made.
+        results: Where its results were to go; None if there are none yet.
     """
     named = [*zip(call.tensors, tensors, strict=True), *zip(call.settings, settings, strict=True)]
     if results is not None:
@@ -210,7 +210,7 @@ def check(call: LayerCall, tensors: Sequence[Tensor], settings: Sequence[Any]) -
     try:
         call.native(*exported, *settings)
     except Exception:
-        explain(call, exported, settings, ())
+        explain(call, exported, settings, None)
         raise
 
 
