@@ -4,9 +4,11 @@
 // paged KV are part of the contract; so is sampling, because a device that had to send logits to
 // the host for each token would wait for the host.
 //
-// Numbers: the result for a sequence depends on its own tokens only. Prefilling n tokens in any
-// number of pieces, decoding them one by one, alone or in a batch with others, with any number of
-// threads, gives the same bits.
+// Numbers: the result for a sequence depends on its own tokens only, alone or in a batch with
+// others, and the same calls give the same bits from run to run. On the CPU the calls do not matter
+// either: prefilling n tokens in any number of pieces, or decoding them one by one, with any number
+// of threads, gives the same bits. On a GPU a prefill is summed in another order than decode steps,
+// and in another for other numbers of tokens, so these agree up to rounding.
 //
 // Threads: calls on one Backend must not overlap; the engine sees to it.
 #pragma once

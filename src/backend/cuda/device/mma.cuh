@@ -75,4 +75,25 @@ __device__ __forceinline__ void load_matrix_2_transposed(std::uint32_t& first,
                : "memory");
 }
 
+// Four 8 x 8 blocks of 16-bit values: lanes 8 i to 8 i + 7 point at the rows (16 bytes each) of
+// block i; lane (g, q) gets columns 2q, 2q + 1 of row g of each.
+__device__ __forceinline__ uint4 load_matrix_4(std::uint32_t shared_row_address) {
+  uint4 blocks;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(blocks.x), "=r"(blocks.y), "=r"(blocks.z), "=r"(blocks.w)
+               : "r"(shared_row_address)
+               : "memory");
+  return blocks;
+}
+
+// The same, transposed on the way: lane (g, q) gets rows 2q, 2q + 1 of column g of each.
+__device__ __forceinline__ uint4 load_matrix_4_transposed(std::uint32_t shared_row_address) {
+  uint4 blocks;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(blocks.x), "=r"(blocks.y), "=r"(blocks.z), "=r"(blocks.w)
+               : "r"(shared_row_address)
+               : "memory");
+  return blocks;
+}
+
 }  // namespace clusterfusion::device

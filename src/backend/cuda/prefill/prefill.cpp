@@ -1,0 +1,296 @@
+#include "backend/cuda/prefill/prefill.hpp"
+
+#include <algorithm>
+#include <bit>
+
+#include "backend/cuda/check.hpp"
+#include "base/fail.hpp"
+
+namespace clusterfusion::cuda {
+namespace {
+
+constexpr std::int64_t kMostTokens = 2048;
+// Of activations; with the workspaces of the products and the decode step's scratch this stays
+// below 300 MB.
+constexpr std::int64_t kActivationBytes = 180'000'000;
+constexpr std::int64_t kAlignment = 256;
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+std::int64_t wide_columns(const ModelConfig& config) {
+  return std::max(3 * config.hidden_size, config.intermediate_size);
+}
+
+std::int64_t activation_bytes_per_token(const ModelConfig& config) {
+  return config.hidden_size * (4 + 3 * 2) + config.intermediate_size * 2 + wide_columns(config) * 4;
+}
+
+// Products are made for so many rows, so that prompts of similar lengths share cuBLASLt's choice of
+// an algorithm, which takes longer to ask for and to load than to run. What the rows behind the
+// last token hold reaches no other row.
+std::int64_t padded(std::int64_t rows) { return round_up(rows, rows <= 64 ? 16 : 64); }
+
+// Whole tiles of query rows, as many as the memory is meant for and a sequence can hold.
+std::int64_t choose_max_tokens(const ModelConfig& config, std::int64_t max_positions) {
+  constexpr std::int64_t kTile = 128;
+  const std::int64_t fitting = kActivationBytes / activation_bytes_per_token(config);
+  return std::min(
+      {kMostTokens, std::max(fitting / kTile * kTile, kTile), round_up(max_positions, kTile)});
+}
+
+// One after the other, each aligned: counts first, then hands out.
+class Arena {
+ public:
+  explicit Arena(char* base) : base_(base) {}
+  template <typename T>
+  void place(T*& pointer, std::int64_t bytes) {
+    if (base_ != nullptr) pointer = reinterpret_cast<T*>(base_ + used_);
+    used_ += round_up(bytes, kAlignment);
+  }
+  void place(void*& pointer, std::int64_t bytes) {
+    char* bytes_pointer = nullptr;
+    place(bytes_pointer, bytes);
+    pointer = bytes_pointer;
+  }
+  std::int64_t used() const noexcept { return used_; }
+
+ private:
+  char* base_;
+  std::int64_t used_ = 0;
+};
+
+template <typename T>
+void copy_to_device(T* to, std::span<const T> from, cudaStream_t stream) {
+  check(cudaMemcpyAsync(to, from.data(), from.size_bytes(), cudaMemcpyHostToDevice, stream),
+        "sending a prompt");
+}
+
+template <typename T>
+void copy_to_host(std::span<T> to, const T* from, cudaStream_t stream) {
+  check(cudaMemcpyAsync(to.data(), from, to.size_bytes(), cudaMemcpyDeviceToHost, stream),
+        "fetching what a prompt gave");
+}
+
+// The first row whose logits somebody asks for; `count` if nobody does.
+std::int64_t first_asked_row(const PrefillOutput& output, std::int64_t count) {
+  if (!output.all_logits.empty()) return 0;
+  const auto target = std::find_if(output.targets.begin(), output.targets.end(),
+                                   [](TokenId token) { return token >= 0; });
+  if (target != output.targets.end()) return target - output.targets.begin();
+  return output.last_logits.empty() ? count : count - 1;
+}
+
+}  // namespace
+
+Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const plan::KvPlan& kv,
+                 std::int64_t max_positions)
+    : config_(config),
+      weights_(weights),
+      layers_(static_cast<std::size_t>(config.num_layers)),
+      max_tokens_(choose_max_tokens(config, max_positions)),
+      attention_kernel_(find_attention_kernel(config.dtype, config.head_dim)),
+      products_(config.dtype),
+      side_products_(config.dtype),
+      host_scores_(static_cast<std::size_t>(max_tokens_)) {
+  require(config.hidden_size <= kMaxNormWidth, ErrorKind::unsupported,
+          "the GPU's prefill handles hidden sizes up to {}, found {}; run this model on the CPU "
+          "(device \"cpu\")",
+          kMaxNormWidth, config.hidden_size);
+  check(cudaMemcpy(layers_.data(), weights.layers(), layers_.size() * sizeof(StreamedLayer),
+                   cudaMemcpyDeviceToHost),
+        "reading the list of layers");
+  attention_.num_heads = static_cast<std::int32_t>(config.num_heads);
+  attention_.head_dim = static_cast<std::int32_t>(config.head_dim);
+  attention_.cache.head_bytes = static_cast<std::int32_t>(kv.head_bytes);
+  attention_.cache.block_bytes = static_cast<std::int32_t>(kv.block_bytes);
+  attention_.cache.log2_block = std::countr_zero(static_cast<unsigned>(kv.block_positions));
+  wide_elements_ = std::max(max_tokens_ * wide_columns(config), config.vocab_size);
+  logit_rows_ = std::min(max_tokens_, wide_elements_ / config.vocab_size);
+  cudaStream_t side = nullptr;
+  check(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking), "creating a stream");
+  side_.reset(side);
+  for (auto* event : {&normalised_, &mlp_added_}) {
+    cudaEvent_t created = nullptr;
+    check(cudaEventCreateWithFlags(&created, cudaEventDisableTiming), "creating an event");
+    event->reset(created);
+  }
+  const std::int64_t max_pages = (max_positions + kKvPagePositions - 1) / kKvPagePositions;
+  const auto place_all = [&](Arena arena) {
+    arena.place(x_, max_tokens_ * config.hidden_size * 4);
+    arena.place(normed_, max_tokens_ * config.hidden_size * 2);
+    arena.place(mlp_normed_, max_tokens_ * config.hidden_size * 2);
+    arena.place(heads_, max_tokens_ * config.hidden_size * 2);
+    arena.place(active_, max_tokens_ * config.intermediate_size * 2);
+    arena.place(wide_, wide_elements_ * 4);
+    arena.place(tokens_, max_tokens_ * 4);
+    arena.place(targets_, max_tokens_ * 4);
+    arena.place(scores_, max_tokens_ * static_cast<std::int64_t>(sizeof(RowScore)));
+    arena.place(pages_, max_pages * static_cast<std::int64_t>(sizeof(char*)));
+    return arena.used();
+  };
+  memory_ = DeviceMemory(place_all(Arena(nullptr)), "the activations of a prompt");
+  place_all(Arena(memory_.as<>()));
+  attention_.query = heads_;
+  attention_.cache.pages = pages_;
+}
+
+void Prefill::run(std::span<const TokenId> tokens, std::int64_t first_position,
+                  std::span<char* const> pages, const PrefillOutput& output, cudaStream_t stream) {
+  const auto count = static_cast<std::int64_t>(tokens.size());
+  require(count >= 1 && count <= max_tokens_, ErrorKind::internal,
+          "prefill: expected 1 to {} tokens, found {}", max_tokens_, count);
+  attention_.count = static_cast<std::int32_t>(count);
+  attention_.first_position = static_cast<std::int32_t>(first_position);
+  rows_ = padded(count);
+  copy_to_device(tokens_, tokens, stream);
+  copy_to_device<char*>(pages_, pages, stream);
+  launch_embed(config_.dtype, tokens_, weights_.embedding(), x_, count, config_.hidden_size,
+               stream);
+  for (std::int64_t layer = 0; layer < config_.num_layers; ++layer) run_layer(layer, stream);
+  score(first_asked_row(output, count), output, stream);
+  check(cudaStreamSynchronize(stream), "reading a prompt");
+  collect_scores(output);
+}
+
+void Prefill::run_layer(std::int64_t index, cudaStream_t stream) {
+  const StreamedLayer& layer = layers_[static_cast<std::size_t>(index)];
+  attention_.cache.layer_offset = index * config_.num_heads * attention_.cache.head_bytes;
+  const LayerNormOutput before_attention{layer.input_norm_weight, layer.input_norm_bias, normed_};
+  const LayerNormOutput before_mlp{layer.post_norm_weight, layer.post_norm_bias, mlp_normed_};
+  if (!config_.parallel_residual) {
+    normalise(before_attention, {}, stream);
+    attend(layer, stream);
+    add_attention(layer, stream);
+    normalise(before_mlp, {}, stream);
+    add_mlp(layer, wide_, products_, stream);
+    return;
+  }
+  normalise(before_attention, before_mlp, stream);
+  const std::int64_t qkv_elements = rows_ * 3 * config_.hidden_size;
+  if (qkv_elements + rows_ * config_.intermediate_size > wide_elements_) {
+    add_mlp(layer, wide_, products_, stream);
+    attend(layer, stream);
+  } else {
+    // Side by side: with few tokens, neither fills the device.
+    check(cudaEventRecord(normalised_.get(), stream), "recording an event");
+    check(cudaStreamWaitEvent(side_.get(), normalised_.get()), "waiting for an event");
+    add_mlp(layer, wide_ + qkv_elements, side_products_, side_.get());
+    check(cudaEventRecord(mlp_added_.get(), side_.get()), "recording an event");
+    attend(layer, stream);
+    check(cudaStreamWaitEvent(stream, mlp_added_.get()), "waiting for an event");
+  }
+  add_attention(layer, stream);
+}
+
+void Prefill::normalise(const LayerNormOutput& first, const LayerNormOutput& second,
+                        cudaStream_t stream) {
+  launch_layer_norm(config_.dtype, x_, first, second, static_cast<float>(config_.layer_norm_eps),
+                    attention_.count, config_.hidden_size, stream);
+}
+
+// heads = attention(normed)
+void Prefill::attend(const StreamedLayer& layer, cudaStream_t stream) {
+  products_.multiply({.x = normed_,
+                      .weight = layer.qkv,
+                      .bias = layer.qkv_bias,
+                      .y = wide_,
+                      .rows = rows_,
+                      .in = config_.hidden_size,
+                      .out = 3 * config_.hidden_size},
+                     stream);
+  const RotaryParams rotary{wide_, weights_.rotary(),
+                            static_cast<std::int32_t>(config_.rotary_dim)};
+  launch_rotary(config_.dtype, rotary, attention_, stream);
+  launch_attention(attention_kernel_, attention_, stream);
+}
+
+// x += the heads' outputs, projected
+void Prefill::add_attention(const StreamedLayer& layer, cudaStream_t stream) {
+  products_.multiply({.x = heads_,
+                      .weight = layer.attention_out,
+                      .bias = layer.attention_out_bias,
+                      .y = x_,
+                      .rows = rows_,
+                      .in = config_.hidden_size,
+                      .out = config_.hidden_size,
+                      .accumulate = true},
+                     stream);
+}
+
+// x += mlp(mlp_normed), by way of `wide`
+void Prefill::add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& products,
+                      cudaStream_t stream) {
+  products.multiply({.x = mlp_normed_,
+                     .weight = layer.mlp_up,
+                     .bias = layer.mlp_up_bias,
+                     .y = wide,
+                     .rows = rows_,
+                     .in = config_.hidden_size,
+                     .out = config_.intermediate_size},
+                    stream);
+  launch_activation(config_.dtype, config_.activation, wide, active_,
+                    attention_.count * config_.intermediate_size, stream);
+  products.multiply({.x = active_,
+                     .weight = layer.mlp_down,
+                     .bias = layer.mlp_down_bias,
+                     .y = x_,
+                     .rows = rows_,
+                     .in = config_.intermediate_size,
+                     .out = config_.hidden_size,
+                     .accumulate = true},
+                    stream);
+}
+
+// Final LayerNorm and LM head from `first_row` on, in slices whose logits fit into wide_.
+void Prefill::score(std::int64_t first_row, const PrefillOutput& output, cudaStream_t stream) {
+  const std::int64_t hidden = config_.hidden_size;
+  const std::int64_t vocab = config_.vocab_size;
+  const std::int64_t count = attention_.count;
+  if (first_row == count) return;
+  launch_layer_norm(config_.dtype, x_ + first_row * hidden,
+                    {weights_.final_norm_weight(), weights_.final_norm_bias(), normed_}, {},
+                    static_cast<float>(config_.layer_norm_eps), count - first_row, hidden, stream);
+  // Rows without a target are scored as well, against none.
+  std::vector<TokenId> targets(static_cast<std::size_t>(count), -1);
+  std::copy(output.targets.begin(), output.targets.end(), targets.begin());
+  copy_to_device<TokenId>(targets_, targets, stream);
+  for (std::int64_t row = first_row; row < count; row += logit_rows_) {
+    const std::int64_t rows = std::min(logit_rows_, count - row);
+    // One row is asked for so often that it has a product of its own.
+    const std::int64_t product_rows =
+        rows == 1 ? 1 : std::min({padded(rows), logit_rows_, max_tokens_ - (row - first_row)});
+    products_.multiply({.x = static_cast<char*>(normed_) + (row - first_row) * hidden * 2,
+                        .weight = weights_.lm_head(),
+                        .y = wide_,
+                        .rows = product_rows,
+                        .in = hidden,
+                        .out = vocab},
+                       stream);
+    launch_score(wide_, targets_ + row, scores_ + row, rows, vocab, stream);
+    if (!output.all_logits.empty())
+      copy_to_host(output.all_logits.subspan(row * vocab, rows * vocab), wide_, stream);
+    if (!output.last_logits.empty() && row + rows == count)
+      copy_to_host(output.last_logits, wide_ + (rows - 1) * vocab, stream);
+  }
+  copy_to_host(std::span(host_scores_).subspan(first_row, count - first_row), scores_ + first_row,
+               stream);
+}
+
+void Prefill::collect_scores(const PrefillOutput& output) const {
+  const std::int64_t count = attention_.count;
+  for (std::int64_t row = first_asked_row(output, count); row < count; ++row) {
+    const RowScore& score = host_scores_[row];
+    const bool has_target = !output.targets.empty() && output.targets[row] >= 0;
+    const bool asked = has_target || !output.all_logits.empty() ||
+                       (!output.last_logits.empty() && row + 1 == count);
+    require(!asked || score.all_finite, ErrorKind::non_finite,
+            "the logits after position {} are not finite: the checkpoint holds NaN or infinity, or "
+            "an activation overflowed",
+            attention_.first_position + row);
+    if (has_target) output.target_logprobs[row] = score.target_logprob;
+  }
+}
+
+}  // namespace clusterfusion::cuda

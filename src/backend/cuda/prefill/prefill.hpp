@@ -1,0 +1,88 @@
+// A prompt as matrix-matrix work: many tokens of one sequence through all layers at once.
+//
+// Numbers: the residual stream, LayerNorm, softmax and all sums are float32; activations are
+// rounded to the weights' type as they enter a product. The same call gives the same bits. Products
+// are summed in another order than in the decode step, and in different orders for different
+// numbers of tokens.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include "backend/backend.hpp"
+#include "backend/cuda/decode/decode_params.hpp"
+#include "backend/cuda/device_model.hpp"
+#include "backend/cuda/memory.hpp"
+#include "backend/cuda/prefill/attention.hpp"
+#include "backend/cuda/prefill/matrix_product.hpp"
+#include "backend/cuda/prefill/row_kernels.hpp"
+#include "plan/decode_plan.hpp"
+
+namespace clusterfusion::cuda {
+
+class Prefill {
+ public:
+  // `config` and `weights` outlive this object. Errors: out_of_memory, unsupported.
+  Prefill(const ModelConfig& config, const DeviceModel& weights, const plan::KvPlan& kv,
+          std::int64_t max_positions);
+
+  // The most tokens that one run() takes.
+  std::int64_t max_tokens() const noexcept { return max_tokens_; }
+
+  // Appends `tokens` at `first_position` to the sequence whose keys and values lie in `pages` (one
+  // for each kKvPagePositions, enough for the new tokens) and waits for the outputs that are asked
+  // for; `output.sampled` is the caller's business. Positions from first_position on may hold
+  // anything before. Errors: non_finite (at an asked-for position), those of CUDA.
+  void run(std::span<const TokenId> tokens, std::int64_t first_position,
+           std::span<char* const> pages, const PrefillOutput& output, cudaStream_t stream);
+
+ private:
+  void run_layer(std::int64_t index, cudaStream_t stream);
+  void normalise(const LayerNormOutput& first, const LayerNormOutput& second, cudaStream_t stream);
+  void attend(const StreamedLayer& layer, cudaStream_t stream);
+  void add_attention(const StreamedLayer& layer, cudaStream_t stream);
+  void add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& products,
+               cudaStream_t stream);
+  void score(std::int64_t first_row, const PrefillOutput& output, cudaStream_t stream);
+  void collect_scores(const PrefillOutput& output) const;
+
+  struct Destroy {
+    void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
+    void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
+  };
+  using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, Destroy>;
+
+  const ModelConfig& config_;
+  const DeviceModel& weights_;
+  std::vector<StreamedLayer> layers_;
+  std::int64_t max_tokens_;
+  AttentionKernel attention_kernel_;
+  MatrixProducts products_, side_products_;  // each has a workspace
+  std::unique_ptr<std::remove_pointer_t<cudaStream_t>, Destroy> side_;
+  Event normalised_, mlp_added_;
+  std::vector<RowScore> host_scores_;  // of the run in progress
+  DeviceMemory memory_;
+  // All in memory_; rows are tokens.
+  float* x_ = nullptr;          // [hidden]: the residual stream
+  void* normed_ = nullptr;      // [hidden], 16-bit: the input of attention
+  void* mlp_normed_ = nullptr;  // [hidden], 16-bit: the input of the MLP
+  void* heads_ = nullptr;       // [hidden], 16-bit: queries, then the heads' outputs
+  void* active_ = nullptr;      // [intermediate], 16-bit: the MLP's activations
+  // [3 hidden] queries, keys and values; or [intermediate], before the activation; or [vocab],
+  // logits of logit_rows_ rows.
+  float* wide_ = nullptr;
+  std::int64_t wide_elements_ = 0;
+  std::int64_t logit_rows_ = 0;
+  std::int32_t* tokens_ = nullptr;
+  std::int32_t* targets_ = nullptr;
+  RowScore* scores_ = nullptr;
+  char** pages_ = nullptr;
+  // Of the run and the layer in progress.
+  AttentionParams attention_{};
+  std::int64_t rows_ = 0;  // of products: at least the number of tokens
+};
+
+}  // namespace clusterfusion::cuda

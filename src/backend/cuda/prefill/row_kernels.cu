@@ -1,0 +1,253 @@
+#include <cmath>
+
+#include "backend/cuda/check.hpp"
+#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/device/reduce.cuh"
+#include "backend/cuda/prefill/row_kernels.hpp"
+#include "plan/decode_plan.hpp"
+
+namespace clusterfusion::cuda {
+namespace {
+
+using device::warp_max;
+using device::warp_sum;
+
+constexpr int kThreads = 256;
+constexpr int kScoreThreads = 1024;
+
+unsigned blocks_for(std::int64_t items) {
+  return static_cast<unsigned>((items + kThreads - 1) / kThreads);
+}
+
+// Calls `launch` with a value of the 16-bit type.
+template <typename Launch>
+void with_type(DType dtype, const char* doing, Launch&& launch) {
+  if (dtype == DType::float16)
+    launch(__half{});
+  else
+    launch(__nv_bfloat16{});
+  check(cudaGetLastError(), doing);
+}
+
+// Four floats, rounded.
+template <typename T>
+__device__ __forceinline__ uint2 pack_four(float4 value) {
+  return make_uint2(pack<T>(value.x, value.y), pack<T>(value.z, value.w));
+}
+
+// Over a block of kWarps warps, in a fixed order; every thread gets the sum. Two calls in a row
+// need different `partial`.
+template <int kWarps>
+__device__ __forceinline__ float block_sum(float value, float (&partial)[kWarps]) {
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) total += partial[warp];
+  return total;
+}
+
+template <typename T>
+__global__ void embed(const std::int32_t* tokens, const T* embedding, float* x, int hidden) {
+  const auto* from = reinterpret_cast<const uint2*>(
+      embedding + static_cast<std::int64_t>(tokens[blockIdx.x]) * hidden);
+  auto* to = reinterpret_cast<float4*>(x + static_cast<std::int64_t>(blockIdx.x) * hidden);
+  for (int i = threadIdx.x; i < hidden / 4; i += kThreads) {
+    const uint2 four = from[i];
+    const float2 low = unpack<T>(four.x);
+    const float2 high = unpack<T>(four.y);
+    to[i] = make_float4(low.x, low.y, high.x, high.y);
+  }
+}
+
+constexpr int kNormVectors = kMaxNormWidth / 4 / kThreads;
+
+template <typename T>
+__device__ __forceinline__ void write_normalised(const float4 (&x)[kNormVectors], float mean,
+                                                 float inverse_deviation,
+                                                 const LayerNormOutput& output, int hidden) {
+  auto* row = static_cast<uint2*>(output.rows) + static_cast<std::int64_t>(blockIdx.x) * hidden / 4;
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    const int i = threadIdx.x + v * kThreads;
+    if (i >= hidden / 4) continue;
+    const uint2 weight = __ldg(static_cast<const uint2*>(output.weight) + i);
+    const uint2 bias = __ldg(static_cast<const uint2*>(output.bias) + i);
+    const auto one = [&](float value, float weight, float bias) {
+      return fmaf((value - mean) * inverse_deviation, weight, bias);
+    };
+    const float2 w0 = unpack<T>(weight.x), w1 = unpack<T>(weight.y);
+    const float2 b0 = unpack<T>(bias.x), b1 = unpack<T>(bias.y);
+    row[i] = pack_four<T>(make_float4(one(x[v].x, w0.x, b0.x), one(x[v].y, w0.y, b0.y),
+                                      one(x[v].z, w1.x, b1.x), one(x[v].w, w1.y, b1.y)));
+  }
+}
+
+// One block a row; mean and deviation in two passes over registers: safe for any mean.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    layer_norm(const float* rows, const LayerNormOutput first, const LayerNormOutput second,
+               float eps, int hidden) {
+  __shared__ float partial[2][kThreads / 32];
+  const auto* row =
+      reinterpret_cast<const float4*>(rows + static_cast<std::int64_t>(blockIdx.x) * hidden);
+  float4 x[kNormVectors];
+  float sum = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    const int i = threadIdx.x + v * kThreads;
+    x[v] = i < hidden / 4 ? row[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    sum += (x[v].x + x[v].y) + (x[v].z + x[v].w);
+  }
+  const float mean = block_sum(sum, partial[0]) / hidden;
+  float squares = 0.0f;
+#pragma unroll
+  for (int v = 0; v < kNormVectors; ++v) {
+    if (threadIdx.x + v * kThreads >= hidden / 4) continue;
+    const float4 d = make_float4(x[v].x - mean, x[v].y - mean, x[v].z - mean, x[v].w - mean);
+    squares += (d.x * d.x + d.y * d.y) + (d.z * d.z + d.w * d.w);
+  }
+  const float variance = block_sum(squares, partial[1]) / hidden;
+  const float inverse_deviation = rsqrtf(variance + eps);
+  write_normalised<T>(x, mean, inverse_deviation, first, hidden);
+  if (second.rows != nullptr) write_normalised<T>(x, mean, inverse_deviation, second, hidden);
+}
+
+// Where the key of a position lies in the cache; its value lies block_bytes / 2 behind.
+__device__ __forceinline__ char* cached_key(const PagedCache& cache, int position, int head,
+                                            int head_dim) {
+  const int slot = position % plan::kKvPagePositions;
+  const int in_block = slot & ((1 << cache.log2_block) - 1);
+  return cache.pages[position / plan::kKvPagePositions] + cache.layer_offset +
+         static_cast<std::int64_t>(head) * cache.head_bytes +
+         (slot >> cache.log2_block) * cache.block_bytes + in_block * head_dim * 2;
+}
+
+// Element `dim` of a head after the rotation: transformers' rotate_half on its first `rotary_dim`.
+__device__ __forceinline__ float rotated(const float* head, int dim, const float2* angles,
+                                         int half) {
+  if (dim >= 2 * half) return head[dim];
+  const bool low = dim < half;
+  const float2 angle = __ldg(angles + (low ? dim : dim - half));
+  const float other = low ? -head[dim + half] : head[dim - half];
+  return head[dim] * angle.x + other * angle.y;
+}
+
+// A thread takes 4 neighbouring elements; blockIdx.y is the token.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    rotate_and_store(const RotaryParams r, const AttentionParams p) {
+  const int width = 3 * p.num_heads * p.head_dim;
+  const int column = 4 * static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
+  if (column >= width) return;
+  const int token = blockIdx.y;
+  const int position = p.first_position + token;
+  const int head = column / (3 * p.head_dim);
+  const int part = column / p.head_dim - 3 * head;
+  const int dim = column % p.head_dim;
+  const float* vector = r.qkv + static_cast<std::int64_t>(token) * width + (column - dim);
+  float4 value = *reinterpret_cast<const float4*>(vector + dim);
+  if (part < 2 && dim < r.rotary_dim) {
+    const int half = r.rotary_dim / 2;
+    const float2* angles = r.rotary + static_cast<std::int64_t>(position) * half;
+    value =
+        make_float4(rotated(vector, dim, angles, half), rotated(vector, dim + 1, angles, half),
+                    rotated(vector, dim + 2, angles, half), rotated(vector, dim + 3, angles, half));
+  }
+  char* target;
+  if (part == 0) {
+    // Scores come out as base-2 logarithms.
+    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * 1.4426950408889634f;
+    value = make_float4(value.x * scale, value.y * scale, value.z * scale, value.w * scale);
+    target = static_cast<char*>(p.query) +
+             (static_cast<std::int64_t>(token) * p.num_heads + head) * p.head_dim * 2;
+  } else {
+    target = cached_key(p.cache, position, head, p.head_dim);
+    if (part == 2) target += p.cache.block_bytes / 2;
+  }
+  *reinterpret_cast<uint2*>(target + dim * 2) = pack_four<T>(value);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    activate_all(Activation activation, const float4* input, uint2* output, std::int64_t vectors) {
+  const std::int64_t i = blockIdx.x * static_cast<std::int64_t>(kThreads) + threadIdx.x;
+  if (i >= vectors) return;
+  const float4 x = input[i];
+  output[i] = pack_four<T>(make_float4(activate(activation, x.x), activate(activation, x.y),
+                                       activate(activation, x.z), activate(activation, x.w)));
+}
+
+// One block a row.
+__global__ void __launch_bounds__(kScoreThreads)
+    score_rows(const float* logits, const std::int32_t* targets, RowScore* scores, int vocab) {
+  constexpr int kWarps = kScoreThreads / 32;
+  __shared__ float largest[kWarps];
+  __shared__ float partial[kWarps];
+  const float* row = logits + static_cast<std::int64_t>(blockIdx.x) * vocab;
+  float maximum = -INFINITY;
+  bool finite = true;
+  for (int i = threadIdx.x; i < vocab; i += kScoreThreads) {
+    finite = finite && isfinite(row[i]);
+    maximum = fmaxf(maximum, row[i]);
+  }
+  maximum = warp_max(maximum);
+  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = maximum;
+  finite = __syncthreads_and(finite);
+  for (int warp = 0; warp < kWarps; ++warp) maximum = fmaxf(maximum, largest[warp]);
+  float sum = 0.0f;
+  for (int i = threadIdx.x; i < vocab; i += kScoreThreads) sum += expf(row[i] - maximum);
+  sum = block_sum(sum, partial);
+  if (threadIdx.x != 0) return;
+  const std::int32_t target = targets[blockIdx.x];
+  const float logprob = target < 0 ? 0.0f : row[target] - maximum - logf(sum);
+  scores[blockIdx.x] = {logprob, finite};
+}
+
+}  // namespace
+
+void launch_embed(DType dtype, const std::int32_t* tokens, const void* embedding, float* x,
+                  std::int64_t count, std::int64_t hidden, cudaStream_t stream) {
+  with_type(dtype, "starting the embedding", [&](auto type) {
+    using T = decltype(type);
+    embed<T><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
+        tokens, static_cast<const T*>(embedding), x, static_cast<int>(hidden));
+  });
+}
+
+void launch_layer_norm(DType dtype, const float* x, const LayerNormOutput& first,
+                       const LayerNormOutput& second, float eps, std::int64_t count,
+                       std::int64_t hidden, cudaStream_t stream) {
+  with_type(dtype, "starting a LayerNorm", [&](auto type) {
+    layer_norm<decltype(type)><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
+        x, first, second, eps, static_cast<int>(hidden));
+  });
+}
+
+void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
+                   cudaStream_t stream) {
+  const dim3 grid(blocks_for(3 * attention.num_heads * attention.head_dim / 4),
+                  static_cast<unsigned>(attention.count));
+  with_type(dtype, "starting the rotation", [&](auto type) {
+    rotate_and_store<decltype(type)><<<grid, kThreads, 0, stream>>>(rotary, attention);
+  });
+}
+
+void launch_activation(DType dtype, Activation activation, const float* input, void* output,
+                       std::int64_t elements, cudaStream_t stream) {
+  with_type(dtype, "starting an activation", [&](auto type) {
+    activate_all<decltype(type)><<<blocks_for(elements / 4), kThreads, 0, stream>>>(
+        activation, reinterpret_cast<const float4*>(input), static_cast<uint2*>(output),
+        elements / 4);
+  });
+}
+
+void launch_score(const float* logits, const std::int32_t* targets, RowScore* scores,
+                  std::int64_t count, std::int64_t vocab, cudaStream_t stream) {
+  score_rows<<<static_cast<unsigned>(count), kScoreThreads, 0, stream>>>(logits, targets, scores,
+                                                                         static_cast<int>(vocab));
+  check(cudaGetLastError(), "starting the scores");
+}
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,56 @@
+// What happens to each row of activations between the products of a prefill. A row is one token.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "backend/cuda/prefill/attention.hpp"
+#include "clusterfusion/model.hpp"
+
+namespace clusterfusion::cuda {
+
+// x[count, hidden] = embedding[tokens[count]], as float32. `dtype` is the weights'.
+void launch_embed(DType dtype, const std::int32_t* tokens, const void* embedding, float* x,
+                  std::int64_t count, std::int64_t hidden, cudaStream_t stream);
+
+// Weight and bias [hidden] in the weights' type, and where the normalised rows go, in that type.
+struct LayerNormOutput {
+  const void* weight = nullptr;
+  const void* bias = nullptr;
+  void* rows = nullptr;
+};
+
+// The widest row that one block normalises.
+inline constexpr std::int64_t kMaxNormWidth = 5120;
+
+// LayerNorm of x[count, hidden]: once or, if `second.rows` is there, with two sets of parameters.
+// `hidden` is a multiple of 4.
+void launch_layer_norm(DType dtype, const float* x, const LayerNormOutput& first,
+                       const LayerNormOutput& second, float eps, std::int64_t count,
+                       std::int64_t hidden, cudaStream_t stream);
+
+struct RotaryParams {
+  const float* qkv;      // [count, heads, 3, head_dim], biases included
+  const float2* rotary;  // [positions, rotary_dim / 2]: cosine and sine
+  std::int32_t rotary_dim;
+};
+
+// Rotates queries and keys; puts the queries into attention.query, keys and values into its cache.
+void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
+                   cudaStream_t stream);
+
+// output[i] = activation(input[i]), rounded to `dtype`; `elements` is a multiple of 4.
+void launch_activation(DType dtype, Activation activation, const float* input, void* output,
+                       std::int64_t elements, cudaStream_t stream);
+
+struct RowScore {
+  float target_logprob;     // of the row's target; 0 if it has none
+  std::int32_t all_finite;  // 1 if every logit of the row is a finite number
+};
+
+// scores[row] of logits[count, vocab]; targets[row] is a token or -1.
+void launch_score(const float* logits, const std::int32_t* targets, RowScore* scores,
+                  std::int64_t count, std::int64_t vocab, cudaStream_t stream);
+
+}  // namespace clusterfusion::cuda

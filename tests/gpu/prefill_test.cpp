@@ -1,0 +1,298 @@
+// Prefill as matrix-matrix work against the float64 reference, and against itself bit for bit. The
+// KV pages lie in shuffled order and are full of NaN before they are written.
+#include "backend/cuda/prefill/prefill.hpp"
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/cuda/check.hpp"
+#include "backend/cuda/device_model.hpp"
+#include "clusterfusion/error.hpp"
+#include "gpu_fixture.hpp"
+#include "support/reference_model.hpp"
+
+namespace clusterfusion::test {
+namespace {
+
+// Token 0 is left out: a test poisons it.
+std::vector<TokenId> tokens_without_0(std::int64_t vocab, int count, unsigned seed) {
+  auto tokens = random_tokens(vocab - 1, count, seed);
+  for (TokenId& token : tokens) ++token;
+  return tokens;
+}
+
+double relative_error(std::span<const float> found, std::span<const double> expected) {
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    difference += (found[i] - expected[i]) * (found[i] - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  return std::sqrt(difference / norm);  // NaN fails every comparison
+}
+
+// The order of what 16-bit PyTorch gets on models of this kind.
+double tolerance(DType dtype) { return dtype == DType::float16 ? 1e-3 : 8e-3; }
+
+plan::KvPlan kv_plan(const ModelConfig& config) {
+  cudaDeviceProp properties;
+  cuda::check(cudaGetDeviceProperties(&properties, 0), "asking for the device's properties");
+  return plan::make_decode_plan(config,
+                                {properties.multiProcessorCount,
+                                 static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)})
+      .kv;
+}
+
+// One sequence, prefilled without a backend.
+class Prompter {
+ public:
+  explicit Prompter(const Model& model, unsigned seed = 1)
+      : config_(model.config()),
+        kv_(kv_plan(config_)),
+        weights_(model, {config_.max_positions, kv_.page_bytes}),
+        prefill_(config_, weights_, kv_, config_.max_positions),
+        slab_(kv_.page_bytes * kPages, "pages"),
+        pages_(kPages) {
+    cuda::check(cudaMemset(slab_.as<>(), 0xff, slab_.bytes()), "poisoning pages");
+    for (std::int64_t i = 0; i < kPages; ++i) pages_[i] = slab_.as<>() + i * kv_.page_bytes;
+    std::shuffle(pages_.begin(), pages_.end(), std::mt19937(seed));
+  }
+
+  std::int64_t max_tokens() const { return prefill_.max_tokens(); }
+
+  void run(std::span<const TokenId> tokens, std::int64_t first, const PrefillOutput& output) {
+    prefill_.run(tokens, first, pages_, output, nullptr);
+  }
+
+  // Logits at every position, in pieces that end at `cuts` and at the end.
+  std::vector<float> all_logits(std::span<const TokenId> tokens, std::vector<std::size_t> cuts) {
+    const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+    std::vector<float> logits(tokens.size() * vocab, std::numeric_limits<float>::quiet_NaN());
+    cuts.push_back(tokens.size());
+    std::size_t begin = 0;
+    for (const std::size_t end : cuts) {
+      PrefillOutput output;
+      output.all_logits = std::span(logits).subspan(begin * vocab, (end - begin) * vocab);
+      run(tokens.subspan(begin, end - begin), static_cast<std::int64_t>(begin), output);
+      begin = end;
+    }
+    return logits;
+  }
+
+  void poison_embedding_of_token_0() {
+    cuda::check(cudaMemset(const_cast<char*>(weights_.embedding()), 0xff,
+                           static_cast<std::size_t>(config_.hidden_size * 2)),
+                "poisoning an embedding");
+  }
+
+ private:
+  static constexpr std::int64_t kPages = 40;
+  const ModelConfig& config_;
+  plan::KvPlan kv_;
+  cuda::DeviceModel weights_;
+  cuda::Prefill prefill_;
+  cuda::DeviceMemory slab_;
+  std::vector<char*> pages_;
+};
+
+class PrefillShapes : public GpuTest, public testing::WithParamInterface<Shape> {};
+
+TEST_P(PrefillShapes, MatchesFloat64ForAnyNumberOfTokens) {
+  const ModelConfig config = config_of(GetParam());
+  const auto model = make_random_model(config);
+  const auto tokens = tokens_without_0(config.vocab_size, 200, 7);
+  const auto expected = reference_logits(*model, tokens);
+  Prompter prompter(*model);
+  double worst = 0;
+  for (const std::size_t count : {1, 2, 15, 63, 64, 65, 127, 200}) {
+    const auto found = prompter.all_logits(std::span(tokens).first(count), {});
+    const double error = relative_error(
+        found, std::span(expected).first(count * static_cast<std::size_t>(config.vocab_size)));
+    worst = std::max(worst, error);
+    EXPECT_LT(error, tolerance(config.dtype)) << count << " tokens";
+  }
+  std::printf("%-20s relative error at most %.2e\n", GetParam().name.c_str(), worst);
+  RecordProperty("relative_error", std::to_string(worst));
+}
+
+TEST_P(PrefillShapes, PiecesMatchFloat64) {
+  const ModelConfig config = config_of(GetParam());
+  const auto model = make_random_model(config);
+  const auto tokens = tokens_without_0(config.vocab_size, 160, 8);
+  const auto expected = reference_logits(*model, tokens);
+  const std::vector<std::vector<std::size_t>> partitions = {
+      {1, 2, 3}, {63, 64, 65}, {100}, {7, 71, 130}};
+  for (const auto& cuts : partitions) {
+    Prompter prompter(*model, static_cast<unsigned>(cuts.front()));
+    EXPECT_LT(relative_error(prompter.all_logits(tokens, cuts), expected), tolerance(config.dtype))
+        << "first cut at " << cuts.front();
+  }
+}
+
+TEST_P(PrefillShapes, SameBitsEveryTimeWhateverWasInMemory) {
+  const ModelConfig config = config_of(GetParam());
+  const auto model = make_random_model(config);
+  const auto tokens = tokens_without_0(config.vocab_size, 150, 9);
+  Prompter fresh(*model);
+  const auto first = fresh.all_logits(tokens, {90});
+  ASSERT_EQ(fresh.all_logits(tokens, {90}), first);
+  // A prompt of NaN fills pages and workspace with NaN.
+  Prompter poisoned(*model, 2);
+  poisoned.poison_embedding_of_token_0();
+  const std::vector<TokenId> poison(300, 0);
+  std::vector<float> logits(config.vocab_size);
+  PrefillOutput output;
+  output.last_logits = logits;
+  EXPECT_THROW(poisoned.run(poison, 0, output), Error);
+  EXPECT_TRUE(std::isnan(logits[0]));
+  ASSERT_EQ(poisoned.all_logits(tokens, {90}), first);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, PrefillShapes,
+    testing::Values(
+        Shape{"head_16", 128, 8, 512, 2, 301, 4}, Shape{"head_32", 128, 4, 512, 2, 301, 8},
+        Shape{"head_48", 192, 4, 576, 2, 301, 2}, Shape{"head_64", 256, 4, 1024, 2, 301, 64},
+        Shape{"head_80", 320, 4, 1280, 2, 301, 20}, Shape{"head_96", 192, 2, 96, 2, 301, 24},
+        Shape{"head_128", 256, 2, 1024, 2, 301, 32}, Shape{"head_144", 288, 2, 1152, 2, 301, 36},
+        Shape{"head_256", 512, 2, 2048, 2, 301, 64}, Shape{"no_rotation", 128, 4, 512, 2, 301, 0},
+        Shape{"head_80_bf16", 320, 4, 1280, 2, 301, 20, true, Activation::gelu_erf,
+              DType::bfloat16},
+        Shape{"head_256_bf16", 512, 2, 2048, 2, 301, 64, true, Activation::gelu_erf,
+              DType::bfloat16},
+        Shape{"sequential", 256, 4, 1024, 2, 301, 16, false},
+        Shape{"sequential_bf16", 256, 2, 1024, 2, 301, 32, false, Activation::gelu_tanh,
+              DType::bfloat16},
+        Shape{"gelu_tanh", 128, 4, 512, 2, 301, 8, true, Activation::gelu_tanh},
+        Shape{"gelu_quick", 128, 4, 512, 2, 301, 8, true, Activation::gelu_quick},
+        Shape{"relu", 128, 4, 512, 2, 301, 8, true, Activation::relu},
+        Shape{"relu_squared", 128, 4, 512, 2, 301, 8, false, Activation::relu_squared},
+        Shape{"silu", 128, 4, 512, 2, 301, 8, true, Activation::silu},
+        Shape{"mish", 128, 4, 512, 2, 301, 8, true, Activation::mish},
+        Shape{"tanh", 128, 4, 512, 2, 301, 8, false, Activation::tanh},
+        Shape{"sigmoid", 128, 4, 512, 2, 301, 8, true, Activation::sigmoid},
+        Shape{"identity", 128, 4, 512, 2, 301, 8, true, Activation::identity}),
+    [](const auto& info) { return info.param.name; });
+
+class PrefillTest : public GpuTest {};
+
+const Shape kShape{"head_80", 320, 4, 1280, 2, 301, 20};
+
+TEST_F(PrefillTest, WithoutAttentionBiasAndWithATiedHead) {
+  ModelConfig config = config_of(kShape);
+  config.attention_bias = false;
+  config.tied_embeddings = true;
+  const auto model = make_random_model(config);
+  const auto tokens = tokens_without_0(config.vocab_size, 90, 16);
+  EXPECT_LT(
+      relative_error(Prompter(*model).all_logits(tokens, {}), reference_logits(*model, tokens)),
+      tolerance(config.dtype));
+}
+
+TEST_F(PrefillTest, LongPromptMatchesFloat64) {
+  const ModelConfig config = config_of({"long", 160, 2, 640, 1, 301, 20});
+  const auto model = make_random_model(config);
+  const auto backend = make_cuda_backend(model, {});
+  const auto tokens = tokens_without_0(config.vocab_size, 2300, 10);
+  ASSERT_GT(std::ssize(tokens), backend->info().prefill_chunk);
+  std::vector<float> logits(tokens.size() * static_cast<std::size_t>(config.vocab_size));
+  PrefillOutput output;
+  output.all_logits = logits;
+  backend->prefill(backend->create_sequence({}), tokens, output);
+  EXPECT_LT(relative_error(logits, reference_logits(*model, tokens)), tolerance(config.dtype));
+}
+
+TEST_F(PrefillTest, LogProbabilitiesOfTargets) {
+  const ModelConfig config = config_of(kShape);
+  const auto model = make_random_model(config);
+  const auto tokens = tokens_without_0(config.vocab_size, 100, 11);
+  const auto expected = reference_logits(*model, tokens);
+  auto targets = random_tokens(config.vocab_size, 100, 12);
+  constexpr float kUntouched = 123.0f;
+  for (const std::size_t row : {0, 1, 40, 98}) targets[row] = -1;
+  std::vector<float> logprobs(targets.size(), kUntouched);
+  PrefillOutput output;
+  output.targets = targets;
+  output.target_logprobs = logprobs;
+  Prompter(*model).run(tokens, 0, output);
+  for (std::size_t row = 0; row < targets.size(); ++row) {
+    if (targets[row] < 0) {
+      EXPECT_EQ(logprobs[row], kUntouched) << row;
+      continue;
+    }
+    const auto width = static_cast<std::size_t>(config.vocab_size);
+    const auto logits = std::span(expected).subspan(row * width, width);
+    double sum = 0;
+    for (const double logit : logits) sum += std::exp(logit);
+    EXPECT_NEAR(logprobs[row], logits[targets[row]] - std::log(sum), 0.02) << row;
+  }
+}
+
+TEST_F(PrefillTest, OnlyTheLastLogits) {
+  const ModelConfig config = config_of(kShape);
+  const auto model = make_random_model(config);
+  const auto tokens = tokens_without_0(config.vocab_size, 77, 13);
+  const auto width = static_cast<std::size_t>(config.vocab_size);
+  const auto expected = reference_logits(*model, tokens);
+  std::vector<float> last(width);
+  PrefillOutput output;
+  output.last_logits = last;
+  Prompter(*model).run(tokens, 0, output);
+  EXPECT_LT(relative_error(last, std::span(expected).last(width)), tolerance(config.dtype));
+}
+
+// Tokens prefilled, then decoded one by one, then prefilled again.
+TEST_F(PrefillTest, DecodeGoesOnFromThePages) {
+  for (const DType dtype : {DType::float16, DType::bfloat16}) {
+    Shape shape = kShape;
+    shape.dtype = dtype;
+    const ModelConfig config = config_of(shape);
+    const auto model = make_random_model(config);
+    const auto backend = make_cuda_backend(model, {});
+    const auto tokens = tokens_without_0(config.vocab_size, 230, 14);
+    const auto expected = reference_logits(*model, tokens);
+    const auto width = static_cast<std::size_t>(config.vocab_size);
+    const SequenceId id = backend->create_sequence({});
+    backend->prefill(id, std::span(tokens).first(100), {});
+    std::vector<float> logits(width);
+    for (std::size_t i = 100; i < 130; ++i) {
+      backend->decode(std::vector{id}, std::vector{tokens[i]}, 1, {}, logits);
+      EXPECT_LT(relative_error(logits, std::span(expected).subspan(i * width, width)),
+                2 * tolerance(dtype))
+          << i;
+    }
+    PrefillOutput output;
+    output.last_logits = logits;
+    backend->prefill(id, std::span(tokens).subspan(130), output);
+    EXPECT_LT(relative_error(logits, std::span(expected).last(width)), 2 * tolerance(dtype));
+    EXPECT_EQ(backend->length(id), 230);
+  }
+}
+
+TEST_F(PrefillTest, RefusesOutputsOfTheWrongSize) {
+  const ModelConfig config = config_of(kShape);
+  const auto backend = make_cuda_backend(make_random_model(config), {});
+  const SequenceId id = backend->create_sequence({});
+  const auto tokens = tokens_without_0(config.vocab_size, 20, 15);
+  std::vector<float> logits(7);
+  PrefillOutput all, last, scored;
+  all.all_logits = logits;
+  last.last_logits = logits;
+  scored.targets = std::span(tokens).first(7);
+  scored.target_logprobs = logits;
+  for (const PrefillOutput& output : {all, last, scored})
+    EXPECT_THROW(backend->prefill(id, tokens, output), Error);
+  EXPECT_THROW(backend->prefill(id, {}, {}), Error);
+  EXPECT_THROW(backend->prefill(id, std::vector<TokenId>{1, 301}, {}), Error);
+  EXPECT_EQ(backend->length(id), 0);
+}
+
+}  // namespace
+}  // namespace clusterfusion::test
