@@ -1,0 +1,101 @@
+// Time of a prompt on the GPU, from the host to its first token, for Pythia's shapes.
+//   prefill_time [--tokens 128,512,...] [SHAPE ...]      default: pythia-2.8b
+// Weights are random float16. Prints one JSON document on stdout, a table on stderr.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "backend/cuda/cuda_backend.hpp"
+#include "random_pythia.hpp"
+
+using namespace clusterfusion;
+using namespace clusterfusion::benchmark;
+
+namespace {
+
+constexpr int kRepeats = 15;
+
+// Multiplications and additions of a prompt: the layers' matrices for every token, attention for
+// every pair of a query and a key that it sees, the LM head once.
+double floating_point_operations(const Shape& shape, double tokens) {
+  const double hidden = static_cast<double>(shape.hidden);
+  const double layer = 2 * 12 * hidden * hidden * tokens + 4 * hidden * tokens * (tokens + 1) / 2;
+  return static_cast<double>(shape.layers) * layer + 2 * hidden * static_cast<double>(shape.vocab);
+}
+
+// Milliseconds of each repeat, sorted; the first, which asks cuBLASLt for its algorithms, is left
+// out and comes in `first`.
+std::vector<double> measure(Backend& backend, const Shape& shape, std::int64_t tokens,
+                            double& first) {
+  std::vector<TokenId> prompt(static_cast<std::size_t>(tokens));
+  for (std::int64_t i = 0; i < tokens; ++i)
+    prompt[i] = static_cast<TokenId>(i * 7919 % shape.vocab);
+  const SequenceId id = backend.create_sequence({});
+  backend.reserve(id, tokens);
+  std::vector<double> milliseconds;
+  for (int repeat = 0; repeat <= kRepeats; ++repeat) {
+    SampledToken sampled;
+    PrefillOutput output;
+    output.sampled = &sampled;
+    const auto begin = std::chrono::steady_clock::now();
+    backend.prefill(id, prompt, output);
+    const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
+    milliseconds.push_back(took.count());
+    backend.truncate(id, 0);
+  }
+  backend.release_sequence(id);
+  first = milliseconds.front();
+  milliseconds.erase(milliseconds.begin());
+  std::sort(milliseconds.begin(), milliseconds.end());
+  return milliseconds;
+}
+
+std::string measure(const Shape& shape, const std::vector<std::int64_t>& counts) {
+  const auto backend = make_cuda_backend(std::make_shared<SharedModel>(shape), {});
+  std::string rows;
+  for (const std::int64_t tokens : counts) {
+    double first = 0;
+    const std::vector<double> times = measure(*backend, shape, tokens, first);
+    const double median = times[times.size() / 2];
+    const double rate =
+        floating_point_operations(shape, static_cast<double>(tokens)) / median / 1e9;
+    std::fprintf(
+        stderr, "%-12s %5ld tokens: %.3f ms (%.3f to %.3f, the first %.1f), %.0f TFLOP/s\n",
+        shape.name, static_cast<long>(tokens), median, times.front(), times.back(), first, rate);
+    rows += fmt::format(
+        R"({}{{"tokens": {}, "ms": {:.4f}, "low": {:.4f}, "high": {:.4f}, "first": {:.2f}, "tflops": {:.1f}}})",
+        rows.empty() ? "" : ", ", tokens, median, times.front(), times.back(), first, rate);
+  }
+  return fmt::format(R"({{"model": "{}", "device": "{}", "prompts": [{}]}})", shape.name,
+                     backend->info().device, rows);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> wanted(argv + 1, argv + argc);
+  std::vector<std::int64_t> counts = {128, 512, 2048};
+  if (wanted.size() >= 2 && wanted[0] == "--tokens") {
+    counts.clear();
+    std::stringstream list(wanted[1]);
+    for (std::string item; std::getline(list, item, ',');) counts.push_back(std::stoll(item));
+    wanted.erase(wanted.begin(), wanted.begin() + 2);
+  }
+  if (wanted.empty()) wanted.push_back("pythia-2.8b");
+  std::string all;
+  for (const std::string& name : wanted) {
+    const Shape* shape = find_shape(name);
+    if (shape == nullptr) {
+      std::fprintf(stderr, "prefill_time: unknown shape %s\n", name.c_str());
+      return 2;
+    }
+    all += (all.empty() ? "" : ",\n ") + measure(*shape, counts);
+  }
+  std::printf("[%s]\n", all.c_str());
+  return 0;
+}
