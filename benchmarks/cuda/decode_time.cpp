@@ -1,6 +1,7 @@
 // Time a token of the streaming decode kernel, for Pythia's shapes and several contexts, beside the
 // read ceiling that the same process measures.
-//   decode_time [--contexts 16,128,...] [--phases] [SHAPE ...]      default: pythia-2.8b
+//   decode_time [--contexts 16,128,...] [--repeats 7] [--phases] [SHAPE ...]
+//   default: contexts 16,128,1024,2047 of pythia-2.8b
 // A time is that of 256 greedy tokens, from the host, at about the same context: 16 at a time, then
 // the sequence is cut back. --phases prints when the phases of a layer end, in the median.
 // Weights are random float16; all layers come from one host matrix, but lie apart on the device.
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <exception>
 #include <map>
 #include <sstream>
 #include <string>
@@ -24,7 +26,6 @@ using namespace clusterfusion::benchmark;
 namespace {
 
 constexpr int kTokens = 256;
-constexpr int kRepeats = 7;
 
 struct Summary {
   double median, low, high;
@@ -70,7 +71,8 @@ void print_phases(Backend& backend, SequenceId id, const Shape& shape) {
   }
 }
 
-std::string measure(const Shape& shape, const std::vector<std::int64_t>& contexts, bool phases) {
+std::string measure(const Shape& shape, const std::vector<std::int64_t>& contexts, int repeats,
+                    bool phases) {
   const auto model = std::make_shared<SharedModel>(shape);
   const auto backend = make_cuda_backend(model, {});
   const double ceiling = backend->measure_read_ceiling();
@@ -85,7 +87,7 @@ std::string measure(const Shape& shape, const std::vector<std::int64_t>& context
     backend->prefill(id, prompt, {});
     std::vector<SampledToken> sampled(steps);
     std::vector<double> milliseconds;
-    for (int repeat = -1; repeat < kRepeats; ++repeat) {
+    for (int repeat = -1; repeat < repeats; ++repeat) {
       const auto begin = std::chrono::steady_clock::now();
       for (int done = 0; done < kTokens; done += steps) {
         backend->truncate(id, start);
@@ -116,14 +118,19 @@ std::string measure(const Shape& shape, const std::vector<std::int64_t>& context
 
 }  // namespace
 
-int main(int argc, char** argv) {
+static int run(int argc, char** argv) {
   std::vector<std::string> wanted(argv + 1, argv + argc);
-  std::vector<std::int64_t> contexts = {16, 128, 1024, 1984};
+  std::vector<std::int64_t> contexts = {16, 128, 1024, 2047};
   const bool phases = std::erase(wanted, "--phases") > 0;
-  if (wanted.size() >= 2 && wanted[0] == "--contexts") {
-    contexts.clear();
-    std::stringstream list(wanted[1]);
-    for (std::string item; std::getline(list, item, ',');) contexts.push_back(std::stoll(item));
+  int repeats = 7;
+  while (wanted.size() >= 2 && (wanted[0] == "--contexts" || wanted[0] == "--repeats")) {
+    if (wanted[0] == "--repeats") {
+      repeats = std::stoi(wanted[1]);
+    } else {
+      contexts.clear();
+      std::stringstream list(wanted[1]);
+      for (std::string item; std::getline(list, item, ',');) contexts.push_back(std::stoll(item));
+    }
     wanted.erase(wanted.begin(), wanted.begin() + 2);
   }
   if (wanted.empty()) wanted.push_back("pythia-2.8b");
@@ -134,8 +141,17 @@ int main(int argc, char** argv) {
       std::fprintf(stderr, "decode_time: unknown shape %s\n", name.c_str());
       return 2;
     }
-    all += (all.empty() ? "" : ",\n ") + measure(*shape, contexts, phases);
+    all += (all.empty() ? "" : ",\n ") + measure(*shape, contexts, repeats, phases);
   }
   std::printf("[%s]\n", all.c_str());
   return 0;
+}
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "decode_time: %s\n", error.what());
+    return 1;
+  }
 }

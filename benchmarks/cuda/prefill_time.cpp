@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <exception>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -77,7 +78,7 @@ std::string measure(const Shape& shape, const std::vector<std::int64_t>& counts)
 
 }  // namespace
 
-int main(int argc, char** argv) {
+static int run(int argc, char** argv) {
   std::vector<std::string> wanted(argv + 1, argv + argc);
   std::vector<std::int64_t> counts = {128, 512, 2048};
   if (wanted.size() >= 2 && wanted[0] == "--tokens") {
@@ -98,4 +99,13 @@ int main(int argc, char** argv) {
   }
   std::printf("[%s]\n", all.c_str());
   return 0;
+}
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "prefill_time: %s\n", error.what());
+    return 1;
+  }
 }

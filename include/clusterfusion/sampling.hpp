@@ -10,7 +10,7 @@ namespace clusterfusion {
 
 // The filters apply in the order of transformers' generate(): repetition penalty, temperature,
 // top-k, top-p, min-p. Then one token is drawn from the softmax over what is left, by the
-// Gumbel-max rule: argmax over tokens i of score_i + g_i with
+// Gumbel-max rule: argmax over tokens i of logit_i / temperature + g_i, in float64, with
 //   g_i = -log(-log(u_i)),  u_i from Philox4x32-10(key = seed, counter = (i / 4, position)).
 // The noise of a token depends only on (seed, position, token): the same seed gives the same text
 // for any number of threads, any batch and any backend.

@@ -77,7 +77,7 @@ std::vector<Candidate> filter_candidates(std::span<const float> logits, float ma
     if (logits[token] < threshold) continue;
     const float score = (logits[token] - maximum) / params.temperature;
     if (std::isinf(score)) continue;
-    candidates.push_back({static_cast<TokenId>(token), score});
+    candidates.push_back({static_cast<TokenId>(token), score, logits[token]});
   }
   if (params.top_p < 1.0f) keep_top_p(candidates, params.top_p);
   if (params.min_p > 0.0f) {

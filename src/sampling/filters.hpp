@@ -12,6 +12,7 @@ namespace clusterfusion {
 struct Candidate {
   TokenId token = 0;
   float score = 0.0f;  // (logit - largest logit) / temperature, <= 0; the likeliest token has 0
+  float logit = 0.0f;
 };
 
 // Divides the logits above 0 of the tokens seen by `penalty`, multiplies those below 0; a token

@@ -53,4 +53,12 @@ CF_HOST_DEVICE inline float gumbel_from(std::uint32_t word) noexcept {
   return static_cast<float>(-std::log(-std::log(uniform)));
 }
 
+// What the token drawn is the largest of: logit / temperature + noise, in float64, so that it needs
+// to know nothing of the other tokens and is the same number on every device.
+CF_HOST_DEVICE inline double noisy_score(float logit, float temperature,
+                                         std::uint32_t word) noexcept {
+  return static_cast<double>(logit) / static_cast<double>(temperature) +
+         static_cast<double>(gumbel_from(word));
+}
+
 }  // namespace clusterfusion

@@ -55,22 +55,25 @@ class LogSoftmax {
   double log_sum_;
 };
 
-TokenId draw(const std::vector<Candidate>& candidates, std::uint64_t seed, std::uint64_t position) {
+TokenId draw(const std::vector<Candidate>& candidates, const SamplingParams& params,
+             std::uint64_t position) {
   std::optional<std::uint32_t> known_group;
   PhiloxCounter words{};
-  Candidate best{std::numeric_limits<TokenId>::max(), -std::numeric_limits<float>::infinity()};
+  TokenId best = std::numeric_limits<TokenId>::max();
+  double best_score = -std::numeric_limits<double>::infinity();
   for (const Candidate& candidate : candidates) {
     const auto token = static_cast<std::uint32_t>(candidate.token);
     if (known_group != token / 4) {
       known_group = token / 4;
-      words = noise_words(seed, position, token / 4);
+      words = noise_words(params.seed, position, token / 4);
     }
-    const float noisy = candidate.score + gumbel_from(words[token % 4]);
-    if (noisy > best.score || (noisy == best.score && candidate.token < best.token)) {
-      best = {candidate.token, noisy};
+    const double score = noisy_score(candidate.logit, params.temperature, words[token % 4]);
+    if (score > best_score || (score == best_score && candidate.token < best)) {
+      best = candidate.token;
+      best_score = score;
     }
   }
-  return best.token;
+  return best;
 }
 
 std::vector<TokenLogprob> most_likely(std::span<const float> logits, const LogSoftmax& log_softmax,
@@ -136,7 +139,7 @@ SampledToken Sampler::sample(std::span<const float> logits) {
       params_.temperature == 0.0f
           ? likeliest
           : draw(filter_candidates(scores, scores[static_cast<std::size_t>(likeliest)], params_),
-                 params_.seed, static_cast<std::uint64_t>(length_));
+                 params_, static_cast<std::uint64_t>(length_));
   if (params_.num_logprobs >= 0) {
     const LogSoftmax log_softmax(logits, maximum);
     sampled.logprob = log_softmax(sampled.token);

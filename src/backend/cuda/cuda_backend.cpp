@@ -1,7 +1,6 @@
 #include "backend/cuda/cuda_backend.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <map>
@@ -9,6 +8,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
+#include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/decode/decode_timeline.hpp"
 #include "backend/cuda/device_model.hpp"
 #include "backend/cuda/kv_pool.hpp"
@@ -29,37 +29,12 @@ constexpr std::int64_t kPrefillChunk = 64;
 // pass of matrix-matrix work is quicker (Pythia-2.8B, H100: 2.9 ms for 2 to 16 tokens).
 constexpr std::int64_t kStreamedPrompt = 1;
 static_assert(kStreamedPrompt <= kPrefillChunk);
-// More copies under way make what the SMs tell each other wait behind them.
-constexpr int kMaxInFlight = 2;
-// A part of a phase is dealt in turns, so that no ticket has to be waited for when it begins.
-constexpr int kStaticPercent = 30;
-constexpr int kTicketChunks = 2;
-
 cudaDeviceProp device_properties() {
   int device = 0;
   check(cudaGetDevice(&device), "asking for the current device");
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, device), "asking for the device's properties");
   return properties;
-}
-
-StreamedMatrix streamed(const plan::MatrixPlan& plan) {
-  StreamedMatrix matrix;
-  matrix.rows = static_cast<std::int32_t>(plan.rows);
-  matrix.rows_per_chunk = plan.rows_per_chunk;
-  matrix.chunks = plan.chunks;
-  matrix.unit_rows = plan.unit_rows;
-  matrix.units_per_chunk = plan.units_per_chunk();
-  matrix.sums_per_chunk = plan.sums_per_chunk();
-  matrix.segments = plan.segments;
-  matrix.segments_log2 = std::countr_zero(static_cast<unsigned>(plan.segments));
-  matrix.slices_log2 = std::countr_zero(static_cast<unsigned>(plan.slices()));
-  matrix.slice_columns = static_cast<std::int32_t>(plan.slice_columns());
-  matrix.segment_columns = static_cast<std::int32_t>(plan.segment_columns());
-  matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
-  matrix.iterations = plan.iterations;
-  matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0;
-  return matrix;
 }
 
 // What the kernel cannot do by itself yet: anything but greedy and plain temperature sampling.
@@ -200,7 +175,12 @@ class CudaBackend final : public Backend {
     const DeviceMemory memory(bytes, "the timeline");
     check(cudaMemsetAsync(memory.as<>(), 0, bytes, stream_), "clearing the timeline");
     params_.timeline = memory.as<std::uint64_t>();
-    run(sequence, std::span(&input, 1), 1, 0, false, 0.0f);
+    try {
+      run(sequence, std::span(&input, 1), 1, 0, false, 0.0f);
+    } catch (...) {
+      params_.timeline = nullptr;
+      throw;
+    }
     params_.timeline = nullptr;
     check(cudaMemcpy(times.data(), memory.as<>(), bytes, cudaMemcpyDeviceToHost),
           "fetching the timeline");
@@ -215,18 +195,13 @@ class CudaBackend final : public Backend {
  private:
   void prepare() {
     const ModelConfig& config = model_->config();
-    // The residual stream is held in registers as well: a pair of elements for each fragment.
-    int iterations = static_cast<int>((config.hidden_size + 511) / 512);
-    for (const plan::MatrixPlan* matrix :
-         {&plan_.qkv, &plan_.attention_out, &plan_.mlp_up, &plan_.mlp_down, &plan_.lm_head})
-      iterations = std::max(iterations, matrix->iterations);
-    kernel_ = find_decode_kernel(config.dtype, iterations, static_cast<int>(config.head_dim));
-    check(cudaFuncSetAttribute(kernel_, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(plan_.shared_bytes)),
-          "reserving shared memory");
+    kernel_ = find_decode_kernel(config.dtype, fragments_needed(config, plan_),
+                                 static_cast<int>(config.head_dim));
+    prepare_kernel(kernel_, plan_);
+    params_ = stream_params(config, plan_, properties_.multiProcessorCount);
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
     allocate_scratch();
-    fill_params();
+    point_at_weights();
   }
 
   void allocate_scratch() {
@@ -235,7 +210,6 @@ class CudaBackend final : public Backend {
     counters_ = DeviceMemory((kPrefillChunk * phases + 1) * 4, "counters");
     params_.tickets = counters_.as<std::uint32_t>();
     params_.arrivals = params_.tickets + kPrefillChunk * phases;
-    params_.layout = flow_layout();
     flow_ = DeviceMemory(std::int64_t{kFlowSets} * params_.layout.bytes, "flow vectors");
     params_.flow = flow_.as<>();
     logits_ = DeviceMemory(kPrefillChunk * config.vocab_size * 4, "logits");
@@ -243,66 +217,20 @@ class CudaBackend final : public Backend {
     tokens_ = DeviceMemory(kPrefillChunk * 4 * 2, "tokens");
     const std::int64_t pages = info_.max_positions / kKvPagePositions + 1;
     page_table_ = DeviceMemory(pages * sizeof(char*), "the page table");
+    params_.kv_pages = page_table_.as<char*>();
+    params_.given_tokens = tokens_.as<std::int32_t>();
+    params_.chosen = tokens_.as<std::int32_t>() + kPrefillChunk;
     host_chosen_.resize(kPrefillChunk);
   }
 
-  FlowLayout flow_layout() const {
-    const ModelConfig& config = model_->config();
-    const std::int32_t sms = properties_.multiProcessorCount;
-    const auto tasks = std::max<std::int64_t>(sms, config.num_heads);
-    FlowLayout layout{};
-    const auto take = [&](std::int64_t bytes) {
-      const std::int32_t offset = layout.bytes;
-      layout.bytes += static_cast<std::int32_t>((bytes + 255) / 256 * 256);
-      return offset;
-    };
-    layout.qkv = take(config.hidden_size * 12);
-    layout.mlp = take(config.intermediate_size * 2);
-    layout.attention = take(config.hidden_size * 2);
-    layout.delta_attention = take(config.hidden_size * 4);
-    layout.delta_mlp = take(config.hidden_size * 4);
-    layout.partials = take(tasks * (config.head_dim + 2) * 4);
-    layout.candidates = take(sms * static_cast<std::int64_t>(sizeof(Candidate)));
-    return layout;
-  }
-
-  void fill_params() {
-    const ModelConfig& config = model_->config();
-    DecodeParams& p = params_;
-    p.qkv = streamed(plan_.qkv);
-    p.attention_out = streamed(plan_.attention_out);
-    p.mlp_up = streamed(plan_.mlp_up);
-    p.mlp_down = streamed(plan_.mlp_down);
-    p.lm_head = streamed(plan_.lm_head);
-    p.first_layer = weights_.first_layer();
-    p.layer_stride = weights_.layer_stride();
-    p.embedding = weights_.embedding();
-    p.lm_head_weight = weights_.lm_head();
-    p.final_norm_weight = weights_.final_norm_weight();
-    p.final_norm_bias = weights_.final_norm_bias();
-    p.rotary = weights_.rotary();
-    p.num_layers = static_cast<std::int32_t>(config.num_layers);
-    p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
-    p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);
-    p.num_heads = static_cast<std::int32_t>(config.num_heads);
-    p.head_dim = static_cast<std::int32_t>(config.head_dim);
-    p.rotary_dim = static_cast<std::int32_t>(config.rotary_dim);
-    p.vocab_size = static_cast<std::int32_t>(config.vocab_size);
-    p.layer_norm_eps = static_cast<float>(config.layer_norm_eps);
-    p.activation = config.activation;
-    p.parallel_residual = config.parallel_residual;
-    p.stages = plan_.stages;
-    p.stage_bytes = static_cast<std::int32_t>(plan_.stage_bytes);
-    p.sum_slots = plan_.sum_slots;
-    p.max_in_flight = std::min<std::int32_t>(kMaxInFlight, plan_.stages);
-    p.static_percent = kStaticPercent;
-    p.ticket_chunks = kTicketChunks;
-    p.kv_pages = page_table_.as<char*>();
-    p.kv_head_bytes = static_cast<std::int32_t>(plan_.kv.head_bytes);
-    p.kv_block_bytes = static_cast<std::int32_t>(plan_.kv.block_bytes);
-    p.kv_block_positions = plan_.kv.block_positions;
-    p.given_tokens = tokens_.as<std::int32_t>();
-    p.chosen = tokens_.as<std::int32_t>() + kPrefillChunk;
+  void point_at_weights() {
+    params_.first_layer = weights_.first_layer();
+    params_.layer_stride = weights_.layer_stride();
+    params_.embedding = weights_.embedding();
+    params_.lm_head_weight = weights_.lm_head();
+    params_.final_norm_weight = weights_.final_norm_weight();
+    params_.final_norm_bias = weights_.final_norm_bias();
+    params_.rotary = weights_.rotary();
   }
 
   Sequence& find(SequenceId id) {

@@ -130,16 +130,15 @@ TEST(Draw, IsTheArgmaxOfScoresPlusNoise) {
     Sampler sampler({.temperature = temperature, .seed = seed}, vocab);
     sampler.append(history);
 
-    const float maximum = *std::max_element(logits.begin(), logits.end());
     TokenId best = -1;
-    float best_score = -kInf;
+    double best_score = -kInf;
     for (int token = 0; token < vocab; ++token) {
       const auto words = philox4x32_10(
           {static_cast<std::uint32_t>(token / 4), 0, static_cast<std::uint32_t>(history.size()), 0},
           {static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)});
       const float noise =
           static_cast<float>(-std::log(-std::log((words[token % 4] + 0.5) / 4294967296.0)));
-      const float score = (logits[token] - maximum) / temperature + noise;
+      const double score = double{logits[token]} / double{temperature} + double{noise};
       if (score > best_score) {
         best_score = score;
         best = token;

@@ -24,11 +24,16 @@ class SplitCombiner {
       for (int layer = 0; layer < p.num_layers; ++layer, ++epoch) {
         if (splits == 1) continue;
         block_counter_wait(&control->swept, epoch, kNap);
-        for (int head = static_cast<int>(blockIdx.x); head < p.num_heads;
-             head += static_cast<int>(gridDim.x))
-          combine(flow_set(p, epoch), head, splits);
+        combine_heads(epoch, splits);
       }
     }
+  }
+
+  // The heads of this block, when their splits' results come.
+  __device__ __forceinline__ void combine_heads(int epoch, int splits) const {
+    for (int head = static_cast<int>(blockIdx.x); head < p.num_heads;
+         head += static_cast<int>(gridDim.x))
+      combine(flow_set(p, epoch), head, splits);
   }
 
  private:

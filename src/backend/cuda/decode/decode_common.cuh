@@ -14,15 +14,16 @@ using namespace device;
 using plan::Stream;
 
 inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
-inline constexpr int kMaxChunkSlots = 256;
 
 // Shared memory: control, activations, sums, ring. The sizes are those of DecodePlan.
 struct SharedControl {
   RingControl ring;
-  float reduce[2][plan::kConsumerWarps];
+  float2 reduce[2][plan::kConsumerWarps];
   Candidate candidate[plan::kConsumerWarps];
   int chunk_of_slot[kMaxChunkSlots];
   int token;
+  std::uint32_t launch;  // of a layer call: its number, and the position
+  int position;
   std::uint32_t zero;
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;
@@ -31,6 +32,21 @@ struct SharedControl {
   std::uint32_t swept;
 };
 static_assert(sizeof(SharedControl) <= plan::kControlBytes);
+
+__device__ __forceinline__ SharedControl* shared_control(char* shared) {
+  return reinterpret_cast<SharedControl*>(shared);
+}
+// By one thread, before a block barrier.
+__device__ __forceinline__ void init_shared(const DecodeParams& p, SharedControl* control) {
+  ring_init(&control->ring, p.stages, plan::kConsumerWarps);
+  control->begun = control->swept = control->zero = 0;
+}
+__device__ __forceinline__ float* shared_sums(const DecodeParams& p, char* shared) {
+  return reinterpret_cast<float*>(shared + plan::kControlBytes) + (p.hidden_size + 31) / 32 * 32;
+}
+__device__ __forceinline__ char* shared_ring(const DecodeParams& p, char* shared) {
+  return reinterpret_cast<char*>(shared_sums(p, shared) + p.sum_slots);
+}
 
 // The id of a ring stage: what it holds, and of which epoch.
 __device__ __forceinline__ int ring_id(int epoch, plan::Stream stream) {
@@ -44,13 +60,56 @@ __device__ __forceinline__ plan::AttentionSplits splits_at(const DecodeParams& p
   return plan::attention_splits(position + 1, p.kv_block_positions, p.num_heads, gridDim.x);
 }
 
-__device__ __forceinline__ char* kv_block(const DecodeParams& p, int layer, int head, int block) {
-  const int first = block * p.kv_block_positions;
-  const int block_in_page = first % plan::kKvPagePositions / p.kv_block_positions;
-  return p.kv_pages[first / plan::kKvPagePositions] +
-         static_cast<std::int64_t>(layer * p.num_heads + head) * p.kv_head_bytes +
-         static_cast<std::int64_t>(block_in_page) * p.kv_block_bytes;
-}
+// Where the keys and values of a sequence lie, and the angles of its positions: pages, as the
+// engine keeps them.
+struct PagedCache {
+  const DecodeParams& p;
+
+  __device__ __forceinline__ char* block(int layer, int head, int block) const {
+    const int first = block * p.kv_block_positions;
+    const int block_in_page = first % plan::kKvPagePositions / p.kv_block_positions;
+    return p.kv_pages[first / plan::kKvPagePositions] +
+           static_cast<std::int64_t>(layer * p.num_heads + head) * p.kv_head_bytes +
+           static_cast<std::int64_t>(block_in_page) * p.kv_block_bytes;
+  }
+
+  // For the producer: where the blocks of a task come from, one after the other. The page table is
+  // in global memory, so this looks one block ahead.
+  class Reader {
+   public:
+    __device__ __forceinline__ Reader(const PagedCache& cache, int layer, int head, int first,
+                                      int end)
+        : cache_(cache), layer_(layer), head_(head), end_(end) {
+      source_ = cache.block(layer, head, first);
+    }
+    __device__ __forceinline__ void copy(RingProducer& ring, int block) {
+      const char* next = cache_.block(layer_, head_, min(block + 1, end_ - 1));
+      ring.copy(source_, cache_.p.kv_block_bytes);
+      source_ = next;
+    }
+
+   private:
+    const PagedCache& cache_;
+    const char* source_;
+    int layer_, head_, end_;
+  };
+
+  // Cosine and sine for element `dim` (below rotary_dim) of a query or key.
+  __device__ __forceinline__ float2 angle(int position, int dim) const {
+    const int half = p.rotary_dim / 2;
+    return __ldg(p.rotary + static_cast<std::int64_t>(position) * half +
+                 (dim < half ? dim : dim - half));
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void store(int layer, int head, int position, int dim, T key,
+                                        T value) const {
+    T* keys = reinterpret_cast<T*>(block(layer, head, position / p.kv_block_positions)) +
+              position % p.kv_block_positions * p.head_dim;
+    keys[dim] = key;
+    keys[p.kv_block_positions * p.head_dim + dim] = value;
+  }
+};
 
 template <typename T>
 __device__ __forceinline__ const T* of_layer(const DecodeParams& p, const T* of_first, int layer) {

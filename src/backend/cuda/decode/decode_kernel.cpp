@@ -5,23 +5,22 @@
 
 namespace clusterfusion::cuda {
 
-// The instances that the build has made, smallest first: DECODE_INSTANCE(dtype, iterations, head
+// The instances that the build has made, smallest first: STREAM_INSTANCE(dtype, iterations, head
 // steps) for each.
-#define DECODE_INSTANCE(dtype, iterations, head_steps) \
+#define STREAM_INSTANCE(dtype, iterations, head_steps) \
   const void* decode_kernel_##dtype##_##iterations##_##head_steps();
-#include "decode_instances.inc"
-#undef DECODE_INSTANCE
+#include "stream_instances.inc"
+#undef STREAM_INSTANCE
 
 const void* find_decode_kernel(DType dtype, int iterations, int head_dim) {
-#define DECODE_INSTANCE(type, max_iterations, head_steps)                                    \
+#define STREAM_INSTANCE(type, max_iterations, head_steps)                                    \
   if (dtype == DType::type && iterations <= max_iterations && head_dim <= 16 * (head_steps)) \
     return decode_kernel_##type##_##max_iterations##_##head_steps();
-#include "decode_instances.inc"
-#undef DECODE_INSTANCE
+#include "stream_instances.inc"
+#undef STREAM_INSTANCE
   fail(ErrorKind::unsupported,
        "no decode kernel for {} weights with head size {} and {} fragments a lane; run this model "
-       "on "
-       "the CPU (device \"cpu\")",
+       "on the CPU (device \"cpu\")",
        name_of(dtype), head_dim, iterations);
 }
 

@@ -39,57 +39,55 @@ struct Fragments {
   uint4 value[kMaxIterations];
 };
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps>
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache = PagedCache>
 class DecodeStep {
  public:
   using Frag = Fragments<kMaxIterations>;
   static constexpr int kBatch = 5;  // loads under way together
   static_assert(kMaxIterations % kBatch == 0);
+  static constexpr bool kPairs = kMaxIterations <= kBatch;  // of chunks are multiplied side by side
   // Wide models have no registers left to hold the next layer's norm parameters while they
   // multiply; wide heads none for the query.
   static constexpr bool kNormsEarly = kMaxIterations <= 5;
   static constexpr bool kQueryInRegisters = kMaxHeadSteps <= 8;
 
-  __device__ __forceinline__ DecodeStep(const DecodeParams& params, char* shared)
+  __device__ __forceinline__ DecodeStep(const DecodeParams& params, const Cache& kv_cache,
+                                        char* shared)
       : p(params),
-        control(reinterpret_cast<SharedControl*>(shared)),
+        cache(kv_cache),
+        control(shared_control(shared)),
         normed(reinterpret_cast<T*>(shared + plan::kControlBytes)),
-        sums(reinterpret_cast<float*>(shared + plan::kControlBytes) +
-             (params.hidden_size + 31) / 32 * 32),
-        ring_data(reinterpret_cast<char*>(sums + params.sum_slots)),
+        sums(shared_sums(params, shared)),
         thread(threadIdx.x),
         warp(threadIdx.x / 32),
         lane(threadIdx.x % 32),
         g(threadIdx.x % 32 / 4),
         q(threadIdx.x % 4),
-        zero(0),
-        ring(&control->ring, ring_data, params.stages, params.stage_bytes) {}
+        zero(static_cast<int>(block_counter_load(&control->zero))),
+        ring(&control->ring, shared_ring(params, shared), params.stages + zero,
+             params.stage_bytes + zero) {}
 
-  __device__ __forceinline__ void run() {
-    if (thread == 0) {
-      ring_init(&control->ring, p.stages, plan::kConsumerWarps);
-      control->begun = control->swept = 0;
-      control->zero = 0;
-    }
-    __syncthreads();
-    if (warp < plan::kConsumerWarps) {
-      take_registers<kConsumerRegisters>();
-      zero = static_cast<int>(block_counter_load(&control->zero));
-      ring = RingConsumer(&control->ring, ring_data, p.stages + zero, p.stage_bytes + zero);
-      consume();
-      return;
-    }
-    give_up_registers<kProducerRegisters>();
-    switch (warp - plan::kConsumerWarps) {
-      case 0:
-        if (lane == 0) DecodeProducer(p, control, ring_data).run();
-        break;
-      case 1: sweep(p, control, lane); break;
-      default: SplitCombiner<T>(p, control, warp - plan::kConsumerWarps - 2).run();
+  // All steps of the launch, as a consumer.
+  __device__ __forceinline__ void consume() {
+    next_id = ring.announced();
+    int token = -1;
+    for (int step = 0; step < p.steps; ++step) {
+      if (step < p.given_count) token = p.given_tokens[step];
+      const int position = p.first_position + step;
+      embed(token);
+      mean_before = 0.0f;  // a token's bits must not depend on the one before
+      LayerNorms norms;
+      load_norms(0, norms);
+#pragma unroll 1
+      for (int index = 0; index < p.num_layers; ++index, ++epoch)
+        layer_step(index, position, norms);
+      token = step < p.first_scored_step ? skip_score() : score(step, position, norms.input);
+      ++epoch;
+      if (thread == 0 && blockIdx.x == 0) p.chosen[step] = token;
     }
   }
 
- private:
+ protected:
   // ---------------------------------------------------------------- consumers
 
   // The compiler may not know these any more. Else it computes the addresses of all phases once, in
@@ -184,35 +182,54 @@ class DecodeStep {
     }
   }
 
-  __device__ __forceinline__ float block_sum(float value, int which) {
-    value = warp_sum(value);
+  // Sums over all elements; `which` of two buffers, so that a second one needs no barrier before.
+  __device__ __forceinline__ float2 block_sum(float2 value, int which) {
+    value.x = warp_sum(value.x);
+    value.y = warp_sum(value.y);
     if (lane == 0) control->reduce[which][warp] = value;
     consumer_barrier();
-    float total = 0.0f;
+    float2 total = make_float2(0.0f, 0.0f);
 #pragma unroll
-    for (int w = 0; w < plan::kConsumerWarps; ++w) total += control->reduce[which][w];
+    for (int w = 0; w < plan::kConsumerWarps; ++w) {
+      total.x += control->reduce[which][w].x;
+      total.y += control->reduce[which][w].y;
+    }
     return total;
+  }
+
+  // Sums of x - shift and of its square.
+  __device__ __forceinline__ float2 shifted_sums(float shift, int which) {
+    float2 sums = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int j = 0; j < kMaxIterations; ++j) {
+      const float first = holds(j) ? x[j].x - shift : 0.0f;
+      const float second = holds(j) ? x[j].y - shift : 0.0f;
+      sums.x += first + second;
+      sums.y = fmaf(first, first, fmaf(second, second, sums.y));
+    }
+    return block_sum(sums, which);
   }
 
   struct Moments {
     float mean, inverse_deviation;
   };
-  // Mean and deviation of x in two passes over registers: safe for any mean.
+  // Mean and deviation of x. One pass over x - shift, where the shift is the mean of the layer
+  // before: exact to rounding as long as the mean has moved by no more than a few deviations.
+  // Where it has moved further, a second pass with the mean just found.
   __device__ __forceinline__ Moments moments(bool first_of_epoch) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kMaxIterations; ++j)
-      if (holds(j)) sum += x[j].x + x[j].y;
-    const float mean = block_sum(sum, 0) / p.hidden_size;
+    float2 sums = shifted_sums(mean_before, 0);
     if (first_of_epoch) begin_epoch();
-    float squares = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kMaxIterations; ++j) {
-      if (!holds(j)) continue;
-      squares = fmaf(x[j].x - mean, x[j].x - mean, squares);
-      squares = fmaf(x[j].y - mean, x[j].y - mean, squares);
+    float moved = sums.x / p.hidden_size;
+    float variance = sums.y / p.hidden_size - moved * moved;
+    float mean = mean_before + moved;
+    constexpr float kFewDeviations = 16.0f;  // squared: four bits of the variance are lost at most
+    if (!(moved * moved <= kFewDeviations * variance)) {
+      sums = shifted_sums(mean, 1);
+      moved = sums.x / p.hidden_size;
+      variance = sums.y / p.hidden_size - moved * moved;
+      mean += moved;
     }
-    const float variance = block_sum(squares, 1) / p.hidden_size;
+    mean_before = mean;
     return {mean, rsqrtf(variance + p.layer_norm_eps)};
   }
 
@@ -324,45 +341,78 @@ class DecodeStep {
       holds_sum = step.q == step.g / 2;
     }
 
-    __device__ __forceinline__ void multiply_chunk(std::uint32_t chunk, const Frag& fragments) {
+    // One chunk, or two that lie at different places, as one of twice the units.
+    __device__ __forceinline__ void multiply_chunks(std::uint32_t chunk, std::uint32_t second,
+                                                    int chunks, const Frag& fragments) {
+      const int units = chunk_units * chunks;
+      second -= chunk_bytes;
+      if constexpr (kPairs) {
 #pragma unroll 1
-      for (; turn < chunk_units; turn += turn_step) {
-        const float value = dot(chunk + offset, swap, iterations, fragments);
-        if (holds_sum != 0) store_shared(sum_address, value);
-        offset += offset_step;
-        sum_address += sum_step;
+        while (turn + turn_step < units) {
+          const std::uint32_t here = (turn < chunk_units ? chunk : second) + offset;
+          const std::uint32_t there =
+              (turn + turn_step < chunk_units ? chunk : second) + offset + offset_step;
+          const float2 values = dot_2(here, there, swap, iterations, fragments);
+          if (holds_sum != 0) {
+            store_shared(sum_address, values.x);
+            store_shared(sum_address + sum_step, values.y);
+          }
+          advance(2);
+        }
       }
-      turn -= chunk_units;
-      offset -= chunk_bytes;
+#pragma unroll 1
+      while (turn < units) {
+        const float value =
+            dot((turn < chunk_units ? chunk : second) + offset, swap, iterations, fragments);
+        if (holds_sum != 0) store_shared(sum_address, value);
+        advance(1);
+      }
+      turn -= units;
+      offset -= chunk_bytes * chunks;
+    }
+    __device__ __forceinline__ void advance(int units) {
+      turn += units * turn_step;
+      offset += units * offset_step;
+      sum_address += units * sum_step;
     }
   };
 
   // Multiplies all chunks of `stream` that come next, and hands each row's sum, bias included, to
   // `finish`. `bias` may be null. `ahead` is called when the last chunk is multiplied, before the
   // rows are finished: the place to ask for what comes next.
-  template <typename Finish, typename Ahead>
+  template <typename Bias, typename Finish, typename Ahead>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
-                                           const Frag& fragments, const float* bias,
-                                           Finish&& finish, Ahead&& ahead) {
+                                           const Frag& fragments, const Bias* bias, Finish&& finish,
+                                           Ahead&& ahead) {
     forget_indices();
     const int chunk_sums = matrix.sums_per_chunk;
-    const int max_slots = min(kMaxChunkSlots, p.sum_slots / chunk_sums);
+    const int max_slots = matrix.max_slots;
     // The row that this thread will finish first, so that its bias can be fetched ahead.
     const int early_row = thread >> matrix.segments_log2;
-    const int early_slot = bias != nullptr ? early_row / matrix.rows_per_chunk : kMaxChunkSlots;
+    const int early_slot = bias != nullptr ? matrix.slot_of(early_row) : kMaxChunkSlots;
     float early_bias = 0.0f;
+    const auto note = [&](int slot, int chunk) {
+      if (slot == early_slot) {
+        const int row = (chunk - slot) * matrix.rows_per_chunk + early_row;
+        if (row < matrix.rows) early_bias = static_cast<float>(__ldg(bias + row));
+      }
+      if (thread == 0) control->chunk_of_slot[slot] = chunk;
+    };
+    const int id = ring_id(epoch, stream);
     Turns turns(*this, matrix);
     int slot = 0;
-    while (comes(stream)) {
+    while (next_id == id) {
       const RingLabel label = ring.wait();
-      turns.multiply_chunk(ring.current(), fragments);
-      if (slot == early_slot) {
-        const int row = (label.index - slot) * matrix.rows_per_chunk + early_row;
-        if (row < matrix.rows) early_bias = __ldg(bias + row);
+      // Two chunks that have both landed are multiplied side by side: it takes hardly longer.
+      const bool pair = kPairs && slot + 1 < max_slots && ring.next_landed(id);
+      turns.multiply_chunks(ring.current(), ring.next(), pair ? 2 : 1, fragments);
+      note(slot++, label.index);
+      if (pair) {
+        ring.release(lane);
+        note(slot++, ring.wait().index);
       }
-      if (thread == 0) control->chunk_of_slot[slot] = label.index;
       release_stage();
-      if (++slot == max_slots) {
+      if (slot == max_slots) {
         finish_rows(matrix, slot, bias, early_bias, finish);
         turns.sum_address -= slot * chunk_sums * 4;
         slot = 0;
@@ -371,9 +421,9 @@ class DecodeStep {
     ahead();
     if (slot > 0) finish_rows(matrix, slot, bias, early_bias, finish);
   }
-  template <typename Finish>
+  template <typename Bias, typename Finish>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
-                                           const Frag& fragments, const float* bias,
+                                           const Frag& fragments, const Bias* bias,
                                            Finish&& finish) {
     multiply(stream, matrix, fragments, bias, finish, [] {});
   }
@@ -386,36 +436,65 @@ class DecodeStep {
   // column g.
   __device__ __forceinline__ static float dot(std::uint32_t address, std::uint32_t swap,
                                               int iterations, const Frag& fragments) {
-    // Batches of loads, then products in independent chains: latency is all that counts here.
-    float even[2][4] = {}, odd[2][4] = {};
+    Products products;
 #pragma unroll
     for (int first = 0; first < kMaxIterations; first += kBatch) {
       if (first > 0 && first >= iterations) break;
       uint4 weight[kBatch];
+      load_batch(address, swap, first, iterations, weight);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        weight[i] = make_uint4(0, 0, 0, 0);
-        if (first + i < iterations)
-          weight[i] = load_shared_4(((first + i) % 2 == 0 ? address + swap : address - swap) +
-                                    (first + i) * 64);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const uint4& activation = fragments.value[first + i];
-        mma_16x8x16<T>(even[i % 2], weight[i], activation.x, activation.y);
-        mma_16x8x16<T>(odd[i % 2], weight[i], activation.z, activation.w);
-      }
+      for (int i = 0; i < kBatch; ++i) products.add(i, weight[i], fragments.value[first + i]);
     }
-    const bool odd_column = threadIdx.x & 4;  // g is odd
-    return odd_column ? (even[0][1] + even[1][1]) + (odd[0][3] + odd[1][3])
-                      : (even[0][0] + even[1][0]) + (odd[0][2] + odd[1][2]);
+    return products.diagonal();
+  }
+
+  __device__ __forceinline__ static void load_batch(std::uint32_t address, std::uint32_t swap,
+                                                    int first, int iterations,
+                                                    uint4 (&weight)[kBatch]) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      weight[i] = make_uint4(0, 0, 0, 0);
+      if (first + i < iterations)
+        weight[i] = load_shared_4(((first + i) % 2 == 0 ? address + swap : address - swap) +
+                                  (first + i) * 64);
+    }
+  }
+
+  // In independent chains: latency is all that counts here.
+  struct Products {
+    float even[2][4] = {}, odd[2][4] = {};
+    __device__ __forceinline__ void add(int i, const uint4& weight, const uint4& activation) {
+      mma_16x8x16<T>(even[i % 2], weight, activation.x, activation.y);
+      mma_16x8x16<T>(odd[i % 2], weight, activation.z, activation.w);
+    }
+    __device__ __forceinline__ float diagonal() const {
+      const bool odd_column = threadIdx.x & 4;  // g is odd
+      return odd_column ? (even[0][1] + even[1][1]) + (odd[0][3] + odd[1][3])
+                        : (even[0][0] + even[1][0]) + (odd[0][2] + odd[1][2]);
+    }
+  };
+
+  // The same for two units at once, with the same sums in the same order.
+  __device__ __forceinline__ static float2 dot_2(std::uint32_t first, std::uint32_t second,
+                                                 std::uint32_t swap, int iterations,
+                                                 const Frag& fragments) {
+    uint4 weight[2][kBatch];
+#pragma unroll
+    for (int unit = 0; unit < 2; ++unit)
+      load_batch(unit == 0 ? first : second, swap, 0, iterations, weight[unit]);
+    Products products[2];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+      for (int unit = 0; unit < 2; ++unit)
+        products[unit].add(i, weight[unit][i], fragments.value[i]);
+    return make_float2(products[0].diagonal(), products[1].diagonal());
   }
 
   // Adds up the sums of each row, one lane for each segment.
-  template <typename Finish>
+  template <typename Bias, typename Finish>
   __device__ __forceinline__ void finish_rows(const StreamedMatrix& matrix, int slots,
-                                              const float* bias, float early_bias,
-                                              Finish&& finish) {
+                                              const Bias* bias, float early_bias, Finish&& finish) {
     consumer_barrier();
     const int count = slots * matrix.rows_per_chunk;
     const int rows_at_once = kConsumerThreads >> matrix.segments_log2;
@@ -435,10 +514,12 @@ class DecodeStep {
       for (int distance = 1; distance < matrix.segments; distance *= 2)
         value += __shfl_xor_sync(kAllLanes, value, distance);
       if (i >= count || (thread & (matrix.segments - 1)) != 0) continue;
-      const int slot = i / matrix.rows_per_chunk;
+      const int slot = matrix.slot_of(i);
       const int row = (control->chunk_of_slot[slot] - slot) * matrix.rows_per_chunk + i;
       if (row >= matrix.rows) continue;
-      finish(row, value + (first == 0 ? early_bias : bias != nullptr ? __ldg(bias + row) : 0.0f));
+      float row_bias = early_bias;
+      if (first > 0) row_bias = bias != nullptr ? static_cast<float>(__ldg(bias + row)) : 0.0f;
+      finish(row, value + row_bias);
     }
     consumer_barrier();
   }
@@ -461,7 +542,6 @@ class DecodeStep {
     const HeadInputs inputs = head_inputs();
     const float* qkv = flow<const float>(p.layout.qkv) + head * 3 * p.head_dim;
     const int half = p.rotary_dim / 2;
-    const float2* angles = p.rotary + static_cast<std::int64_t>(position) * half;
     constexpr int kRounds = (3 * 16 * kMaxHeadSteps + kConsumerThreads - 1) / kConsumerThreads;
     float2 angle[kRounds];
 #pragma unroll
@@ -469,8 +549,7 @@ class DecodeStep {
       const int i = thread + round * kConsumerThreads;
       const int dim = i % p.head_dim;
       angle[round] = make_float2(1.0f, 0.0f);
-      if (i < 2 * p.head_dim && dim < p.rotary_dim)
-        angle[round] = __ldg(angles + (dim < half ? dim : dim - half));
+      if (i < 2 * p.head_dim && dim < p.rotary_dim) angle[round] = cache.angle(position, dim);
     }
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
@@ -555,7 +634,7 @@ class DecodeStep {
     const int row_bytes = p.head_dim * 2;
     char* keys = ring.current_data() + group * 8 * row_bytes;
     char* values = keys + p.kv_block_positions * row_bytes;
-    if (position < first + 8) insert_current(layer, head, block, group, position, keys, values);
+    if (position < first + 8) insert_current(layer, head, position, keys, values);
 
     float score[4] = {};
 #pragma unroll
@@ -594,20 +673,16 @@ class DecodeStep {
 
   // Puts the current position's key and value into the landed block and into the cache, and clears
   // the values behind it in this group: whatever lies there must not reach a product.
-  __device__ __forceinline__ void insert_current(int layer, int head, int block, int group,
-                                                 int position, char* keys, char* values) {
+  __device__ __forceinline__ void insert_current(int layer, int head, int position, char* keys,
+                                                 char* values) {
     const int row = position % 8;
-    char* cached = kv_block(p, layer, head, block);
-    T* cached_key = reinterpret_cast<T*>(cached) + (group * 8 + row) * p.head_dim;
-    T* cached_value = cached_key + p.kv_block_positions * p.head_dim;
     const T* ready = head_inputs().ready;
     for (int dim = lane; dim < p.head_dim; dim += 32) {
       const T key = ready[p.head_dim + dim];
       const T value = ready[2 * p.head_dim + dim];
       reinterpret_cast<T*>(keys)[row * p.head_dim + dim] = key;
       reinterpret_cast<T*>(values)[row * p.head_dim + dim] = value;
-      cached_key[dim] = key;
-      cached_value[dim] = value;
+      cache.store(layer, head, position, dim, key, value);
       for (int later = row + 1; later < 8; ++later)
         reinterpret_cast<T*>(values)[later * p.head_dim + dim] = static_cast<T>(0.0f);
     }
@@ -701,24 +776,6 @@ class DecodeStep {
     mark(TimelinePoint::attention_out);
   }
 
-  __device__ __forceinline__ void consume() {
-    next_id = ring.announced();
-    int token = -1;
-    for (int step = 0; step < p.steps; ++step) {
-      if (step < p.given_count) token = p.given_tokens[step];
-      const int position = p.first_position + step;
-      embed(token);
-      LayerNorms norms;
-      load_norms(0, norms);
-#pragma unroll 1
-      for (int index = 0; index < p.num_layers; ++index, ++epoch)
-        layer_step(index, position, norms);
-      token = step < p.first_scored_step ? skip_score() : score(step, position, norms.input);
-      ++epoch;
-      if (thread == 0 && blockIdx.x == 0) p.chosen[step] = token;
-    }
-  }
-
   __device__ __forceinline__ void embed(int token) {
     // A token that was not chosen (a NaN among the logits) is reported by the host; stay in bounds.
     const auto* row = reinterpret_cast<const std::uint32_t*>(
@@ -800,13 +857,17 @@ class DecodeStep {
     return a.score > b.score || (a.score == b.score && a.token < b.token);
   }
 
-  // A logit that is not finite beats everything, with token -1.
+  // A logit that is not finite beats everything, as kNoToken.
+  static constexpr std::int64_t kNoToken = 0xffffffff;
   __device__ __forceinline__ Candidate candidate(int token, float logit, int position) const {
-    if (!isfinite(logit)) return {INFINITY, -1};
+    if (!isfinite(logit)) return {INFINITY, kNoToken};
     if (p.temperature == 0.0f) return {logit, token};
     const PhiloxCounter words = noise_words(p.seed, position + 1, token / 4);
-    return {logit / p.temperature + gumbel_from(words[token % 4]), token};
+    const std::uint32_t low = token % 2 == 0 ? words[0] : words[1];
+    const std::uint32_t high = token % 2 == 0 ? words[2] : words[3];
+    return {noisy_score(logit, p.temperature, token % 4 < 2 ? low : high), token};
   }
+  __device__ __forceinline__ static Candidate worst_candidate() { return {-INFINITY, 0x7fffffff}; }
 
   __device__ __forceinline__ Candidate best_of_warp(Candidate best) const {
 #pragma unroll
@@ -816,6 +877,18 @@ class DecodeStep {
       if (better(other, best)) best = other;
     }
     return best;
+  }
+
+  // All blocks' best candidates, as they come; for one warp.
+  __device__ __forceinline__ Candidate best_of_blocks(const std::uint64_t* candidates) const {
+    Candidate best = worst_candidate();
+    for (int i = lane; i < static_cast<int>(gridDim.x); i += 32) {
+      const auto score = static_cast<long long>(flow_wait(candidates + 2 * i));
+      const Candidate other{__longlong_as_double(score),
+                            static_cast<std::int64_t>(flow_wait(candidates + 2 * i + 1))};
+      if (better(other, best)) best = other;
+    }
+    return best_of_warp(best);
   }
 
   // The LM head's epoch where no logits are wanted.
@@ -836,16 +909,17 @@ class DecodeStep {
     consumer_barrier();
     load_normed(p.lm_head, 0, fragments);
     mark(TimelinePoint::normalised);
-    Candidate best{-INFINITY, 0x7fffffff};
+    Candidate best = worst_candidate();
     float* logits =
         p.logits == nullptr
             ? nullptr
             : p.logits + static_cast<std::int64_t>(step - p.first_scored_step) * p.vocab_size;
-    multiply(Stream::lm_head, p.lm_head, fragments, nullptr, [&](int row, float value) {
-      if (logits != nullptr) logits[row] = value;
-      const Candidate here = candidate(row, value, position);
-      if (better(here, best)) best = here;
-    });
+    multiply(Stream::lm_head, p.lm_head, fragments, static_cast<const float*>(nullptr),
+             [&](int row, float value) {
+               if (logits != nullptr) logits[row] = value;
+               const Candidate here = candidate(row, value, position);
+               if (better(here, best)) best = here;
+             });
     mark(TimelinePoint::qkv);
     best = best_of_warp(best);
     if (lane == 0) control->candidate[warp] = best;
@@ -855,28 +929,22 @@ class DecodeStep {
       if (lane == 0) {
         for (int w = 1; w < plan::kConsumerWarps; ++w)
           if (better(control->candidate[w], best)) best = control->candidate[w];
-        flow_store(candidates + blockIdx.x, reinterpret_cast<const std::uint64_t&>(best));
+        auto* own = candidates + 2 * blockIdx.x;
+        flow_store(own, static_cast<std::uint64_t>(__double_as_longlong(best.score)));
+        flow_store(own + 1, static_cast<std::uint64_t>(best.token));
       }
-      best = {-INFINITY, 0x7fffffff};
-      for (int i = lane; i < gridDim.x; i += 32) {
-        std::uint64_t bits;
-        do bits = flow_load(candidates + i);
-        while (bits == ~0ull);
-        const Candidate other = reinterpret_cast<const Candidate&>(bits);
-        if (better(other, best)) best = other;
-      }
-      best = best_of_warp(best);
-      if (lane == 0) control->token = best.token;
+      best = best_of_blocks(candidates);
+      if (lane == 0) control->token = static_cast<int>(best.token);  // kNoToken: -1
     }
     consumer_barrier();
     return control->token;
   }
 
   const DecodeParams& p;
+  const Cache& cache;
   SharedControl* control;
   T* normed;    // [2, hidden]: the two normalised inputs of a layer
   float* sums;  // [sum_slots]: partial sums of rows; states of attention
-  char* ring_data;
   int thread, warp, lane, g, q;
   // Zero, which the compiler cannot know: what it is added to stays in a register, where the
   // compiler would look it up in constant memory again and again.
@@ -886,13 +954,32 @@ class DecodeStep {
   int epoch = 0;
   // The residual stream, the same in every block: this thread's pairs of elements.
   float2 x[kMaxIterations];
+  float mean_before = 0.0f;  // of x, at the last LayerNorm
 };
 
 template <typename T, int kMaxIterations, int kMaxHeadSteps>
 __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(128) char shared[];
-  DecodeStep<T, kMaxIterations, kMaxHeadSteps>(params, shared).run();
+  SharedControl* control = shared_control(shared);
+  if (threadIdx.x == 0) init_shared(params, control);
+  __syncthreads();
+  const PagedCache cache{params};
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  if (warp < plan::kConsumerWarps) {
+    take_registers<kConsumerRegisters>();
+    DecodeStep<T, kMaxIterations, kMaxHeadSteps>(params, cache, shared).consume();
+    return;
+  }
+  give_up_registers<kProducerRegisters>();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  switch (warp - plan::kConsumerWarps) {
+    case 0:
+      if (lane == 0) DecodeProducer(params, cache, control, shared_ring(params, shared)).run();
+      break;
+    case 1: sweep(params, control, lane); break;
+    default: SplitCombiner<T>(params, control, warp - plan::kConsumerWarps - 2).run();
+  }
 }
 
 }  // namespace clusterfusion::cuda

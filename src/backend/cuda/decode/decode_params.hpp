@@ -10,6 +10,9 @@
 
 namespace clusterfusion::cuda {
 
+// Chunks whose sums one SM may collect before it finishes their rows.
+inline constexpr std::int32_t kMaxChunkSlots = 256;
+
 // A MatrixPlan, with what every lane would otherwise compute again.
 struct StreamedMatrix {
   std::int32_t rows;
@@ -25,7 +28,17 @@ struct StreamedMatrix {
   std::int32_t segment_columns;
   std::int32_t row_bytes;
   std::int32_t iterations;
-  bool swaps;  // each two iterations in odd slices: see swap_columns
+  bool swaps;                     // each two iterations in odd slices: see swap_columns
+  std::int32_t max_slots;         // chunks whose sums fit
+  std::uint32_t rows_reciprocal;  // 2^32 / rows_per_chunk, rounded up
+
+  // The chunk, of some that follow each other, that row `row` of them lies in: row /
+  // rows_per_chunk without a division. Exact for rows below 2^16.
+  constexpr std::int32_t slot_of(std::int32_t row) const {
+    return rows_per_chunk == 1 ? row
+                               : static_cast<std::int32_t>(
+                                     (static_cast<std::uint64_t>(row) * rows_reciprocal) >> 32);
+  }
 };
 
 // One layer on the device. Matrices and norm parameters in the weights' 16-bit type, biases float32
@@ -45,10 +58,10 @@ struct StreamedLayer {
   const float* mlp_down_bias;
 };
 
-// The best token that one SM has seen, with its score (logit, scaled and with noise if sampled).
-struct alignas(8) Candidate {
-  float score;
-  std::int32_t token;
+// The best token that one SM has seen, with its score: the logit, or noisy_score() if sampled.
+struct alignas(16) Candidate {
+  double score;
+  std::int64_t token;  // of 32 bits: never "empty" as an element of a flow vector
 };
 
 // What the SMs tell each other within one epoch, a layer or the LM head of one step: flow vectors

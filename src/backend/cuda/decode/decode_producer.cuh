@@ -9,11 +9,13 @@
 
 namespace clusterfusion::cuda {
 
+template <typename Cache>
 class DecodeProducer {
  public:
-  __device__ __forceinline__ DecodeProducer(const DecodeParams& params, SharedControl* shared,
-                                            char* ring_data)
+  __device__ __forceinline__ DecodeProducer(const DecodeParams& params, const Cache& kv_cache,
+                                            SharedControl* shared, char* ring_data)
       : p(params),
+        cache(kv_cache),
         control(shared),
         ring(&shared->ring, ring_data, params.stages, params.stage_bytes, params.max_in_flight),
         counter(params.tickets) {}
@@ -41,7 +43,7 @@ class DecodeProducer {
     ring.announce(kRingEnd, {});
   }
 
- private:
+ protected:
   __device__ __forceinline__ const StreamedMatrix& matrix_of(Stream stream) const {
     switch (stream) {
       case Stream::qkv: return p.qkv;
@@ -124,11 +126,9 @@ class DecodeProducer {
       const int head = task / splits.splits;
       const int first = task % splits.splits * splits.blocks_per_split;
       const int end = min(first + splits.blocks_per_split, splits.blocks);
-      const char* source = kv_block(p, layer, head, first);
+      typename Cache::Reader reader(cache, layer, head, first, end);
 #pragma unroll 1
       for (int block = first; block < end; ++block) {
-        // The page table is in global memory: look ahead.
-        const char* next = kv_block(p, layer, head, min(block + 1, end - 1));
         ring.announce(ring_id(epoch, Stream::attention), {task, block});
         // What earlier steps of this launch have written must be there before it is copied.
         const int written = epoch - epochs_per_step(p);
@@ -136,13 +136,13 @@ class DecodeProducer {
           block_counter_wait(&control->swept, written + 2);
           fence_before_bulk_copy();
         }
-        ring.copy(source, p.kv_block_bytes);
-        source = next;
+        reader.copy(ring, block);
       }
     }
   }
 
   const DecodeParams& p;
+  const Cache& cache;
   SharedControl* control;
   RingProducer ring;
   std::uint32_t* counter;

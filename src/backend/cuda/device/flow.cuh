@@ -79,5 +79,11 @@ __device__ __forceinline__ float flow_wait(const float* element) {
   while (bits == kEmpty);
   return __uint_as_float(bits);
 }
+__device__ __forceinline__ std::uint64_t flow_wait(const std::uint64_t* element) {
+  std::uint64_t bits;
+  do bits = flow_load(element);
+  while (bits == ~std::uint64_t{0});
+  return bits;
+}
 
 }  // namespace clusterfusion::device

@@ -42,6 +42,21 @@ __device__ __forceinline__ void mbarrier_arrive_expect(std::uint64_t* barrier,
   mbarrier_arrive_expect(shared_address(barrier), bytes);
 }
 
+// Whether the phase of the given parity is complete. By parity, like the wait: see above.
+__device__ __forceinline__ bool mbarrier_test(std::uint32_t address, std::uint32_t parity) {
+  std::uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, complete;\n"
+      "}"
+      : "=r"(done)
+      : "r"(address), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Waits until the phase of the given parity (0 for the first) is complete.
 __device__ __forceinline__ void mbarrier_wait(std::uint32_t address, std::uint32_t parity) {
   std::uint32_t done;

@@ -72,11 +72,19 @@ class RingProducer {
 
   // Copies what was announced last, and goes on to the next stage.
   __device__ __forceinline__ void copy(const void* source, std::uint32_t bytes) {
+    copy_with(bytes, [&](std::uint32_t target, std::uint32_t barrier) {
+      bulk_copy_to_shared(target, source, bytes, barrier);
+    });
+  }
+  // The same with copies of the caller's that bring `bytes` to a target and tell a barrier, both
+  // addresses in shared memory.
+  template <typename Copies>
+  __device__ __forceinline__ void copy_with(std::uint32_t bytes, Copies&& copies) {
     const std::uint32_t full = control_ + kFull + stage_ * 8;
     const std::uint32_t target = data_ + stage_ * stage_bytes_;
     mbarrier_arrive_expect(full, bytes);
     wait_for_flight();
-    bulk_copy_to_shared(target, source, bytes, full);
+    copies(target, full);
     ++sequence_;
     if (++stage_ == stages_) {
       stage_ = 0;
@@ -140,10 +148,28 @@ class RingConsumer {
                  : "memory");
     return label;
   }
+  // Whether the stage behind the current one has landed, and holds `id`. For whole warps.
+  __device__ __forceinline__ bool next_landed(int id) const {
+    const bool wraps = stage_ + 1 == stages_;
+    const int stage = wraps ? 0 : stage_ + 1;
+    if (!__all_sync(0xffffffffu,
+                    mbarrier_test(control_ + kFull + stage * 8, wraps ? parity_ ^ 1 : parity_)))
+      return false;
+    int its_id;
+    asm volatile("ld.volatile.shared.u32 %0, [%1];"
+                 : "=r"(its_id)
+                 : "r"(control_ + kAnnounced + stage * 16)
+                 : "memory");
+    return its_id == id;
+  }
   // The current stage's data, as an address in shared memory and as a pointer.
   __device__ __forceinline__ std::uint32_t current() const { return data_ + stage_ * stage_bytes_; }
   __device__ __forceinline__ char* current_data() const {
     return static_cast<char*>(__cvta_shared_to_generic(current()));
+  }
+  // The next stage's data.
+  __device__ __forceinline__ std::uint32_t next() const {
+    return data_ + (stage_ + 1 == stages_ ? 0 : stage_ + 1) * stage_bytes_;
   }
   // This warp is done with the stage.
   __device__ __forceinline__ void release(int lane) {

@@ -1,0 +1,118 @@
+#include "backend/cuda/decode/decode_setup.hpp"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <bit>
+
+#include "backend/cuda/check.hpp"
+#include "backend/cuda/decode/decode_kernel.hpp"
+#include "base/fail.hpp"
+
+namespace clusterfusion::cuda {
+namespace {
+
+// More copies under way make what the SMs tell each other wait behind them.
+constexpr int kMaxInFlight = 2;
+// A part of a phase is dealt in turns, so that no ticket has to be waited for when it begins.
+constexpr int kPercentInTurns = 30;
+constexpr int kTicketChunks = 2;
+
+StreamedMatrix streamed(const plan::MatrixPlan& plan, std::int32_t sum_slots) {
+  StreamedMatrix matrix;
+  matrix.rows = static_cast<std::int32_t>(plan.rows);
+  matrix.rows_per_chunk = plan.rows_per_chunk;
+  matrix.chunks = plan.chunks;
+  matrix.unit_rows = plan.unit_rows;
+  matrix.units_per_chunk = plan.units_per_chunk();
+  matrix.sums_per_chunk = plan.sums_per_chunk();
+  matrix.segments = plan.segments;
+  matrix.segments_log2 = std::countr_zero(static_cast<unsigned>(plan.segments));
+  matrix.slices_log2 = std::countr_zero(static_cast<unsigned>(plan.slices()));
+  matrix.slice_columns = static_cast<std::int32_t>(plan.slice_columns());
+  matrix.segment_columns = static_cast<std::int32_t>(plan.segment_columns());
+  matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
+  matrix.iterations = plan.iterations;
+  matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0;
+  matrix.max_slots = std::min(kMaxChunkSlots, sum_slots / plan.sums_per_chunk());
+  const auto rows = static_cast<std::uint32_t>(plan.rows_per_chunk);
+  matrix.rows_reciprocal = static_cast<std::uint32_t>(((std::uint64_t{1} << 32) + rows - 1) / rows);
+  return matrix;
+}
+
+FlowLayout flow_layout(const ModelConfig& config, std::int32_t sm_count) {
+  const auto tasks = std::max<std::int64_t>(sm_count, config.num_heads);
+  FlowLayout layout{};
+  const auto take = [&](std::int64_t bytes) {
+    const std::int32_t offset = layout.bytes;
+    layout.bytes += static_cast<std::int32_t>((bytes + 255) / 256 * 256);
+    return offset;
+  };
+  layout.qkv = take(config.hidden_size * 12);
+  layout.mlp = take(config.intermediate_size * 2);
+  layout.attention = take(config.hidden_size * 2);
+  layout.delta_attention = take(config.hidden_size * 4);
+  layout.delta_mlp = take(config.hidden_size * 4);
+  layout.partials = take(tasks * (config.head_dim + 2) * 4);
+  layout.candidates = take(sm_count * static_cast<std::int64_t>(sizeof(Candidate)));
+  return layout;
+}
+
+}  // namespace
+
+DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
+                           std::int32_t sm_count) {
+  DecodeParams p{};
+  p.qkv = streamed(plan.qkv, plan.sum_slots);
+  p.attention_out = streamed(plan.attention_out, plan.sum_slots);
+  p.mlp_up = streamed(plan.mlp_up, plan.sum_slots);
+  p.mlp_down = streamed(plan.mlp_down, plan.sum_slots);
+  p.lm_head = streamed(plan.lm_head, plan.sum_slots);
+  p.num_layers = static_cast<std::int32_t>(config.num_layers);
+  p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
+  p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);
+  p.num_heads = static_cast<std::int32_t>(config.num_heads);
+  p.head_dim = static_cast<std::int32_t>(config.head_dim);
+  p.rotary_dim = static_cast<std::int32_t>(config.rotary_dim);
+  p.vocab_size = static_cast<std::int32_t>(config.vocab_size);
+  p.layer_norm_eps = static_cast<float>(config.layer_norm_eps);
+  p.activation = config.activation;
+  p.parallel_residual = config.parallel_residual;
+  p.stages = plan.stages;
+  p.stage_bytes = static_cast<std::int32_t>(plan.stage_bytes);
+  p.sum_slots = plan.sum_slots;
+  p.max_in_flight = std::min<std::int32_t>(kMaxInFlight, plan.stages);
+  p.static_percent = kPercentInTurns;
+  p.ticket_chunks = kTicketChunks;
+  p.kv_head_bytes = static_cast<std::int32_t>(plan.kv.head_bytes);
+  p.kv_block_bytes = static_cast<std::int32_t>(plan.kv.block_bytes);
+  p.kv_block_positions = plan.kv.block_positions;
+  p.layout = flow_layout(config, sm_count);
+  return p;
+}
+
+int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan) {
+  // The residual stream is held in registers as well: a pair of elements for each fragment.
+  constexpr std::int64_t kPairedElements = plan::kConsumerWarps * 32 * 2;
+  int needed = static_cast<int>((config.hidden_size + kPairedElements - 1) / kPairedElements);
+  for (const plan::MatrixPlan* matrix :
+       {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head})
+    needed = std::max(needed, matrix->iterations);
+  return needed;
+}
+
+void prepare_kernel(const void* kernel, const plan::DecodePlan& plan) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(plan.shared_bytes)),
+        "reserving shared memory");
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kDecodeBlockThreads,
+                                                      static_cast<std::size_t>(plan.shared_bytes)),
+        "asking how many blocks fit");
+  require(blocks >= 1, ErrorKind::unsupported,
+          "a block of the streaming kernel ({} threads, {} bytes of shared memory) does not fit on "
+          "an SM of this GPU, and all of them have to run together; use device \"cpu\"",
+          kDecodeBlockThreads, plan.shared_bytes);
+}
+
+}  // namespace clusterfusion::cuda

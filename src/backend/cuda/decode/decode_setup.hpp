@@ -1,0 +1,21 @@
+// From a plan to what the streaming kernels are told.
+#pragma once
+
+#include "backend/cuda/decode/decode_params.hpp"
+#include "clusterfusion/model.hpp"
+#include "plan/decode_plan.hpp"
+
+namespace clusterfusion::cuda {
+
+// Shape, matrices, ring and the layout of flow vectors; pointers stay null.
+DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
+                           std::int32_t sm_count);
+
+// Fragments that a lane of the kernel must be able to hold.
+int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan);
+
+// Lets a kernel have its shared memory. Errors: unsupported if not even one block of it fits on an
+// SM, because all blocks have to be resident together.
+void prepare_kernel(const void* kernel, const plan::DecodePlan& plan);
+
+}  // namespace clusterfusion::cuda
