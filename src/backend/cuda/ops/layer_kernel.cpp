@@ -1,0 +1,36 @@
+#include "backend/cuda/ops/layer_kernel.hpp"
+
+#include "backend/cuda/check.hpp"
+#include "backend/cuda/decode/decode_kernel.hpp"
+#include "base/fail.hpp"
+
+namespace clusterfusion::cuda {
+
+// The instances that the build has made, smallest first: STREAM_INSTANCE(dtype, iterations, head
+// steps) for each.
+#define STREAM_INSTANCE(dtype, iterations, head_steps) \
+  const void* layer_kernel_##dtype##_##iterations##_##head_steps();
+#include "stream_instances.inc"
+#undef STREAM_INSTANCE
+
+const void* find_layer_kernel(DType dtype, int iterations, int head_dim) {
+#define STREAM_INSTANCE(type, max_iterations, head_steps)                                    \
+  if (dtype == DType::type && iterations <= max_iterations && head_dim <= 16 * (head_steps)) \
+    return layer_kernel_##type##_##max_iterations##_##head_steps();
+#include "stream_instances.inc"
+#undef STREAM_INSTANCE
+  fail(ErrorKind::unsupported,
+       "no layer kernel for {} tensors with head size {} and {} fragments a lane; move the tensors "
+       "to the CPU",
+       name_of(dtype), head_dim, iterations);
+}
+
+void launch_layer(const void* kernel, const LayerParams& params, int sm_count,
+                  std::int64_t shared_bytes, cudaStream_t stream) {
+  void* arguments[] = {const_cast<LayerParams*>(&params)};
+  check(cudaLaunchCooperativeKernel(kernel, dim3(sm_count), dim3(kDecodeBlockThreads), arguments,
+                                    static_cast<std::size_t>(shared_bytes), stream),
+        "starting the layer kernel");
+}
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,18 @@
+// Finding and launching the fused layer kernel.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "backend/cuda/ops/layer_params.hpp"
+
+namespace clusterfusion::cuda {
+
+// The kernel for weights of `dtype` (float16 or bfloat16), at most `iterations` fragments a matrix,
+// and this head size. Errors: unsupported if there is none.
+const void* find_layer_kernel(DType dtype, int iterations, int head_dim);
+
+// Launches on `stream`, one block on each of `sm_count` SMs, all resident together.
+void launch_layer(const void* kernel, const LayerParams& params, int sm_count,
+                  std::int64_t shared_bytes, cudaStream_t stream);
+
+}  // namespace clusterfusion::cuda

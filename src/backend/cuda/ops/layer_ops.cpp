@@ -1,0 +1,272 @@
+// The fused layer calls on a GPU: from checked tensors to a launch.
+#include "backend/layer_ops.hpp"
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include <compare>
+#include <map>
+#include <memory>
+#include <mutex>
+
+#include "backend/cuda/check.hpp"
+#include "backend/cuda/decode/decode_setup.hpp"
+#include "backend/cuda/ops/layer_kernel.hpp"
+#include "backend/cuda/ops/layer_scratch.hpp"
+#include "base/fail.hpp"
+
+namespace clusterfusion::cuda {
+namespace {
+
+// Makes a device current for a launch.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    static const int devices = [] {
+      int count = 0;
+      return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+    }();
+    require(
+        device < devices, ErrorKind::unsupported,
+        "the tensors are on cuda:{}, and the CUDA runtime finds {} GPUs; move the tensors to the "
+        "CPU",
+        device, devices);
+    check(cudaGetDevice(&before_), "asking for the current device");
+    if (device != before_) check(cudaSetDevice(device), "choosing the device");
+    changed_ = device != before_;
+  }
+  ~CurrentDevice() {
+    if (changed_) cudaSetDevice(before_);
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+  bool changed_ = false;
+};
+
+struct ShapeKey {
+  int device = 0;
+  DType dtype = DType::float16;
+  std::int64_t hidden = 0, intermediate = 0, heads = 0, rotary = 0;
+
+  auto operator<=>(const ShapeKey&) const = default;
+};
+
+// What depends on device and shape alone.
+struct LayerPlan {
+  plan::DecodePlan plan;
+  DecodeParams stream;
+  const void* kernel = nullptr;
+  int sm_count = 0;
+};
+
+std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, key.device), "asking for the device's properties");
+  const bool built_for = (properties.major == 9 || properties.major == 12) && properties.minor == 0;
+  require(
+      built_for, ErrorKind::unsupported,
+      "the tensors are on {} (cuda:{}) with compute capability {}.{}; the layer calls run on 9.0 "
+      "(Hopper) and 12.0 (Blackwell), or on the CPU: move the tensors",
+      properties.name, key.device, properties.major, properties.minor);
+  ModelConfig config;
+  config.dtype = key.dtype;
+  config.num_layers = 1;
+  config.hidden_size = key.hidden;
+  config.intermediate_size = key.intermediate;
+  config.num_heads = key.heads;
+  config.head_dim = key.hidden / key.heads;
+  config.rotary_dim = key.rotary;
+  config.vocab_size = key.hidden;  // there is no LM head; any size that can be cut
+  config.parallel_residual = true;
+  auto result = std::make_unique<LayerPlan>();
+  result->sm_count = properties.multiProcessorCount;
+  result->plan = plan::make_decode_plan(
+      config, {properties.multiProcessorCount,
+               static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)});
+  result->stream = stream_params(config, result->plan, result->sm_count);
+  result->kernel = find_layer_kernel(key.dtype, fragments_needed(config, result->plan),
+                                     static_cast<int>(config.head_dim));
+  prepare_kernel(result->kernel, result->plan);
+  return result;
+}
+
+const LayerPlan& plan_for(const ShapeKey& key) {
+  // Never destroyed: calls may still come while static objects go.
+  static auto& mutex = *new std::mutex;
+  static auto& plans = *new std::map<ShapeKey, std::unique_ptr<LayerPlan>>;
+  const std::lock_guard lock(mutex);
+  auto& plan = plans[key];
+  if (!plan) plan = make_plan(key);
+  return *plan;
+}
+
+decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                           cudaEnableDefault, &status),
+          "looking for cuTensorMapEncodeTiled");
+    require(
+        status == cudaDriverEntryPointSuccess, ErrorKind::unsupported,
+        "the NVIDIA driver has no cuTensorMapEncodeTiled; install a driver for CUDA 12 or later");
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  return encoder;
+}
+
+// A cache [max_positions, hidden] of which one head's columns of `box_rows` rows are copied at
+// once.
+CUtensorMap cache_map(void* cache, const LayerShape& shape, int box_rows) {
+  CUtensorMap map;
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.hidden_size),
+                              static_cast<cuuint64_t>(shape.max_positions)};
+  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(shape.hidden_size) * 2};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(shape.head_dim),
+                            static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[] = {1, 1};
+  const CUresult result =
+      tensor_map_encoder()(&map,
+                           shape.dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                           2, cache, sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require(result == CUDA_SUCCESS, ErrorKind::unsupported,
+          "the driver cannot describe a cache [{}, {}] with heads of {} (error {})",
+          shape.max_positions, shape.hidden_size, shape.head_dim, static_cast<int>(result));
+  return map;
+}
+
+void set_inputs(LayerParams& params, const LayerInputs& inputs) {
+  const LayerShape& shape = inputs.shape;
+  StreamedLayer& layer = params.stream.first_layer;
+  layer.qkv = static_cast<const char*>(inputs.weight_qkv);
+  layer.attention_out = static_cast<const char*>(inputs.weight_o);
+  layer.mlp_up = static_cast<const char*>(inputs.mlp_up_weight);
+  layer.input_norm_weight = inputs.ln_weight;
+  layer.input_norm_bias = inputs.ln_bias;
+  layer.post_norm_weight = inputs.post_ln_weight;
+  layer.post_norm_bias = inputs.post_ln_bias;
+  params.stream.activation = inputs.activation;
+  params.stream.layer_norm_eps = inputs.layer_norm_eps;
+  params.attention_and_up = true;
+  params.input = inputs.input;
+  params.qkv_bias = inputs.bias_qkv;
+  params.attention_out_bias = inputs.bias_o;
+  params.mlp_up_bias = inputs.mlp_up_bias;
+  params.k_new = inputs.k_new;
+  params.v_new = inputs.v_new;
+  params.k_cache = inputs.k_cache;
+  params.v_cache = inputs.v_cache;
+  params.cosines = inputs.cos;
+  params.sines = inputs.sin;
+  params.max_positions = static_cast<std::int32_t>(shape.max_positions);
+  params.position = static_cast<std::int32_t>(inputs.position);
+  params.device_position = inputs.device_position;
+  const int box_rows = params.stream.kv_block_positions;
+  params.key_map = cache_map(inputs.k_cache, shape, box_rows);
+  params.value_map = cache_map(inputs.v_cache, shape, box_rows);
+}
+
+LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch) {
+  LayerParams params{};
+  params.stream = plan.stream;
+  params.stream.flow = scratch.flow;
+  params.stream.tickets = scratch.tickets;
+  params.scratch = scratch.launches;
+  return params;
+}
+
+const LayerPlan& plan_for(const LayerShape& shape, int device) {
+  return plan_for({device, shape.dtype, shape.hidden_size, shape.intermediate_size, shape.num_heads,
+                   shape.rotary_dim});
+}
+
+void launch(const LayerPlan& plan, const LayerParams& params, cudaStream_t stream) {
+  launch_layer(plan.kernel, params, plan.sm_count, plan.plan.shared_bytes, stream);
+}
+
+std::int64_t between_bytes(std::int64_t hidden, std::int64_t intermediate) {
+  return (hidden + intermediate) * 2;
+}
+
+// The second half alone, of the plan that the first half has or would have.
+void down_alone(const LayerPlan& plan, const LayerScratchView& scratch, const MlpDownTask& task,
+                cudaStream_t stream) {
+  LayerParams params = params_for(plan, scratch);
+  params.down = true;
+  params.stream.first_layer.mlp_down = static_cast<const char*>(task.mlp_down_weight);
+  params.input = task.hidden_states;
+  params.attn_input = task.attn_output;
+  params.mlp_input = task.mlp_intermediate;
+  params.mlp_down_bias = task.mlp_down_bias;
+  params.output = task.output;
+  launch(plan, params, stream);
+}
+
+}  // namespace
+
+void attention_mlp_up(const AttentionMlpUpTask& task, const LayerStream& where) {
+  const CurrentDevice device(where.device_id);
+  const LayerShape& shape = task.inputs.shape;
+  const auto stream = static_cast<cudaStream_t>(where.stream);
+  const LayerPlan& plan = plan_for(shape, where.device_id);
+  LayerParams params =
+      params_for(plan, layer_scratch(stream, plan.stream.layout.bytes,
+                                     between_bytes(shape.hidden_size, shape.intermediate_size)));
+  set_inputs(params, task.inputs);
+  params.attn_output = task.attn_output;
+  params.mlp_intermediate = task.mlp_intermediate;
+  launch(plan, params, stream);
+}
+
+void mlp_down(const MlpDownTask& task, const LayerStream& where) {
+  const CurrentDevice device(where.device_id);
+  const auto stream = static_cast<cudaStream_t>(where.stream);
+  // Heads do not matter here: any head size that the kernel has.
+  constexpr std::int64_t kHeadDim = 16;
+  const LayerPlan& plan = plan_for({where.device_id, task.dtype, task.hidden_size,
+                                    task.intermediate_size, task.hidden_size / kHeadDim, 0});
+  const auto scratch = layer_scratch(stream, plan.stream.layout.bytes,
+                                     between_bytes(task.hidden_size, task.intermediate_size));
+  down_alone(plan, scratch, task, stream);
+}
+
+void decoder_layer(const DecoderLayerTask& task, const LayerStream& where) {
+  const CurrentDevice device(where.device_id);
+  const LayerShape& shape = task.inputs.shape;
+  const auto stream = static_cast<cudaStream_t>(where.stream);
+  const LayerPlan& plan = plan_for(shape, where.device_id);
+  const auto scratch = layer_scratch(stream, plan.stream.layout.bytes,
+                                     between_bytes(shape.hidden_size, shape.intermediate_size));
+  LayerParams params = params_for(plan, scratch);
+  set_inputs(params, task.inputs);
+  if (!task.split) {
+    params.down = true;
+    params.stream.first_layer.mlp_down = static_cast<const char*>(task.mlp_down_weight);
+    params.mlp_down_bias = task.mlp_down_bias;
+    params.output = task.output;
+    launch(plan, params, stream);
+    return;
+  }
+  params.attn_output = scratch.between;
+  params.mlp_intermediate = static_cast<char*>(scratch.between) + shape.hidden_size * 2;
+  launch(plan, params, stream);
+  MlpDownTask down;
+  down.dtype = shape.dtype;
+  down.hidden_size = shape.hidden_size;
+  down.intermediate_size = shape.intermediate_size;
+  down.hidden_states = task.inputs.input;
+  down.attn_output = params.attn_output;
+  down.mlp_intermediate = params.mlp_intermediate;
+  down.mlp_down_weight = task.mlp_down_weight;
+  down.mlp_down_bias = task.mlp_down_bias;
+  down.output = task.output;
+  down_alone(plan, scratch, down, stream);
+}
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,57 @@
+// Everything the fused layer kernel is told: plain data, filled by the host.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "backend/cuda/decode/decode_params.hpp"
+
+namespace clusterfusion::cuda {
+
+// Scratch of one launch at a time. Two halves: a launch uses that of its number's parity and
+// empties the other, which the launch before has used.
+struct LayerScratch {
+  std::uint32_t* launch;  // number of this launch
+  std::uint32_t* done;    // blocks of this launch that have ended
+};
+
+struct LayerParams {
+  // Matrices, shape, ring and scratch as for a whole model of one layer. `flow` has two sets,
+  // `tickets` two times kLayerPhases counters; biases and everything of the engine are unused.
+  DecodeParams stream;
+  LayerScratch scratch;
+
+  bool attention_and_up;  // the first half: attention, its output projection, and the MLP's first
+  bool down;              // the second half: the MLP's second matrix and the sum of all
+
+  // 16-bit vectors of the caller; null where a half is not wanted.
+  const void* input;               // [hidden]
+  const void* attn_input;          // [hidden]: attention's output, if only the second half runs
+  const void* mlp_input;           // [intermediate]: likewise
+  const void* qkv_bias;            // or null
+  const void* attention_out_bias;  // or null
+  const void* mlp_up_bias;
+  const void* mlp_down_bias;
+  void* attn_output;       // [hidden], if only the first half runs
+  void* mlp_intermediate;  // [intermediate], likewise
+  void* output;            // [hidden]
+  void* k_new;             // [hidden]
+  void* v_new;             // [hidden]
+
+  void* k_cache;  // [max_positions, hidden]
+  void* v_cache;
+  const float* cosines;  // [rotary_dim]
+  const float* sines;
+  std::int32_t max_positions;
+  std::int32_t position;
+  const std::int32_t* device_position;  // instead of `position`, or null
+
+  // The caches as tensors of rows; a box is one head's share of kv_block_positions rows.
+  CUtensorMap key_map;
+  CUtensorMap value_map;
+};
+
+inline constexpr int kLayerPhases = 3;
+
+}  // namespace clusterfusion::cuda
