@@ -129,6 +129,25 @@ def gpu_tables(results: dict[str, dict[str, Any]]) -> list[str]:
     return compared + ([gpu_sizes_table(results)] if results else [])
 
 
+def prefill_table() -> str:
+    """Prompts on the GPU beside transformers."""
+    result, compared = load("prefill_h100.json"), load("gpu_h100.json")
+    if result is None or compared is None:
+        return ""
+    (ours,) = (m["prompts"] for m in result["models"] if m["model"] == COMPARED)
+    theirs = {row["tokens"]: row for row in compared["prefill"]}
+
+    def cell(row: dict[str, float] | None) -> str:
+        return f"{row['ms']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if row else NOT_MEASURED
+
+    lines = [
+        [f"{COMPARED}, ms to the first token", *(f"{row['tokens']} tokens" for row in ours)],
+        ["**ClusterFusion**", *(cell(row) for row in ours)],
+        ["transformers", *(cell(theirs.get(row["tokens"])) for row in ours)],
+    ]
+    return markdown_table(lines)
+
+
 def load_table() -> str:
     """How fast a checkpoint comes onto the GPU."""
     result = load("load_h100.json")
@@ -239,7 +258,8 @@ def main() -> int:
     arguments = parser.parse_args()
     old = README.read_text(encoding="utf-8")
     new = include_examples(old)
-    tables = [*gpu_tables(load_results()), load_table(), cpu_table(), memory_table()]
+    tables = [*gpu_tables(load_results()), prefill_table(), load_table()]
+    tables += [cpu_table(), memory_table()]
     tables = [table for table in [*tables, tokenizer_table()] if table]
     new = replace(new, "tables", "end tables", "\n".join(tables))
     if arguments.session:
