@@ -11,14 +11,13 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <exception>
 #include <map>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "backend/cuda/cuda_backend.hpp"
 #include "random_pythia.hpp"
+#include "shape_arguments.hpp"
 
 using namespace clusterfusion;
 using namespace clusterfusion::benchmark;
@@ -118,40 +117,15 @@ std::string measure(const Shape& shape, const std::vector<std::int64_t>& context
 
 }  // namespace
 
-static int run(int argc, char** argv) {
-  std::vector<std::string> wanted(argv + 1, argv + argc);
-  std::vector<std::int64_t> contexts = {16, 128, 1024, 2047};
-  const bool phases = std::erase(wanted, "--phases") > 0;
-  int repeats = 7;
-  while (wanted.size() >= 2 && (wanted[0] == "--contexts" || wanted[0] == "--repeats")) {
-    if (wanted[0] == "--repeats") {
-      repeats = std::stoi(wanted[1]);
-    } else {
-      contexts.clear();
-      std::stringstream list(wanted[1]);
-      for (std::string item; std::getline(list, item, ',');) contexts.push_back(std::stoll(item));
-    }
-    wanted.erase(wanted.begin(), wanted.begin() + 2);
-  }
-  if (wanted.empty()) wanted.push_back("pythia-2.8b");
-  std::string all;
-  for (const std::string& name : wanted) {
-    const Shape* shape = find_shape(name);
-    if (shape == nullptr) {
-      std::fprintf(stderr, "decode_time: unknown shape %s\n", name.c_str());
-      return 2;
-    }
-    all += (all.empty() ? "" : ",\n ") + measure(*shape, contexts, repeats, phases);
-  }
-  std::printf("[%s]\n", all.c_str());
-  return 0;
-}
-
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "decode_time: %s\n", error.what());
-    return 1;
-  }
+  return run_benchmark("decode_time", [&] {
+    ShapeArguments arguments(argc, argv);
+    const auto contexts = arguments.numbers("--contexts", {16, 128, 1024, 2047});
+    const auto repeats = static_cast<int>(arguments.numbers("--repeats", {7}).at(0));
+    const bool phases = arguments.flag("--phases");
+    std::vector<std::string> results;
+    for (const Shape* shape : arguments.shapes())
+      results.push_back(measure(*shape, contexts, repeats, phases));
+    return results;
+  });
 }

@@ -6,13 +6,12 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <exception>
-#include <sstream>
 #include <string>
 #include <vector>
 
 #include "backend/cuda/cuda_backend.hpp"
 #include "random_pythia.hpp"
+#include "shape_arguments.hpp"
 
 using namespace clusterfusion;
 using namespace clusterfusion::benchmark;
@@ -78,34 +77,12 @@ std::string measure(const Shape& shape, const std::vector<std::int64_t>& counts)
 
 }  // namespace
 
-static int run(int argc, char** argv) {
-  std::vector<std::string> wanted(argv + 1, argv + argc);
-  std::vector<std::int64_t> counts = {128, 512, 2048};
-  if (wanted.size() >= 2 && wanted[0] == "--tokens") {
-    counts.clear();
-    std::stringstream list(wanted[1]);
-    for (std::string item; std::getline(list, item, ',');) counts.push_back(std::stoll(item));
-    wanted.erase(wanted.begin(), wanted.begin() + 2);
-  }
-  if (wanted.empty()) wanted.push_back("pythia-2.8b");
-  std::string all;
-  for (const std::string& name : wanted) {
-    const Shape* shape = find_shape(name);
-    if (shape == nullptr) {
-      std::fprintf(stderr, "prefill_time: unknown shape %s\n", name.c_str());
-      return 2;
-    }
-    all += (all.empty() ? "" : ",\n ") + measure(*shape, counts);
-  }
-  std::printf("[%s]\n", all.c_str());
-  return 0;
-}
-
 int main(int argc, char** argv) {
-  try {
-    return run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "prefill_time: %s\n", error.what());
-    return 1;
-  }
+  return run_benchmark("prefill_time", [&] {
+    ShapeArguments arguments(argc, argv);
+    const auto counts = arguments.numbers("--tokens", {128, 512, 2048});
+    std::vector<std::string> results;
+    for (const Shape* shape : arguments.shapes()) results.push_back(measure(*shape, counts));
+    return results;
+  });
 }

@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, StaticCache
+from transformers import GPTNeoXForCausalLM, StaticCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "python"))
 
-from checkpoints import PYTHIA_SHAPES
+from checkpoints import PYTHIA_SHAPES, transformers_config
 
 # Steps between two readings of the clock, and readings.
 GRAPH_STEPS, GRAPH_ROUNDS = 20, 9
@@ -54,21 +54,10 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_model(shape: str, device: str) -> GPTNeoXForCausalLM:
     """Transformers' model with its own random initialization, made where it is to run."""
-    layers, hidden, heads, inner, vocab = PYTHIA_SHAPES[shape]
-    config = GPTNeoXConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-        vocab_size=vocab,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
     torch.manual_seed(0)
     with torch.device(device):
         model = GPTNeoXForCausalLM._from_config(
-            config, dtype=torch.float16, attn_implementation="sdpa"
+            transformers_config(shape), dtype=torch.float16, attn_implementation="sdpa"
         )
     return model.eval()
 

@@ -4,9 +4,9 @@
 // machine.
 //
 // Terms
-//   chunk    whole consecutive rows of a matrix, contiguous in memory: one bulk copy, one ring
-//   stage unit     what one warp multiplies at a time: `unit_rows` rows x one segment of their
-//   columns.
+//   chunk    whole consecutive rows of a matrix, contiguous in memory: one bulk copy, one stage of
+//            the ring
+//   unit     what one warp multiplies at a time: `unit_rows` rows x one segment of their columns.
 //            A tensor-core tile has 8 columns; unit_rows x slices = 8 of them, where a segment is
 //            cut into `slices` equal slices. Lane (g, q) covers 8 consecutive elements at
 //              row g / slices, column segment + (g % slices) slice_columns + 32 i + 8 q

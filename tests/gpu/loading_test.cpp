@@ -90,7 +90,8 @@ void expect_bias(const float* found, const DLTensor& expected, std::int64_t coun
 void expect_same(const Model& model, const DeviceModel& device) {
   const ModelConfig& config = model.config();
   const ModelWeights& weights = model.weights();
-  const auto layers = fetch<StreamedLayer>(device.layers(), config.num_layers);
+  const std::vector<StreamedLayer>& layers = device.layers();
+  ASSERT_EQ(static_cast<std::int64_t>(layers.size()), config.num_layers);
   for (std::int64_t i = 0; i < config.num_layers; ++i) {
     SCOPED_TRACE("layer " + std::to_string(i));
     const LayerWeights& from = weights.layers[i];
@@ -237,7 +238,7 @@ TEST_F(Loading, EndsWhereItsProgressThrows) {
   options.load_progress = [](std::int64_t done, std::int64_t total) {
     if (done > total / 2) throw Error(ErrorKind::invalid_argument, "enough");
   };
-  EXPECT_THROW(make_cuda_backend(model, options), Error);
+  EXPECT_THAT([&] { make_cuda_backend(model, options); }, testing::ThrowsMessage<Error>("enough"));
   EXPECT_GE(free_bytes(), before - kDriverBytes) << "everything was given back";
 }
 

@@ -3,6 +3,7 @@
 #include "backend/cuda/prefill/prefill.hpp"
 
 #include <cuda_runtime_api.h>
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -150,7 +151,9 @@ TEST_P(PrefillShapes, SameBitsEveryTimeWhateverWasInMemory) {
   std::vector<float> logits(config.vocab_size);
   PrefillOutput output;
   output.last_logits = logits;
-  EXPECT_THROW(poisoned.run(poison, 0, output), Error);
+  EXPECT_THAT([&] { poisoned.run(poison, 0, output); },
+              testing::ThrowsMessage<Error>(
+                  testing::HasSubstr("the logits after position 299 are not finite")));
   EXPECT_TRUE(std::isnan(logits[0]));
   ASSERT_EQ(poisoned.all_logits(tokens, {90}), first);
 }
@@ -287,10 +290,16 @@ TEST_F(PrefillTest, RefusesOutputsOfTheWrongSize) {
   last.last_logits = logits;
   scored.targets = std::span(tokens).first(7);
   scored.target_logprobs = logits;
-  for (const PrefillOutput& output : {all, last, scored})
-    EXPECT_THROW(backend->prefill(id, tokens, output), Error);
-  EXPECT_THROW(backend->prefill(id, {}, {}), Error);
-  EXPECT_THROW(backend->prefill(id, std::vector<TokenId>{1, 301}, {}), Error);
+  const auto expect = [&](const char* words, std::span<const TokenId> prompt,
+                          const PrefillOutput& output) {
+    EXPECT_THAT([&] { backend->prefill(id, prompt, output); },
+                testing::ThrowsMessage<Error>(testing::HasSubstr(words)));
+  };
+  expect("expected room for 6020 logits, found 7", tokens, all);
+  expect("expected room for 301 last logits, found 7", tokens, last);
+  expect("expected 20 targets and log-probabilities or none, found 7", tokens, scored);
+  expect("expected at least one token", {}, {});
+  expect("token 1: expected an id of 0 to 300, found 301", std::vector<TokenId>{1, 301}, {});
   EXPECT_EQ(backend->length(id), 0);
 }
 

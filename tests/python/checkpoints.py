@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -294,6 +295,23 @@ def write_random_checkpoint(
     elif tokenizer is not None:
         raise ValueError(f"tokenizer must be None or 'train', not {tokenizer!r}")
     return folder
+
+
+def transformers_config(shape: str) -> Any:
+    """transformers' configuration (GPTNeoXConfig) of one of PYTHIA_SHAPES."""
+    from transformers import GPTNeoXConfig
+
+    layers, hidden, heads, inner, vocab = PYTHIA_SHAPES[shape]
+    return GPTNeoXConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        vocab_size=vocab,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
 
 
 def write_pythia_checkpoint(

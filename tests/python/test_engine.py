@@ -127,7 +127,7 @@ def test_progress_that_raises_ends_the_loading(folder, error):
     def progress(done, total):
         raise error
 
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error), match=str(error)):
         Engine(folder, "cpu", progress=progress)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import PYTHIA_SHAPES
+from checkpoints import PYTHIA_SHAPES, transformers_config
 from reference_model import relative_error
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -47,20 +47,9 @@ def make_model(device: str) -> transformers.GPTNeoXForCausalLM:
     The residual stream keeps near unit size, attention is neither flat nor one-hot, and the logits
     are a few units wide.
     """
-    layers, hidden, heads, inner, vocab = PYTHIA_SHAPES[SHAPE]
-    config = transformers.GPTNeoXConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=inner,
-        vocab_size=vocab,
-        max_position_embeddings=2048,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
     torch.set_float32_matmul_precision("highest")  # no TF32, whatever the environment says
     with torch.device(device):
-        model = transformers.GPTNeoXForCausalLM(config).eval()
+        model = transformers.GPTNeoXForCausalLM(transformers_config(SHAPE)).eval()
     torch.manual_seed(11)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -638,7 +638,7 @@ def test_unknown_context(small_calls):
     with pytest.raises(KeyError, match=some):
         small_calls.graph_decode_step(3, *pick(arrays, PASSED), 0)
     small_calls.destroy_graph_context(1)
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=message.format("2").replace("found 3", "found 1")):
         small_calls.graph_decode_step(1, *pick(arrays, PASSED), 0)
     small_calls.create_graph_context(1, *pick(arrays, KEPT), 4)
 

@@ -24,11 +24,12 @@ namespace cuda {
 namespace {
 
 constexpr std::int32_t kDecodeAhead = 16;
-constexpr std::int64_t kPrefillChunk = 64;
 // Prompts up to this length go token by token through the decode kernel: from two tokens on, one
 // pass of matrix-matrix work is quicker (Pythia-2.8B, H100: 2.9 ms for 2 to 16 tokens).
 constexpr std::int64_t kStreamedPrompt = 1;
-static_assert(kStreamedPrompt <= kPrefillChunk);
+// Of one launch.
+constexpr std::int64_t kMaxSteps = std::max<std::int64_t>(kDecodeAhead, kStreamedPrompt);
+
 cudaDeviceProp device_properties() {
   int device = 0;
   check(cudaGetDevice(&device), "asking for the current device");
@@ -70,16 +71,16 @@ class CudaBackend final : public Backend {
         plan_(plan::make_decode_plan(
             model_->config(), {properties_.multiProcessorCount,
                                static_cast<std::int64_t>(properties_.sharedMemPerBlockOptin)})),
-        weights_(*model_, {longest_context(model_->config(), options), plan_.kv.page_bytes,
-                           options.load_progress}),
+        max_positions_(longest_context(model_->config(), options)),
+        weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
         pool_(plan_.kv.page_bytes),
-        prefill_(model_->config(), weights_, plan_.kv, longest_context(model_->config(), options)) {
+        prefill_(model_->config(), weights_, plan_.kv, max_positions_) {
     const ModelConfig& config = model_->config();
     info_.name = "cuda";
     info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
     info_.kv_dtype = config.dtype;
     info_.kv_bytes_per_position = plan_.kv.page_bytes / kKvPagePositions;
-    info_.max_positions = longest_context(config, options);
+    info_.max_positions = max_positions_;
     info_.prefill_chunk = prefill_.max_tokens();
     info_.decode_ahead = kDecodeAhead;
     prepare();
@@ -207,24 +208,24 @@ class CudaBackend final : public Backend {
   void allocate_scratch() {
     const ModelConfig& config = model_->config();
     const std::int64_t phases = num_phases(config.num_layers, config.parallel_residual);
-    counters_ = DeviceMemory((kPrefillChunk * phases + 1) * 4, "counters");
+    counters_ = DeviceMemory((kMaxSteps * phases + 1) * 4, "counters");
     params_.tickets = counters_.as<std::uint32_t>();
-    params_.arrivals = params_.tickets + kPrefillChunk * phases;
+    params_.arrivals = params_.tickets + kMaxSteps * phases;
     flow_ = DeviceMemory(std::int64_t{kFlowSets} * params_.layout.bytes, "flow vectors");
     params_.flow = flow_.as<>();
-    logits_ = DeviceMemory(kPrefillChunk * config.vocab_size * 4, "logits");
+    logits_ = DeviceMemory(kMaxSteps * config.vocab_size * 4, "logits");
     host_logits_.resize(config.vocab_size);
-    tokens_ = DeviceMemory(kPrefillChunk * 4 * 2, "tokens");
+    tokens_ = DeviceMemory(kMaxSteps * 4 * 2, "tokens");
     const std::int64_t pages = info_.max_positions / kKvPagePositions + 1;
     page_table_ = DeviceMemory(pages * sizeof(char*), "the page table");
     params_.kv_pages = page_table_.as<char*>();
     params_.given_tokens = tokens_.as<std::int32_t>();
-    params_.chosen = tokens_.as<std::int32_t>() + kPrefillChunk;
-    host_chosen_.resize(kPrefillChunk);
+    params_.chosen = tokens_.as<std::int32_t>() + kMaxSteps;
+    host_chosen_.resize(kMaxSteps);
   }
 
   void point_at_weights() {
-    params_.first_layer = weights_.first_layer();
+    params_.first_layer = weights_.layers().front();
     params_.layer_stride = weights_.layer_stride();
     params_.embedding = weights_.embedding();
     params_.lm_head_weight = weights_.lm_head();
@@ -420,6 +421,7 @@ class CudaBackend final : public Backend {
   std::shared_ptr<const Model> model_;
   cudaDeviceProp properties_;
   plan::DecodePlan plan_;
+  std::int64_t max_positions_;
   DeviceModel weights_;
   KvPool pool_;
   Prefill prefill_;
@@ -454,9 +456,7 @@ std::string cuda_unavailable_reason() {
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaGetDeviceProperties(&properties, device) != cudaSuccess)
     return "the NVIDIA GPU does not answer";
-  // The build holds machine code for these two, and for no other.
-  const bool built_for = (properties.major == 9 || properties.major == 12) && properties.minor == 0;
-  if (!built_for)
+  if (!cuda::has_kernels_for(properties))
     return fmt::format(
         "{} has compute capability {}.{}; this build runs on 9.0 (Hopper) and 12.0 (Blackwell)",
         properties.name, properties.major, properties.minor);

@@ -181,7 +181,7 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
           "checkpoint (model.half().save_pretrained(...)) or use device \"cpu\"",
           model.folder().string());
   Arena arena(config.dtype);
-  std::vector<StreamedLayer> layers(config.num_layers);
+  layers_.resize(config.num_layers);
   for (const bool placing : {false, true}) {
     if (placing) {
       check_fit(arena.used(), options);
@@ -189,7 +189,7 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
       arena.begin_placing(weights_.as<>());
     }
     for (std::int64_t i = 0; i < config.num_layers; ++i)
-      layers[i] = place_layer(arena, weights.layers[i], config);
+      layers_[i] = place_layer(arena, weights.layers[i], config);
     embedding_ = arena.matrix(weights.embedding);
     lm_head_ =
         weights.lm_head.data == weights.embedding.data ? embedding_ : arena.matrix(weights.lm_head);
@@ -197,10 +197,6 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
     final_norm_bias_ = arena.norm(weights.final_norm_bias);
   }
   copy_parts(model, arena, weights_.as<>(), options);
-  layers_ = to_device(layers, "the list of layers");
-  // All layers have the same shapes, so they lie one after another at one distance.
-  first_layer_ = layers.front();
-  if (layers.size() > 1) layer_stride_ = layers[1].qkv - layers[0].qkv;
   rotary_ = to_device(rotary_table(config), "the rotary tables");
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "backend/cuda/decode/decode_params.hpp"
 #include "backend/cuda/memory.hpp"
@@ -29,10 +30,12 @@ class DeviceModel {
   // Errors: unsupported (dtype); out_of_memory before anything is copied.
   DeviceModel(const Model& model, const DeviceModelOptions& options);
 
-  const StreamedLayer* layers() const noexcept { return layers_.as<StreamedLayer>(); }
-  // The first layer, and the bytes from each pointer of a layer to the same one of the next.
-  const StreamedLayer& first_layer() const noexcept { return first_layer_; }
-  std::int64_t layer_stride() const noexcept { return layer_stride_; }
+  const std::vector<StreamedLayer>& layers() const noexcept { return layers_; }
+  // Bytes from each pointer of a layer to the same one of the next: all layers have the same
+  // shapes, so they lie one after another at one distance.
+  std::int64_t layer_stride() const noexcept {
+    return layers_.size() > 1 ? layers_[1].qkv - layers_[0].qkv : 0;
+  }
   const char* embedding() const noexcept { return embedding_; }
   const char* lm_head() const noexcept { return lm_head_; }
   const void* final_norm_weight() const noexcept { return final_norm_weight_; }
@@ -43,9 +46,8 @@ class DeviceModel {
   const DeviceMemory& weights() const noexcept { return weights_; }
 
  private:
-  DeviceMemory weights_, layers_, rotary_;
-  StreamedLayer first_layer_{};
-  std::int64_t layer_stride_ = 0;
+  DeviceMemory weights_, rotary_;
+  std::vector<StreamedLayer> layers_;
   const char* embedding_ = nullptr;
   const char* lm_head_ = nullptr;
   const void* final_norm_weight_ = nullptr;

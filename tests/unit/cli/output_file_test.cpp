@@ -2,32 +2,26 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <filesystem>
 #include <fstream>
 #include <sstream>
 
 #include "clusterfusion/error.hpp"
+#include "io/file_fixtures.hpp"
 
 namespace clusterfusion::cli {
 namespace {
 
-class OutputFileTest : public testing::Test {
+class OutputFileTest : public ::testing::Test {
  protected:
-  void SetUp() override {
-    std::string name = (std::filesystem::temp_directory_path() / "output-file-XXXXXX").string();
-    ASSERT_NE(mkdtemp(name.data()), nullptr);
-    folder_ = name;
-  }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
-
   std::string content(const std::filesystem::path& path) const {
     std::ostringstream text;
     text << std::ifstream(path).rdbuf();
     return text.str();
   }
-  std::filesystem::path folder_;
+  const clusterfusion::testing::TemporaryFolder temporary_;
+  const std::filesystem::path folder_ = temporary_.path();
 };
 
 TEST_F(OutputFileTest, HoldsWhatWasWritten) {
@@ -52,7 +46,8 @@ TEST_F(OutputFileTest, SaysWhyItCannotBeWritten) {
     try {
       OutputFile(path, "--timeline").write("content");
     } catch (const Error& error) {
-      EXPECT_THAT(error.what(), testing::HasSubstr("--timeline: cannot write \"" + path.string()));
+      EXPECT_THAT(error.what(),
+                  ::testing::HasSubstr("--timeline: cannot write \"" + path.string()));
       return error.kind();
     }
     ADD_FAILURE() << "no error";

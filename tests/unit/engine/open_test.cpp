@@ -97,7 +97,8 @@ TEST(Open, ReportsProgressToTheEnd) {
   const std::int64_t total = engine->model().total_bytes();
   EXPECT_THAT(seen, testing::ElementsAre(std::pair(total, total))) << "weights are used in place";
   options.load_progress = [](std::int64_t, std::int64_t) { throw std::runtime_error("enough"); };
-  EXPECT_THROW(Engine::open(kCheckpoints / "untied_float32", options), std::runtime_error);
+  EXPECT_THAT([&] { Engine::open(kCheckpoints / "untied_float32", options); },
+              testing::ThrowsMessage<std::runtime_error>("enough"));
 }
 
 TEST(Open, RefusesImpossibleOptions) {

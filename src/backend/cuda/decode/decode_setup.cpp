@@ -1,7 +1,5 @@
 #include "backend/cuda/decode/decode_setup.hpp"
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <bit>
 
@@ -99,6 +97,10 @@ int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan) {
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head})
     needed = std::max(needed, matrix->iterations);
   return needed;
+}
+
+bool has_kernels_for(const cudaDeviceProp& properties) {
+  return (properties.major == 9 || properties.major == 12) && properties.minor == 0;
 }
 
 void prepare_kernel(const void* kernel, const plan::DecodePlan& plan) {

@@ -1,6 +1,8 @@
 // From a plan to what the streaming kernels are told.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 #include "backend/cuda/decode/decode_params.hpp"
 #include "clusterfusion/model.hpp"
 #include "plan/decode_plan.hpp"
@@ -13,6 +15,9 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
 
 // Fragments that a lane of the kernel must be able to hold.
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan);
+
+// Whether the build holds machine code for this GPU: Hopper (9.0) and Blackwell (12.0).
+bool has_kernels_for(const cudaDeviceProp& properties);
 
 // Lets a kernel have its shared memory. Errors: unsupported if not even one block of it fits on an
 // SM, because all blocks have to be resident together.

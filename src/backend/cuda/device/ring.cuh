@@ -37,6 +37,21 @@ struct RingControl {
   alignas(16) Announcement announced[kMaxRingStages];
 };
 
+// Addresses in shared memory of what belongs to a stage.
+struct RingAddresses {
+  std::uint32_t control;
+
+  __device__ __forceinline__ std::uint32_t full(int stage) const {
+    return control + offsetof(RingControl, full) + stage * 8;
+  }
+  __device__ __forceinline__ std::uint32_t empty(int stage) const {
+    return control + offsetof(RingControl, empty) + stage * 8;
+  }
+  __device__ __forceinline__ std::uint32_t announced(int stage) const {
+    return control + offsetof(RingControl, announced) + stage * 16;
+  }
+};
+
 // By one thread, before a block barrier.
 __device__ __forceinline__ void ring_init(RingControl* control, int stages, int consumer_warps) {
   for (int stage = 0; stage < stages; ++stage) {
@@ -53,7 +68,7 @@ class RingProducer {
   // `max_in_flight` copies may be under way; more make everything else in the memory system slow.
   __device__ __forceinline__ RingProducer(RingControl* control, const char* data, int stages,
                                           int stage_bytes, int max_in_flight)
-      : control_(shared_address(control)),
+      : at_{shared_address(control)},
         data_(shared_address(data)),
         stages_(stages),
         stage_bytes_(stage_bytes),
@@ -61,8 +76,8 @@ class RingProducer {
 
   // The next stage will hold this.
   __device__ __forceinline__ void announce(int id, const RingLabel& label) {
-    mbarrier_wait(control_ + kEmpty + stage_ * 8, parity_);
-    const std::uint32_t address = control_ + kAnnounced + stage_ * 16;
+    mbarrier_wait(at_.empty(stage_), parity_);
+    const std::uint32_t address = at_.announced(stage_);
     asm volatile("st.shared.v2.u32 [%0 + 8], {%1, %2};" ::"r"(address), "r"(label.index),
                  "r"(label.part)
                  : "memory");
@@ -80,7 +95,7 @@ class RingProducer {
   // addresses in shared memory.
   template <typename Copies>
   __device__ __forceinline__ void copy_with(std::uint32_t bytes, Copies&& copies) {
-    const std::uint32_t full = control_ + kFull + stage_ * 8;
+    const std::uint32_t full = at_.full(stage_);
     const std::uint32_t target = data_ + stage_ * stage_bytes_;
     mbarrier_arrive_expect(full, bytes);
     wait_for_flight();
@@ -93,10 +108,6 @@ class RingProducer {
   }
 
  private:
-  static constexpr std::uint32_t kFull = offsetof(RingControl, full);
-  static constexpr std::uint32_t kEmpty = offsetof(RingControl, empty);
-  static constexpr std::uint32_t kAnnounced = offsetof(RingControl, announced);
-
   // The copy `max_in_flight` before this one must have landed.
   __device__ __forceinline__ void wait_for_flight() const {
     if (sequence_ < max_in_flight_) return;
@@ -106,10 +117,11 @@ class RingProducer {
       earlier += stages_;
       its_parity ^= 1;
     }
-    mbarrier_wait(control_ + kFull + earlier * 8, its_parity);
+    mbarrier_wait(at_.full(earlier), its_parity);
   }
 
-  std::uint32_t control_, data_;
+  RingAddresses at_;
+  std::uint32_t data_;
   int stages_, stage_bytes_, max_in_flight_;
   int stage_ = 0;
   std::uint32_t parity_ = 1;  // of `empty`: the first lap finds every stage empty
@@ -121,7 +133,7 @@ class RingConsumer {
  public:
   __device__ __forceinline__ RingConsumer(RingControl* control, const char* data, int stages,
                                           int stage_bytes)
-      : control_(shared_address(control)),
+      : at_{shared_address(control)},
         data_(shared_address(data)),
         stages_(stages),
         stage_bytes_(stage_bytes) {}
@@ -132,16 +144,16 @@ class RingConsumer {
     do {
       asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];"
                    : "=r"(id), "=r"(sequence)
-                   : "r"(control_ + kAnnounced + stage_ * 16)
+                   : "r"(at_.announced(stage_))
                    : "memory");
     } while (sequence != sequence_);
     return id;
   }
   // Waits until the current stage has landed.
   __device__ __forceinline__ RingLabel wait() const {
-    mbarrier_wait(control_ + kFull + stage_ * 8, parity_);
+    mbarrier_wait(at_.full(stage_), parity_);
     RingLabel label;
-    const std::uint32_t address = control_ + kAnnounced + stage_ * 16;
+    const std::uint32_t address = at_.announced(stage_);
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 8];"
                  : "=r"(label.index), "=r"(label.part)
                  : "r"(address)
@@ -152,13 +164,12 @@ class RingConsumer {
   __device__ __forceinline__ bool next_landed(int id) const {
     const bool wraps = stage_ + 1 == stages_;
     const int stage = wraps ? 0 : stage_ + 1;
-    if (!__all_sync(0xffffffffu,
-                    mbarrier_test(control_ + kFull + stage * 8, wraps ? parity_ ^ 1 : parity_)))
+    if (!__all_sync(0xffffffffu, mbarrier_test(at_.full(stage), wraps ? parity_ ^ 1 : parity_)))
       return false;
     int its_id;
     asm volatile("ld.volatile.shared.u32 %0, [%1];"
                  : "=r"(its_id)
-                 : "r"(control_ + kAnnounced + stage * 16)
+                 : "r"(at_.announced(stage))
                  : "memory");
     return its_id == id;
   }
@@ -174,7 +185,7 @@ class RingConsumer {
   // This warp is done with the stage.
   __device__ __forceinline__ void release(int lane) {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(control_ + kEmpty + stage_ * 8);
+    if (lane == 0) mbarrier_arrive(at_.empty(stage_));
     ++sequence_;
     if (++stage_ == stages_) {
       stage_ = 0;
@@ -183,11 +194,8 @@ class RingConsumer {
   }
 
  private:
-  static constexpr std::uint32_t kFull = offsetof(RingControl, full);
-  static constexpr std::uint32_t kEmpty = offsetof(RingControl, empty);
-  static constexpr std::uint32_t kAnnounced = offsetof(RingControl, announced);
-
-  std::uint32_t control_, data_;
+  RingAddresses at_;
+  std::uint32_t data_;
   int stages_, stage_bytes_;
   int stage_ = 0;
   std::uint32_t parity_ = 0;

@@ -65,9 +65,8 @@ struct LayerPlan {
 std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, key.device), "asking for the device's properties");
-  const bool built_for = (properties.major == 9 || properties.major == 12) && properties.minor == 0;
   require(
-      built_for, ErrorKind::unsupported,
+      has_kernels_for(properties), ErrorKind::unsupported,
       "the tensors are on {} (cuda:{}) with compute capability {}.{}; the layer calls run on 9.0 "
       "(Hopper) and 12.0 (Blackwell), or on the CPU: move the tensors",
       properties.name, key.device, properties.major, properties.minor);

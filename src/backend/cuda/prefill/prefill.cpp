@@ -88,7 +88,6 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
                  std::int64_t max_positions)
     : config_(config),
       weights_(weights),
-      layers_(static_cast<std::size_t>(config.num_layers)),
       max_tokens_(choose_max_tokens(config, max_positions)),
       attention_kernel_(find_attention_kernel(config.dtype, config.head_dim)),
       products_(config.dtype),
@@ -98,9 +97,6 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
           "the GPU's prefill handles hidden sizes up to {}, found {}; run this model on the CPU "
           "(device \"cpu\")",
           kMaxNormWidth, config.hidden_size);
-  check(cudaMemcpy(layers_.data(), weights.layers(), layers_.size() * sizeof(StreamedLayer),
-                   cudaMemcpyDeviceToHost),
-        "reading the list of layers");
   attention_.num_heads = static_cast<std::int32_t>(config.num_heads);
   attention_.head_dim = static_cast<std::int32_t>(config.head_dim);
   attention_.cache.head_bytes = static_cast<std::int32_t>(kv.head_bytes);
@@ -155,7 +151,7 @@ void Prefill::run(std::span<const TokenId> tokens, std::int64_t first_position,
 }
 
 void Prefill::run_layer(std::int64_t index, cudaStream_t stream) {
-  const StreamedLayer& layer = layers_[static_cast<std::size_t>(index)];
+  const StreamedLayer& layer = weights_.layers()[static_cast<std::size_t>(index)];
   attention_.cache.layer_offset = index * config_.num_heads * attention_.cache.head_bytes;
   const LayerNormOutput before_attention{layer.input_norm_weight, layer.input_norm_bias, normed_};
   const LayerNormOutput before_mlp{layer.post_norm_weight, layer.post_norm_bias, mlp_normed_};

@@ -57,7 +57,6 @@ class Prefill {
 
   const ModelConfig& config_;
   const DeviceModel& weights_;
-  std::vector<StreamedLayer> layers_;
   std::int64_t max_tokens_;
   AttentionKernel attention_kernel_;
   MatrixProducts products_, side_products_;  // each has a workspace
