@@ -16,11 +16,16 @@ using plan::Stream;
 inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
 
 // Shared memory: control, activations, sums, ring. The sizes are those of DecodePlan.
+inline constexpr int kNumStreams = static_cast<int>(Stream::none);
+
 struct SharedControl {
   RingControl ring;
   float2 reduce[2][plan::kConsumerWarps];
   Candidate candidate[plan::kConsumerWarps];
   int chunk_of_slot[kMaxChunkSlots];
+  // By Stream: which one comes is known only when it comes, and a look into parameters by index
+  // would be one into memory.
+  StreamedMatrix matrices[kNumStreams];
   int token;
   std::uint32_t launch;  // of a layer call: its number, and the position
   int position;
@@ -39,6 +44,11 @@ __device__ __forceinline__ SharedControl* shared_control(char* shared) {
 // By one thread, before a block barrier.
 __device__ __forceinline__ void init_shared(const DecodeParams& p, SharedControl* control) {
   ring_init(&control->ring, p.stages, plan::kConsumerWarps);
+  control->matrices[static_cast<int>(Stream::qkv)] = p.qkv;
+  control->matrices[static_cast<int>(Stream::mlp_up)] = p.mlp_up;
+  control->matrices[static_cast<int>(Stream::mlp_down)] = p.mlp_down;
+  control->matrices[static_cast<int>(Stream::attention_out)] = p.attention_out;
+  control->matrices[static_cast<int>(Stream::lm_head)] = p.lm_head;
   control->begun = control->swept = control->zero = 0;
 }
 __device__ __forceinline__ float* shared_sums(const DecodeParams& p, char* shared) {

@@ -74,15 +74,21 @@ class DecodeStep {
     for (int step = 0; step < p.steps; ++step) {
       if (step < p.given_count) token = p.given_tokens[step];
       const int position = p.first_position + step;
+      const bool scored = step >= p.first_scored_step;
       embed(token);
       mean_before = 0.0f;  // a token's bits must not depend on the one before
       LayerNorms norms;
       load_norms(0, norms);
+      best = worst_candidate();
 #pragma unroll 1
-      for (int index = 0; index < p.num_layers; ++index, ++epoch)
-        layer_step(index, position, norms);
-      token = step < p.first_scored_step ? skip_score() : score(step, position, norms.input);
-      ++epoch;
+      for (int index = 0; index < p.num_layers + scored; ++index, ++epoch) {
+        run_epoch(index, step, position, norms);
+        if (index == p.num_layers) token = choose_token();
+      }
+      if (!scored) {
+        pass_epoch();
+        token = -1;
+      }
       if (thread == 0 && blockIdx.x == 0) p.chosen[step] = token;
     }
   }
@@ -288,14 +294,6 @@ class DecodeStep {
         x[begin + i].y += __uint_as_float(delta[i].y) + __uint_as_float(other[i].y);
       }
     }
-  }
-
-  // What the layer of the epoch before still owes x.
-  __device__ __forceinline__ void add_layer() {
-    char* before = flow_set(p, epoch - 1);
-    const auto* attention = reinterpret_cast<const float*>(before + p.layout.delta_attention);
-    const auto* mlp = reinterpret_cast<const float*>(before + p.layout.delta_mlp);
-    add_deltas(mlp, p.parallel_residual ? attention : nullptr);
   }
 
   __device__ __forceinline__ void release_stage() {
@@ -730,52 +728,6 @@ class DecodeStep {
 
   // ---------------------------------------------------------------- the step
 
-  __device__ __forceinline__ void multiply_qkv(const StreamedLayer& layer, const Frag& fragments) {
-    float* result = flow<float>(p.layout.qkv);
-    multiply(Stream::qkv, p.qkv, fragments, layer.qkv_bias,
-             [&](int row, float value) { flow_store(result + row, value); });
-    mark(TimelinePoint::qkv);
-  }
-  __device__ __forceinline__ void multiply_up(const StreamedLayer& layer, const Frag& fragments) {
-    T* result = flow<T>(p.layout.mlp);
-    multiply(Stream::mlp_up, p.mlp_up, fragments, layer.mlp_up_bias, [&](int row, float value) {
-      flow_store(result + operand_order(row), static_cast<T>(activate(p.activation, value)));
-    });
-    mark(TimelinePoint::mlp_up);
-  }
-  // `next` is what will be multiplied next; its activations are asked for on the way.
-  __device__ __forceinline__ void multiply_down(const StreamedLayer& layer, Frag& next) {
-    forget_indices();
-    if (comes(Stream::mlp_down)) {
-      Frag fragments;
-      ask_activations(p.mlp_down, p.layout.mlp, fragments);
-      wait_activations(p.mlp_down, p.layout.mlp, fragments);
-      mark(TimelinePoint::mlp);
-      float* result = flow<float>(p.layout.delta_mlp);
-      multiply(
-          Stream::mlp_down, p.mlp_down, fragments, layer.mlp_down_bias,
-          [&](int row, float value) { flow_store(result + row, value); },
-          [&] {
-            if (comes(Stream::attention_out))
-              ask_activations(p.attention_out, p.layout.attention, next);
-          });
-      mark(TimelinePoint::mlp_down);
-    } else if (comes(Stream::attention_out)) {
-      ask_activations(p.attention_out, p.layout.attention, next);
-    }
-  }
-  // `fragments` have been asked for.
-  __device__ __forceinline__ void multiply_out(const StreamedLayer& layer, Frag& fragments) {
-    forget_indices();
-    if (!comes(Stream::attention_out)) return;
-    wait_activations(p.attention_out, p.layout.attention, fragments);
-    mark(TimelinePoint::attention_in);
-    float* result = flow<float>(p.layout.delta_attention);
-    multiply(Stream::attention_out, p.attention_out, fragments, layer.attention_out_bias,
-             [&](int row, float value) { flow_store(result + row, value); });
-    mark(TimelinePoint::attention_out);
-  }
-
   __device__ __forceinline__ void embed(int token) {
     // A token that was not chosen (a NaN among the logits) is reported by the host; stay in bounds.
     const auto* row = reinterpret_cast<const std::uint32_t*>(
@@ -788,8 +740,7 @@ class DecodeStep {
     }
   }
 
-  // LayerNorm parameters of a layer: the first one's and, if the residual is parallel, the second
-  // one's.
+  // Parameters of a layer's two LayerNorms.
   struct LayerNorms {
     Norm input, post;
   };
@@ -799,56 +750,132 @@ class DecodeStep {
     const bool final = index == p.num_layers;
     load_norm(final ? p.final_norm_weight : layer.input_norm_weight,
               final ? p.final_norm_bias : layer.input_norm_bias, norms.input);
-    if (p.parallel_residual && !final)
-      load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
+    if (!final) load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
   }
 
-  // One layer. `norms` are its own, and on return the next one's: they come from far away, and are
-  // asked for early.
-  __device__ __forceinline__ void layer_step(int index, int position, LayerNorms& norms) {
-    forget_indices();
+  // One epoch: a layer, or the LM head behind the last one. `norms` are its own, and on return the
+  // next one's: they come from far away, and are asked for early.
+  //
+  // There is one copy of the code for all matrices. The whole of it runs once a layer, so it has to
+  // fit into the instruction cache: what does not comes from L2, behind the weights.
+  __device__ __forceinline__ void run_epoch(int index, int step, int position, LayerNorms& norms) {
     mark(TimelinePoint::begin);
-    const StreamedLayer layer = layer_at(p, index);
-    Frag fragments;
-    if (index > 0) add_layer();
-    mark(TimelinePoint::input);
-    const Moments m = moments(true);
-    normalise(m, norms.input, 0);
-    if (p.parallel_residual) normalise(m, norms.post, 1);
-    consumer_barrier();
-    load_normed(p.qkv, 0, fragments);
-    mark(TimelinePoint::normalised);
-    multiply_qkv(layer, fragments);
-    if (p.parallel_residual) {
-      load_normed(p.mlp_up, 1, fragments);
-      multiply_up(layer, fragments);
+    const bool head = index == p.num_layers;
+    const int parts = head || p.parallel_residual ? 1 : 2;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part) {
+      prepare_input(index, part, norms);
+      Frag fragments;
+      bool asked = false;  // `fragments` have been asked for
+      const int streams = head ? 1 : p.parallel_residual ? 4 : 2;
+#pragma unroll 1
+      for (int i = 0; i < streams; ++i) {
+        const Stream stream = stream_at(head, part, i);
+        if (stream == (p.parallel_residual ? Stream::mlp_down : Stream::attention_out)) {
+          attend(index, position);
+          mark(TimelinePoint::attention);
+        }
+        if (kNormsEarly && stream == Stream::mlp_down) load_norms(index + 1, norms);
+        if (comes(stream)) multiply_stream(stream, index, step, position, fragments, asked);
+      }
     }
-    attend(index, position);
-    mark(TimelinePoint::attention);
-    if constexpr (kNormsEarly) load_norms(index + 1, norms);
-    if (p.parallel_residual) {
-      multiply_down(layer, fragments);
-      multiply_out(layer, fragments);
-    } else {
-      if (comes(Stream::attention_out))
-        ask_activations(p.attention_out, p.layout.attention, fragments);
-      multiply_out(layer, fragments);
-      mlp_after_attention(layer);
-    }
-    if constexpr (!kNormsEarly) load_norms(index + 1, norms);
+    if (!kNormsEarly && !head) load_norms(index + 1, norms);
   }
 
-  // The second half of a layer with sequential residual.
-  __device__ __forceinline__ void mlp_after_attention(const StreamedLayer& layer) {
-    Norm norm;
-    Frag fragments;
-    load_norm(layer.post_norm_weight, layer.post_norm_bias, norm);
-    add_deltas(flow<const float>(p.layout.delta_attention), nullptr);
-    normalise(moments(false), norm, 1);
+  // The streams of an epoch's part, in order.
+  __device__ __forceinline__ Stream stream_at(bool head, int part, int i) const {
+    if (head) return Stream::lm_head;
+    if (p.parallel_residual) {
+      if (i < 2) return i == 0 ? Stream::qkv : Stream::mlp_up;
+      return i == 2 ? Stream::mlp_down : Stream::attention_out;
+    }
+    if (part == 0) return i == 0 ? Stream::qkv : Stream::attention_out;
+    return i == 0 ? Stream::mlp_up : Stream::mlp_down;
+  }
+
+  // x takes what it is owed and is normalised: of the epoch before in the first part, of attention
+  // in the second one of a layer with sequential residual.
+  __device__ __forceinline__ void prepare_input(int index, int part, const LayerNorms& norms) {
+    forget_indices();
+    if (index > 0 || part > 0) {
+      char* set = flow_set(p, part == 0 ? epoch - 1 : epoch);
+      const auto* attention = reinterpret_cast<const float*>(set + p.layout.delta_attention);
+      const auto* mlp = reinterpret_cast<const float*>(set + p.layout.delta_mlp);
+      add_deltas(part == 0 ? mlp : attention,
+                 part == 0 && p.parallel_residual ? attention : nullptr);
+    }
+    mark(TimelinePoint::input);
+    const Moments m = moments(part == 0);
+    if (part == 0) normalise(m, norms.input, 0);
+    if (part == 1 || (p.parallel_residual && index < p.num_layers)) normalise(m, norms.post, 1);
     consumer_barrier();
-    load_normed(p.mlp_up, 1, fragments);
-    multiply_up(layer, fragments);
-    multiply_down(layer, fragments);
+    mark(TimelinePoint::normalised);
+  }
+
+  __device__ __forceinline__ void multiply_stream(Stream stream, int index, int step, int position,
+                                                  Frag& fragments, bool& asked) {
+    forget_indices();
+    const StreamedMatrix matrix = control->matrices[static_cast<int>(stream)];
+    const bool from_flow = stream == Stream::mlp_down || stream == Stream::attention_out;
+    if (from_flow) {
+      const std::int32_t source = stream == Stream::mlp_down ? p.layout.mlp : p.layout.attention;
+      if (!asked) ask_activations(matrix, source, fragments);
+      wait_activations(matrix, source, fragments);
+      mark(stream == Stream::mlp_down ? TimelinePoint::mlp : TimelinePoint::attention_in);
+    } else {
+      load_normed(matrix, stream == Stream::mlp_up ? 1 : 0, fragments);
+    }
+    asked = false;
+    const StreamedLayer layer = layer_at(p, index);
+    const float* bias = nullptr;
+    float* result = nullptr;
+    TimelinePoint done = TimelinePoint::qkv;
+    switch (stream) {
+      case Stream::qkv:
+        bias = layer.qkv_bias;
+        result = flow<float>(p.layout.qkv);
+        break;
+      case Stream::mlp_up:
+        bias = layer.mlp_up_bias;
+        done = TimelinePoint::mlp_up;
+        break;
+      case Stream::mlp_down:
+        bias = layer.mlp_down_bias;
+        result = flow<float>(p.layout.delta_mlp);
+        done = TimelinePoint::mlp_down;
+        break;
+      case Stream::attention_out:
+        bias = layer.attention_out_bias;
+        result = flow<float>(p.layout.delta_attention);
+        done = TimelinePoint::attention_out;
+        break;
+      default:
+        if (p.logits != nullptr)
+          result = p.logits + static_cast<std::int64_t>(step - p.first_scored_step) * p.vocab_size;
+    }
+    multiply(
+        stream, matrix, fragments, bias,
+        [&](int row, float value) {
+          if (stream == Stream::mlp_up) {
+            flow_store(flow<T>(p.layout.mlp) + operand_order(row),
+                       static_cast<T>(activate(p.activation, value)));
+            return;
+          }
+          if (result != nullptr) flow_store(result + row, value);
+          if (stream != Stream::lm_head) return;
+          const Candidate here = candidate(row, value, position);
+          if (better(here, best)) best = here;
+        },
+        [&] {
+          // Attention comes between a layer's other streams and what needs it, or has been before.
+          const Stream next = p.parallel_residual ? Stream::attention_out : Stream::mlp_down;
+          const Stream before = p.parallel_residual ? Stream::mlp_down : Stream::mlp_up;
+          asked = stream == before && comes(next);
+          if (asked)
+            ask_activations(control->matrices[static_cast<int>(next)],
+                            p.parallel_residual ? p.layout.attention : p.layout.mlp, fragments);
+        });
+    mark(done);
   }
 
   // ---------------------------------------------------------------- choosing the token
@@ -892,35 +919,15 @@ class DecodeStep {
   }
 
   // The LM head's epoch where no logits are wanted.
-  __device__ __forceinline__ int skip_score() {
+  __device__ __forceinline__ void pass_epoch() {
     consumer_barrier();
     begin_epoch();
     consumer_barrier();
-    return -1;
+    ++epoch;
   }
 
-  // Final LayerNorm, LM head, and the choice of the next token, which every block makes for itself.
-  __device__ __forceinline__ int score(int step, int position, const Norm& norm) {
-    mark(TimelinePoint::begin);
-    Frag fragments;
-    add_layer();
-    mark(TimelinePoint::input);
-    normalise(moments(true), norm, 0);
-    consumer_barrier();
-    load_normed(p.lm_head, 0, fragments);
-    mark(TimelinePoint::normalised);
-    Candidate best = worst_candidate();
-    float* logits =
-        p.logits == nullptr
-            ? nullptr
-            : p.logits + static_cast<std::int64_t>(step - p.first_scored_step) * p.vocab_size;
-    multiply(Stream::lm_head, p.lm_head, fragments, static_cast<const float*>(nullptr),
-             [&](int row, float value) {
-               if (logits != nullptr) logits[row] = value;
-               const Candidate here = candidate(row, value, position);
-               if (better(here, best)) best = here;
-             });
-    mark(TimelinePoint::qkv);
+  // The best of all blocks' candidates; every block finds it for itself.
+  __device__ __forceinline__ int choose_token() {
     best = best_of_warp(best);
     if (lane == 0) control->candidate[warp] = best;
     consumer_barrier();
@@ -955,6 +962,7 @@ class DecodeStep {
   // The residual stream, the same in every block: this thread's pairs of elements.
   float2 x[kMaxIterations];
   float mean_before = 0.0f;  // of x, at the last LayerNorm
+  Candidate best;            // among the logits that this thread has finished
 };
 
 template <typename T, int kMaxIterations, int kMaxHeadSteps>
