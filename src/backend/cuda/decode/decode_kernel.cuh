@@ -225,14 +225,14 @@ class DecodeStep {
   __device__ __forceinline__ Moments moments(bool first_of_epoch) {
     float2 sums = shifted_sums(mean_before, 0);
     if (first_of_epoch) begin_epoch();
-    float moved = sums.x / p.hidden_size;
-    float variance = sums.y / p.hidden_size - moved * moved;
+    float moved = sums.x * p.inverse_hidden_size;
+    float variance = sums.y * p.inverse_hidden_size - moved * moved;
     float mean = mean_before + moved;
     constexpr float kFewDeviations = 16.0f;  // squared: four bits of the variance are lost at most
     if (!(moved * moved <= kFewDeviations * variance)) {
       sums = shifted_sums(mean, 1);
-      moved = sums.x / p.hidden_size;
-      variance = sums.y / p.hidden_size - moved * moved;
+      moved = sums.x * p.inverse_hidden_size;
+      variance = sums.y * p.inverse_hidden_size - moved * moved;
       mean += moved;
     }
     mean_before = mean;

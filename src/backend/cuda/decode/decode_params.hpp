@@ -107,6 +107,7 @@ struct DecodeParams {
   std::int32_t num_layers, hidden_size, intermediate_size, num_heads, head_dim, rotary_dim;
   std::int32_t vocab_size;
   float layer_norm_eps;
+  float inverse_hidden_size;
   Activation activation;
   bool parallel_residual;
 
