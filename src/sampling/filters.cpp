@@ -6,6 +6,9 @@
 #include <functional>
 #include <limits>
 
+#include "sampling/token_score.hpp"
+#include "sampling/weight.hpp"
+
 namespace clusterfusion {
 namespace {
 
@@ -24,15 +27,9 @@ float top_k_threshold(std::span<const float> logits, std::int32_t top_k) {
   return *kth;
 }
 
-std::uint64_t weight_of(const Candidate& candidate) noexcept {
-  return static_cast<std::uint64_t>(
-      std::llround(std::exp(static_cast<double>(candidate.score)) * 0x1p40));
-}
-
 void keep_top_p(std::vector<Candidate>& candidates, float top_p) {
   std::uint64_t total = 0;
-  for (const Candidate& candidate : candidates) total += weight_of(candidate);
-  const double wanted = static_cast<double>(top_p) * static_cast<double>(total);
+  for (const Candidate& candidate : candidates) total += weight_of(candidate.score);
 
   // A few tokens usually suffice: sort a prefix that doubles until it does.
   std::uint64_t taken = 0;
@@ -44,8 +41,8 @@ void keep_top_p(std::vector<Candidate>& candidates, float top_p) {
     if (last != candidates.end()) std::nth_element(first, last, candidates.end(), more_likely);
     std::sort(first, last, more_likely);
     for (; sorted < end; ++sorted) {
-      taken += weight_of(candidates[sorted]);
-      if (static_cast<double>(taken) >= wanted) {
+      taken += weight_of(candidates[sorted].score);
+      if (reaches_top_p(taken, total, top_p)) {
         candidates.resize(sorted + 1);
         return;
       }
@@ -57,13 +54,10 @@ void keep_top_p(std::vector<Candidate>& candidates, float top_p) {
 
 void apply_repetition_penalty(std::span<const float> logits, std::span<const TokenId> tokens,
                               float penalty, std::span<float> penalized) {
-  constexpr float kLargest = std::numeric_limits<float>::max();
   std::copy(logits.begin(), logits.end(), penalized.begin());
   for (const TokenId token : tokens) {
-    const float logit = logits[static_cast<std::size_t>(token)];
-    if (std::isinf(logit)) continue;
-    const float scaled = logit < 0 ? logit * penalty : logit / penalty;
-    penalized[static_cast<std::size_t>(token)] = std::clamp(scaled, -kLargest, kLargest);
+    const auto index = static_cast<std::size_t>(token);
+    penalized[index] = penalized_logit(logits[index], penalty);
   }
 }
 
@@ -75,7 +69,7 @@ std::vector<Candidate> filter_candidates(std::span<const float> logits, float ma
                                       : logits.size());
   for (std::size_t token = 0; token < logits.size(); ++token) {
     if (logits[token] < threshold) continue;
-    const float score = (logits[token] - maximum) / params.temperature;
+    const float score = token_score(logits[token], maximum, params.temperature);
     if (std::isinf(score)) continue;
     candidates.push_back({static_cast<TokenId>(token), score, logits[token]});
   }

@@ -25,9 +25,9 @@ void apply_repetition_penalty(std::span<const float> logits, std::span<const Tok
 // one. `logits` ([vocab], after the repetition penalty) hold neither NaN nor +inf, and `maximum`,
 // their largest, is finite. The recipe, exactly:
 //   top-k  keeps logits >= the k-th largest logit, and drops tokens with score -inf;
-//   top-p  gives each token the weight round(exp(score) 2^40), an integer, so that sums do not
-//          depend on their order; tokens are taken by score, largest first, then by id, lowest
-//          first, until the taken weight is >= top_p x total weight;
+//   top-p  gives each token the weight exp(score) 2^40, rounded to an integer (weight.hpp), so that
+//          sums do not depend on their order; tokens are taken by score, largest first, then by id,
+//          lowest first, until the taken weight is >= top_p x total weight;
 //   min-p  keeps scores >= log(min_p) (float64).
 // score is computed in float32: one subtraction and one division.
 std::vector<Candidate> filter_candidates(std::span<const float> logits, float maximum,

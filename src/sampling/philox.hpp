@@ -8,11 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define CF_HOST_DEVICE __host__ __device__
-#else
-#define CF_HOST_DEVICE
-#endif
+#include "sampling/host_device.hpp"
 
 namespace clusterfusion {
 

@@ -23,6 +23,9 @@ class Sampler {
   // Tokens appended so far.
   std::int64_t length() const noexcept { return length_; }
 
+  // The tokens so far, for the repetition penalty; empty if there is none.
+  std::span<const TokenId> tokens() const noexcept { return tokens_; }
+
   // logits: float32 [vocab_size], left unchanged; -inf forbids a token. The position of the chosen
   // token (the RNG's counter) is length(). The token is not appended.
   // Errors: invalid_argument (size), non_finite (NaN or +inf among the logits, or all are -inf).

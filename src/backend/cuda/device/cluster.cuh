@@ -1,0 +1,33 @@
+// Thread block clusters: their barrier, and each other's shared memory.
+#pragma once
+
+#include <cstdint>
+
+namespace clusterfusion::device {
+
+__device__ __forceinline__ std::uint32_t cluster_rank() {
+  std::uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of all blocks: what they wrote before, also to shared memory, is visible behind. A
+// block must not end while another may look into its shared memory, so this comes last as well.
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n\t"
+      "barrier.cluster.wait.acquire;" ::
+          : "memory");
+}
+
+// Where block `rank` of the cluster has what lies at `address` in this block's shared memory.
+template <typename T>
+__device__ __forceinline__ T* of_block(T* address, std::uint32_t rank) {
+  std::uint64_t mapped;
+  asm volatile("mapa.u64 %0, %1, %2;"
+               : "=l"(mapped)
+               : "l"(reinterpret_cast<std::uint64_t>(address)), "r"(rank));
+  return reinterpret_cast<T*>(mapped);
+}
+
+}  // namespace clusterfusion::device
