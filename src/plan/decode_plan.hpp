@@ -126,20 +126,23 @@ struct AttentionSplits {
 
 // The most splits of a head: one lane of a warp looks at each.
 inline constexpr std::int32_t kMaxSplits = 16;
-// Fewer pages are not worth the way of a split's result through the combiners.
-inline constexpr std::int32_t kMinPagesPerSplit = 4;
+// Less of keys and values (2-byte elements) is not worth the way of a split's result through the
+// combiners.
+inline constexpr std::int32_t kMinSplitBytes = 80 * 1024;
 
 // At most one task (a split of a head) for each SM: its fixed cost does not repeat, and what is
 // uneven is evened out by the chunks behind it, which go by ticket. The same arithmetic runs on the
 // device, on the position that it has reached.
 constexpr AttentionSplits attention_splits(std::int32_t positions, std::int32_t block_positions,
-                                           std::int32_t num_heads, std::int32_t sm_count) {
+                                           std::int32_t num_heads, std::int32_t head_dim,
+                                           std::int32_t sm_count) {
   const std::int32_t most = sm_count / num_heads;
   const std::int32_t max_splits = most < 1 ? 1 : most > kMaxSplits ? kMaxSplits : most;
   const std::int32_t pages = (positions + kKvPagePositions - 1) / kKvPagePositions;
   const std::int32_t even_share = (pages + max_splits - 1) / max_splits;
-  const std::int32_t pages_per_split =
-      even_share < kMinPagesPerSplit ? kMinPagesPerSplit : even_share;
+  const std::int32_t page_bytes = kKvPagePositions * head_dim * 4;
+  const std::int32_t least = page_bytes >= kMinSplitBytes ? 1 : kMinSplitBytes / page_bytes;
+  const std::int32_t pages_per_split = even_share < least ? least : even_share;
   AttentionSplits result;
   result.blocks = (positions + block_positions - 1) / block_positions;
   result.blocks_per_split = pages_per_split * (kKvPagePositions / block_positions);

@@ -198,7 +198,7 @@ class CudaBackend final : public Backend {
     const ModelConfig& config = model_->config();
     kernel_ = find_decode_kernel(config.dtype, fragments_needed(config, plan_),
                                  static_cast<int>(config.head_dim));
-    prepare_kernel(kernel_, plan_);
+    prepare_kernel(kernel_, plan_, properties_);
     params_ = stream_params(config, plan_, properties_.multiProcessorCount);
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
     allocate_scratch();

@@ -11,8 +11,13 @@ namespace clusterfusion::cuda {
 void poison_if_asked(void* data, std::int64_t bytes) {
   const char* asked = std::getenv("CLUSTERFUSION_POISON");
   if (asked == nullptr || std::string_view(asked) != "1") return;
-  check(cudaMemset(data, 0xFF, static_cast<std::size_t>(bytes)), "poisoning device memory");
-  check(cudaDeviceSynchronize(), "poisoning device memory");
+  // On a stream of its own, which may be waited for also while another one is captured.
+  cudaStream_t stream = nullptr;
+  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+  check(cudaMemsetAsync(data, 0xFF, static_cast<std::size_t>(bytes), stream),
+        "poisoning device memory");
+  check(cudaStreamSynchronize(stream), "poisoning device memory");
+  check(cudaStreamDestroy(stream), "giving back a stream");
 }
 
 DeviceMemory::DeviceMemory(std::int64_t bytes, const char* purpose) : bytes_(bytes) {

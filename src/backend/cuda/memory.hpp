@@ -10,7 +10,7 @@ namespace clusterfusion::cuda {
 
 // If the environment variable CLUSTERFUSION_POISON is 1, fills memory that holds nothing yet with
 // 0xFF bytes, which are NaN in every floating-point type, so that a test sees whoever reads what
-// nobody wrote. Waits for the device.
+// nobody wrote. Waits until that is done.
 void poison_if_asked(void* data, std::int64_t bytes);
 
 // `bytes` of device memory, freed with the object; poisoned if asked. Errors: out_of_memory, with
@@ -19,7 +19,10 @@ class DeviceMemory {
  public:
   DeviceMemory() = default;
   DeviceMemory(std::int64_t bytes, const char* purpose);
-  ~DeviceMemory() { cudaFree(data_); }
+  // Nothing to free must mean no call: while a stream is captured, any cudaFree spoils the capture.
+  ~DeviceMemory() {
+    if (data_ != nullptr) cudaFree(data_);
+  }
   DeviceMemory(DeviceMemory&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
   DeviceMemory& operator=(DeviceMemory&& other) noexcept {

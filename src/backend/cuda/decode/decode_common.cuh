@@ -67,7 +67,8 @@ __device__ __forceinline__ int ring_id(int epoch, plan::Stream stream) {
 __device__ __forceinline__ int epochs_per_step(const DecodeParams& p) { return p.num_layers + 1; }
 
 __device__ __forceinline__ plan::AttentionSplits splits_at(const DecodeParams& p, int position) {
-  return plan::attention_splits(position + 1, p.kv_block_positions, p.num_heads, gridDim.x);
+  return plan::attention_splits(position + 1, p.kv_block_positions, p.num_heads, p.head_dim,
+                                gridDim.x);
 }
 
 // Where the keys and values of a sequence lie, and the angles of its positions: pages, as the

@@ -104,9 +104,10 @@ bool has_kernels_for(const cudaDeviceProp& properties) {
   return (properties.major == 9 || properties.major == 12) && properties.minor == 0;
 }
 
-void prepare_kernel(const void* kernel, const plan::DecodePlan& plan) {
+void prepare_kernel(const void* kernel, const plan::DecodePlan& plan,
+                    const cudaDeviceProp& properties) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(plan.shared_bytes)),
+                             static_cast<int>(properties.sharedMemPerBlockOptin)),
         "reserving shared memory");
   int blocks = 0;
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kDecodeBlockThreads,

@@ -19,8 +19,10 @@ int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan);
 // Whether the build holds machine code for this GPU: Hopper (9.0) and Blackwell (12.0).
 bool has_kernels_for(const cudaDeviceProp& properties);
 
-// Lets a kernel have its shared memory. Errors: unsupported if not even one block of it fits on an
-// SM, because all blocks have to be resident together.
-void prepare_kernel(const void* kernel, const plan::DecodePlan& plan);
+// Lets a kernel have all the shared memory that a block may have: models of several shapes share a
+// kernel, and the limit is the kernel's. Errors: unsupported if not even one block of this plan fits
+// on an SM, because all blocks have to be resident together.
+void prepare_kernel(const void* kernel, const plan::DecodePlan& plan,
+                    const cudaDeviceProp& properties);
 
 }  // namespace clusterfusion::cuda

@@ -13,6 +13,7 @@
 #include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/ops/layer_kernel.hpp"
 #include "backend/cuda/ops/layer_scratch.hpp"
+#include "backend/cuda/ops/relaxed_capture.hpp"
 #include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
@@ -63,6 +64,7 @@ struct LayerPlan {
 };
 
 std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
+  const RelaxedCapture relaxed;  // the first look at a kernel loads it
   cudaDeviceProp properties;
   check(cudaGetDeviceProperties(&properties, key.device), "asking for the device's properties");
   require(
@@ -88,7 +90,7 @@ std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
   result->stream = stream_params(config, result->plan, result->sm_count);
   result->kernel = find_layer_kernel(key.dtype, fragments_needed(config, result->plan),
                                      static_cast<int>(config.head_dim));
-  prepare_kernel(result->kernel, result->plan);
+  prepare_kernel(result->kernel, result->plan, properties);
   return result;
 }
 
@@ -104,6 +106,7 @@ const LayerPlan& plan_for(const ShapeKey& key) {
 
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto encoder = [] {
+    const RelaxedCapture relaxed;
     void* function = nullptr;
     cudaDriverEntryPointQueryResult status;
     check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
@@ -252,6 +255,9 @@ void decoder_layer(const DecoderLayerTask& task, const LayerStream& where) {
     launch(plan, params, stream);
     return;
   }
+  // What the first launch leaves for the second must not be overwritten by another thread's.
+  static auto& both = *new std::mutex;
+  const std::lock_guard lock(both);
   params.attn_output = scratch.between;
   params.mlp_intermediate = static_cast<char*>(scratch.between) + shape.hidden_size * 2;
   launch(plan, params, stream);

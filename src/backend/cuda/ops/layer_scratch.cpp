@@ -6,37 +6,26 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/memory.hpp"
+#include "backend/cuda/ops/relaxed_capture.hpp"
 
 namespace clusterfusion::cuda {
 namespace {
 
 struct Key {
   int device = 0;
-  cudaStream_t stream = nullptr;
-  unsigned long long capture = 0;  // of which capture; 0: none
+  // A stream by its id, because a handle may be used again for another one; while it is captured, the
+  // capture by its id.
+  unsigned long long stream = 0;
+  unsigned long long capture = 0;
   std::int64_t flow_bytes = 0;
   std::int64_t between_bytes = 0;
 
   auto operator<=>(const Key&) const = default;
 };
 
-// While a stream is captured, a thread may not allocate, unless it says that it knows what it does:
-// the allocation is no part of the graph.
-class RelaxedCapture {
- public:
-  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "relaxing capture"); }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 constexpr std::int64_t kCounterBytes = 256;
 
 DeviceMemory cleared_scratch(const Key& key) {
-  const RelaxedCapture relaxed;
   DeviceMemory memory(kCounterBytes + 2 * key.flow_bytes + key.between_bytes,
                       "scratch of the layer calls");
   cudaStream_t stream = nullptr;
@@ -56,15 +45,21 @@ LayerScratchView layer_scratch(cudaStream_t stream, std::int64_t flow_bytes,
   // Never destroyed: the driver may be gone before static objects are.
   static auto& mutex = *new std::mutex;
   static auto& scratch = *new std::map<Key, DeviceMemory>;
-  Key key{0, stream, 0, flow_bytes, between_bytes};
+  Key key{0, 0, 0, flow_bytes, between_bytes};
   check(cudaGetDevice(&key.device), "asking for the current device");
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamGetCaptureInfo(stream, &status, &key.capture), "asking about capture");
-  if (status == cudaStreamCaptureStatusNone) key.capture = 0;
+  if (status == cudaStreamCaptureStatusNone) {
+    key.capture = 0;
+    check(cudaStreamGetId(stream, &key.stream), "asking for the stream's id");
+  }
 
   const std::lock_guard lock(mutex);
   auto found = scratch.find(key);
-  if (found == scratch.end()) found = scratch.emplace(key, cleared_scratch(key)).first;
+  if (found == scratch.end()) {
+    const RelaxedCapture relaxed;
+    found = scratch.emplace(key, cleared_scratch(key)).first;
+  }
   char* base = found->second.as<>();
   auto* counters = reinterpret_cast<std::uint32_t*>(base);
   return {{counters, counters + 1},
