@@ -1,8 +1,10 @@
 // A small decoder layer that owns its tensors.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <numeric>
@@ -16,6 +18,18 @@
 #include "support/random_model.hpp"
 
 namespace clusterfusion::test {
+
+// widen() of all 16-bit values, for tensors of many.
+inline const std::vector<float>& widened(DType dtype) {
+  const auto all = [](DType type) {
+    std::vector<float> values;
+    for (int bits = 0; bits < 1 << 16; ++bits)
+      values.push_back(widen(static_cast<std::uint16_t>(bits), type));
+    return values;
+  };
+  static const std::vector<float> half = all(DType::float16), bfloat = all(DType::bfloat16);
+  return dtype == DType::float16 ? half : bfloat;
+}
 
 // A row-major tensor at a multiple of 16 bytes (operator new gives that).
 class OwnedTensor {
@@ -42,12 +56,18 @@ class OwnedTensor {
     return reinterpret_cast<T*>(data_.data());
   }
   const std::vector<std::byte>& bytes() const { return data_; }
+  // Repeats the first `count` elements over the whole tensor.
+  void repeat(std::int64_t count) {
+    const std::size_t period = static_cast<std::size_t>(count * dtype_.bits / 8);
+    for (std::size_t at = period; at < data_.size(); at += period)
+      std::memcpy(data_.data() + at, data_.data(), std::min(period, data_.size() - at));
+  }
 
   // Elements of a 16-bit or float32 tensor.
   double at(std::int64_t i) {
     if (dtype_.bits == 32) return as<float>()[i];
-    return widen(as<std::uint16_t>()[i],
-                 dtype_.code == kDLBfloat ? DType::bfloat16 : DType::float16);
+    return widened(dtype_.code == kDLBfloat ? DType::bfloat16
+                                            : DType::float16)[as<std::uint16_t>()[i]];
   }
   void set(std::int64_t i, float value) {
     if (dtype_.bits == 32) {
@@ -87,7 +107,11 @@ struct LayerFixture {
                          float deviation, float mean = 0) {
       OwnedTensor tensor(type, std::move(shape));
       std::normal_distribution<float> normal(mean, deviation);
-      for (std::int64_t i = 0; i < tensor.count(); ++i) tensor.set(i, normal(random));
+      // What is larger repeats itself: a prime number of elements, so that no two rows are the
+      // same.
+      const std::int64_t drawn = std::min<std::int64_t>(tensor.count(), 1048573);
+      for (std::int64_t i = 0; i < drawn; ++i) tensor.set(i, normal(random));
+      tensor.repeat(drawn);
       owned.emplace(name, std::move(tensor));
     };
     const float gain = 1.0f / std::sqrt(static_cast<float>(h));
