@@ -84,6 +84,18 @@ def test_one_bit_pattern(layer):
             assert torch.equal(mlp_only(model, tensors), expected)
 
 
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs need a GPU")
+def test_a_graph_gives_the_same_bits(layer):
+    model, tensors = layer
+    results = []
+    with torch.inference_mode():
+        graph = timing.capture([lambda: results.append(mlp_only(model, tensors))])
+        for scale in (1.0, 0.5):
+            tensors["mlp_intermediate"] *= scale
+            graph.replay()
+            assert torch.equal(results[-1], mlp_only(model, tensors))
+
+
 # ---- script ----
 
 

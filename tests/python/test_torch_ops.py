@@ -1,7 +1,11 @@
-"""The layer calls on torch tensors, beside PyTorch's own layers, and as operators of torch."""
+"""The layer calls on torch tensors, beside PyTorch's own layers, and as operators of torch.
+
+On the CPU, or on the device that CLUSTERFUSION_TEST_DEVICE names.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,16 +22,19 @@ import torch_layer  # noqa: E402
 from layer_reference import Sizes, random_arrays  # noqa: E402
 from torch_layer import Tensors, relative_error  # noqa: E402
 
+DEVICE = torch.device(os.environ.get("CLUSTERFUSION_TEST_DEVICE", "cpu"))
+ON_CPU = DEVICE.type == "cpu"
 SHAPES = {
     "head_32": torch_layer.Sizes(64, 256, 2, 8),
     "head_64": torch_layer.Sizes(128, 512, 2, 16),
     "head_80": torch_layer.Sizes(160, 640, 2, 20),
     "head_128": torch_layer.Sizes(256, 1024, 2, 32),
     "head_256": torch_layer.Sizes(512, 2048, 2, 64),
-    "odd": torch_layer.Sizes(44, 17, 4, 6),
+    # The GPU's kernels want multiples of 32, and of 16 a head.
+    "odd": torch_layer.Sizes(44, 17, 4, 6) if ON_CPU else torch_layer.Sizes(96, 160, 2, 6),
 }
 SMALL = SHAPES["head_32"]
-POSITIONS = (0, 1, 63, 64, 65, 1000)
+POSITIONS = (0, 1, 63, 64, 65, 1000) if ON_CPU else (0, 1, 63, 64, 65, 1000, 2047)
 DTYPES = [torch.float16, torch.bfloat16]
 
 
@@ -42,7 +49,7 @@ def options(sizes: torch_layer.Sizes) -> dict[str, Any]:
 
 
 def small_tensors(dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensors:
-    return torch_layer.random_tensors(SMALL, dtype, "cpu", 8, seed)
+    return torch_layer.random_tensors(SMALL, dtype, DEVICE, 8, seed)
 
 
 def run_layer(tensors: Tensors, position: Any = 3, **more: Any) -> tuple[torch.Tensor, ...]:
@@ -77,7 +84,7 @@ def test_no_worse_than_torch(shape, dtype, heavy_tailed):
     """The error against float64 is at most that of PyTorch in the same dtype."""
     sizes = SHAPES[shape]
     tensors = torch_layer.random_tensors(
-        sizes, dtype, "cpu", POSITIONS[-1] + 1, heavy_tailed=heavy_tailed
+        sizes, dtype, DEVICE, POSITIONS[-1] + 1, heavy_tailed=heavy_tailed
     )
     for position in POSITIONS:
         reference = run_all_of_torch(torch_layer.widened(tensors), sizes, position)
@@ -96,13 +103,14 @@ def test_no_worse_than_torch(shape, dtype, heavy_tailed):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_beside_torch_in_float32(shape):
     sizes = SHAPES[shape]
-    tensors = torch_layer.random_tensors(sizes, torch.float16, "cpu", 70)
+    tensors = torch_layer.random_tensors(sizes, torch.float16, DEVICE, 70)
     wide = {name: tensor.float() for name, tensor in tensors.items()}
     ours = run_all(tensors, sizes, 65)
     for values, expected in zip(ours, run_all_of_torch(wide, sizes, 65), strict=True):
         assert relative_error(values, expected) < 1e-3
 
 
+@pytest.mark.skipif(not ON_CPU, reason="NumPy's arrays are on the CPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_as_numpy(dtype):
     arrays = random_arrays(Sizes(64, 2, 256, 8), np.float32, 8)
@@ -141,6 +149,7 @@ def test_nothing_is_copied():
 @pytest.mark.parametrize("position", [torch.tensor(3), torch.tensor([3])])
 def test_position_as_tensor(position):
     tensors = small_tensors()
+    position = position.to(DEVICE)
     expected = run_layer(tensors)
     assert equal(run_layer(tensors, position.int()), expected)
     with pytest.raises(TypeError, match=r"^current_seq_len: expected dtype int32, found int64$"):
@@ -216,7 +225,7 @@ def test_first_argument_is_no_tensor():
 
 def test_threads():
     sizes = torch_layer.Sizes(512, 1024, 8, 16)
-    layers = [torch_layer.random_tensors(sizes, torch.float16, "cpu", 70, s) for s in range(4)]
+    layers = [torch_layer.random_tensors(sizes, torch.float16, DEVICE, 70, s) for s in range(4)]
 
     def run(tensors: Tensors) -> list[torch.Tensor]:
         return [r for position in (3, 64, 69) for r in run_all(tensors, sizes, position)]
@@ -236,7 +245,7 @@ def operator_arguments(name: str, position: Any) -> tuple[Any, ...]:
     tensors = small_tensors()
     values = list(tensors.values())
     if name == "mlp_down":
-        intermediate = torch.ones(SMALL.intermediate, dtype=torch.float16)
+        intermediate = torch.ones(SMALL.intermediate, dtype=torch.float16, device=DEVICE)
         return (values[0], values[0].clone(), intermediate, *values[15:], 0, 0)
     where = (0, position) if isinstance(position, torch.Tensor) else (position, None)
     if name == "attention_mlp_up":
@@ -244,7 +253,7 @@ def operator_arguments(name: str, position: Any) -> tuple[Any, ...]:
     return (*values, *where, *LAYER_OPTIONS, False, 0, 0)
 
 
-@pytest.mark.parametrize("position", [3, torch.tensor([3], dtype=torch.int32)])
+@pytest.mark.parametrize("position", [3, torch.tensor([3], dtype=torch.int32, device=DEVICE)])
 @pytest.mark.parametrize("name", ["attention_mlp_up", "mlp_down", "decoder_layer"])
 def test_opcheck(name, position):
     operator = getattr(torch.ops.clusterfusion, name).default
@@ -272,7 +281,7 @@ def test_compile(backend):
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend=backend)
-    for position in (1, 2, 5, torch.tensor([6], dtype=torch.int32)):
+    for position in (1, 2, 5, torch.tensor([6], dtype=torch.int32, device=DEVICE)):
         eager, traced = small_tensors(), small_tensors()
         assert equal(compiled(position, traced), step(position, eager))
         for name in ("k_cache", "v_cache"):
