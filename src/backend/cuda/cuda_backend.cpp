@@ -15,6 +15,7 @@
 #include "backend/cuda/memory.hpp"
 #include "backend/cuda/prefill/prefill.hpp"
 #include "backend/cuda/read_ceiling.hpp"
+#include "backend/cuda/sampling/device_sampler.hpp"
 #include "base/fail.hpp"
 #include "plan/decode_plan.hpp"
 #include "sampling/sampler.hpp"
@@ -38,8 +39,9 @@ cudaDeviceProp device_properties() {
   return properties;
 }
 
-// What the kernel cannot do by itself yet: anything but greedy and plain temperature sampling.
-bool needs_host_sampling(const SamplingParams& sampling) {
+// What takes a look at all logits together: the decode kernel by itself knows greedy and plain
+// temperature sampling.
+bool needs_sampler(const SamplingParams& sampling) {
   return sampling.num_logprobs >= 0 || sampling.repetition_penalty != 1.0f ||
          (sampling.temperature > 0 &&
           (sampling.top_k > 0 || sampling.top_p < 1.0f || sampling.min_p > 0));
@@ -74,7 +76,8 @@ class CudaBackend final : public Backend {
         max_positions_(longest_context(model_->config(), options)),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
         pool_(plan_.kv.page_bytes),
-        prefill_(model_->config(), weights_, plan_.kv, max_positions_) {
+        prefill_(model_->config(), weights_, plan_.kv, max_positions_),
+        sampler_(model_->config().vocab_size, kDecodeAhead) {
     const ModelConfig& config = model_->config();
     info_.name = "cuda";
     info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
@@ -158,10 +161,10 @@ class CudaBackend final : public Backend {
       Sequence& sequence = find(sequences[b]);
       reserve(sequences[b], sequence.length + steps);
       const std::span<float> wanted = logits.empty() ? logits : logits.subspan(b * vocab, vocab);
-      if (needs_host_sampling(sequence.sampling))
-        decode_on_host(sequence, inputs[b], steps, sampled, b, batch, wanted);
+      if (needs_sampler(sequence.sampling))
+        decode_with_sampler(sequence, inputs[b], steps, sampled, b, batch, wanted);
       else
-        decode_on_device(sequence, inputs[b], steps, sampled, b, batch, wanted);
+        decode_in_one_launch(sequence, inputs[b], steps, sampled, b, batch, wanted);
     }
   }
 
@@ -340,7 +343,6 @@ class CudaBackend final : public Backend {
     const std::int64_t first_scored = every ? 0 : output.last_logits.empty() ? count : count - 1;
     run(sequence, tokens, count, first_scored, true, 0.0f);
     for (std::int64_t step = first_scored; step < count; ++step) {
-      require_finite(step, sequence.length - count + step);
       if (!output.all_logits.empty())
         copy_logits(step - first_scored, output.all_logits.subspan(step * vocab, vocab));
       if (output.targets.empty() || output.targets[step] < 0) continue;
@@ -350,17 +352,11 @@ class CudaBackend final : public Backend {
     if (!output.last_logits.empty()) copy_logits(count - 1 - first_scored, output.last_logits);
   }
 
-  // `steps` steps of one sequence: the first inputs are `given`, later ones what was chosen before.
+  // `steps` steps of one sequence in one launch: the first inputs are `given`, later ones what was
+  // chosen before. Errors: non_finite, with the sequence as it was.
   void run(Sequence& sequence, std::span<const TokenId> given, std::int64_t steps,
            std::int64_t first_scored, bool want_logits, float temperature) {
-    check(cudaMemsetAsync(counters_.as<>(), 0, counters_.bytes(), stream_), "clearing counters");
-    check(cudaMemsetAsync(flow_.as<>(), 0xff, flow_.bytes(), stream_), "clearing flow vectors");
-    check(cudaMemcpyAsync(tokens_.as<>(), given.data(), given.size_bytes(), cudaMemcpyHostToDevice,
-                          stream_),
-          "sending tokens");
-    check(cudaMemcpyAsync(page_table_.as<>(), sequence.pages.data(),
-                          sequence.pages.size() * sizeof(char*), cudaMemcpyHostToDevice, stream_),
-          "sending the page table");
+    send(sequence, given);
     params_.first_position = static_cast<std::int32_t>(sequence.length);
     params_.steps = static_cast<std::int32_t>(steps);
     params_.given_count = static_cast<std::int32_t>(given.size());
@@ -368,23 +364,45 @@ class CudaBackend final : public Backend {
     params_.logits = want_logits ? logits_.as<float>() : nullptr;
     params_.temperature = temperature;
     params_.seed = sequence.sampling.seed;
-    launch_decode(kernel_, params_, properties_.multiProcessorCount, plan_.shared_bytes, stream_);
+    launch(params_);
+    wait(sequence.length, steps, first_scored);
+    append(sequence, given);
+    // Inputs that the device chose for itself.
+    append(sequence,
+           std::span<const TokenId>(host_chosen_).subspan(given.size() - 1, steps - given.size()));
+  }
+
+  void send(const Sequence& sequence, std::span<const TokenId> given) {
+    check(cudaMemcpyAsync(tokens_.as<>(), given.data(), given.size_bytes(), cudaMemcpyHostToDevice,
+                          stream_),
+          "sending tokens");
+    check(cudaMemcpyAsync(page_table_.as<>(), sequence.pages.data(),
+                          sequence.pages.size() * sizeof(char*), cudaMemcpyHostToDevice, stream_),
+          "sending the page table");
+  }
+
+  void launch(const DecodeParams& params) {
+    check(cudaMemsetAsync(counters_.as<>(), 0, counters_.bytes(), stream_), "clearing counters");
+    check(cudaMemsetAsync(flow_.as<>(), 0xff, flow_.bytes(), stream_), "clearing flow vectors");
+    launch_decode(kernel_, params, properties_.multiProcessorCount, plan_.shared_bytes, stream_);
+  }
+
+  // For `steps` steps from `first_position` on, and what they chose. Errors: non_finite.
+  void wait(std::int64_t first_position, std::int64_t steps, std::int64_t first_scored) {
     check(cudaMemcpyAsync(host_chosen_.data(), params_.chosen, steps * 4, cudaMemcpyDeviceToHost,
                           stream_),
           "fetching tokens");
     check(cudaStreamSynchronize(stream_), "running the decode kernel");
-    sequence.length += steps;
-    sequence.sampler.append(given);
-    // Inputs that the device chose for itself.
-    for (std::int64_t step = static_cast<std::int64_t>(given.size()); step < steps; ++step)
-      sequence.sampler.append(std::span(&host_chosen_[step - 1], 1));
+    for (std::int64_t step = first_scored; step < steps; ++step)
+      require(host_chosen_[step] >= 0, ErrorKind::non_finite,
+              "the logits after position {} are not finite: the checkpoint holds NaN or infinity, "
+              "or an activation overflowed",
+              first_position + step);
   }
 
-  void require_finite(std::int64_t step, std::int64_t position) const {
-    require(host_chosen_[step] >= 0, ErrorKind::non_finite,
-            "the logits after position {} are not finite: the checkpoint holds NaN or infinity, or "
-            "an activation overflowed",
-            position);
+  static void append(Sequence& sequence, std::span<const TokenId> inputs) {
+    sequence.length += std::ssize(inputs);
+    sequence.sampler.append(inputs);
   }
 
   void copy_logits(std::int64_t row, std::span<float> to) {
@@ -393,29 +411,46 @@ class CudaBackend final : public Backend {
           "fetching logits");
   }
 
-  void decode_on_device(Sequence& sequence, TokenId input, std::int32_t steps,
-                        std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
-                        std::span<float> logits) {
+  void decode_in_one_launch(Sequence& sequence, TokenId input, std::int32_t steps,
+                            std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
+                            std::span<float> logits) {
     run(sequence, std::span(&input, 1), steps, 0, !logits.empty(), sequence.sampling.temperature);
-    for (std::int32_t step = 0; step < steps; ++step)
-      require_finite(step, sequence.length - steps + step);
     for (std::int32_t step = 0; !sampled.empty() && step < steps; ++step)
       sampled[step * batch + b] = SampledToken{host_chosen_[step], 0.0f, {}};
     if (!logits.empty()) copy_logits(steps - 1, logits);
   }
 
-  void decode_on_host(Sequence& sequence, TokenId input, std::int32_t steps,
-                      std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
-                      std::span<float> logits) {
+  // A launch for each step, and behind it the sampler's, which takes the step's logits and leaves
+  // the next step's input; the host waits for the last.
+  void decode_with_sampler(Sequence& sequence, TokenId input, std::int32_t steps,
+                           std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
+                           std::span<float> logits) {
+    const std::span<const TokenId> before = sequence.sampler.tokens();
+    std::vector<TokenId> tokens(before.begin(), before.end());
+    tokens.push_back(input);
+    sampler_.begin(sequence.sampling, tokens, sequence.length + 1, stream_);
+    send(sequence, std::span(&input, 1));
+    DecodeParams params = params_;
+    params.steps = 1;
+    params.given_count = 1;
+    params.first_scored_step = 0;
+    params.logits = logits_.as<float>();
+    params.temperature = 0.0f;
     for (std::int32_t step = 0; step < steps; ++step) {
-      run(sequence, std::span(&input, 1), 1, 0, true, 0.0f);
-      require_finite(0, sequence.length - 1);
-      copy_logits(0, host_logits_);
-      SampledToken token = sequence.sampler.sample(host_logits_);
+      params.first_position = static_cast<std::int32_t>(sequence.length) + step;
+      params.chosen = params_.chosen + step;  // -1 if the logits are not finite
+      launch(params);
+      params.given_tokens = sampler_.choose(logits_.as<float>(), stream_);
+    }
+    sampler_.fetch(stream_);
+    wait(sequence.length, steps, 0);
+    for (std::int32_t step = 0; step < steps; ++step) {
+      SampledToken token = sampler_.chosen(step);
+      append(sequence, std::span(&input, 1));
       input = token.token;
       if (!sampled.empty()) sampled[step * batch + b] = std::move(token);
     }
-    if (!logits.empty()) std::copy(host_logits_.begin(), host_logits_.end(), logits.begin());
+    if (!logits.empty()) copy_logits(0, logits);
   }
 
   std::shared_ptr<const Model> model_;
@@ -425,6 +460,7 @@ class CudaBackend final : public Backend {
   DeviceModel weights_;
   KvPool pool_;
   Prefill prefill_;
+  DeviceSampler sampler_;
   BackendInfo info_;
   DeviceMemory counters_, flow_, logits_, tokens_, page_table_;
   std::vector<float> host_logits_;

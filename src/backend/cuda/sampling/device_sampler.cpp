@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstring>
 #include <limits>
 
@@ -13,14 +14,17 @@ namespace {
 
 constexpr std::int64_t kStepBytes = sizeof(SampledStep);
 
+// A bit for each token.
+constexpr std::int64_t bits_bytes(std::int64_t vocab_size) { return (vocab_size + 31) / 32 * 4; }
+
 }  // namespace
 
 DeviceSampler::DeviceSampler(std::int64_t vocab_size, std::int32_t max_steps)
     : max_steps_(max_steps),
       scratch_((vocab_size + 3) / 4 * 16, "the scores of tokens"),
-      seen_((vocab_size + 31) / 32 * 4, "the tokens seen"),
+      seen_(bits_bytes(vocab_size), "the tokens seen"),
       results_(max_steps * kStepBytes, "the tokens chosen"),
-      host_seen_((vocab_size + 31) / 32 * 4, "the tokens seen"),
+      host_seen_(bits_bytes(vocab_size), "the tokens seen"),
       host_results_(max_steps * kStepBytes, "the tokens chosen") {
   params_.vocab_size = static_cast<std::int32_t>(vocab_size);
   params_.scratch = scratch_.as<float>();
@@ -42,11 +46,11 @@ void DeviceSampler::begin(const SamplingParams& params, std::span<const TokenId>
   if (params.repetition_penalty == 1.0f) return;
   // The last copy from here is done: whoever used its steps has waited for them.
   auto* seen = host_seen_.as<std::uint32_t>();
-  std::memset(seen, 0, static_cast<std::size_t>(seen_bytes()));
+  const auto bytes = static_cast<std::size_t>(seen_.bytes());
+  std::memset(seen, 0, bytes);
   for (const TokenId token : tokens) seen[token / 32] |= 1u << token % 32;
   params_.seen = seen_.as<std::uint32_t>();
-  check(cudaMemcpyAsync(params_.seen, seen, static_cast<std::size_t>(seen_bytes()),
-                        cudaMemcpyHostToDevice, stream),
+  check(cudaMemcpyAsync(params_.seen, seen, bytes, cudaMemcpyHostToDevice, stream),
         "sending the tokens seen");
 }
 
@@ -62,9 +66,10 @@ const TokenId* DeviceSampler::choose(const float* logits, cudaStream_t stream) {
 }
 
 void DeviceSampler::fetch(cudaStream_t stream) {
-  check(cudaMemcpyAsync(host_results_.as<>(), results_.as<>(),
-                        static_cast<std::size_t>(steps_ * kStepBytes), cudaMemcpyDeviceToHost,
-                        stream),
+  // Of each step only what it has written.
+  const auto bytes = offsetof(SampledStep, top) + num_top() * sizeof(TokenLogprob);
+  check(cudaMemcpy2DAsync(host_results_.as<>(), kStepBytes, results_.as<>(), kStepBytes, bytes,
+                          static_cast<std::size_t>(steps_), cudaMemcpyDeviceToHost, stream),
         "fetching the tokens chosen");
 }
 
@@ -73,7 +78,7 @@ SampledToken DeviceSampler::chosen(std::int32_t step) const {
   SampledToken token{result.token, 0.0f, {}};
   if (token.token < 0 || params_.num_logprobs < 0) return token;
   token.logprob = result.logprob;
-  token.top.assign(result.top, result.top + std::min(params_.num_logprobs, params_.vocab_size));
+  token.top.assign(result.top, result.top + num_top());
   return token;
 }
 

@@ -1,6 +1,7 @@
 // The sampling of one sequence at a time on the device, for several steps without the host.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 
@@ -34,7 +35,9 @@ class DeviceSampler {
   SampledToken chosen(std::int32_t step) const;
 
  private:
-  std::int64_t seen_bytes() const noexcept { return (params_.vocab_size + 31) / 32 * 4; }
+  std::size_t num_top() const noexcept {
+    return static_cast<std::size_t>(std::clamp(params_.num_logprobs, 0, params_.vocab_size));
+  }
 
   std::int32_t max_steps_;
   std::int32_t steps_ = 0;  // chosen since begin()

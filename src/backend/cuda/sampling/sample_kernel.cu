@@ -9,6 +9,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/sampling/cluster_work.cuh"
+#include "backend/cuda/sampling/device_arithmetic.cuh"
 #include "backend/cuda/sampling/sample_kernel.hpp"
 #include "sampling/philox.hpp"
 #include "sampling/token_score.hpp"
@@ -19,11 +20,6 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr std::int32_t kNoLimit = std::numeric_limits<std::int32_t>::max();
-
-struct DeviceArithmetic {
-  __device__ __forceinline__ static double multiply(double a, double b) { return __dmul_rn(a, b); }
-  __device__ __forceinline__ static double add(double a, double b) { return __dadd_rn(a, b); }
-};
 
 // The largest of some values, and the lowest id among equals.
 template <typename Value>
