@@ -7,14 +7,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <ostream>
 #include <random>
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "backend/cuda/check.hpp"
 #include "backend/cuda/device/cluster_exchange.cuh"
+#include "backend/cuda/memory.hpp"
 
 namespace clusterfusion::test {
 namespace {
@@ -108,25 +107,28 @@ __global__ void call_all(const Call* calls, int count, Way way, Arrays<T> arrays
   }
 }
 
-// Memory of the device that the host sees.
+// An array on the device and its copy on the host.
 template <typename T>
-class Shared {
+class Mirrored {
  public:
-  explicit Shared(std::size_t count) : count_(count) {
-    EXPECT_EQ(cudaMallocManaged(&data_, std::max<std::size_t>(count, 1) * sizeof(T)), cudaSuccess);
+  explicit Mirrored(std::size_t count)
+      : host_(count), device_(static_cast<std::int64_t>(count * sizeof(T)), "a test") {}
+  T& operator[](std::size_t i) { return host_[i]; }
+  std::vector<T>& host() { return host_; }
+  T* device() const { return device_.template as<T>(); }
+  void upload() {
+    cuda::check(cudaMemcpy(device(), host_.data(), bytes(), cudaMemcpyHostToDevice), "writing");
   }
-  ~Shared() { cudaFree(data_); }
-  Shared(const Shared&) = delete;
-  Shared& operator=(const Shared&) = delete;
-  T* data() { return data_; }
-  T& operator[](std::size_t i) { return data_[i]; }
-  std::size_t bytes() const { return count_ * sizeof(T); }
+  void download() {
+    cuda::check(cudaMemcpy(host_.data(), device(), bytes(), cudaMemcpyDeviceToHost), "reading");
+  }
   // So that what nobody wrote is seen.
-  void poison() { std::memset(static_cast<void*>(data_), 0xff, bytes()); }
+  void poison() { cuda::check(cudaMemset(device(), 0xff, bytes()), "poisoning"); }
+  std::size_t bytes() const { return host_.size() * sizeof(T); }
 
  private:
-  T* data_ = nullptr;
-  std::size_t count_;
+  std::vector<T> host_;
+  cuda::DeviceMemory device_;
 };
 
 void fill(std::mt19937& random, float& value) {
@@ -231,32 +233,35 @@ void check_calls(const std::vector<Call>& calls, Way way, int threads) {
   const std::size_t blocks = config.gridDim.x;
   const auto stride = static_cast<std::size_t>(longest);
   const std::size_t count = calls.size() * blocks * stride;
-  Shared<Call> device_calls(calls.size());
-  Shared<T> in(count), reduced(count), gathered(count * kSize);
-  std::copy(calls.begin(), calls.end(), device_calls.data());
+  Mirrored<Call> device_calls(calls.size());
+  Mirrored<T> in(count), reduced(count), gathered(count * kSize);
+  device_calls.host() = calls;
   std::mt19937 random(static_cast<unsigned>(kSize * 1000 + longest));
-  for (std::size_t i = 0; i < count; ++i) fill(random, in[i]);
-  arrays.in = in.data();
-  arrays.reduced = reduced.data();
-  arrays.gathered = gathered.data();
+  for (T& value : in.host()) fill(random, value);
+  device_calls.upload();
+  in.upload();
+  arrays.in = in.device();
+  arrays.reduced = reduced.device();
+  arrays.gathered = gathered.device();
 
-  std::vector<char> first_reduced, first_gathered;
+  std::vector<T> first_reduced, first_gathered;
   constexpr int kRuns = 3;
   for (int run = 0; run < kRuns; ++run) {
     reduced.poison();
     gathered.poison();
-    ASSERT_EQ(cudaLaunchKernelEx(&config, kernel, static_cast<const Call*>(device_calls.data()),
-                                 static_cast<int>(calls.size()), way, arrays),
-              cudaSuccess);
-    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    const auto* a = reinterpret_cast<const char*>(reduced.data());
-    const auto* b = reinterpret_cast<const char*>(gathered.data());
+    cuda::check(cudaLaunchKernelEx(&config, kernel, static_cast<const Call*>(device_calls.device()),
+                                   static_cast<int>(calls.size()), way, arrays),
+                "launching");
+    cuda::check(cudaDeviceSynchronize(), "running the exchanges");
+    reduced.download();
+    gathered.download();
     if (run == 0) {
-      first_reduced.assign(a, a + reduced.bytes());
-      first_gathered.assign(b, b + gathered.bytes());
+      first_reduced = reduced.host();
+      first_gathered = gathered.host();
     }
-    ASSERT_EQ(std::memcmp(a, first_reduced.data(), reduced.bytes()), 0) << "run " << run;
-    ASSERT_EQ(std::memcmp(b, first_gathered.data(), gathered.bytes()), 0) << "run " << run;
+    ASSERT_EQ(std::memcmp(&reduced[0], first_reduced.data(), reduced.bytes()), 0) << "run " << run;
+    ASSERT_EQ(std::memcmp(&gathered[0], first_gathered.data(), gathered.bytes()), 0)
+        << "run " << run;
   }
 
   for (std::size_t call = 0; call < calls.size(); ++call) {

@@ -311,7 +311,8 @@ TEST_P(LayerShapes, AgreeWithFloat64) {
   ReferenceLayer reference(host, c.dtype, c.biases);
   DeviceLayer layer(host);
   if (!c.biases) layer.tensors.bias_qkv = layer.tensors.bias_o = DLTensor{};
-  for (const std::int64_t position : positions_of(c.sizes)) {
+  const std::vector<std::int64_t> positions = positions_of(c.sizes);
+  for (const std::int64_t position : positions) {
     SCOPED_TRACE("position " + std::to_string(position));
     const Reference expected = reference.at(position);
     for (const Call call : kAllCalls) {
