@@ -550,6 +550,53 @@ TEST_P(LayerRuns, GraphOfTheSecondHalf) {
   }
 }
 
+class Event {
+ public:
+  Event() { check(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming), "creating an event"); }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  // Work that `later` gets from now on comes after what `earlier` has got.
+  void order(cudaStream_t earlier, cudaStream_t later) {
+    check(cudaEventRecord(event_, earlier), "recording an event");
+    check(cudaStreamWaitEvent(later, event_), "waiting for an event");
+  }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// One capture of two streams, whose calls nothing orders.
+TEST_P(LayerRuns, BranchesOfAGraphGiveTheSameBits) {
+  LayerFixture host(GetParam().sizes);
+  DeviceLayer one(host), other(host);
+  for (const Call call : {Call::fused, Call::split}) {
+    SCOPED_TRACE(kCallNames[static_cast<int>(call)]);
+    for (DeviceLayer* layer : {&one, &other}) layer->at(last());
+    const Bytes expected = one.run(call, last());
+    Event fork, join;
+    Graph graph(one.stream.get(), [&] {
+      fork.order(one.stream.get(), other.stream.get());
+      for (int i = 0; i < 4; ++i) {
+        one.enqueue(call);
+        other.enqueue(call);
+      }
+      join.order(other.stream.get(), one.stream.get());
+    });
+    for (int replay = 0; replay < std::max(1, repeats() / 200); ++replay) {
+      for (DeviceLayer* layer : {&one, &other}) {
+        layer->fill_caches(last());
+        layer->forget_results();
+        layer->stream.wait();
+      }
+      graph.launch(one.stream.get());
+      one.stream.wait();
+      ASSERT_TRUE(one.download(call) == expected) << "replay " << replay;
+      ASSERT_TRUE(other.download(call) == expected) << "replay " << replay;
+    }
+  }
+}
+
 bool all_nan(const Bytes& bytes) {
   const Values values = decoded(bytes, DType::float16);
   return std::all_of(values.begin(), values.end(), [](double v) { return std::isnan(v); });
