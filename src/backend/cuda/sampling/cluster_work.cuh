@@ -81,7 +81,6 @@ __device__ __forceinline__ T sum_to_lane(T value) {
 inline constexpr int kDigitBits = 8;
 inline constexpr int kDigits = 1 << kDigitBits;
 inline constexpr int kPlaces = 32 / kDigitBits;
-static_assert(kPlaces % 2 == 0, "a selection begins with the set that the one before left first");
 // Of each digit's sum, so that the lanes of a warp seldom add to the same one.
 inline constexpr int kCopies = 8;
 
@@ -128,20 +127,27 @@ __device__ __forceinline__ std::uint64_t take_sum(SelectMemory& memory, int digi
 
 // Where tokens in the order of their keys, the smallest first, reach a sum of weights.
 struct Selection {
-  std::uint32_t key;     // of the token that reaches it
+  // Tokens with smaller keys do not reach it, those with this key do with them.
+  std::uint32_t key;
   std::uint64_t before;  // weight of all tokens with smaller keys
   std::uint64_t at;      // of all tokens with this key
   std::uint64_t total;   // of all
+  // All of `at` is needed. (Then `key` may be a larger one, below the next token's; `before` counts
+  // fewer tokens, and `at` the more.)
+  bool complete;
 };
 
 // for_each_key(f) calls f(key) for each of this thread's tokens. weight_of(key) is a token's
-// weight. reached(sum, total) is false for 0, true for the total, and never becomes false again.
+// weight; tokens with keys up to this one weigh at least least_weight(key). reached(sum, total) is
+// false for 0, true for the total, and never becomes false again. `turn` is 0 at first, and left to
+// the next call.
 //
 // Digit by digit, the highest first: sums of weights by the digit, in all blocks, and the digit at
-// which it is reached. Integers all, so the order of additions does not matter.
-template <typename ForEachKey, typename WeightOf, typename Reached>
-__device__ Selection select(SelectMemory& memory, ForEachKey for_each_key, WeightOf weight_of,
-                            Reached reached) {
+// which it is reached. Integers all, so the order of additions does not matter. It ends early where
+// all tokens that share the digits so far are needed.
+template <typename ForEachKey, typename WeightOf, typename LeastWeight, typename Reached>
+__device__ Selection select(SelectMemory& memory, int& turn, ForEachKey for_each_key,
+                            WeightOf weight_of, LeastWeight least_weight, Reached reached) {
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = warp_index();
   Selection found{};
@@ -149,7 +155,8 @@ __device__ Selection select(SelectMemory& memory, ForEachKey for_each_key, Weigh
   for (int place = kPlaces - 1; place >= 0; --place) {
     const bool first = place == kPlaces - 1;
     const int shift = place * kDigitBits;
-    std::uint64_t* own_sums = memory.sums[place % 2];
+    std::uint64_t* own_sums = memory.sums[turn];
+    turn ^= 1;
     for_each_key([&](std::uint32_t key) {
       if (!first && key >> (shift + kDigitBits) != found.key) return;
       const std::uint64_t weight = weight_of(key);
@@ -182,6 +189,13 @@ __device__ Selection select(SelectMemory& memory, ForEachKey for_each_key, Weigh
     found.key = found.key << kDigitBits | memory.digit;
     found.before = memory.before;
     found.at = memory.at;
+    // With these digits; if without the least of their tokens it is not reached, all are needed.
+    const std::uint32_t largest = found.key << shift | ((1u << shift) - 1);
+    found.complete = !reached(found.before + found.at - least_weight(largest), found.total);
+    if (found.complete) {
+      found.key = largest;
+      break;
+    }
   }
   return found;
 }

@@ -169,41 +169,53 @@ class ClusterSampler {
     });
   }
 
-  // Of the k-th largest logit.
+  // Of the k-th largest logit, or up to the next token's.
   __device__ __forceinline__ std::uint32_t top_k_key() {
-    const std::uint64_t wanted = static_cast<std::uint64_t>(p.top_k);
-    return select(
-               shared.select,
-               [&](auto f) {
-                 for_each_group([&](int group) { each_of(scratch()[group], logit_key, f); });
-               },
-               [](std::uint32_t) { return std::uint64_t{1}; },
-               [wanted](std::uint64_t sum, std::uint64_t) { return sum >= wanted; })
+    return select_first(static_cast<std::uint64_t>(p.top_k),
+                        [&](int group) { return scratch()[group]; })
         .key;
+  }
+
+  // The `wanted` largest of the logits that logits_of(group) gives.
+  template <typename LogitsOf>
+  __device__ __forceinline__ Selection select_first(std::uint64_t wanted, LogitsOf logits_of) {
+    const auto one = [](std::uint32_t) { return std::uint64_t{1}; };
+    return select(
+        shared.select, turn,
+        [&](auto f) {
+          for_each_group([&](int group) { each_of(logits_of(group), logit_key, f); });
+        },
+        one, one, [wanted](std::uint64_t sum, std::uint64_t) { return sum >= wanted; });
   }
 
   __device__ __forceinline__ Cut cut_top_p() {
     const auto weight = [](std::uint32_t key) {
       return weight_with<DeviceArithmetic>(score_of_key(key));
     };
+    // Weights fall with the score, but for their last unit: they are rounded.
+    const auto least_weight = [&](std::uint32_t key) {
+      const std::uint64_t own = weight(key);
+      return own > 0 ? own - 1 : 0;
+    };
     const float top_p = p.top_p;
     const auto reached = [top_p](std::uint64_t sum, std::uint64_t total) {
       return reaches_top_p(sum, total, top_p);
     };
     const Selection last = select(
-        shared.select,
+        shared.select, turn,
         [&](auto f) {
           for_each_group([&](int group) { each_of(scratch()[group], score_key, f); });
         },
-        weight, reached);
-    const std::uint64_t each = weight(last.key);
-    const std::uint64_t ties = last.at / each;
-    const std::uint64_t needed = ties_needed(
-        last.before, each, ties, [&](std::uint64_t sum) { return reached(sum, last.total); });
+        weight, least_weight, reached);
     Cut cut{last.key, kNoLimit};
-    if (needed < ties)
+    if (!last.complete) {
+      const std::uint64_t each = weight(last.key);
+      const std::uint64_t needed =
+          ties_needed(last.before, each, last.at / each,
+                      [&](std::uint64_t sum) { return reached(sum, last.total); });
       cut.last_tied = find_tied(shared.ties, begin, end, static_cast<std::uint32_t>(needed),
                                 [&](int token) { return score_key(p.scratch[token]) == last.key; });
+    }
     return cut;
   }
 
@@ -263,22 +275,16 @@ class ClusterSampler {
 
   // The `count` likeliest tokens into the first block's list, in no particular order.
   __device__ __forceinline__ void gather_likeliest(int count) {
-    const std::uint64_t wanted = static_cast<std::uint64_t>(count);
-    const Selection last = select(
-        shared.select,
-        [&](auto f) {
-          for_each_group([&](int group) { each_of(raw_logits(group), logit_key, f); });
-        },
-        [](std::uint32_t) { return std::uint64_t{1}; },
-        [wanted](std::uint64_t sum, std::uint64_t) { return sum >= wanted; });
-    const std::uint64_t needed = wanted - last.before;
+    const auto wanted = static_cast<std::uint64_t>(count);
+    const Selection last = select_first(wanted, [&](int group) { return raw_logits(group); });
     Cut cut{last.key, kNoLimit};
     // What lies behind the vocabulary's end may be tied, but has the highest ids.
-    if (needed < last.at)
-      cut.last_tied =
-          find_tied(shared.ties, begin, end, static_cast<std::uint32_t>(needed), [&](int token) {
-            return token < p.vocab_size && logit_key(__ldg(p.logits + token)) == last.key;
-          });
+    if (!last.complete) {
+      const auto needed = static_cast<std::uint32_t>(wanted - last.before);
+      cut.last_tied = find_tied(shared.ties, begin, end, needed, [&](int token) {
+        return token < p.vocab_size && logit_key(__ldg(p.logits + token)) == last.key;
+      });
+    }
     for_each_group([&](int group) {
       const float4 four = raw_logits(group);
       const float logits[4] = {four.x, four.y, four.z, four.w};
@@ -307,6 +313,7 @@ class ClusterSampler {
   const SampleParams& p;
   Shared& shared;
   int begin, end;  // this block's groups
+  int turn = 0;    // of select()
 };
 
 __global__ void __cluster_dims__(kSampleBlocks, 1, 1) __launch_bounds__(kSampleThreads, 1)
