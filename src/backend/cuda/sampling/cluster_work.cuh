@@ -127,14 +127,12 @@ __device__ __forceinline__ std::uint64_t take_sum(SelectMemory& memory, int digi
 
 // Where tokens in the order of their keys, the smallest first, reach a sum of weights.
 struct Selection {
-  // Tokens with smaller keys do not reach it, those with this key do with them.
   std::uint32_t key;
-  std::uint64_t before;  // weight of all tokens with smaller keys
-  std::uint64_t at;      // of all tokens with this key
-  std::uint64_t total;   // of all
-  // All of `at` is needed. (Then `key` may be a larger one, below the next token's; `before` counts
-  // fewer tokens, and `at` the more.)
-  bool complete;
+  bool complete;         // takes all tokens with keys up to `key`; if not, those with smaller keys
+                         // and some of those with this one
+  std::uint64_t before;  // if not complete: weight of all tokens with smaller keys
+  std::uint64_t at;      // and of all tokens with this one
+  std::uint64_t total;   // of all tokens
 };
 
 // for_each_key(f) calls f(key) for each of this thread's tokens. weight_of(key) is a token's
