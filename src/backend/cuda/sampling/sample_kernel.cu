@@ -192,7 +192,7 @@ class ClusterSampler {
     const auto weight = [](std::uint32_t key) {
       return weight_with<DeviceArithmetic>(score_of_key(key));
     };
-    // Weights fall with the score, but for their last unit: they are rounded.
+    // A larger key weighs at most one more: weights lie within 0.51 of what falls as keys grow.
     const auto least_weight = [&](std::uint32_t key) {
       const std::uint64_t own = weight(key);
       return own > 0 ? own - 1 : 0;
