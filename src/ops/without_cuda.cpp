@@ -1,4 +1,4 @@
-// The layer calls of a build that has no CUDA kernels for them.
+// The layer calls on CUDA tensors, of a build without CUDA.
 #include "backend/layer_ops.hpp"
 #include "base/fail.hpp"
 
@@ -7,8 +7,8 @@ namespace {
 
 [[noreturn]] void refuse(const LayerStream& stream) {
   fail(ErrorKind::unsupported,
-       "the tensors are on cuda:{}, but this build has no CUDA kernels for the layer calls; move "
-       "the tensors to the CPU",
+       "the tensors are on cuda:{}, but this build has no CUDA kernels; move the tensors to the "
+       "CPU, or build ClusterFusion where there is a CUDA toolkit",
        stream.device_id);
 }
 

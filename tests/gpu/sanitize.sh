@@ -43,10 +43,8 @@ programs_of() { # programs_of TOOL
     echo "$SANITIZE_PROGRAMS"
   elif [[ $1 == racecheck ]]; then
     echo cluster
-  elif "$build/bin/gpu_test" --gtest_list_tests | grep -q LayerShapes; then
-    echo gpu_test cluster layer greedy sampled
   else
-    echo gpu_test cluster greedy sampled
+    echo gpu_test cluster layer greedy sampled
   fi
 }
 

@@ -380,8 +380,7 @@ TEST(LayerChecks, RefusesOtherDevices) {
 TEST(LayerChecks, SaysThatTheBuildHasNoCudaKernels) {
   LayerFixture layer;
   for (const Argument& argument : arguments()) argument.of(layer).device = {kDLCUDA, 1};
-  expect_error(ErrorKind::unsupported,
-               AllOf(HasSubstr("on cuda:1"), HasSubstr("no CUDA kernels for the layer calls")),
+  expect_error(ErrorKind::unsupported, AllOf(HasSubstr("on cuda:1"), HasSubstr("no CUDA kernels")),
                [&] { layer.run_decoder_layer(); });
 }
 #endif
