@@ -3,7 +3,7 @@
 The layers have weights of their own, so none of them is found in the cache, and each takes the
 output of the one before. Prints a table on stderr and writes JSON, for example
 
-    python benchmarks/ablation.py --output benchmarks/results/ablation_2b8_h100.json
+    python benchmarks/ablation.py --output benchmarks/results/ablation_h100.json
 
 Needs torch, and a GPU for CUDA graphs; without one it runs the eager half on the CPU (--model tiny
 checks the program itself).
@@ -28,7 +28,7 @@ import layer_timing as timing
 import torch_layer
 from torch_layer import Sizes, Tensors
 
-MODELS = torch_layer.MODELS | {"tiny": Sizes(64, 256, 2, 8)}
+MODELS = torch_layer.MODELS | {"tiny": torch_layer.TINY}
 CONTEXTS = [16, 128, 512, 1024, 2047]
 BASELINE = "PyTorch"
 # What a context keeps, in the order of create_graph_context.

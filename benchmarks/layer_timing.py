@@ -23,13 +23,15 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def time_once(run: Step, device: torch.device) -> float:
-    """Time one run in seconds."""
+def time_once(run: Step, device: torch.device, *, behind: bool = False) -> float:
+    """Time one run in seconds; on a GPU, if `behind` another one, which hides the host's part."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if behind:
+        run()
     begin.record()
     run()
     end.record()
@@ -37,11 +39,24 @@ def time_once(run: Step, device: torch.device) -> float:
     return begin.elapsed_time(end) * 1e-3
 
 
-def median_seconds(run: Step, device: torch.device, rounds: int) -> float:
-    """Time several runs after two that warm up, and give the median."""
-    for _ in range(2):
+def alternating_seconds(
+    runs: Sequence[Step], device: torch.device, rounds: int, *, behind: bool = False
+) -> list[list[float]]:
+    """Time each run in several rounds, in turns, after two rounds that warm up."""
+    for run in [*runs, *runs]:
         run()
-    return statistics.median(time_once(run, device) for _ in range(rounds))
+    times = [[time_once(run, device, behind=behind) for run in runs] for _ in range(rounds)]
+    return [list(times_of_run) for times_of_run in zip(*times, strict=True)]
+
+
+def all_of(steps: Sequence[Step]) -> Step:
+    """Make one step of all, one after the other."""
+
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
 
 
 def eager_seconds(steps: Sequence[Step], device: torch.device, rounds: int) -> float:
@@ -49,26 +64,21 @@ def eager_seconds(steps: Sequence[Step], device: torch.device, rounds: int) -> f
 
     Steps with weights of their own leave nothing of each other in the cache.
     """
-
-    def run() -> None:
-        for step in steps:
-            step()
-
-    return median_seconds(run, device, rounds) / len(steps)
+    (times,) = alternating_seconds([all_of(steps)], device, rounds)
+    return statistics.median(times) / len(steps)
 
 
 def capture(steps: Sequence[Step]) -> torch.cuda.CUDAGraph:
     """Capture all steps, one after the other, in one CUDA graph."""
+    run = all_of(steps)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for step in steps:
-            step()
+        run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for step in steps:
-            step()
+        run()
     return graph
 
 
@@ -76,7 +86,8 @@ def graph_seconds(steps: Sequence[Step], device: torch.device, rounds: int) -> f
     """Time a step within a CUDA graph of all; nothing on the CPU."""
     if device.type != "cuda":
         return None
-    return median_seconds(capture(steps).replay, device, rounds) / len(steps)
+    (times,) = alternating_seconds([capture(steps).replay], device, rounds, behind=True)
+    return statistics.median(times) / len(steps)
 
 
 def read_ceiling(device: torch.device) -> float:

@@ -48,6 +48,8 @@ MODELS = {
     "pythia_2b8": Sizes(2560, 10240, 32, 20),
     "pythia_6b9": Sizes(4096, 16384, 32, 32),
 }
+# Of almost no size, but one that every device computes.
+TINY = Sizes(64, 256, 2, 8)
 
 
 def random_tensors(

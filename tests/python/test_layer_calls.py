@@ -1,0 +1,64 @@
+"""The program that times each layer call, on a tiny model on the CPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+# Bytes of 16-bit matrices of a layer with hidden 64 and intermediate 256.
+FIRST_HALF = 2 * 64 * (4 * 64 + 256)
+SECOND_HALF = 2 * 64 * 256
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[dict, str]:
+    output = tmp_path_factory.mktemp("layer_calls") / "layer_calls.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks/layer_calls.py", "--model", "tiny"),
+            *("--device", "cpu", "--layers", "3", "--contexts", "0", "5", "--rounds", "3"),
+            *("--ceiling", "1e10", "--output", output),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text()), done.stderr
+
+
+def test_each_call_is_measured(measured):
+    result, table = measured
+    assert result["ceiling"] == {"bytes_per_second": 1e10, "measured_by": "given"}
+    assert (result["mode"], result["dtype"], result["rounds"]) == ("eager", "float16", 3)
+    (model,) = result["models"]
+    assert (model["model"], model["layers"]) == ("tiny", 3)
+    whole = ("decoder_layer", "decoder_layer_split")
+    expected = [("mlp_only", None, SECOND_HALF)]
+    for context in (0, 5):
+        first = FIRST_HALF + 2 * 2 * 64 * context
+        expected.append(("attention_only", context, first))
+        expected += [(name, context, first + SECOND_HALF) for name in whole]
+    assert [(r["call"], r["context"], r["bytes_read"]) for r in model["calls"]] == expected
+    assert all(name in table for name, _, _ in expected)
+
+
+def test_figures_can_be(measured):
+    (model,) = measured[0]["models"]
+    for row in model["calls"]:
+        for side in (row["clusterfusion"], row["pytorch"]):
+            assert 0 < side["low"] <= side["us"] <= side["high"]
+            assert 0 < side["relative_error"] < 1e-3
+        assert row["share_of_ceiling"] * row["clusterfusion"]["us"] == pytest.approx(
+            row["bytes_read"] / 1e10 * 1e6
+        )
+
+
+def test_overhead_is_measured(measured):
+    overhead = measured[0]["eager_us_per_call"]
+    assert {"decoder_layer", "mlp_down", "attention_mlp_up, out"} <= set(overhead)
+    assert all(0 < times["smallest"] <= times["median"] for times in overhead.values())
