@@ -12,10 +12,11 @@
 // was found:
 //   invalid_argument  shape, layout, alignment, device, overlap, a full cache, an option
 //   wrong_type        dtype; a tensor that is not there
-//   unsupported       a device that this build does not run on
+//   unsupported       a device that this build does not run on, a shape without a GPU kernel
 //
-// The calls run on the CPU. There are no CUDA kernels for them yet: CUDA tensors are checked, then
-// refused. May be called from several threads.
+// They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0. There
+// they only enqueue work on `stream`; docs/layer-calls.md says what holds for streams and captures.
+// May be called from several threads.
 #pragma once
 
 #include <dlpack/dlpack.h>
@@ -28,7 +29,9 @@
 namespace clusterfusion::ops {
 
 // How many positions the caches hold, which is also the new token's position: a number, or an int32
-// tensor of one element on the device of the others.
+// tensor of one element on the device of the others. A tensor on a GPU is read when the work runs
+// and cannot be checked: outside [0, max_seq_len) all results are NaN, and the caches stay as they
+// are.
 struct Position {
   std::int64_t value = 0;
   DLTensor tensor{};  // used if its `data` is not null

@@ -9,13 +9,15 @@ results are of the same kind. All but `cos`, `sin` and the position have one dty
 bfloat16. Each is contiguous and starts at a multiple of 16 bytes. What is written (caches, results)
 overlaps nothing else. Inside, numbers are float32.
 
-The calls run on the CPU; there are no CUDA kernels for them yet, and CUDA tensors are refused. They
-may be called from several threads. The same functions are operators of torch
+They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0, in one
+kernel on torch's current stream; docs/layer-calls.md says what holds for streams and CUDA graphs.
+They may be called from several threads. The same functions are operators of torch
 (`torch.ops.clusterfusion`), which `torch.compile` goes through. They compute no gradients.
 
 Errors come before anything runs and name the argument, what was expected and what was found:
 `TypeError` (dtypes, things that are no tensors), `ValueError` (shapes, layout, devices, overlap, a
-full cache), `NotImplementedError` (devices that this build does not run on).
+full cache), `NotImplementedError` (devices that this build does not run on, shapes without a GPU
+kernel).
 """
 
 from __future__ import annotations
@@ -85,7 +87,9 @@ def attention_mlp_up(
         mlp_up_weight: [intermediate, hidden].
         mlp_up_bias: [intermediate].
         current_seq_len: Positions that the caches hold, 0 to max_seq_len - 1, which is also the new
-            token's position: an int, or an int32 tensor of one element on the same device.
+            token's position: an int, or an int32 tensor of one element on the same device. One on a
+            GPU is read when the kernel runs and cannot be checked: outside that range all results
+            are NaN, and the caches stay as they are.
         num_heads: Divides hidden; head_dim is hidden / num_heads.
         rotary_dim: How many values of a head are rotated. None: as many as `cos` has, if these are
             fewer than head_dim.
