@@ -34,6 +34,11 @@ def contexts_of(result: Result, model: str = COMPARED) -> list[dict[str, float]]
     return []
 
 
+def decode_time_picture(chip: str) -> str:
+    """The file of docs/images in which time a token is drawn against the context."""
+    return f"decode_time_{chip.lower()}.svg"
+
+
 def floor_of(row: dict[str, float]) -> float:
     """Milliseconds that reading what the step reads takes at the ceiling's speed."""
     return row["ms_per_token"] * row["ceiling_share"]

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Draw benchmarks/results/gpu_*.json as the SVG files that the README shows.
+"""Draw the GPU's results as the SVG files that README.md and docs/*.md show.
 
-plot.py            write docs/images/decode_time.svg and docs/images/ceiling_share.svg
+plot.py            write docs/images: decode_time_*.svg and ceiling_share.svg from gpu_*.json in
+                   benchmarks/results, layer_ablation.svg from ablation_h100.json
 plot.py --check    exit with 1 if they are not what would be written
 
 Plain SVG, readable on light and dark pages. Without results there is nothing to draw.
@@ -10,6 +11,7 @@ Plain SVG, readable on light and dark pages. Without results there is nothing to
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from gpu_results import (
     RESULTS,
     Result,
     contexts_of,
+    decode_time_picture,
     floor_of,
     load_results,
     short_contexts,
@@ -44,6 +47,7 @@ path { fill: none; }
 .c2 { stroke: #8250df; } circle.c2, text.c2 { fill: #8250df; }
 .c3 { stroke: #1a7f37; } circle.c3, text.c3 { fill: #1a7f37; }
 .c4 { stroke: #bf3989; } circle.c4, text.c4 { fill: #bf3989; }
+.c5 { stroke: #9a6700; } circle.c5, text.c5 { fill: #9a6700; }
 .floor { stroke: #59636e; stroke-dasharray: 5 4; } text.floor { fill: #59636e; }
 text[class] { stroke: none; }
 @media (prefers-color-scheme: dark) {
@@ -53,6 +57,7 @@ text[class] { stroke: none; }
   .c2 { stroke: #ab7df8; } circle.c2, text.c2 { fill: #ab7df8; }
   .c3 { stroke: #3fb950; } circle.c3, text.c3 { fill: #3fb950; }
   .c4 { stroke: #db61a2; } circle.c4, text.c4 { fill: #db61a2; }
+  .c5 { stroke: #d29922; } circle.c5, text.c5 { fill: #d29922; }
   .floor { stroke: #9198a1; } text.floor { fill: #9198a1; }
 }
 """.strip()
@@ -163,15 +168,20 @@ def decode_time(chip: str, result: Result) -> str:
     low = max(t for t in ticks if t <= min(values))
     high = min((t for t in ticks if t >= max(values)), default=ticks[-1])
     shown = [(t, f"{t:g}") for t in ticks if low <= t <= high]
-    longest = 512 * math.ceil(max(context for line in lines for context, _ in line.points) / 512)
     return chart(
         f"{COMPARED.capitalize()}: milliseconds a token",
         f"{chip}, float16, batch 1, greedy, whole step; less is better (logarithmic)",
-        Axis(0, longest, LEFT, WIDTH - RIGHT, [(t, f"{t}") for t in range(0, longest + 1, 512)]),
+        context_axis(lines),
         Axis(low, high, HEIGHT - BOTTOM, TOP, shown, logarithmic=True),
         lines,
         "context, tokens",
     )
+
+
+def context_axis(lines: list[Line]) -> Axis:
+    """An axis for all contexts of these lines."""
+    longest = 512 * math.ceil(max(context for line in lines for context, _ in line.points) / 512)
+    return Axis(0, longest, LEFT, WIDTH - RIGHT, [(t, f"{t}") for t in range(0, longest + 1, 512)])
 
 
 def points_of(contexts: list[dict[str, float]]) -> list[tuple[float, float]]:
@@ -206,14 +216,51 @@ def ceiling_share(results: dict[str, Result]) -> str:
     )
 
 
-def pictures(results: dict[str, Result]) -> dict[str, str]:
-    """All that can be drawn, by file name."""
-    drawn = {}
-    for chip, result in results.items():
-        if contexts_of(result) and "decode_time.svg" not in drawn:
-            drawn["decode_time.svg"] = decode_time(chip, result)
+def layer_ablation(result: Result) -> str:
+    """Time a token over all layers against the position, a line for each way to compute them."""
+    rows = [row for row in result["results"] if row["mode"] == "graph"]
+    variants = dict.fromkeys(row["variant"] for row in rows)
+    others = (f"c{i}" for i in range(1, len(variants)))
+    lines = [
+        Line(
+            name,
+            "c0" if name == "fused" else next(others),
+            sorted(
+                (row["position"], 1e3 * row["seconds_per_token"])
+                for row in rows
+                if row["variant"] == name
+            ),
+        )
+        for name in variants
+    ]
+    floor = {
+        row["position"]: 1e3 * row["seconds_per_token"] * row["share_of_ceiling"] for row in rows
+    }
+    lines.append(Line("floor: memory's speed", "floor", sorted(floor.items())))
+    highest = math.ceil(max(value for line in lines for _, value in line.points))
+    return chart(
+        f"{result['layers']} layers of {result['model']}: milliseconds a token",
+        f"{result['machine']['device']}, {result['dtype']}, CUDA graphs; less is better",
+        context_axis(lines),
+        Axis(0, highest, HEIGHT - BOTTOM, TOP, [(t, f"{t}") for t in range(highest + 1)]),
+        lines,
+        "positions in the cache",
+    )
+
+
+def pictures(folder: Path) -> dict[str, str]:
+    """All that can be drawn of a folder of results, by file name."""
+    results = load_results(folder)
+    drawn = {
+        decode_time_picture(chip): decode_time(chip, result)
+        for chip, result in results.items()
+        if contexts_of(result)
+    }
     if results:
         drawn["ceiling_share.svg"] = ceiling_share(results)
+    ablation = folder / "ablation_h100.json"
+    if ablation.exists():
+        drawn["layer_ablation.svg"] = layer_ablation(json.loads(ablation.read_text("utf-8")))
     return drawn
 
 
@@ -221,11 +268,11 @@ def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of gpu_*.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
     parser.add_argument("--output", type=Path, default=IMAGES, help="folder of the pictures")
     arguments = parser.parse_args()
     stale = 0
-    for name, content in pictures(load_results(arguments.results)).items():
+    for name, content in pictures(arguments.results).items():
         path = arguments.output / name
         if arguments.check:
             if not path.exists() or path.read_text(encoding="utf-8") != content:

@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Fill the README's generated parts: examples from examples/, tables from benchmarks/results/.
+"""Fill the generated parts of README.md and docs/*.md.
+
+Examples come from examples/, tables from benchmarks/results/; without a result file there is
+nothing in its place.
 
 update_readme.py            rewrite them
-update_readme.py --check    exit with 1 if README.md is not what would be written
+update_readme.py --check    exit with 1 if a document is not what would be written
 update_readme.py --session  also run the demo (as `make generate` does) and record it
 """
 
@@ -13,40 +16,40 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from gpu_results import COMPARED, contexts_of, load_results, short_contexts  # noqa: E402
+import layer_tables  # noqa: E402
+import markdown_parts  # noqa: E402
+from gpu_results import (  # noqa: E402
+    COMPARED,
+    contexts_of,
+    decode_time_picture,
+    load_results,
+    short_contexts,
+)
 
 README = ROOT / "README.md"
+DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
 NOT_MEASURED = "not measured"
-
-
-def replace(text: str, begin: str, end: str, content: str) -> str:
-    """Put `content` between the comments `begin` and `end`, each on a line of its own."""
-    pattern = re.compile(
-        rf"(<!-- {re.escape(begin)} -->\n).*?(<!-- {re.escape(end)} -->)", re.DOTALL
-    )
-    if not pattern.search(text):
-        sys.exit(f"update_readme: README.md has no <!-- {begin} --> … <!-- {end} -->")
-    return pattern.sub(lambda match: match[1] + content + match[2], text)
 
 
 def include_examples(text: str) -> str:
     """Refresh each example that the README shows."""
     for language, name in re.findall(r"<!-- include (\w+) (\S+) -->", text):
         code = (ROOT / name).read_text(encoding="utf-8").rstrip()
-        text = replace(
+        text = markdown_parts.replace_part(
             text, f"include {language} {name}", "end include", f"```{language}\n{code}\n```\n"
         )
     return text
 
 
-def load(name: str) -> dict[str, Any] | None:
+def load(name: str) -> Any:
     """One result file, or nothing."""
     path = RESULTS / name
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -58,7 +61,7 @@ def spread_text(row: dict[str, float]) -> str:
     return f"{row['ms_per_token']:.{digits}f} ({row['low']:.{digits}f} to {row['high']:.{digits}f})"
 
 
-def gpu_compared_table(chip: str, result: dict[str, Any]) -> str:
+def gpu_compared_table(chip: str, result: dict[str, Any], about: str) -> str:
     """One model beside its rivals, by context."""
     ours = {row["context"]: row for row in contexts_of(result)}
     rivals = {rival["name"]: rival for rival in result["rivals"]}
@@ -76,12 +79,9 @@ def gpu_compared_table(chip: str, result: dict[str, Any]) -> str:
     for name, row in rows.items():
         failure = rivals.get(name, {}).get("error", NOT_MEASURED)
         lines.append([name, *(spread_text(row[c]) if c in row else failure for c in ours)])
-    lines.append(
-        [
-            "times as fast as the best rival",
-            *(f"{best[c] / ours[c]['ms_per_token']:.2f}" if best[c] else "" for c in ours),
-        ]
-    )
+    if rivals:
+        faster = (f"{best[c] / ours[c]['ms_per_token']:.2f}" if best[c] else "" for c in ours)
+        lines.append(["times as fast as the best rival", *faster])
     lines.append(
         ["share of the read ceiling", *(f"{100 * r['ceiling_share']:.1f} %" for r in ours.values())]
     )
@@ -92,10 +92,11 @@ def gpu_compared_table(chip: str, result: dict[str, Any]) -> str:
         f"{name} {result[name]}" for name in ("torch", "transformers") if result.get(name)
     )
     return (
-        f"GPU, {result['device']}, driver {result['driver']}: {result['what']}. It reads at most "
+        f"GPU, {result['device']}, driver {result['driver']}: {about}. It reads at most "
         f"{ceiling / 1e12:.2f} TB/s, measured by the same process{'; ' if versions else ''}"
-        f"{versions}.\n\n{markdown_table(lines)}\n"
-        f"![Milliseconds a token against the context, {chip}](docs/images/decode_time.svg)\n"
+        f"{versions}.\n\n{markdown_parts.table(lines)}\n"
+        f"![Milliseconds a token against the context, {chip}]"
+        f"(docs/images/{decode_time_picture(chip)})\n"
     )
 
 
@@ -112,21 +113,19 @@ def gpu_sizes_table(results: dict[str, dict[str, Any]]) -> str:
         shares = (f"{100 * r['ceiling_share']:.0f} %" if r else "" for r in known)
         lines.append([f"{chip}, share of the read ceiling", *shares])
     return (
-        f"{markdown_table(lines)}\n"
+        f"{markdown_parts.table(lines)}\n"
         "![Share of the read ceiling by model](docs/images/ceiling_share.svg)\n"
     )
 
 
-def markdown_table(lines: list[list[str]]) -> str:
-    """A table whose first line is its head."""
-    rows = [f"| {' | '.join(cells)} |\n" for cells in lines]
-    return rows[0] + "|---" * len(lines[0]) + "|\n" + "".join(rows[1:])
-
-
 def gpu_tables(results: dict[str, dict[str, Any]]) -> list[str]:
     """What there is about GPUs."""
-    compared = [gpu_compared_table(c, r) for c, r in results.items() if r["rivals"]][:1]
-    return compared + ([gpu_sizes_table(results)] if results else [])
+    compared = {chip: result for chip, result in results.items() if contexts_of(result)}
+    tables = [
+        gpu_compared_table(chip, result, "the same" if i else result["what"])
+        for i, (chip, result) in enumerate(compared.items())
+    ]
+    return tables + ([gpu_sizes_table(results)] if results else [])
 
 
 def prefill_table() -> str:
@@ -141,11 +140,11 @@ def prefill_table() -> str:
         return f"{row['ms']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if row else NOT_MEASURED
 
     lines = [
-        [f"{COMPARED}, ms to the first token", *(f"{row['tokens']} tokens" for row in ours)],
+        [f"{COMPARED} on H100, ms to the first token", *(f"{r['tokens']} tokens" for r in ours)],
         ["**ClusterFusion**", *(cell(row) for row in ours)],
         ["transformers", *(cell(theirs.get(row["tokens"])) for row in ours)],
     ]
-    return markdown_table(lines)
+    return markdown_parts.table(lines)
 
 
 def load_table() -> str:
@@ -250,26 +249,69 @@ def record_session() -> str:
     return f"```console\n$ {shown}\n{done.stdout.rstrip()}\n{done.stderr.rstrip()}\n```\n"
 
 
+def readme(text: str) -> str:
+    """README.md with examples and tables as they are now."""
+    tables = [*gpu_tables(load_results(RESULTS)), prefill_table(), load_table()]
+    tables += [cpu_table(), memory_table(), tokenizer_table()]
+    return with_tables(include_examples(text), "tables", tables)
+
+
+def with_tables(text: str, part: str, tables: list[str], head: str = "") -> str:
+    """A document with those tables that there are in a part of it, below a head if there is one."""
+    known = "\n".join(filter(None, tables))
+    return markdown_parts.replace_part(text, part, f"end {part}", head + known if known else "")
+
+
+def layer_calls(text: str) -> str:
+    """docs/layer-calls.md with its tables."""
+    tables = [
+        layer_tables.layer_calls_table(load("layer_calls_h100.json")),
+        layer_tables.ablation_tables(load("ablation_h100.json")),
+    ]
+    return with_tables(text, "measured", tables, "## Measured\n")
+
+
+def cluster_primitives(text: str) -> str:
+    """docs/cluster-primitives.md with its tables."""
+    tables = [layer_tables.cluster_tables(load("cluster_primitives_h100.json"))]
+    return with_tables(text, "measured", tables, "## Measured\n")
+
+
+def decode_kernel(text: str) -> str:
+    """docs/decode-kernel.md with the sampling kernel's times."""
+    tables = [layer_tables.sample_time_table(load("sample_time_h100.json"))]
+    return with_tables(text, "sampling times", tables)
+
+
+def documents() -> dict[Path, Callable[[str], str]]:
+    """What fills each document."""
+    return {
+        README: readme,
+        DOCS / "layer-calls.md": layer_calls,
+        DOCS / "cluster-primitives.md": cluster_primitives,
+        DOCS / "decode-kernel.md": decode_kernel,
+    }
+
+
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only compare")
     parser.add_argument("--session", action="store_true", help="record the demo as well")
     arguments = parser.parse_args()
-    old = README.read_text(encoding="utf-8")
-    new = include_examples(old)
-    tables = [*gpu_tables(load_results()), prefill_table(), load_table()]
-    tables += [cpu_table(), memory_table()]
-    tables = [table for table in [*tables, tokenizer_table()] if table]
-    new = replace(new, "tables", "end tables", "\n".join(tables))
-    if arguments.session:
-        new = replace(new, "session", "end session", record_session())
-    if arguments.check:
-        if new != old:
-            print("README.md is out of date: run tools/update_readme.py", file=sys.stderr)
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    stale = 0
+    for path, fill in documents().items():
+        old = path.read_text(encoding="utf-8")
+        new = fill(old)
+        if arguments.session and path == README:
+            new = markdown_parts.replace_part(new, "session", "end session", record_session())
+        if not arguments.check:
+            path.write_text(new, encoding="utf-8")
+        elif new != old:
+            name = path.relative_to(ROOT)
+            print(f"{name} is out of date: run tools/update_readme.py", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":

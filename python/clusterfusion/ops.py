@@ -7,7 +7,7 @@ The layer is the one with the parallel residual, as in every Pythia model::
 Tensors are torch's (2.4 or newer) or NumPy's (bfloat16 as `ml_dtypes.bfloat16`), all on one device;
 results are of the same kind. All but `cos`, `sin` and the position have one dtype, float16 or
 bfloat16. Each is contiguous and starts at a multiple of 16 bytes. What is written (caches, results)
-overlaps nothing else. Inside, numbers are float32.
+overlaps nothing else. Sums, LayerNorm and softmax are float32.
 
 They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0, in one
 kernel on torch's current stream; docs/layer-calls.md says what holds for streams and CUDA graphs.

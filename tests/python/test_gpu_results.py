@@ -112,8 +112,8 @@ def circles(picture: ElementTree.Element, style: str) -> list[tuple[float, float
     ]
 
 
-def test_decode_time_is_drawn_to_scale(results):
-    picture = ElementTree.fromstring(plot.pictures(results)["decode_time.svg"])
+def test_decode_time_is_drawn_to_scale(folder):
+    picture = ElementTree.fromstring(plot.pictures(folder)["decode_time_h100.svg"])
     labels = [element.text for element in picture.iter(f"{SVG}text")]
     for words in (
         "ClusterFusion",
@@ -149,8 +149,18 @@ def tick_heights(picture: ElementTree.Element) -> dict[str, float]:
     }
 
 
-def test_ceiling_share_has_a_line_for_each_chip(results):
-    picture = ElementTree.fromstring(plot.pictures(results)["ceiling_share.svg"])
+def test_decode_time_is_drawn_for_each_chip(folder):
+    picture = ElementTree.fromstring(plot.pictures(folder)["decode_time_h200.svg"])
+    labels = [element.text for element in picture.iter(f"{SVG}text")]
+    assert "ClusterFusion" in labels and "floor: memory's speed" in labels
+    assert any(label.startswith("H200, float16") for label in labels)
+    assert len(circles(picture, "c0")) == 4 and not circles(picture, "c1"), "no rivals measured"
+    (folder / "gpu_h200.json").unlink()
+    assert set(plot.pictures(folder)) == {"decode_time_h100.svg", "ceiling_share.svg"}
+
+
+def test_ceiling_share_has_a_line_for_each_chip(folder):
+    picture = ElementTree.fromstring(plot.pictures(folder)["ceiling_share.svg"])
     labels = [element.text for element in picture.iter(f"{SVG}text")]
     assert labels.index("14m") < labels.index("2.8b") < labels.index("12b")
     assert {"H100", "H200"} <= set(labels)
@@ -161,8 +171,8 @@ def test_ceiling_share_has_a_line_for_each_chip(results):
             assert (ticks["0 %"] - 4 - height) / unit == pytest.approx(share, abs=0.1)
 
 
-def test_labels_do_not_meet(results):
-    for picture in plot.pictures(results).values():
+def test_labels_do_not_meet(folder):
+    for picture in plot.pictures(folder).values():
         places = [
             (float(element.get("x")), float(element.get("y")))
             for element in ElementTree.fromstring(picture).iter(f"{SVG}text")
@@ -178,7 +188,7 @@ def test_plot_checks_what_it_wrote(folder, tmp_path, monkeypatch, capsys):
     command = ["plot", "--results", str(folder), "--output", str(images)]
     monkeypatch.setattr(sys, "argv", [*command, "--check"])
     assert plot.main() == 1
-    assert "decode_time.svg is out of date" in capsys.readouterr().err
+    assert "decode_time_h100.svg is out of date" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", command)
     assert plot.main() == 0
     monkeypatch.setattr(sys, "argv", [*command, "--check"])
@@ -198,7 +208,7 @@ def test_nothing_is_drawn_without_results(tmp_path, monkeypatch):
 
 
 def test_readme_tables(results):
-    compared, sizes = update_readme.gpu_tables(results)
+    compared, on_h200, sizes = update_readme.gpu_tables(results)
     lines = [line.strip("| ").split(" | ") for line in compared.splitlines() if line[:1] == "|"]
     head, _, ours, graph, eager, compiled, faster, share = lines
     assert head == ["pythia-2.8b, ms a token", *(f"context {c}" for c in (16, 128, 1024, 2047))]
@@ -208,6 +218,12 @@ def test_readme_tables(results):
     assert compiled[1:] == ["TimeoutError: not done"] * 4
     assert faster[1:] == ["2.47"] * 4, "4.2 / 1.7"
     assert share[1:] == ["95.0 %", "94.0 %", "93.0 %", "92.0 %"]
-    assert "docs/images/decode_time.svg" in compared and "3.20 TB/s" in compared
+    assert "docs/images/decode_time_h100.svg" in compared and "3.20 TB/s" in compared
     assert "| H200, share of the read ceiling | 91 % | 91 % | 91 % |" in sizes
     assert "docs/images/ceiling_share.svg" in sizes
+
+    assert on_h200.startswith("GPU, NVIDIA H200, driver 580.1: the same. ")
+    assert "docs/images/decode_time_h200.svg" in on_h200
+    (_, _, ours, share) = (line for line in on_h200.splitlines() if line[:1] == "|")
+    assert ours.startswith("| **ClusterFusion** | 1.700 (1.683 to 1.734) |")
+    assert share == "| share of the read ceiling | 92.0 % | 91.0 % | 90.0 % | 89.0 % |"

@@ -1,0 +1,152 @@
+"""The tables of docs/ about the layer calls and the kernels around them, from result files.
+
+Each function takes a file of benchmarks/results, or None where there is none, and gives Markdown,
+then nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import markdown_parts
+
+Result = dict[str, Any]
+MODES = {"graph": "in CUDA graphs", "eager": "eager"}
+
+
+def machine_text(result: Result) -> str:
+    """What was measured on, and the read ceiling."""
+    machine, ceiling = result["machine"], result["ceiling"]
+    driver = "".join(f", driver {version}" for version in machine.get("driver", []))
+    by = "" if ceiling["measured_by"] == "given" else f", as {ceiling['measured_by']} measures it"
+    return (
+        f"{machine['device']}{driver}, torch {machine['torch']}; the read ceiling is "
+        f"{ceiling['bytes_per_second'] / 1e12:.2f} TB/s{by}"
+    )
+
+
+def spread_text(times: dict[str, float]) -> str:
+    """A time with its smallest and largest, in microseconds."""
+    return f"{times['us']:.1f} ({times['low']:.1f} to {times['high']:.1f})"
+
+
+def layer_calls_table(result: Result | None) -> str:
+    """Each call beside PyTorch."""
+    if result is None:
+        return ""
+    head = ["call", "context", "µs a layer", "PyTorch, µs", "times as fast"]
+    lines = [[*head, "share of the read ceiling", "error", "PyTorch's error"]]
+    for model in result["models"]:
+        for row in model["calls"]:
+            ours, theirs = row["clusterfusion"], row["pytorch"]
+            lines.append(
+                [
+                    f"`{model['model']}_{row['call']}`",
+                    "any" if row["context"] is None else str(row["context"]),
+                    f"**{spread_text(ours)}**",
+                    spread_text(theirs),
+                    f"{theirs['us'] / ours['us']:.2f}",
+                    f"{100 * row['share_of_ceiling']:.1f} %",
+                    *(f"{side['relative_error']:.1e}" for side in (ours, theirs)),
+                ]
+            )
+    layers = ", ".join(f"{m['layers']} layers of {m['model']}" for m in result["models"])
+    eager = result["eager_us_per_call"]
+    calls = ", ".join(
+        f"`{name}` {eager[name]['median']:.1f}"
+        for name in ("attention_mlp_up", "mlp_down", "decoder_layer")
+    )
+    return (
+        f"Each call beside PyTorch's functional layers, {result['mode']}, {result['dtype']}: "
+        f"{machine_text(result)}. {layers}, each with random weights of its own, so that nothing "
+        f"is found in the cache; {result['rounds']} rounds of both in turns, medians with smallest "
+        "and largest. Errors are those of the worst result against float64.\n\n"
+        f"{markdown_parts.table(lines)}\n"
+        f"From Python an eager call keeps its thread busy for so many µs: {calls}.\n"
+    )
+
+
+def ablation_table(rows: list[dict[str, Any]], mode: str) -> str:
+    """A token by variant and position, in one mode; nothing if it was not measured."""
+    chosen = {(r["variant"], r["position"]): r for r in rows if r["mode"] == mode}
+    if not chosen:
+        return ""
+    positions = sorted({position for _, position in chosen})
+    lines = [[f"ms a token, {MODES[mode]}", *map(str, positions), "error"]]
+    for variant in dict.fromkeys(variant for variant, _ in chosen):
+        found = [chosen[variant, position] for position in positions]
+        cells = [
+            f"{row['seconds_per_token'] * 1e3:.3f} "
+            f"({row['speedup']:.2f}, {100 * row['share_of_ceiling']:.0f} %)"
+            for row in found
+        ]
+        lines.append([variant, *cells, f"{max(row['relative_error'] for row in found):.1e}"])
+    return markdown_parts.table(lines)
+
+
+def ablation_tables(result: Result | None) -> str:
+    """What each part gains."""
+    if result is None:
+        return ""
+    tables = [ablation_table(result["results"], mode) for mode in MODES]
+    image = "![Milliseconds a token by variant and position](images/layer_ablation.svg)\n"
+    return (
+        f"A token over {result['layers']} layers of {result['model']} ({result['dtype']}) at so "
+        "many positions in the cache, with each part fused or PyTorch's: milliseconds (times as "
+        "fast as PyTorch, share of the read ceiling). "
+        f"{machine_text(result)}; medians of {result['rounds']} tokens. Errors are the largest of "
+        "a layer's output against float64.\n\n"
+        + "\n".join(filter(None, [*tables, image if tables[0] else ""]))
+    )
+
+
+def cluster_tables(result: Result | None) -> str:
+    """The cluster primitives beside other ways to do the same."""
+    if result is None:
+        return ""
+    tables = [cluster_table(result["results"], name) for name in ("reduce", "gather")]
+    return (
+        f"Nanoseconds a call on {result['device']}: one block of {result['threads']} threads on "
+        f"each SM, {result['calls']} calls in one launch, each on what the one before has left; "
+        f"medians of {result['repeats']}. `bytes` is what every block has afterwards. In bold: "
+        "what the primitive does at that size.\n\n" + "\n".join(tables)
+    )
+
+
+def cluster_table(rows: list[dict[str, Any]], operation: str) -> str:
+    """One primitive: a row for each cluster size and number of bytes, a column for each way."""
+    chosen = [row for row in rows if row["operation"] == operation]
+    ways = list(dict.fromkeys(row["way"] for row in chosen))
+    lines = [[f"`cluster_{operation}`: blocks, bytes", *ways, "times as fast as global memory"]]
+    for cluster, size in dict.fromkeys((row["cluster"], row["bytes"]) for row in chosen):
+        found = {r["way"]: r for r in chosen if (r["cluster"], r["bytes"]) == (cluster, size)}
+        (own,) = (row for row in found.values() if row["chosen"])
+        cells = [
+            f"**{found[way]['ns']:.0f}**"
+            if found.get(way) is own
+            else f"{found[way]['ns']:.0f}"
+            if way in found
+            else ""
+            for way in ways
+        ]
+        faster = found["global memory"]["ns"] / own["ns"]
+        lines.append([f"{cluster}, {size}", *cells, f"{faster:.1f}"])
+    return markdown_parts.table(lines)
+
+
+def sample_time_table(results: list[Result] | None) -> str:
+    """The sampling kernel by setting and distribution of the logits."""
+    parts = []
+    for result in results or []:
+        kernels = {(row["setting"], row["logits"]): row for row in result["kernels"]}
+        settings = dict.fromkeys(setting for setting, _ in kernels)
+        logits = dict.fromkeys(name for _, name in kernels)
+        lines = [["µs a token", *(f"logits: {name}" for name in logits)]]
+        for setting in settings:
+            lines.append([setting, *(spread_text(kernels[setting, name]) for name in logits)])
+        parts.append(
+            f"The sampling kernel on {result['device']}, {result['vocab']} random logits, normal "
+            f"with that deviation or all alike; medians of {result['repeats']} with smallest and "
+            f"largest, each the mean of {result['steps']} tokens.\n\n{markdown_parts.table(lines)}"
+        )
+    return "\n".join(parts)
