@@ -131,7 +131,7 @@ def token(model: Model, layer: Layer, x: torch.Tensor, position: int) -> torch.T
 def measure(model: Model, position: int, ceiling: float, args: argparse.Namespace) -> list[dict]:
     """Time every variant at one position, eagerly and in a CUDA graph."""
     found, baseline, rows = errors(model, position), {}, []
-    x = torch.ones_like(model.layers[0]["input"])
+    x = model.layers[0]["input"]
     for name, layer in model.variants().items():
         steps = [lambda layer=layer: token(model, layer, x, position)]
         for mode, function in (("eager", timing.eager_seconds), ("graph", timing.graph_seconds)):
