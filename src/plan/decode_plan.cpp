@@ -92,11 +92,16 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
   plan.lm_head = cut_matrix("the LM head", config.vocab_size, hidden);
   for (const MatrixPlan* matrix :
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head}) {
-    plan.stage_bytes = std::max(plan.stage_bytes, round_up(matrix->chunk_bytes(), 128));
+    plan.data_bytes = std::max(plan.data_bytes, round_up(matrix->chunk_bytes(), 128));
   }
   const std::int64_t page_bytes = kKvPagePositions * config.head_dim * 4;
-  plan.stage_bytes = std::max(plan.stage_bytes, std::min(page_bytes, kTargetChunkBytes));
-  plan.kv = plan_kv(config, plan.stage_bytes);
+  plan.data_bytes = std::max(plan.data_bytes, std::min(page_bytes, kTargetChunkBytes));
+  plan.kv = plan_kv(config, plan.data_bytes);
+  // Bulk copies begin and end at multiples of 16 bytes.
+  std::int64_t bias_bytes = 0;
+  for (const MatrixPlan* matrix : {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down})
+    bias_bytes = std::max<std::int64_t>(bias_bytes, matrix->rows_per_chunk * 4 + 2 * 16);
+  plan.stage_bytes = plan.data_bytes + round_up(bias_bytes, 128);
   // Attention keeps there the warps' states of one head, and its query, key and value twice.
   std::int64_t sum_slots = std::max<std::int64_t>(
       kMinSumSlots, kConsumerWarps * (config.head_dim + 2) + 3 * config.head_dim * 2);

@@ -107,7 +107,10 @@ constexpr Deal deal(std::int32_t chunks, std::int32_t percent_in_turns,
 struct DecodePlan {
   MatrixPlan qkv, attention_out, mlp_up, mlp_down, lm_head;
   KvPlan kv;
-  std::int64_t stage_bytes = 0;  // of one ring stage, a multiple of 128
+  // A ring stage: a chunk or KV block, and behind it the biases of the chunk's rows. Both multiples
+  // of 128.
+  std::int64_t data_bytes = 0;
+  std::int64_t stage_bytes = 0;
   std::int32_t stages = 0;
   std::int32_t sum_slots = 0;     // float32 partial sums that fit beside the ring
   std::int64_t shared_bytes = 0;  // of the whole block

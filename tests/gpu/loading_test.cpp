@@ -82,7 +82,7 @@ void expect_norm(const void* found, const DLTensor& expected, DType dtype, const
     ASSERT_EQ(bits[i], narrow(values[i], dtype)) << name << " [" << i << "]";
 }
 
-void expect_bias(const float* found, const DLTensor& expected, std::int64_t count,
+void expect_bias(const char* found, const DLTensor& expected, std::int64_t count,
                  const char* name) {
   EXPECT_EQ(fetch<float>(found, count), values_of(expected, count)) << name;
 }

@@ -60,10 +60,9 @@ class Arena {
   }
 
   // A bias in float32; zeros if absent.
-  const float* bias(const DLTensor& tensor, std::int64_t count) {
-    const char* placed = place_converted<float>(
+  const char* bias(const DLTensor& tensor, std::int64_t count) {
+    return place_converted<float>(
         count, [&](std::int64_t i) { return is_present(tensor) ? element(tensor, i) : 0.0f; });
-    return reinterpret_cast<const float*>(placed);
   }
 
  private:

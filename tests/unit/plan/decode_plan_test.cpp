@@ -117,12 +117,18 @@ TEST_P(EveryShape, FitsIntoSharedMemory) {
     const DecodePlan plan = make_decode_plan(config, limits);
     EXPECT_LE(plan.shared_bytes, limits.shared_bytes_per_block);
     EXPECT_GE(plan.stages, 2);
+    EXPECT_EQ(plan.data_bytes % 128, 0);
     EXPECT_EQ(plan.stage_bytes % 128, 0);
     for (const MatrixPlan& matrix : matrices(plan)) {
-      EXPECT_LE(matrix.chunk_bytes(), plan.stage_bytes);
+      EXPECT_LE(matrix.chunk_bytes(), plan.data_bytes);
+      // Biases in float32, from anywhere in their first 16 bytes to the end of their last; the LM
+      // head has none.
+      if (matrix.rows != config.vocab_size) {
+        EXPECT_LE(12 + matrix.rows_per_chunk * 4 + 12, plan.stage_bytes - plan.data_bytes);
+      }
       EXPECT_LE(matrix.sums_per_chunk(), plan.sum_slots);
     }
-    EXPECT_LE(plan.kv.block_bytes, plan.stage_bytes);
+    EXPECT_LE(plan.kv.block_bytes, plan.data_bytes);
     // The warps' states of one head, and its query, key and value twice, share the sums.
     EXPECT_LE(kConsumerWarps * (config.head_dim + 2) + 3 * config.head_dim +
                   (3 * config.head_dim + 1) / 2,
@@ -144,16 +150,22 @@ INSTANTIATE_TEST_SUITE_P(Shapes, EveryShape, testing::ValuesIn(kShapes),
 
 TEST(AttentionSplits, CoverEveryBlockOnceWithinTheirBound) {
   for (const int block_positions : {16, 32, 64})
-    for (const int heads : {1, 8, 32, 40})
+    for (const auto& [heads, head_dim] : {std::pair{1, 16}, {8, 256}, {32, 80}, {40, 128}})
       for (const int sms : {1, 7, 132, 170})
         for (int positions = 1; positions <= 4096; positions += positions < 200 ? 1 : 61) {
-          const AttentionSplits splits = attention_splits(positions, block_positions, heads, sms);
+          const AttentionSplits splits =
+              attention_splits(positions, block_positions, heads, head_dim, sms);
           EXPECT_EQ(splits.blocks, (positions + block_positions - 1) / block_positions);
           EXPECT_GE(splits.splits * splits.blocks_per_split, splits.blocks);
           EXPECT_LT((splits.splits - 1) * splits.blocks_per_split, splits.blocks);
           // One task for an SM, and what the combiners can take.
           EXPECT_LE(splits.splits * heads, std::max(sms, heads));
           EXPECT_LE(splits.splits, kMaxSplits);
+          // No split but the last is too small to be worth it, unless a page is larger than that.
+          if (splits.splits > 1) {
+            EXPECT_GT((splits.blocks_per_split * block_positions + kKvPagePositions) * head_dim * 4,
+                      kMinSplitBytes);
+          }
         }
 }
 

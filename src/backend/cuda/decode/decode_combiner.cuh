@@ -1,5 +1,6 @@
-// Combines the splits of a head's attention, off the path of the computation: two warps of the
-// block that a head belongs to wait for the splits' partial results and write the head's output.
+// Combines the splits of a head's attention, off the path of the computation: one warp of each
+// block waits for the splits' partial results of 32 dimensions of a head and writes the head's
+// output there.
 #pragma once
 
 #include "backend/cuda/decode/decode_common.cuh"
@@ -7,14 +8,11 @@
 
 namespace clusterfusion::cuda {
 
-inline constexpr int kCombinerWarps = 2;
-
 template <typename T>
 class SplitCombiner {
  public:
-  __device__ __forceinline__ SplitCombiner(const DecodeParams& params, SharedControl* shared,
-                                           int combiner_warp)
-      : p(params), control(shared), which(combiner_warp), lane(threadIdx.x % 32) {}
+  __device__ __forceinline__ SplitCombiner(const DecodeParams& params, SharedControl* shared)
+      : p(params), control(shared), lane(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void run() {
     constexpr unsigned kNap = 100;
@@ -24,20 +22,22 @@ class SplitCombiner {
       for (int layer = 0; layer < p.num_layers; ++layer, ++epoch) {
         if (splits == 1) continue;
         block_counter_wait(&control->swept, epoch, kNap);
-        combine_heads(epoch, splits);
+        combine(epoch, splits);
       }
     }
   }
 
-  // The heads of this block, when their splits' results come.
-  __device__ __forceinline__ void combine_heads(int epoch, int splits) const {
-    for (int head = static_cast<int>(blockIdx.x); head < p.num_heads;
-         head += static_cast<int>(gridDim.x))
-      combine(flow_set(p, epoch), head, splits);
+  // This block's share, when the splits' results come.
+  __device__ __forceinline__ void combine(int epoch, int splits) const {
+    const int parts = (p.head_dim + 31) / 32;
+    for (int task = static_cast<int>(blockIdx.x); task < p.num_heads * parts;
+         task += static_cast<int>(gridDim.x))
+      combine(flow_set(p, epoch), task / parts, task % parts * 32 + lane, splits);
   }
 
  private:
-  __device__ __forceinline__ void combine(char* set, int head, int splits) const {
+  // Dimension `dim` of a head, which may be behind the last.
+  __device__ __forceinline__ void combine(char* set, int head, int dim, int splits) const {
     const int stride = p.head_dim + 2;
     const float* partials =
         reinterpret_cast<const float*>(set + p.layout.partials) + head * splits * stride;
@@ -48,14 +48,11 @@ class SplitCombiner {
     }
     const float factor = exp2f(maximum - warp_max(maximum));  // 0 in lanes without a split
     const float total = warp_sum(sum * factor);
+    const float value =
+        weighted_sum(partials + 2 + min(dim, p.head_dim - 1), stride, splits, factor);
+    if (dim >= p.head_dim) return;
     T* output = reinterpret_cast<T*>(set + p.layout.attention);
-    for (int first = which * 32; first < p.head_dim; first += kCombinerWarps * 32) {
-      const int dim = first + lane;
-      const float value =
-          weighted_sum(partials + 2 + min(dim, p.head_dim - 1), stride, splits, factor);
-      if (dim < p.head_dim)
-        flow_store(output + operand_order(head * p.head_dim + dim), static_cast<T>(value / total));
-    }
+    flow_store(output + operand_order(head * p.head_dim + dim), static_cast<T>(value / total));
   }
 
   // The sum over splits of value[split * stride] times the factor that lane `split` holds.
@@ -83,7 +80,7 @@ class SplitCombiner {
 
   const DecodeParams& p;
   SharedControl* control;
-  int which, lane;
+  int lane;
 };
 
 }  // namespace clusterfusion::cuda

@@ -27,8 +27,6 @@ struct SharedControl {
   // would be one into memory.
   StreamedMatrix matrices[kNumStreams];
   int token;
-  std::uint32_t launch;  // of a layer call: its number, and the position
-  int position;
   std::uint32_t zero;
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;
@@ -62,6 +60,9 @@ __device__ __forceinline__ char* shared_ring(const DecodeParams& p, char* shared
 __device__ __forceinline__ int ring_id(int epoch, plan::Stream stream) {
   return epoch * 8 + static_cast<int>(stream);
 }
+
+// The stream of such an id, as a number.
+__device__ __forceinline__ int stream_of(int ring_id) { return ring_id % 8; }
 
 // Epochs of a step: its layers, and the LM head.
 __device__ __forceinline__ int epochs_per_step(const DecodeParams& p) { return p.num_layers + 1; }
@@ -122,14 +123,9 @@ struct PagedCache {
   }
 };
 
-template <typename T>
-__device__ __forceinline__ const T* of_layer(const DecodeParams& p, const T* of_first, int layer) {
-  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(of_first) +
-                                    layer * p.layer_stride);
-}
-__device__ __forceinline__ const void* of_layer(const DecodeParams& p, const void* of_first,
+__device__ __forceinline__ const char* of_layer(const DecodeParams& p, const void* of_first,
                                                 int layer) {
-  return of_layer(p, static_cast<const char*>(of_first), layer);
+  return static_cast<const char*>(of_first) + layer * p.layer_stride;
 }
 __device__ __forceinline__ StreamedLayer layer_at(const DecodeParams& p, int layer) {
   const StreamedLayer& first = p.first_layer;

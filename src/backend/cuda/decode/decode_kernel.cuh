@@ -4,8 +4,9 @@
 //   8 consumers   multiply what has landed in the ring, on the tensor cores
 //   1 producer    streams weight chunks and KV blocks into the ring; it needs no result to know
 //                 what comes next, so memory never waits
+//   1 follower    brings the biases of what is streamed
 //   1 sweeper     makes the vectors usable again through which blocks tell each other results
-//   2 combiners   merge the splits of a long context's attention
+//   1 combiner    merges the splits of a long context's attention
 // Every output row is computed whole, in a fixed order, by whoever was dealt it, so the same input
 // gives the same bits. Blocks meet nowhere: a block waits for the elements it reads, no more.
 //
@@ -17,6 +18,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "backend/cuda/decode/decode_biases.cuh"
 #include "backend/cuda/decode/decode_combiner.cuh"
 #include "backend/cuda/decode/decode_common.cuh"
 #include "backend/cuda/decode/decode_kernel.hpp"
@@ -39,7 +41,9 @@ struct Fragments {
   uint4 value[kMaxIterations];
 };
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache = PagedCache>
+// `Bias` is the type of the biases' elements.
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache = PagedCache,
+          typename Bias = float>
 class DecodeStep {
  public:
   using Frag = Fragments<kMaxIterations>;
@@ -119,7 +123,7 @@ class DecodeStep {
   // A flow vector of this epoch.
   template <typename Element>
   __device__ __forceinline__ Element* flow(std::int32_t offset) const {
-    return reinterpret_cast<Element*>(flow_set(p, epoch) + offset);
+    return reinterpret_cast<Element*>(flow_set(p, epoch + set_shift) + offset);
   }
 
   // To be called when this block has read all that it needs of earlier epochs, by all threads, with
@@ -158,12 +162,17 @@ class DecodeStep {
   // ... and again until all that this lane needs are there.
   __device__ __forceinline__ void wait_activations(const StreamedMatrix& matrix,
                                                    std::int32_t offset, Frag& fragments) const {
-    while (true) {
-      bool missing = false;
+    const T* first = flow<const T>(offset) + lane_column(matrix);
+    const int swap = swap_columns(matrix);
+    bool missing = true;
+    while (missing) {
+      missing = false;
 #pragma unroll
-      for (int i = 0; i < kMaxIterations; ++i) missing |= any_empty_half(fragments.value[i]);
-      if (!missing) return;
-      ask_activations(matrix, offset, fragments);
+      for (int i = 0; i < kMaxIterations; ++i) {
+        if (!any_empty_half(fragments.value[i])) continue;
+        missing = true;
+        fragments.value[i] = flow_load_4(first + i * 32 + (i % 2 == 0 ? swap : -swap));
+      }
     }
   }
 
@@ -296,13 +305,24 @@ class DecodeStep {
     }
   }
 
-  __device__ __forceinline__ void release_stage() {
-    ring.release(lane);
+  __device__ __forceinline__ void release_stage(bool two = false) {
+    ring.release(lane, two);
     next_id = ring.announced();
   }
   __device__ __forceinline__ bool comes(Stream stream) const {
     return next_id == ring_id(epoch, stream);
   }
+
+  // What dot() multiplies, in shared memory.
+  struct Unit {
+    std::uint32_t values;  // of this lane
+    std::uint32_t bias;    // of its row
+    int holds_bias;        // whether it is this lane that adds it
+
+    __device__ __forceinline__ float load_bias() const {
+      return load_shared_if(bias, holds_bias, Bias{});
+    }
+  };
 
   // A warp's way through the units of its segment, chunk after chunk. All in registers and by
   // increments: between two chunks there is no time to compute addresses.
@@ -310,13 +330,17 @@ class DecodeStep {
     int turn;                   // the next unit of this warp in the current chunk
     int offset;                 // in the chunk, of this lane's first values of that unit
     std::uint32_t sum_address;  // where this lane's sum of that unit goes
+    int bias_offset;            // in the chunk's biases, of this lane's row of unit 0
+    int unit_bias_bytes;
+    int chunk_bias_bytes;
     // From one unit of this warp to the next.
     int turn_step, offset_step, sum_step;
     int chunk_units, chunk_bytes, iterations;
     std::uint32_t swap;
-    int holds_sum;
+    int holds_sum, holds_bias;  // the lane with the first of a row's sums adds the bias to it
 
-    __device__ __forceinline__ Turns(const DecodeStep& step, const StreamedMatrix& matrix) {
+    __device__ __forceinline__ Turns(const DecodeStep& step, const StreamedMatrix& matrix,
+                                     bool has_bias) {
       const int row_in_unit = step.g >> matrix.slices_log2;
       const int segment = step.warp & (matrix.segments - 1);
       const int slice = step.g & ((1 << matrix.slices_log2) - 1);
@@ -337,20 +361,42 @@ class DecodeStep {
       iterations = matrix.iterations + step.zero;
       swap = step.swap_columns(matrix) * 2;
       holds_sum = step.q == step.g / 2;
+      holds_bias = holds_sum && has_bias && segment == 0 && slice == 0;
+      bias_offset = step.p.bias_offset + row_in_unit * static_cast<int>(sizeof(Bias));
+      unit_bias_bytes = matrix.unit_rows * static_cast<int>(sizeof(Bias));
+      chunk_bias_bytes = matrix.rows_per_chunk * static_cast<int>(sizeof(Bias));
+    }
+
+    // A chunk in shared memory.
+    struct Chunk {
+      std::uint32_t data;
+      int index;
+    };
+
+    // Biases come by 16 bytes: the chunk's first may lie in the midst of them.
+    __device__ __forceinline__ std::uint32_t biases(const Chunk& chunk) const {
+      return chunk.data + bias_offset + (chunk.index * chunk_bias_bytes & 15);
     }
 
     // One chunk, or two that lie at different places, as one of twice the units.
-    __device__ __forceinline__ void multiply_chunks(std::uint32_t chunk, std::uint32_t second,
-                                                    int chunks, const Frag& fragments) {
+    __device__ __forceinline__ void multiply_chunks(Chunk chunk, Chunk second, int chunks,
+                                                    const Frag& fragments) {
       const int units = chunk_units * chunks;
-      second -= chunk_bytes;
+      const std::uint32_t bias = biases(chunk);
+      const std::uint32_t second_bias = biases(second) - chunk_units * unit_bias_bytes;
+      second.data -= chunk_bytes;
+      // The addresses of a unit's values and of its row's bias.
+      const auto unit_at = [&](int turn, int offset) -> Unit {
+        return turn < chunk_units
+                   ? Unit{chunk.data + offset, bias + turn * unit_bias_bytes, holds_bias}
+                   : Unit{second.data + offset, second_bias + turn * unit_bias_bytes, holds_bias};
+      };
       if constexpr (kPairs) {
 #pragma unroll 1
         while (turn + turn_step < units) {
-          const std::uint32_t here = (turn < chunk_units ? chunk : second) + offset;
-          const std::uint32_t there =
-              (turn + turn_step < chunk_units ? chunk : second) + offset + offset_step;
-          const float2 values = dot_2(here, there, swap, iterations, fragments);
+          const float2 values =
+              dot_2(unit_at(turn, offset), unit_at(turn + turn_step, offset + offset_step), swap,
+                    iterations, fragments);
           if (holds_sum != 0) {
             store_shared(sum_address, values.x);
             store_shared(sum_address + sum_step, values.y);
@@ -360,8 +406,7 @@ class DecodeStep {
       }
 #pragma unroll 1
       while (turn < units) {
-        const float value =
-            dot((turn < chunk_units ? chunk : second) + offset, swap, iterations, fragments);
+        const float value = dot(unit_at(turn, offset), swap, iterations, fragments);
         if (holds_sum != 0) store_shared(sum_address, value);
         advance(1);
       }
@@ -376,54 +421,44 @@ class DecodeStep {
   };
 
   // Multiplies all chunks of `stream` that come next, and hands each row's sum, bias included, to
-  // `finish`. `bias` may be null. `ahead` is called when the last chunk is multiplied, before the
-  // rows are finished: the place to ask for what comes next.
-  template <typename Bias, typename Finish, typename Ahead>
+  // `finish`. `ahead` is called when the last chunk is multiplied, before the rows are finished:
+  // the place to ask for what comes next.
+  template <typename Finish, typename Ahead>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
-                                           const Frag& fragments, const Bias* bias, Finish&& finish,
+                                           const Frag& fragments, bool has_bias, Finish&& finish,
                                            Ahead&& ahead) {
     forget_indices();
     const int chunk_sums = matrix.sums_per_chunk;
     const int max_slots = matrix.max_slots;
-    // The row that this thread will finish first, so that its bias can be fetched ahead.
-    const int early_row = thread >> matrix.segments_log2;
-    const int early_slot = bias != nullptr ? matrix.slot_of(early_row) : kMaxChunkSlots;
-    float early_bias = 0.0f;
-    const auto note = [&](int slot, int chunk) {
-      if (slot == early_slot) {
-        const int row = (chunk - slot) * matrix.rows_per_chunk + early_row;
-        if (row < matrix.rows) early_bias = static_cast<float>(__ldg(bias + row));
-      }
-      if (thread == 0) control->chunk_of_slot[slot] = chunk;
-    };
     const int id = ring_id(epoch, stream);
-    Turns turns(*this, matrix);
+    Turns turns(*this, matrix, has_bias);
     int slot = 0;
     while (next_id == id) {
       const RingLabel label = ring.wait();
       // Two chunks that have both landed are multiplied side by side: it takes hardly longer.
       const bool pair = kPairs && slot + 1 < max_slots && ring.next_landed(id);
-      turns.multiply_chunks(ring.current(), ring.next(), pair ? 2 : 1, fragments);
-      note(slot++, label.index);
-      if (pair) {
-        ring.release(lane);
-        note(slot++, ring.wait().index);
+      const RingLabel second = pair ? ring.next_label() : label;
+      turns.multiply_chunks({ring.current(), label.index}, {ring.next(), second.index},
+                            pair ? 2 : 1, fragments);
+      if (thread == 0) {
+        control->chunk_of_slot[slot] = label.index;
+        if (pair) control->chunk_of_slot[slot + 1] = second.index;
       }
-      release_stage();
+      slot += pair ? 2 : 1;
+      release_stage(pair);
       if (slot == max_slots) {
-        finish_rows(matrix, slot, bias, early_bias, finish);
+        finish_rows(matrix, slot, finish);
         turns.sum_address -= slot * chunk_sums * 4;
         slot = 0;
       }
     }
     ahead();
-    if (slot > 0) finish_rows(matrix, slot, bias, early_bias, finish);
+    if (slot > 0) finish_rows(matrix, slot, finish);
   }
-  template <typename Bias, typename Finish>
+  template <typename Finish>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
-                                           const Frag& fragments, const Bias* bias,
-                                           Finish&& finish) {
-    multiply(stream, matrix, fragments, bias, finish, [] {});
+                                           const Frag& fragments, bool has_bias, Finish&& finish) {
+    multiply(stream, matrix, fragments, has_bias, finish, [] {});
   }
 
   // This lane's share of a unit; lanes q = g / 2 get slice g % slices of row g / slices. The four
@@ -432,18 +467,20 @@ class DecodeStep {
   // product, of which rows 0 to 7 count, and words 1 and 3 for a second, of which rows 8 to 15 do;
   // they lie in this order in memory (operand_order). In both the diagonal counts: row g (+ 8),
   // column g.
-  __device__ __forceinline__ static float dot(std::uint32_t address, std::uint32_t swap,
-                                              int iterations, const Frag& fragments) {
+  __device__ __forceinline__ static float dot(const Unit& unit, std::uint32_t swap, int iterations,
+                                              const Frag& fragments) {
     Products products;
+    float bias = 0.0f;
 #pragma unroll
     for (int first = 0; first < kMaxIterations; first += kBatch) {
       if (first > 0 && first >= iterations) break;
       uint4 weight[kBatch];
-      load_batch(address, swap, first, iterations, weight);
+      load_batch(unit.values, swap, first, iterations, weight);
+      if (first == 0) bias = unit.load_bias();
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) products.add(i, weight[i], fragments.value[first + i]);
     }
-    return products.diagonal();
+    return products.diagonal() + bias;
   }
 
   __device__ __forceinline__ static void load_batch(std::uint32_t address, std::uint32_t swap,
@@ -473,26 +510,27 @@ class DecodeStep {
   };
 
   // The same for two units at once, with the same sums in the same order.
-  __device__ __forceinline__ static float2 dot_2(std::uint32_t first, std::uint32_t second,
+  __device__ __forceinline__ static float2 dot_2(const Unit& first, const Unit& second,
                                                  std::uint32_t swap, int iterations,
                                                  const Frag& fragments) {
     uint4 weight[2][kBatch];
 #pragma unroll
     for (int unit = 0; unit < 2; ++unit)
-      load_batch(unit == 0 ? first : second, swap, 0, iterations, weight[unit]);
+      load_batch(unit == 0 ? first.values : second.values, swap, 0, iterations, weight[unit]);
+    const float2 bias = make_float2(first.load_bias(), second.load_bias());
     Products products[2];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i)
 #pragma unroll
       for (int unit = 0; unit < 2; ++unit)
         products[unit].add(i, weight[unit][i], fragments.value[i]);
-    return make_float2(products[0].diagonal(), products[1].diagonal());
+    return make_float2(products[0].diagonal() + bias.x, products[1].diagonal() + bias.y);
   }
 
   // Adds up the sums of each row, one lane for each segment.
-  template <typename Bias, typename Finish>
+  template <typename Finish>
   __device__ __forceinline__ void finish_rows(const StreamedMatrix& matrix, int slots,
-                                              const Bias* bias, float early_bias, Finish&& finish) {
+                                              Finish&& finish) {
     consumer_barrier();
     const int count = slots * matrix.rows_per_chunk;
     const int rows_at_once = kConsumerThreads >> matrix.segments_log2;
@@ -514,10 +552,7 @@ class DecodeStep {
       if (i >= count || (thread & (matrix.segments - 1)) != 0) continue;
       const int slot = matrix.slot_of(i);
       const int row = (control->chunk_of_slot[slot] - slot) * matrix.rows_per_chunk + i;
-      if (row >= matrix.rows) continue;
-      float row_bias = early_bias;
-      if (first > 0) row_bias = bias != nullptr ? static_cast<float>(__ldg(bias + row)) : 0.0f;
-      finish(row, value + row_bias);
+      if (row < matrix.rows) finish(row, value);
     }
     consumer_barrier();
   }
@@ -599,9 +634,10 @@ class DecodeStep {
         for (int t = 0; t < kMaxHeadSteps; ++t)
           state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
       }
-      attend_block(layer, head, label.part, position, query, state);
+      const int block = ~label.part;
+      attend_block(layer, head, block, position, query, state);
       release_stage();
-      if (label.part + 1 == min((split + 1) * splits.blocks_per_split, splits.blocks))
+      if (block + 1 == min((split + 1) * splits.blocks_per_split, splits.blocks))
         combine_warps(head, label.index, splits.splits, state);
     }
   }
@@ -826,26 +862,16 @@ class DecodeStep {
       load_normed(matrix, stream == Stream::mlp_up ? 1 : 0, fragments);
     }
     asked = false;
-    const StreamedLayer layer = layer_at(p, index);
-    const float* bias = nullptr;
     float* result = nullptr;
     TimelinePoint done = TimelinePoint::qkv;
     switch (stream) {
-      case Stream::qkv:
-        bias = layer.qkv_bias;
-        result = flow<float>(p.layout.qkv);
-        break;
-      case Stream::mlp_up:
-        bias = layer.mlp_up_bias;
-        done = TimelinePoint::mlp_up;
-        break;
+      case Stream::qkv: result = flow<float>(p.layout.qkv); break;
+      case Stream::mlp_up: done = TimelinePoint::mlp_up; break;
       case Stream::mlp_down:
-        bias = layer.mlp_down_bias;
         result = flow<float>(p.layout.delta_mlp);
         done = TimelinePoint::mlp_down;
         break;
       case Stream::attention_out:
-        bias = layer.attention_out_bias;
         result = flow<float>(p.layout.delta_attention);
         done = TimelinePoint::attention_out;
         break;
@@ -854,7 +880,7 @@ class DecodeStep {
           result = p.logits + static_cast<std::int64_t>(step - p.first_scored_step) * p.vocab_size;
     }
     multiply(
-        stream, matrix, fragments, bias,
+        stream, matrix, fragments, stream != Stream::lm_head,
         [&](int row, float value) {
           if (stream == Stream::mlp_up) {
             flow_store(flow<T>(p.layout.mlp) + operand_order(row),
@@ -959,6 +985,7 @@ class DecodeStep {
   RingConsumer ring;
   int next_id = kRingEnd;  // of the stage that comes next
   int epoch = 0;
+  int set_shift = 0;  // flow sets begin with this one
   // The residual stream, the same in every block: this thread's pairs of elements.
   float2 x[kMaxIterations];
   float mean_before = 0.0f;  // of x, at the last LayerNorm
@@ -986,7 +1013,10 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
       if (lane == 0) DecodeProducer(params, cache, control, shared_ring(params, shared)).run();
       break;
     case 1: sweep(params, control, lane); break;
-    default: SplitCombiner<T>(params, control, warp - plan::kConsumerWarps - 2).run();
+    case 2: SplitCombiner<T>(params, control).run(); break;
+    default:
+      if (lane == 0)
+        BiasFetcher(params, control, shared_ring(params, shared)).run(epochs_per_step(params));
   }
 }
 

@@ -41,8 +41,9 @@ struct StreamedMatrix {
   }
 };
 
-// One layer on the device. Matrices and norm parameters in the weights' 16-bit type, biases float32
-// (zeros where the checkpoint has none).
+// One layer on the device. Matrices and norm parameters in the weights' 16-bit type, biases in
+// elements of DecodeParams::bias_element_bytes, at addresses that are multiples of 16; null if
+// there are none.
 struct StreamedLayer {
   const char* qkv;
   const char* attention_out;
@@ -52,10 +53,10 @@ struct StreamedLayer {
   const void* input_norm_bias;
   const void* post_norm_weight;
   const void* post_norm_bias;
-  const float* qkv_bias;
-  const float* attention_out_bias;
-  const float* mlp_up_bias;
-  const float* mlp_down_bias;
+  const char* qkv_bias;
+  const char* attention_out_bias;
+  const char* mlp_up_bias;
+  const char* mlp_down_bias;
 };
 
 // The best token that one SM has seen, with its score: the logit, or noisy_score() if sampled.
@@ -112,6 +113,9 @@ struct DecodeParams {
   bool parallel_residual;
 
   std::int32_t stages, stage_bytes, sum_slots, max_in_flight;
+  std::int32_t bias_offset;  // in a stage, of the biases
+  std::int32_t
+      bias_element_bytes;       // 4: float32 (the engine's), 2: the weights' type (the callers')
   std::int32_t static_percent;  // of a phase's chunks that are dealt in turns; the rest by ticket
   std::uint32_t ticket_chunks;  // that one ticket stands for
 

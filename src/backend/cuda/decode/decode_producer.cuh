@@ -81,31 +81,50 @@ class DecodeProducer {
   }
 
   __device__ __forceinline__ void stream_chunk(const Piece& piece, int index) {
-    ring.announce(piece.id, {index, 0});
+    ring.announce(piece.id, {index, ring.sequence()});
     ring.copy(piece.weights + static_cast<std::int64_t>(index) * piece.chunk_bytes,
               index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes);
   }
 
+  // What a caller of stream() may put in between.
+  struct NoHooks {
+    __device__ __forceinline__ void before_chunk(int) const {}
+    __device__ __forceinline__ void before_ticket() const {}
+  };
+
   // One phase: this block's chunks of one matrix, or of two, one after the other.
-  __device__ __forceinline__ void stream(int layer, int epoch, const plan::Phase& phase) {
+  template <typename Hooks = NoHooks>
+  __device__ __forceinline__ void stream(int layer, int epoch, const plan::Phase& phase,
+                                         Hooks&& hooks = {}) {
     const Piece first = piece(layer, epoch, phase.first);
     Piece second = piece(layer, epoch, phase.second);
     if (phase.second == Stream::none) second.chunks = 0;
     const int chunks = first.chunks + second.chunks;
     const plan::Deal deal =
         plan::deal(chunks, p.static_percent, static_cast<std::int32_t>(gridDim.x));
-    // A ticket takes as long to come as a chunk: it is asked for one round ahead, and nothing may
-    // touch it before.
-    std::uint32_t ticket = atomicAdd(counter, p.ticket_chunks);
+    // A ticket takes as long to come as a chunk: it is asked for one round ahead, the first when a
+    // chunk is on its way, and nothing may touch it before.
+    std::uint32_t ticket = 0;
+    bool asked = false;
     int begin = static_cast<int>(blockIdx.x), end = deal.first_by_ticket;
     int stride = static_cast<int>(gridDim.x);
     while (true) {
 #pragma unroll 1
       for (int chunk = begin; chunk < end; chunk += stride) {
+        hooks.before_chunk(chunk);
         if (chunk < first.chunks)
           stream_chunk(first, chunk);
         else
           stream_chunk(second, chunk - first.chunks);
+        if (asked) continue;
+        hooks.before_ticket();
+        ticket = atomicAdd(counter, p.ticket_chunks);
+        asked = true;
+      }
+      if (!asked) {
+        hooks.before_ticket();
+        ticket = atomicAdd(counter, p.ticket_chunks);
+        asked = true;
       }
       begin = deal.first_by_ticket + static_cast<int>(ticket);
       if (begin >= chunks) break;
@@ -129,7 +148,7 @@ class DecodeProducer {
       typename Cache::Reader reader(cache, layer, head, first, end);
 #pragma unroll 1
       for (int block = first; block < end; ++block) {
-        ring.announce(ring_id(epoch, Stream::attention), {task, block});
+        ring.announce(ring_id(epoch, Stream::attention), {task, ~block});
         // What earlier steps of this launch have written must be there before it is copied.
         const int written = epoch - epochs_per_step(p);
         if (written >= 0) {

@@ -79,6 +79,8 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.parallel_residual = config.parallel_residual;
   p.stages = plan.stages;
   p.stage_bytes = static_cast<std::int32_t>(plan.stage_bytes);
+  p.bias_offset = static_cast<std::int32_t>(plan.data_bytes);
+  p.bias_element_bytes = 4;
   p.sum_slots = plan.sum_slots;
   p.max_in_flight = std::min<std::int32_t>(kMaxInFlight, plan.stages);
   p.static_percent = kPercentInTurns;

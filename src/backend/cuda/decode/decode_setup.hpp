@@ -20,8 +20,8 @@ int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan);
 bool has_kernels_for(const cudaDeviceProp& properties);
 
 // Lets a kernel have all the shared memory that a block may have: models of several shapes share a
-// kernel, and the limit is the kernel's. Errors: unsupported if not even one block of this plan fits
-// on an SM, because all blocks have to be resident together.
+// kernel, and the limit is the kernel's. Errors: unsupported if not even one block of this plan
+// fits on an SM, because all blocks have to be resident together.
 void prepare_kernel(const void* kernel, const plan::DecodePlan& plan,
                     const cudaDeviceProp& properties);
 

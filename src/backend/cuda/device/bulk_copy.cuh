@@ -22,6 +22,12 @@ __device__ __forceinline__ void bulk_copy_to_shared(void* target, const void* gl
   bulk_copy_to_shared(shared_address(target), global, bytes, shared_address(barrier));
 }
 
+// Brings `bytes` into L2, where they stay coherent: also data that somebody may still write.
+// Address and size are multiples of 16.
+__device__ __forceinline__ void bulk_prefetch(const void* global, std::uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
 // Orders this thread's ordinary accesses to shared and global memory before later bulk copies of
 // the threads it synchronises with (the copy engine is another proxy).
 __device__ __forceinline__ void fence_before_bulk_copy() {

@@ -4,7 +4,8 @@
 // bulk copy. Consumers see the announcement at once, and the data when it has landed: so they know
 // that something is over without waiting for a copy of something else. Every consumer warp passes
 // every stage, in order: the parity of the barriers cannot tell a lap from the one before last, so
-// nobody may skip one.
+// nobody may skip one. One more thread, the follower, adds what goes with the data: a stage has
+// landed when both are there.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +19,9 @@ namespace clusterfusion::device {
 inline constexpr int kMaxRingStages = 16;
 inline constexpr int kRingEnd = -1;  // the id behind the last stage
 
-// What a stage holds: the numbers are the users' business.
+// What a stage holds: the numbers are the users' business, but for `part`. Where a follower reads
+// the label, it is the stage's sequence number, by which he knows whose label it is; else it is
+// negative.
 struct RingLabel {
   int index;
   int part;
@@ -55,9 +58,9 @@ struct RingAddresses {
 // By one thread, before a block barrier.
 __device__ __forceinline__ void ring_init(RingControl* control, int stages, int consumer_warps) {
   for (int stage = 0; stage < stages; ++stage) {
-    mbarrier_init(&control->full[stage], 1);
+    mbarrier_init(&control->full[stage], 2);  // the producer and the follower
     mbarrier_init(&control->empty[stage], consumer_warps);
-    control->announced[stage].sequence = -1;
+    control->announced[stage].sequence = control->announced[stage].part = -1;
   }
   mbarrier_fence_init();
 }
@@ -78,12 +81,15 @@ class RingProducer {
   __device__ __forceinline__ void announce(int id, const RingLabel& label) {
     mbarrier_wait(at_.empty(stage_), parity_);
     const std::uint32_t address = at_.announced(stage_);
-    asm volatile("st.shared.v2.u32 [%0 + 8], {%1, %2};" ::"r"(address), "r"(label.index),
-                 "r"(label.part)
-                 : "memory");
+    const std::uint64_t words =
+        static_cast<std::uint32_t>(label.index) | static_cast<std::uint64_t>(label.part) << 32;
+    asm volatile("st.volatile.shared.b64 [%0 + 8], %1;" ::"r"(address), "l"(words) : "memory");
     asm volatile("st.volatile.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(id), "r"(sequence_)
                  : "memory");
   }
+
+  // The number of the next stage since the beginning.
+  __device__ __forceinline__ int sequence() const { return sequence_; }
 
   // Copies what was announced last, and goes on to the next stage.
   __device__ __forceinline__ void copy(const void* source, std::uint32_t bytes) {
@@ -128,11 +134,11 @@ class RingProducer {
   int sequence_ = 0;
 };
 
-// A consumer's side, held by every thread of the consumer warps.
-class RingConsumer {
+// What consumers and the follower have in common: they see what is announced.
+class RingReader {
  public:
-  __device__ __forceinline__ RingConsumer(RingControl* control, const char* data, int stages,
-                                          int stage_bytes)
+  __device__ __forceinline__ RingReader(RingControl* control, const char* data, int stages,
+                                        int stage_bytes)
       : at_{shared_address(control)},
         data_(shared_address(data)),
         stages_(stages),
@@ -149,16 +155,79 @@ class RingConsumer {
     } while (sequence != sequence_);
     return id;
   }
+  // The current stage's data, as an address in shared memory.
+  __device__ __forceinline__ std::uint32_t current() const { return data_ + stage_ * stage_bytes_; }
+
+ protected:
+  __device__ __forceinline__ RingLabel label(int stage) const {
+    RingLabel label;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 8];"
+                 : "=r"(label.index), "=r"(label.part)
+                 : "r"(at_.announced(stage))
+                 : "memory");
+    return label;
+  }
+  // Goes on to the next stage; whether that is the first.
+  __device__ __forceinline__ bool advance() {
+    ++sequence_;
+    if (++stage_ < stages_) return false;
+    stage_ = 0;
+    return true;
+  }
+
+  RingAddresses at_;
+  std::uint32_t data_;
+  int stages_, stage_bytes_;
+  int stage_ = 0;
+  int sequence_ = 0;
+};
+
+// The follower's side, held by one thread.
+class RingFollower : public RingReader {
+ public:
+  using RingReader::RingReader;
+
+  // What the current stage will hold; it is announced. The label has no order with the announcement
+  // until the stage has landed, so this waits for one that says whose it is.
+  __device__ __forceinline__ RingLabel label() const {
+    std::uint64_t words;
+    RingLabel label;
+    do {
+      asm volatile("ld.volatile.shared.b64 %0, [%1 + 8];"
+                   : "=l"(words)
+                   : "r"(at_.announced(stage_))
+                   : "memory");
+      label = {static_cast<int>(words), static_cast<int>(words >> 32)};
+    } while (label.part != sequence_);
+    return label;
+  }
+  // Adds `bytes` at `offset` of the current stage, and goes on to the next one; none if 0.
+  __device__ __forceinline__ void add(std::uint32_t offset, const void* source,
+                                      std::uint32_t bytes) {
+    const std::uint32_t full = at_.full(stage_);
+    if (bytes == 0) {
+      mbarrier_arrive(full);
+    } else {
+      mbarrier_arrive_expect(full, bytes);
+      bulk_copy_to_shared(current() + offset, source, bytes, full);
+    }
+    advance();
+  }
+};
+
+// A consumer's side, held by every thread of the consumer warps.
+class RingConsumer : public RingReader {
+ public:
+  using RingReader::RingReader;
+
   // Waits until the current stage has landed.
   __device__ __forceinline__ RingLabel wait() const {
     mbarrier_wait(at_.full(stage_), parity_);
-    RingLabel label;
-    const std::uint32_t address = at_.announced(stage_);
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 8];"
-                 : "=r"(label.index), "=r"(label.part)
-                 : "r"(address)
-                 : "memory");
-    return label;
+    return label(stage_);
+  }
+  // What the stage behind the current one holds, which has landed.
+  __device__ __forceinline__ RingLabel next_label() const {
+    return label(stage_ + 1 == stages_ ? 0 : stage_ + 1);
   }
   // Whether the stage behind the current one has landed, and holds `id`. For whole warps.
   __device__ __forceinline__ bool next_landed(int id) const {
@@ -173,8 +242,7 @@ class RingConsumer {
                  : "memory");
     return its_id == id;
   }
-  // The current stage's data, as an address in shared memory and as a pointer.
-  __device__ __forceinline__ std::uint32_t current() const { return data_ + stage_ * stage_bytes_; }
+  // The current stage's data, as a pointer.
   __device__ __forceinline__ char* current_data() const {
     return static_cast<char*>(__cvta_shared_to_generic(current()));
   }
@@ -182,24 +250,22 @@ class RingConsumer {
   __device__ __forceinline__ std::uint32_t next() const {
     return data_ + (stage_ + 1 == stages_ ? 0 : stage_ + 1) * stage_bytes_;
   }
-  // This warp is done with the stage.
-  __device__ __forceinline__ void release(int lane) {
+  // This warp is done with the stage, or with it and the next one.
+  __device__ __forceinline__ void release(int lane, bool two = false) {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(at_.empty(stage_));
-    ++sequence_;
-    if (++stage_ == stages_) {
-      stage_ = 0;
-      parity_ ^= 1;
-    }
+    advance();
+    if (!two) return;
+    if (lane == 0) mbarrier_arrive(at_.empty(stage_));
+    advance();
   }
 
  private:
-  RingAddresses at_;
-  std::uint32_t data_;
-  int stages_, stage_bytes_;
-  int stage_ = 0;
+  __device__ __forceinline__ void advance() {
+    if (RingReader::advance()) parity_ ^= 1;
+  }
+
   std::uint32_t parity_ = 0;
-  int sequence_ = 0;
 };
 
 }  // namespace clusterfusion::device

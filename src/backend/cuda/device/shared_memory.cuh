@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 namespace clusterfusion::device {
 
@@ -16,6 +17,41 @@ __device__ __forceinline__ uint4 load_shared_4(std::uint32_t address) {
 
 __device__ __forceinline__ void store_shared(std::uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// A number, or 0 if it does not count.
+__device__ __forceinline__ float load_shared_if(std::uint32_t address, int counts, float) {
+  float value;
+  asm volatile(
+      "{\n"
+      ".reg .pred counts;\n"
+      "setp.ne.s32 counts, %2, 0;\n"
+      "mov.f32 %0, 0f00000000;\n"
+      "@counts ld.shared.f32 %0, [%1];\n"
+      "}"
+      : "=f"(value)
+      : "r"(address), "r"(counts)
+      : "memory");
+  return value;
+}
+// The same of a 16-bit float of either type.
+template <typename T>
+__device__ __forceinline__ float load_shared_if(std::uint32_t address, int counts, T) {
+  static_assert(sizeof(T) == 2);
+  std::uint16_t bits;
+  asm volatile(
+      "{\n"
+      ".reg .pred counts;\n"
+      "setp.ne.s32 counts, %2, 0;\n"
+      "mov.u16 %0, 0;\n"
+      "@counts ld.shared.u16 %0, [%1];\n"
+      "}"
+      : "=h"(bits)
+      : "r"(address), "r"(counts)
+      : "memory");
+  T value;
+  std::memcpy(&value, &bits, 2);
+  return static_cast<float>(value);
 }
 
 }  // namespace clusterfusion::device

@@ -28,9 +28,22 @@ const void* find_layer_kernel(DType dtype, int iterations, int head_dim) {
 void launch_layer(const void* kernel, const LayerParams& params, int sm_count,
                   std::int64_t shared_bytes, cudaStream_t stream) {
   void* arguments[] = {const_cast<LayerParams*>(&params)};
-  check(cudaLaunchCooperativeKernel(kernel, dim3(sm_count), dim3(kDecodeBlockThreads), arguments,
-                                    static_cast<std::size_t>(shared_bytes), stream),
-        "starting the layer kernel");
+  // The launch before may still be ending: the kernel waits for that itself. The first half's
+  // blocks wait for each other, so all of them must be resident.
+  cudaLaunchAttribute attributes[2]{};
+  const bool together = params.attention_and_up;
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = together ? 1 : 0;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(sm_count);
+  config.blockDim = dim3(kDecodeBlockThreads);
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  check(cudaLaunchKernelExC(&config, kernel, arguments), "starting the layer kernel");
 }
 
 }  // namespace clusterfusion::cuda

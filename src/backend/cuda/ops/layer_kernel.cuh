@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backend/cuda/decode/decode_kernel.cuh"
+#include "backend/cuda/device/grid_dependency.cuh"
 #include "backend/cuda/device/tensor_copy.cuh"
 #include "backend/cuda/ops/layer_params.hpp"
 
@@ -49,36 +50,93 @@ struct RowCache {
   }
 };
 
+// Numbers of the launch that lie in global memory: whoever needs one loads it for himself, so that
+// nobody waits who does not need it yet.
+__device__ __forceinline__ std::uint32_t launch_number(const LayerParams& layer) {
+  return *static_cast<volatile const std::uint32_t*>(layer.scratch.launch);
+}
+__device__ __forceinline__ int position_of(const LayerParams& layer) {
+  if (layer.device_position == nullptr) return layer.position;
+  return *static_cast<volatile const std::int32_t*>(layer.device_position);
+}
+__device__ __forceinline__ bool is_position(const LayerParams& layer, int position) {
+  return position >= 0 && position < layer.max_positions;
+}
+
+// By one thread of each block: brings into L2 what its producer will read first.
+__device__ __forceinline__ void prefetch_first_chunks(const LayerParams& layer) {
+  constexpr int kChunks = 4;
+  const DecodeParams& p = layer.stream;
+  const StreamedMatrix& matrix = layer.attention_and_up ? p.qkv : p.mlp_down;
+  const char* weights = layer.attention_and_up ? p.first_layer.qkv : p.first_layer.mlp_down;
+  const int chunk_bytes = matrix.rows_per_chunk * matrix.row_bytes;
+  for (int i = 0; i < kChunks; ++i) {
+    const int chunk = static_cast<int>(blockIdx.x) + i * static_cast<int>(gridDim.x);
+    if (chunk + 1 >= matrix.chunks) return;  // the last one may be shorter
+    bulk_prefetch(weights + static_cast<std::int64_t>(chunk) * chunk_bytes, chunk_bytes);
+  }
+}
+
+// Streams before it knows the launch's number, which only tickets need, and the position.
 class LayerProducer : public DecodeProducer<RowCache> {
  public:
   __device__ __forceinline__ LayerProducer(const LayerParams& params, const RowCache& kv_cache,
                                            SharedControl* shared, char* ring_data)
       : DecodeProducer(params.stream, kv_cache, shared, ring_data), layer(params) {}
 
-  __device__ __forceinline__ void run(int epoch, int position) {
-    counter += epoch * kLayerPhases;
-    // One copy of the code for all phases: it must fit into few registers.
+  __device__ __forceinline__ void run() {
+    const std::uint32_t launch = launch_number(layer);
+    const int position = layer.attention_and_up ? position_of(layer) : 0;
+    Hooks hooks{*this, launch, position};
+    // Alone, the first half has attention between the rows of the MLP's matrix, late enough that
+    // QKV is there, so that it does not come last; with the second half, that hides it.
+    if (!layer.down) hooks.attention_from = p.qkv.chunks + p.mlp_up.chunks * 3 / 8;
+      // One copy of the code for all phases: it must fit into few registers.
 #pragma unroll 1
-    for (int index = 0; index < 2; ++index) {
+    for (int index = layer.attention_and_up ? 0 : 1; index < 2; ++index) {
       plan::Phase phase = plan::layer_phase(true, index);
-      if (index == 0 && !layer.attention_and_up) continue;
-      if (index == 1 && layer.attention_and_up) stream_attention(0, epoch, position);
-      if (index == 1 && !layer.down) phase = {Stream::attention_out};
-      if (index == 1 && !layer.attention_and_up) phase = {Stream::mlp_down};
-      stream(0, epoch, phase);
+      if (index == 1 && layer.attention_and_up) {
+        if (!is_position(layer, position)) break;
+        hooks.attend();
+        if (!layer.down) phase = {Stream::attention_out};
+      } else if (index == 1) {
+        phase = {Stream::mlp_down};
+      }
+      stream(0, 0, phase, hooks);
     }
-    end();
+    ring.announce(kRingEnd, {});
   }
-  __device__ __forceinline__ void end() { ring.announce(kRingEnd, {}); }
 
  private:
+  struct Hooks {
+    LayerProducer& producer;
+    std::uint32_t launch;
+    int position;
+    int attention_from = 0x7fffffff;  // the first chunk behind attention
+    bool attended = false, counting = false;
+
+    __device__ __forceinline__ void before_chunk(int chunk) {
+      if (chunk >= attention_from) attend();
+    }
+    __device__ __forceinline__ void attend() {
+      if (attended || !is_position(producer.layer, position)) return;
+      producer.stream_attention(0, 0, position);
+      attended = true;
+    }
+    // A launch has counters of its parity.
+    __device__ __forceinline__ void before_ticket() {
+      if (!counting) producer.counter += launch % 2 * kLayerPhases;
+      counting = true;
+    }
+  };
+
   const LayerParams& layer;
 };
 
 template <typename T, int kMaxIterations, int kMaxHeadSteps>
-class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache> {
-  using Base = DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache>;
-  using Base::epoch, Base::next_id, Base::p, Base::ring, Base::thread, Base::x;
+class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, T> {
+  using Base = DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, T>;
+  using Base::next_id, Base::p, Base::ring, Base::set_shift, Base::thread, Base::x;
   using typename Base::Frag;
   using typename Base::LayerNorms;
   using typename Base::Moments;
@@ -88,27 +146,38 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache> 
                                        char* shared)
       : Base(params.stream, kv_cache, shared), layer(params) {}
 
-  __device__ __forceinline__ void consume(int launch_epoch, int position) {
-    epoch = launch_epoch;
-    next_id = ring.announced();
-    if (layer.attention_and_up) {
-      first_half(position);
-      if (layer.down) second_half();
-    } else {
+  __device__ __forceinline__ void consume() {
+    if (!layer.attention_and_up) {
+      next_id = ring.announced();
       down_only();
+      return;
     }
+    set_shift = static_cast<int>(launch_number(layer) % 2);
+    const int position = position_of(layer);
+    const bool valid = is_position(layer, position);
+    LayerNorms norms;
+    this->load_norms(0, norms);
+    load_input();
+    next_id = ring.announced();
+    multiply_normed(norms, position, valid);
+    if (!valid)
+      refuse();
+    else if (layer.down)
+      second_half();
+    else
+      project_attention();
   }
 
-  // For a position that is not one: every result is NaN, the caches stay as they are.
+ private:
+  // For a position that is not one: every result is NaN (the MLP's activations are already), the
+  // caches stay as they are.
   __device__ __forceinline__ void refuse() const {
     fill_nan(layer.attn_output, p.hidden_size);
-    fill_nan(layer.mlp_intermediate, p.intermediate_size);
     fill_nan(layer.output, p.hidden_size);
     fill_nan(layer.k_new, p.hidden_size);
     fill_nan(layer.v_new, p.hidden_size);
   }
 
- private:
   __device__ __forceinline__ void fill_nan(void* vector, int count) const {
     if (vector == nullptr) return;
     for (int i = static_cast<int>(blockIdx.x) * kConsumerThreads + thread; i < count;
@@ -120,11 +189,10 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache> 
     return static_cast<const T*>(vector);
   }
 
-  // Attention's output goes to the caller, or to the second half; so do the MLP's activations.
-  __device__ __forceinline__ void first_half(int position) {
-    LayerNorms norms;
-    this->load_norms(0, norms);
-    load_input();
+  // QKV, the first MLP matrix and, in between or behind, attention. The MLP's activations go to the
+  // caller, or to the second half.
+  __device__ __forceinline__ void multiply_normed(const LayerNorms& norms, int position,
+                                                  bool valid) {
     const Moments moments = this->moments(false);
     this->normalise(moments, norms.input, 0);
     this->normalise(moments, norms.post, 1);
@@ -132,25 +200,35 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache> 
     Frag fragments;
     this->load_normed(p.qkv, 0, fragments);
     float* qkv = this->template flow<float>(p.layout.qkv);
-    this->multiply(Stream::qkv, p.qkv, fragments, typed(layer.qkv_bias),
+    this->multiply(Stream::qkv, p.qkv, fragments, p.first_layer.qkv_bias != nullptr,
                    [&](int row, float value) { flow_store(qkv + row, value); });
-    this->load_normed(p.mlp_up, 1, fragments);
     T* mlp = this->template flow<T>(p.layout.mlp);
-    this->multiply(Stream::mlp_up, p.mlp_up, fragments, typed(layer.mlp_up_bias),
-                   [&](int row, float value) {
-                     const T rounded = static_cast<T>(activate(p.activation, value));
-                     if (layer.down)
-                       flow_store(mlp + operand_order(row), rounded);
-                     else
-                       static_cast<T*>(layer.mlp_intermediate)[row] = rounded;
-                   });
-    this->attend(0, position);
-    if (layer.down) return;
+#pragma unroll 1
+    for (int part = 0; part < 2; ++part) {
+      if (this->comes(Stream::mlp_up)) {
+        this->load_normed(p.mlp_up, 1, fragments);
+        this->multiply(Stream::mlp_up, p.mlp_up, fragments, p.first_layer.mlp_up_bias != nullptr,
+                       [&](int row, float value) {
+                         const T rounded =
+                             static_cast<T>(valid ? activate(p.activation, value) : NAN);
+                         if (layer.down)
+                           flow_store(mlp + operand_order(row), rounded);
+                         else
+                           static_cast<T*>(layer.mlp_intermediate)[row] = rounded;
+                       });
+      }
+      if (part == 0) this->attend(0, position);
+    }
+  }
+
+  // Of the first half alone.
+  __device__ __forceinline__ void project_attention() {
     if (!this->comes(Stream::attention_out)) return;
+    Frag fragments;
     this->ask_activations(p.attention_out, p.layout.attention, fragments);
     this->wait_activations(p.attention_out, p.layout.attention, fragments);
     this->multiply(Stream::attention_out, p.attention_out, fragments,
-                   typed(layer.attention_out_bias), [&](int row, float value) {
+                   p.first_layer.attention_out_bias != nullptr, [&](int row, float value) {
                      static_cast<T*>(layer.attn_output)[row] = static_cast<T>(value);
                    });
   }
@@ -163,18 +241,22 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache> 
       Frag fragments;
       this->ask_activations(p.mlp_down, p.layout.mlp, fragments);
       this->wait_activations(p.mlp_down, p.layout.mlp, fragments);
-      this->multiply(Stream::mlp_down, p.mlp_down, fragments, typed(layer.mlp_down_bias),
+      this->multiply(Stream::mlp_down, p.mlp_down, fragments,
+                     p.first_layer.mlp_down_bias != nullptr,
                      [&](int row, float value) { flow_store(mlp + row, value); });
     }
     if (this->comes(Stream::attention_out)) {
       this->ask_activations(p.attention_out, p.layout.attention, next);
       this->wait_activations(p.attention_out, p.layout.attention, next);
-      this->multiply(Stream::attention_out, p.attention_out, next, typed(layer.attention_out_bias),
+      this->multiply(Stream::attention_out, p.attention_out, next,
+                     p.first_layer.attention_out_bias != nullptr,
                      [&](int row, float value) { flow_store(attention + row, value); });
     }
-    // The sum, each element by one thread, spread over all blocks.
-    for (int i = static_cast<int>(blockIdx.x) + static_cast<int>(gridDim.x) * thread;
-         i < p.hidden_size; i += static_cast<int>(gridDim.x) * kConsumerThreads) {
+    // The sum, each element by one thread: to each block a piece.
+    const int piece =
+        (p.hidden_size + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+    const int begin = static_cast<int>(blockIdx.x) * piece;
+    for (int i = begin + thread; i < min(begin + piece, p.hidden_size); i += kConsumerThreads) {
       const float input = static_cast<float>(typed(layer.input)[i]);
       const float sum = input + flow_wait(attention + i) + flow_wait(mlp + i);
       static_cast<T*>(layer.output)[i] = static_cast<T>(sum);
@@ -185,7 +267,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache> 
     if (!this->comes(Stream::mlp_down)) return;
     Frag fragments;
     load_plain(p.mlp_down, typed(layer.mlp_input), fragments);
-    this->multiply(Stream::mlp_down, p.mlp_down, fragments, typed(layer.mlp_down_bias),
+    this->multiply(Stream::mlp_down, p.mlp_down, fragments, p.first_layer.mlp_down_bias != nullptr,
                    [&](int row, float value) {
                      const float sum = static_cast<float>(typed(layer.input)[row]) +
                                        static_cast<float>(typed(layer.attn_input)[row]) + value;
@@ -219,20 +301,39 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache> 
   const LayerParams& layer;
 };
 
+// The combiner's part, if there are splits.
+template <typename T>
+__device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedControl* control) {
+  if (!layer.attention_and_up) return;
+  const int position = position_of(layer);
+  if (!is_position(layer, position)) return;
+  const int splits = splits_at(layer.stream, position).splits;
+  if (splits == 1) return;
+  SplitCombiner<T>(layer.stream, control)
+      .combine(static_cast<int>(launch_number(layer) % 2), splits);
+}
+
 // Empties the half of the scratch that the launch before has used.
-__device__ __forceinline__ void sweep_layer(const LayerParams& p, int epoch, int lane) {
-  char* set = flow_set(p.stream, epoch ^ 1);
+__device__ __forceinline__ void sweep_layer(const LayerParams& p, std::uint32_t launch, int lane) {
+  const int before = static_cast<int>((launch + 1) % 2);
+  char* set = flow_set(p.stream, before);
   const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
   for (int offset = (static_cast<int>(blockIdx.x) * 32 + lane) * 16; offset < p.stream.layout.bytes;
        offset += static_cast<int>(gridDim.x) * 32 * 16)
     *reinterpret_cast<uint4*>(set + offset) = empty;
-  if (blockIdx.x == 0 && lane < kLayerPhases)
-    p.stream.tickets[(epoch ^ 1) * kLayerPhases + lane] = 0;
+  if (blockIdx.x == 0 && lane < kLayerPhases) p.stream.tickets[before * kLayerPhases + lane] = 0;
 }
 
-// The last block to end makes the scratch ready for the next launch.
-__device__ __forceinline__ void end_launch(const LayerScratch& scratch, std::uint32_t launch) {
-  if (atomicAdd(scratch.done, 1u) + 1 != gridDim.x) return;
+// The last block to end makes the scratch ready for the next launch: when nobody needs its number
+// any more. The producer and the combiner know it before consumers can end; consumers and the
+// sweeper meet here.
+__device__ __forceinline__ void consumers_end() {
+  asm volatile("bar.arrive 2, %0;" ::"n"(kConsumerThreads + 32) : "memory");
+}
+__device__ __forceinline__ void end_launch(const LayerScratch& scratch, std::uint32_t launch,
+                                           int lane) {
+  asm volatile("bar.sync 2, %0;" ::"n"(kConsumerThreads + 32) : "memory");
+  if (lane != 0 || atomicAdd(scratch.done, 1u) + 1 != gridDim.x) return;
   *scratch.done = 0;
   *scratch.launch = launch + 1;
 }
@@ -242,47 +343,36 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
     layer_kernel(const __grid_constant__ LayerParams params) {
   extern __shared__ __align__(128) char shared[];
   SharedControl* control = shared_control(shared);
-  switch (threadIdx.x) {
-    case 0: init_shared(params.stream, control); break;
-    case 32: control->launch = *params.scratch.launch; break;
-    case 64:
-      control->position =
-          params.device_position != nullptr ? *params.device_position : params.position;
-      break;
-  }
+  if (threadIdx.x == 0) init_shared(params.stream, control);
+  // A launch that may begin before this one has ended waits there, as this one does here.
+  start_dependents();
+  if (threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
+  wait_for_dependencies();
   __syncthreads();
-  const std::uint32_t launch = control->launch;
-  const int position = control->position;
-  const int epoch = static_cast<int>(launch % 2);
-  const bool valid = !params.attention_and_up || (position >= 0 && position < params.max_positions);
   const RowCache cache{params};
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < plan::kConsumerWarps) {
     take_registers<kConsumerRegisters>();
-    LayerStep<T, kMaxIterations, kMaxHeadSteps> step(params, cache, shared);
-    if (valid)
-      step.consume(epoch, position);
-    else
-      step.refuse();
-    if (threadIdx.x == 0) end_launch(params.scratch, launch);
+    LayerStep<T, kMaxIterations, kMaxHeadSteps>(params, cache, shared).consume();
+    consumers_end();
     return;
   }
   give_up_registers<kProducerRegisters>();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (lane == 0 && valid)
-        LayerProducer(params, cache, control, shared_ring(params.stream, shared))
-            .run(epoch, position);
+      if (lane == 0)
+        LayerProducer(params, cache, control, shared_ring(params.stream, shared)).run();
       break;
-    case 1: sweep_layer(params, epoch, lane); break;
+    case 1: {
+      const std::uint32_t launch = launch_number(params);
+      sweep_layer(params, launch, lane);
+      end_launch(params.scratch, launch, lane);
+      break;
+    }
+    case 2: combine_layer<T>(params, control); break;
     default:
-      if (valid && params.attention_and_up) {
-        const int splits = splits_at(params.stream, position).splits;
-        if (splits > 1)
-          SplitCombiner<T>(params.stream, control, warp - plan::kConsumerWarps - 2)
-              .combine_heads(epoch, splits);
-      }
+      if (lane == 0) BiasFetcher(params.stream, control, shared_ring(params.stream, shared)).run(1);
   }
 }
 

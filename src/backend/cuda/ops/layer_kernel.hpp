@@ -11,7 +11,9 @@ namespace clusterfusion::cuda {
 // and this head size. Errors: unsupported if there is none.
 const void* find_layer_kernel(DType dtype, int iterations, int head_dim);
 
-// Launches on `stream`, one block on each of `sm_count` SMs, all resident together.
+// Launches on `stream`, one block on each of `sm_count` SMs; all resident together if there is a
+// first half, whose blocks wait for each other. Blocks may take their places while the launch
+// before ends.
 void launch_layer(const void* kernel, const LayerParams& params, int sm_count,
                   std::int64_t shared_bytes, cudaStream_t stream);
 

@@ -149,6 +149,9 @@ void set_inputs(LayerParams& params, const LayerInputs& inputs) {
   layer.qkv = static_cast<const char*>(inputs.weight_qkv);
   layer.attention_out = static_cast<const char*>(inputs.weight_o);
   layer.mlp_up = static_cast<const char*>(inputs.mlp_up_weight);
+  layer.qkv_bias = static_cast<const char*>(inputs.bias_qkv);
+  layer.attention_out_bias = static_cast<const char*>(inputs.bias_o);
+  layer.mlp_up_bias = static_cast<const char*>(inputs.mlp_up_bias);
   layer.input_norm_weight = inputs.ln_weight;
   layer.input_norm_bias = inputs.ln_bias;
   layer.post_norm_weight = inputs.post_ln_weight;
@@ -157,9 +160,6 @@ void set_inputs(LayerParams& params, const LayerInputs& inputs) {
   params.stream.layer_norm_eps = inputs.layer_norm_eps;
   params.attention_and_up = true;
   params.input = inputs.input;
-  params.qkv_bias = inputs.bias_qkv;
-  params.attention_out_bias = inputs.bias_o;
-  params.mlp_up_bias = inputs.mlp_up_bias;
   params.k_new = inputs.k_new;
   params.v_new = inputs.v_new;
   params.k_cache = inputs.k_cache;
@@ -177,6 +177,7 @@ void set_inputs(LayerParams& params, const LayerInputs& inputs) {
 LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch) {
   LayerParams params{};
   params.stream = plan.stream;
+  params.stream.bias_element_bytes = 2;
   params.stream.flow = scratch.flow;
   params.stream.tickets = scratch.tickets;
   params.scratch = scratch.launches;
@@ -205,7 +206,7 @@ void down_alone(const LayerPlan& plan, const LayerScratchView& scratch, const Ml
   params.input = task.hidden_states;
   params.attn_input = task.attn_output;
   params.mlp_input = task.mlp_intermediate;
-  params.mlp_down_bias = task.mlp_down_bias;
+  params.stream.first_layer.mlp_down_bias = static_cast<const char*>(task.mlp_down_bias);
   params.output = task.output;
   launch(plan, params, stream);
 }
@@ -250,7 +251,7 @@ void decoder_layer(const DecoderLayerTask& task, const LayerStream& where) {
   if (!task.split) {
     params.down = true;
     params.stream.first_layer.mlp_down = static_cast<const char*>(task.mlp_down_weight);
-    params.mlp_down_bias = task.mlp_down_bias;
+    params.stream.first_layer.mlp_down_bias = static_cast<const char*>(task.mlp_down_bias);
     params.output = task.output;
     launch(plan, params, stream);
     return;

@@ -18,7 +18,7 @@ struct LayerScratch {
 
 struct LayerParams {
   // Matrices, shape, ring and scratch as for a whole model of one layer. `flow` has two sets,
-  // `tickets` two times kLayerPhases counters; biases and everything of the engine are unused.
+  // `tickets` two times kLayerPhases counters; everything of the engine is unused.
   DecodeParams stream;
   LayerScratch scratch;
 
@@ -26,13 +26,9 @@ struct LayerParams {
   bool down;              // the second half: the MLP's second matrix and the sum of all
 
   // 16-bit vectors of the caller; null where a half is not wanted.
-  const void* input;               // [hidden]
-  const void* attn_input;          // [hidden]: attention's output, if only the second half runs
-  const void* mlp_input;           // [intermediate]: likewise
-  const void* qkv_bias;            // or null
-  const void* attention_out_bias;  // or null
-  const void* mlp_up_bias;
-  const void* mlp_down_bias;
+  const void* input;       // [hidden]
+  const void* attn_input;  // [hidden]: attention's output, if only the second half runs
+  const void* mlp_input;   // [intermediate]: likewise
   void* attn_output;       // [hidden], if only the first half runs
   void* mlp_intermediate;  // [intermediate], likewise
   void* output;            // [hidden]

@@ -13,8 +13,8 @@ namespace {
 
 struct Key {
   int device = 0;
-  // A stream by its id, because a handle may be used again for another one; while it is captured, the
-  // capture by its id.
+  // A stream by its id, because a handle may be used again for another one; while it is captured,
+  // when nobody may ask for that, by its handle and the id of the capture.
   unsigned long long stream = 0;
   unsigned long long capture = 0;
   std::int64_t flow_bytes = 0;
@@ -52,6 +52,8 @@ LayerScratchView layer_scratch(cudaStream_t stream, std::int64_t flow_bytes,
   if (status == cudaStreamCaptureStatusNone) {
     key.capture = 0;
     check(cudaStreamGetId(stream, &key.stream), "asking for the stream's id");
+  } else {
+    key.stream = reinterpret_cast<std::uintptr_t>(stream);
   }
 
   const std::lock_guard lock(mutex);

@@ -15,6 +15,8 @@ constexpr std::int64_t kMostTokens = 2048;
 constexpr std::int64_t kActivationBytes = 180'000'000;
 constexpr std::int64_t kAlignment = 256;
 
+const float* floats(const char* bias) { return reinterpret_cast<const float*>(bias); }
+
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
@@ -190,7 +192,7 @@ void Prefill::normalise(const LayerNormOutput& first, const LayerNormOutput& sec
 void Prefill::attend(const StreamedLayer& layer, cudaStream_t stream) {
   products_.multiply({.x = normed_,
                       .weight = layer.qkv,
-                      .bias = layer.qkv_bias,
+                      .bias = floats(layer.qkv_bias),
                       .y = wide_,
                       .rows = rows_,
                       .in = config_.hidden_size,
@@ -206,7 +208,7 @@ void Prefill::attend(const StreamedLayer& layer, cudaStream_t stream) {
 void Prefill::add_attention(const StreamedLayer& layer, cudaStream_t stream) {
   products_.multiply({.x = heads_,
                       .weight = layer.attention_out,
-                      .bias = layer.attention_out_bias,
+                      .bias = floats(layer.attention_out_bias),
                       .y = x_,
                       .rows = rows_,
                       .in = config_.hidden_size,
@@ -220,7 +222,7 @@ void Prefill::add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& p
                       cudaStream_t stream) {
   products.multiply({.x = mlp_normed_,
                      .weight = layer.mlp_up,
-                     .bias = layer.mlp_up_bias,
+                     .bias = floats(layer.mlp_up_bias),
                      .y = wide,
                      .rows = rows_,
                      .in = config_.hidden_size,
@@ -230,7 +232,7 @@ void Prefill::add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& p
                     attention_.count * config_.intermediate_size, stream);
   products.multiply({.x = active_,
                      .weight = layer.mlp_down,
-                     .bias = layer.mlp_down_bias,
+                     .bias = floats(layer.mlp_down_bias),
                      .y = x_,
                      .rows = rows_,
                      .in = config_.intermediate_size,
