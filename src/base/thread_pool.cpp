@@ -115,8 +115,10 @@ void ThreadPool::work(int thread) noexcept {
   for (;;) {
     wait_while_equal(state_, state);
     state = state_.load(std::memory_order_acquire);
-    if (stop_.load(std::memory_order_relaxed)) return;
-    while ((state & kOpen) != 0) {
+    for (;;) {
+      // Also after an entry that failed: what changed may have been the last thing that changes.
+      if (stop_.load(std::memory_order_relaxed)) return;
+      if ((state & kOpen) == 0) break;
       if (!state_.compare_exchange_weak(state, state + 1, std::memory_order_acquire)) continue;
       take_tasks(thread);
       state = state_.fetch_sub(1, std::memory_order_acq_rel) - 1;

@@ -80,6 +80,24 @@ TEST(ThreadPool, ThrowsATasksException) {
   }
 }
 
+// A worker that was about to enter a region when it closed, and the pool went, must not sleep on
+// what it found then. Pools side by side keep workers from getting a core in time.
+TEST(ThreadPool, EndsWhileWorkersComeTooLate) {
+  std::vector<std::thread> owners;
+  std::atomic<int> ran = 0;
+  constexpr int kOwners = 4, kPools = 1000, kTasks = 3;
+  for (int i = 0; i < kOwners; ++i) {
+    owners.emplace_back([&] {
+      for (int round = 0; round < kPools; ++round) {
+        ThreadPool pool(6);
+        pool.run(kTasks, [&](std::int64_t, int) { ++ran; });
+      }
+    });
+  }
+  for (std::thread& owner : owners) owner.join();
+  EXPECT_EQ(ran, kOwners * kPools * kTasks);
+}
+
 TEST(ThreadPool, UsableCoresIsPositive) { EXPECT_GE(usable_cores(), 1); }
 
 }  // namespace
