@@ -55,7 +55,6 @@ def collect(
         "models": models,
         "rivals_model": COMPARED,
         "rivals": rivals.get("rivals", []),
-        "prefill": rivals.get("prefill", []),
         "torch": rivals.get("torch"),
         "transformers": rivals.get("transformers"),
     }

@@ -130,11 +130,11 @@ def gpu_tables(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def prefill_table() -> str:
     """Prompts on the GPU beside transformers."""
-    result, compared = load("prefill_h100.json"), load("gpu_h100.json")
-    if result is None or compared is None:
+    result = load("prefill_h100.json")
+    if result is None:
         return ""
     (ours,) = (m["prompts"] for m in result["models"] if m["model"] == COMPARED)
-    theirs = {row["tokens"]: row for row in compared["prefill"]}
+    theirs = {row["tokens"]: row for row in result["rivals"]}
 
     def cell(row: dict[str, float] | None) -> str:
         return f"{row['ms']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if row else NOT_MEASURED
