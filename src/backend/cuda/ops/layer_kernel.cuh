@@ -90,8 +90,8 @@ class LayerProducer : public DecodeProducer<RowCache> {
     Hooks hooks{*this, launch, position};
     // Alone, the first half has attention between the rows of the MLP's matrix, late enough that
     // QKV is there, so that it does not come last; with the second half, that hides it.
+    // The loop is one copy of the code for both phases: it must fit into few registers.
     if (!layer.down) hooks.attention_from = p.qkv.chunks + p.mlp_up.chunks * 3 / 8;
-      // One copy of the code for all phases: it must fit into few registers.
 #pragma unroll 1
     for (int index = layer.attention_and_up ? 0 : 1; index < 2; ++index) {
       plan::Phase phase = plan::layer_phase(true, index);
