@@ -12,7 +12,6 @@ checks the program itself).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,21 +181,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--rounds", type=int, default=20, help="tokens timed; the median counts")
-    parser.add_argument(
-        "--ceiling",
-        type=float,
-        help="bytes per second that memory gives at best, as benchmarks/cuda/decode_time measures "
-        "it; else a sum by torch is timed",
-    )
-    parser.add_argument("--output", type=Path, help="of the JSON; else it goes to stdout")
+    timing.add_ceiling_argument(parser)
+    timing.add_output_argument(parser)
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything."""
-    ceiling = args.ceiling or timing.read_ceiling(args.device)
+    ceiling = timing.ceiling_of(args)
+    bytes_per_second = ceiling["bytes_per_second"]
     model = Model.make(args)
-    rows = [row for position in args.contexts for row in measure(model, position, ceiling, args)]
+    rows = [
+        row
+        for position in args.contexts
+        for row in measure(model, position, bytes_per_second, args)
+    ]
     print_table(rows)
     return {
         "machine": timing.machine(args.device),
@@ -204,10 +203,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "layers": args.layers,
         "rounds": args.rounds,
-        "ceiling": {
-            "bytes_per_second": ceiling,
-            "measured_by": "given" if args.ceiling else "torch.sum",
-        },
+        "ceiling": ceiling,
         "results": rows,
     }
 
@@ -216,11 +212,7 @@ def main() -> None:
     """Measure, and write what was found."""
     args = parse_arguments()
     with torch.inference_mode():
-        text = json.dumps(run(args), indent=2) + "\n"
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+        timing.write_result(run(args), args.output)
 
 
 if __name__ == "__main__":

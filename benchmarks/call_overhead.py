@@ -8,7 +8,6 @@ The time includes computing that layer; on a GPU the work is only enqueued. Prin
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -70,18 +69,14 @@ def main() -> None:
     """Measure, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=timing.default_device())
-    parser.add_argument("--output", type=Path, help="of the JSON; else it goes to stdout")
+    timing.add_output_argument(parser)
     args = parser.parse_args()
     with torch.inference_mode():
         result = {
             "machine": timing.machine(args.device),
             "microseconds_per_call": measure(args.device),
         }
-    text = json.dumps(result, indent=2) + "\n"
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    timing.write_result(result, args.output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Needs torch. `--model tiny` checks the program itself.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -198,30 +197,23 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--rounds", type=int, default=50, help="over all layers")
-    parser.add_argument(
-        "--ceiling",
-        type=float,
-        help="bytes per second that memory gives at best, as benchmarks/cuda/decode_time measures "
-        "it; else a sum by torch is timed",
-    )
-    parser.add_argument("--output", type=Path, help="of the JSON; else it goes to stdout")
+    timing.add_ceiling_argument(parser)
+    timing.add_output_argument(parser)
     return parser.parse_args()
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything."""
-    ceiling = args.ceiling or timing.read_ceiling(args.device)
-    models = [measure_model(name, ceiling, args) for name in args.model]
+    ceiling = timing.ceiling_of(args)
+    bytes_per_second = ceiling["bytes_per_second"]
+    models = [measure_model(name, bytes_per_second, args) for name in args.model]
     print_table(models)
     return {
         "machine": timing.machine(args.device),
         "dtype": args.dtype,
         "rounds": args.rounds,
         "mode": "CUDA graph" if args.device.type == "cuda" else "eager",
-        "ceiling": {
-            "bytes_per_second": ceiling,
-            "measured_by": "given" if args.ceiling else "torch.sum",
-        },
+        "ceiling": ceiling,
         "models": models,
         "eager_us_per_call": call_overhead.measure(args.device),
     }
@@ -231,11 +223,7 @@ def main() -> None:
     """Measure, and write what was found."""
     args = parse_arguments()
     with torch.inference_mode():
-        text = json.dumps(run(args), indent=2) + "\n"
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+        timing.write_result(run(args), args.output)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
+import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -143,3 +146,35 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def microseconds(seconds: float | None) -> str:
     """Write a time for a table."""
     return "-" if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+def add_ceiling_argument(parser: argparse.ArgumentParser) -> None:
+    """Let a read ceiling be given."""
+    parser.add_argument(
+        "--ceiling",
+        type=float,
+        help="bytes per second that memory gives at best, as benchmarks/cuda/decode_time measures "
+        "it; else a sum by torch is timed",
+    )
+
+
+def ceiling_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Give the read ceiling and who has measured it."""
+    return {
+        "bytes_per_second": args.ceiling or read_ceiling(args.device),
+        "measured_by": "given" if args.ceiling else "torch.sum",
+    }
+
+
+def add_output_argument(parser: argparse.ArgumentParser) -> None:
+    """Let a file for the results be given."""
+    parser.add_argument("--output", type=Path, help="of the JSON; else it goes to stdout")
+
+
+def write_result(result: dict[str, Any], output: Path | None) -> None:
+    """Write the results as JSON."""
+    text = json.dumps(result, indent=2) + "\n"
+    if output:
+        output.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)

@@ -29,7 +29,9 @@ MAX_SEQ_LEN = 2048
 NAMES = ("attn_output", "mlp_intermediate", "k_new", "v_new")
 DEVICE = timing.default_device()
 # The time of a test on the CPU is that of PyTorch in float64.
-TESTED = ("pythia_2b8", "pythia_6b9") if DEVICE.type == "cuda" else ("pythia_2b8",)
+CASES = torch_layer.tested_layers(
+    ["pythia_2b8", "pythia_6b9"] if DEVICE.type == "cuda" else ["pythia_2b8"]
+)
 
 
 def attention_only(model: str, tensors: Tensors, position: Any) -> tuple[torch.Tensor, ...]:
@@ -59,15 +61,7 @@ def errors(model: str, tensors: Tensors, wide: Tensors, position: int) -> Errors
 # ---- tests ----
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param((model, dtype, tail), id=f"{model}-{dtype}-{'heavy' if tail else 'normal'}")
-        for model in TESTED
-        for dtype in ("float16", "bfloat16")
-        for tail in (False, True)
-    ],
-)
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def layer(request: pytest.FixtureRequest) -> Iterator[tuple[str, Tensors, Tensors]]:
     model, dtype, heavy_tailed = request.param
     with torch.inference_mode():

@@ -25,7 +25,9 @@ from torch_layer import MODELS, Tensors, relative_error  # noqa: E402
 
 DEVICE = timing.default_device()
 # The time of a test on the CPU is that of PyTorch in float64.
-TESTED = ("pythia_2b8", "pythia_6b9") if DEVICE.type == "cuda" else ("pythia_2b8",)
+CASES = torch_layer.tested_layers(
+    ["pythia_2b8", "pythia_6b9"] if DEVICE.type == "cuda" else ["pythia_2b8"]
+)
 WEIGHTS = ("mlp_down_weight", "mlp_down_bias")
 
 
@@ -52,15 +54,7 @@ def mlp_only_of_torch(tensors: Tensors) -> torch.Tensor:
 # ---- tests ----
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param((model, dtype, tail), id=f"{model}-{dtype}-{'heavy' if tail else 'normal'}")
-        for model in TESTED
-        for dtype in ("float16", "bfloat16")
-        for tail in (False, True)
-    ],
-)
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def layer(request: pytest.FixtureRequest) -> Iterator[tuple[str, Tensors]]:
     model, dtype, heavy_tailed = request.param
     with torch.inference_mode():

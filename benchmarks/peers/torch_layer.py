@@ -6,6 +6,7 @@ which is the least that PyTorch can be made to do; capturable in a CUDA graph fo
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,16 @@ MODELS = {
 }
 # Of almost no size, but one that every device computes.
 TINY = Sizes(64, 256, 2, 8)
+
+
+def tested_layers(models: Iterable[str]) -> dict[str, tuple[str, str, bool]]:
+    """Give layers to test by name: model, dtype, whether weights are heavy-tailed."""
+    return {
+        f"{model}-{dtype}-{'heavy' if tail else 'normal'}": (model, dtype, tail)
+        for model in models
+        for dtype in ("float16", "bfloat16")
+        for tail in (False, True)
+    }
 
 
 def random_tensors(

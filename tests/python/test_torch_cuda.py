@@ -27,6 +27,7 @@ from torch_layer import MODELS, Tensors, relative_error  # noqa: E402
 
 CONTEXTS = (0, 1, 63, 64, 65, 1000, 2047)
 MAX_SEQ_LEN = 2048
+CASES = torch_layer.tested_layers(["pythia_2b8", "pythia_6b9"])
 LARGE = ("k_cache", "v_cache", "weight_qkv", "weight_o", "mlp_up_weight", "mlp_down_weight")
 SMALL = torch_layer.Sizes(128, 512, 4, 8)
 Results = tuple[torch.Tensor, ...]
@@ -63,15 +64,7 @@ def graph_step(model: str, ctx_id: int) -> Layer:
     return step
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param((model, dtype, tail), id=f"{model}-{dtype}-{'heavy' if tail else 'normal'}")
-        for model in MODELS
-        for dtype in ("float16", "bfloat16")
-        for tail in (False, True)
-    ],
-)
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
 def layer(request: pytest.FixtureRequest) -> Iterator[tuple[str, Tensors, Tensors]]:
     model, dtype, heavy_tailed = request.param
     tensors = torch_layer.random_tensors(
