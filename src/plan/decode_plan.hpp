@@ -89,6 +89,19 @@ constexpr Phase layer_phase(bool parallel_residual, std::int32_t index) noexcept
   }
 }
 
+// The attention of a layer with parallel residual, `tasks` of them (a split of a head each), lies
+// between the two phases. With heads so wide that it would not be over when its output is to be
+// projected, and where enough SMs have none, those that have some take no more chunks of the first
+// phase from the midst of the MLP's rows on: others do the rest.
+constexpr bool leaves_for_attention(std::int32_t tasks, std::int32_t head_dim,
+                                    std::int32_t sm_count) noexcept {
+  return head_dim > 128 && 5 * tasks <= 3 * sm_count;
+}
+constexpr std::int32_t leave_for_attention_from(std::int32_t qkv_chunks,
+                                                std::int32_t mlp_up_chunks) noexcept {
+  return qkv_chunks + mlp_up_chunks / 2;
+}
+
 // How the chunks of a phase are handed out: at first in turns (turn t of SM s is chunk
 // t sm_count + s), so that nothing has to be waited for when the phase begins; then by ticket,
 // because SMs are not served equally.

@@ -14,6 +14,8 @@ char* KvPool::take() {
   if (free_.empty()) {
     const std::int64_t pages = std::max<std::int64_t>(1, kSlabBytes / page_bytes_);
     slabs_.emplace_back(pages * page_bytes_, "the KV cache");
+    // Blocks of positions are read whole, also where no key or value has been written yet.
+    clear_or_poison(slabs_.back().as<>(), pages * page_bytes_);
     for (std::int64_t i = pages - 1; i >= 0; --i)
       free_.push_back(slabs_.back().as<>() + i * page_bytes_);
   }

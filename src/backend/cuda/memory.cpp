@@ -7,17 +7,31 @@
 #include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
+namespace {
 
-void poison_if_asked(void* data, std::int64_t bytes) {
-  const char* asked = std::getenv("CLUSTERFUSION_POISON");
-  if (asked == nullptr || std::string_view(asked) != "1") return;
+void fill(void* data, int byte, std::int64_t bytes) {
   // On a stream of its own, which may be waited for also while another one is captured.
   cudaStream_t stream = nullptr;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
-  check(cudaMemsetAsync(data, 0xFF, static_cast<std::size_t>(bytes), stream),
-        "poisoning device memory");
-  check(cudaStreamSynchronize(stream), "poisoning device memory");
+  check(cudaMemsetAsync(data, byte, static_cast<std::size_t>(bytes), stream),
+        "filling device memory");
+  check(cudaStreamSynchronize(stream), "filling device memory");
   check(cudaStreamDestroy(stream), "giving back a stream");
+}
+
+bool poison_asked() {
+  const char* asked = std::getenv("CLUSTERFUSION_POISON");
+  return asked != nullptr && std::string_view(asked) == "1";
+}
+
+}  // namespace
+
+void poison_if_asked(void* data, std::int64_t bytes) {
+  if (poison_asked()) fill(data, 0xFF, bytes);
+}
+
+void clear_or_poison(void* data, std::int64_t bytes) {
+  fill(data, poison_asked() ? 0xFF : 0, bytes);
 }
 
 DeviceMemory::DeviceMemory(std::int64_t bytes, const char* purpose) : bytes_(bytes) {

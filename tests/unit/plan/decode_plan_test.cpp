@@ -215,6 +215,23 @@ TEST(LayerPhases, KeepEveryDependency) {
   }
 }
 
+// Whoever leaves the first phase for attention leaves chunks to others: there must be some, and no
+// QKV rows among the chunks.
+TEST(LayerPhases, SomeStayWhereOthersLeaveForAttention) {
+  for (const int sms : {1, 2, 3, 7, 132, 170}) {
+    for (int tasks = 1; tasks <= sms; ++tasks) {
+      EXPECT_FALSE(leaves_for_attention(tasks, 256, sms) && tasks == sms);
+    }
+  }
+  EXPECT_TRUE(leaves_for_attention(24, 256, 132));
+  EXPECT_FALSE(leaves_for_attention(128, 256, 132));
+  EXPECT_FALSE(leaves_for_attention(24, 80, 132));
+  for (const int chunks : {1, 2, 100}) {
+    EXPECT_GE(leave_for_attention_from(chunks, chunks), chunks);
+    EXPECT_LE(leave_for_attention_from(chunks, chunks), 2 * chunks);
+  }
+}
+
 TEST(MakeDecodePlan, RefusesWhatItCannotStream) {
   const auto message = [](const ModelConfig& config, const DeviceLimits& limits) -> std::string {
     try {

@@ -277,25 +277,33 @@ class DecodeStep {
     }
   }
 
-  // x += one or two flow vectors; all loads of a batch first, and again for what is missing.
+  // x += one or two flow vectors; all loads of a batch first, and again only for what is missing:
+  // the SMs' loads of results share the way from L2 with the weights.
   __device__ __forceinline__ void add_deltas(const float* first, const float* second) {
 #pragma unroll
     for (int begin = 0; begin < kMaxIterations; begin += kBatch) {
       uint2 delta[kBatch], other[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        delta[i] = other[i] = make_uint2(0, 0);
+        if (!holds(begin + i)) continue;
+        delta[i] = flow_load_2(first + element(begin + i));
+        if (second != nullptr) other[i] = flow_load_2(second + element(begin + i));
+      }
       bool missing = true;
       while (missing) {
         missing = false;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          delta[i] = other[i] = make_uint2(0, 0);
-          if (!holds(begin + i)) continue;
-          delta[i] = flow_load_2(first + element(begin + i));
-          if (second != nullptr) other[i] = flow_load_2(second + element(begin + i));
+          if (any_empty(delta[i])) {
+            missing = true;
+            delta[i] = flow_load_2(first + element(begin + i));
+          }
+          if (any_empty(other[i])) {
+            missing = true;
+            other[i] = flow_load_2(second + element(begin + i));
+          }
         }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          missing |= delta[i].x == kEmpty || delta[i].y == kEmpty || other[i].x == kEmpty ||
-                     other[i].y == kEmpty;
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -563,7 +571,7 @@ class DecodeStep {
   // from the QKV matrix, then the query rotated and scaled, the key rotated, all rounded.
   struct HeadInputs {
     float* raw;  // [3, head_dim]
-    T* ready;    // [3, head_dim]
+    T* ready;    // [4, head_dim]: query, key, value, and what rounding took from the query
   };
   __device__ __forceinline__ HeadInputs head_inputs() const {
     float* raw = sums + plan::kConsumerWarps * (p.head_dim + 2);  // behind the warps' states
@@ -602,16 +610,22 @@ class DecodeStep {
         const float other = dim < half ? -inputs.raw[i + half] : inputs.raw[i - half];
         value = value * angle[round].x + other * angle[round].y;
       }
-      inputs.ready[i] = static_cast<T>(i < p.head_dim ? value * scale : value);
+      if (i < p.head_dim) {
+        value *= scale;
+        inputs.ready[3 * p.head_dim + i] =
+            static_cast<T>(value - static_cast<float>(static_cast<T>(value)));
+      }
+      inputs.ready[i] = static_cast<T>(value);
     }
     consumer_barrier();
   }
 
   // State of one warp's online softmax over its positions of one head; base-2 logarithms.
   struct Softmax {
-    float maximum;                   // the same in all lanes
-    float sum;                       // lanes 0 to 3: each its own columns
-    float output[kMaxHeadSteps][4];  // lanes q = 0: [0] is dimension 16 t + g, [2] 16 t + g + 8
+    float maximum;  // the same in all lanes
+    float sum;      // lanes 0 to 3: each its own columns
+    // Lanes q = 0: [0] + [1] is dimension 16 t + g, [2] + [3] 16 t + g + 8.
+    float output[kMaxHeadSteps][4];
   };
 
   __device__ __forceinline__ void attend(int layer, int position) {
@@ -634,7 +648,7 @@ class DecodeStep {
         for (int t = 0; t < kMaxHeadSteps; ++t)
           state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
       }
-      const int block = ~label.part;
+      const int block = label.part;
       attend_block(layer, head, block, position, query, state);
       release_stage();
       if (block + 1 == min((split + 1) * splits.blocks_per_split, splits.blocks))
@@ -642,10 +656,12 @@ class DecodeStep {
     }
   }
 
-  // Step t of the query as row 0 of operand A; the other rows are zero.
+  // Step t of the query as operand A: rounded in row 0, what rounding took from it in row 1, so
+  // that its precision is that of twice as many bits; the other rows are zero.
   __device__ __forceinline__ uint2 query_step(int t) const {
-    if (g != 0 || 16 * t >= p.head_dim) return make_uint2(0, 0);
-    return *reinterpret_cast<const uint2*>(head_inputs().ready + 16 * t + 4 * q);
+    if (g > 1 || 16 * t >= p.head_dim) return make_uint2(0, 0);
+    const T* query = head_inputs().ready + (g == 0 ? 0 : 3 * p.head_dim);
+    return *reinterpret_cast<const uint2*>(query + 16 * t + 4 * q);
   }
   struct Query {
     uint2 step[kQueryInRegisters ? kMaxHeadSteps : 1];
@@ -682,17 +698,23 @@ class DecodeStep {
         part = query_step(t);
       mma_16x8x16<T>(score, make_uint4(part.x, 0, part.y, 0), key.x, key.y);
     }
-    // Lanes 0 to 3 hold the scores of positions first + 2q and first + 2q + 1.
+    // Lanes 0 to 3 and 4 to 7 hold the scores of positions first + 2q and first + 2q + 1, from the
+    // two parts of the query.
+    score[0] += __shfl_xor_sync(kAllLanes, score[0], 4);
+    score[1] += __shfl_xor_sync(kAllLanes, score[1], 4);
     const float score0 = first + 2 * q <= position ? score[0] : -INFINITY;
     const float score1 = first + 2 * q + 1 <= position ? score[1] : -INFINITY;
     float maximum = warp_max<4>(fmaxf(score0, score1));
     maximum = fmaxf(state.maximum, __shfl_sync(kAllLanes, maximum, 0));
     const float correction = exp2f(state.maximum - maximum);
     state.maximum = maximum;
-    const float weight0 = g == 0 ? exp2f(score0 - maximum) : 0.0f;
-    const float weight1 = g == 0 ? exp2f(score1 - maximum) : 0.0f;
+    const float weight0 = g < 2 ? exp2f(score0 - maximum) : 0.0f;
+    const float weight1 = g < 2 ? exp2f(score1 - maximum) : 0.0f;
     state.sum = state.sum * correction + weight0 + weight1;
-    const std::uint32_t weights = pack<T>(weight0, weight1);
+    // As operand B: rounded in column 0, what rounding took from them in column 1.
+    std::uint32_t weights = pack<T>(weight0, weight1);
+    const float2 rounded = unpack<T>(weights);
+    if (g == 1) weights = pack<T>(weight0 - rounded.x, weight1 - rounded.y);
     const std::uint32_t row = shared_address(values + (lane % 8) * row_bytes + (lane / 8 % 2) * 16);
 #pragma unroll
     for (int t = 0; t < kMaxHeadSteps; ++t) {
@@ -733,8 +755,8 @@ class DecodeStep {
 #pragma unroll
     for (int t = 0; t < kMaxHeadSteps; ++t) {
       if (16 * t >= p.head_dim || q != 0) continue;
-      own[2 + 16 * t + g] = state.output[t][0];
-      own[2 + 16 * t + g + 8] = state.output[t][2];
+      own[2 + 16 * t + g] = state.output[t][0] + state.output[t][1];
+      own[2 + 16 * t + g + 8] = state.output[t][2] + state.output[t][3];
     }
     const float sum = warp_sum<4>(state.sum);
     if (lane == 0) {

@@ -2,7 +2,8 @@
 // is computed, what has to be read, and keeps the ring filled.
 //
 // The chunks of a phase are dealt out in turns at first, then by ticket, because SMs are not served
-// equally. All of this block's attention comes with the second phase of a layer, in front of it.
+// equally. All of this block's attention comes with the second phase of a layer, in front of it;
+// where few blocks have some, these leave the first phase early.
 #pragma once
 
 #include "backend/cuda/decode/decode_common.cuh"
@@ -25,6 +26,7 @@ class DecodeProducer {
     for (int step = 0; step < p.steps; ++step) {
       const int position = p.first_position + step;
       const bool scored = step >= p.first_scored_step;
+      const int leave_from = leaves_first_phase_from(position);
 #pragma unroll 1
       for (int layer = 0; layer < p.num_layers + scored; ++layer, ++epoch) {
         // One copy of the code for all phases: it must fit into few registers.
@@ -35,7 +37,7 @@ class DecodeProducer {
           const plan::Phase phase =
               head ? plan::Phase{Stream::lm_head} : plan::layer_phase(p.parallel_residual, index);
           if (phase.attention_before) stream_attention(layer, epoch, position);
-          stream(layer, epoch, phase);
+          stream(layer, epoch, phase, NoHooks{}, head || index > 0 ? kNever : leave_from);
         }
       }
       epoch += !scored;
@@ -81,9 +83,19 @@ class DecodeProducer {
   }
 
   __device__ __forceinline__ void stream_chunk(const Piece& piece, int index) {
-    ring.announce(piece.id, {index, ring.sequence()});
+    ring.announce(piece.id, {index, 0});
     ring.copy(piece.weights + static_cast<std::int64_t>(index) * piece.chunk_bytes,
               index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes);
+  }
+
+  static constexpr int kNever = 0x7fffffff;
+
+  // From which of the first phase's chunks on this block draws no more tickets.
+  __device__ __forceinline__ int leaves_first_phase_from(int position) const {
+    const int tasks = p.num_heads * splits_at(p, position).splits;
+    const bool leaves = p.parallel_residual && static_cast<int>(blockIdx.x) < tasks &&
+                        plan::leaves_for_attention(tasks, p.head_dim, static_cast<int>(gridDim.x));
+    return leaves ? plan::leave_for_attention_from(p.qkv.chunks, p.mlp_up.chunks) : kNever;
   }
 
   // What a caller of stream() may put in between.
@@ -92,10 +104,11 @@ class DecodeProducer {
     __device__ __forceinline__ void before_ticket() const {}
   };
 
-  // One phase: this block's chunks of one matrix, or of two, one after the other.
+  // One phase: this block's chunks of one matrix, or of two, one after the other. A ticket of chunk
+  // `leave_from` or a later one is the last that it draws.
   template <typename Hooks = NoHooks>
   __device__ __forceinline__ void stream(int layer, int epoch, const plan::Phase& phase,
-                                         Hooks&& hooks = {}) {
+                                         Hooks&& hooks = {}, int leave_from = kNever) {
     const Piece first = piece(layer, epoch, phase.first);
     Piece second = piece(layer, epoch, phase.second);
     if (phase.second == Stream::none) second.chunks = 0;
@@ -108,6 +121,7 @@ class DecodeProducer {
     bool asked = false;
     int begin = static_cast<int>(blockIdx.x), end = deal.first_by_ticket;
     int stride = static_cast<int>(gridDim.x);
+    bool leaves = false;
     while (true) {
 #pragma unroll 1
       for (int chunk = begin; chunk < end; chunk += stride) {
@@ -121,6 +135,7 @@ class DecodeProducer {
         ticket = atomicAdd(counter, p.ticket_chunks);
         asked = true;
       }
+      if (leaves) break;
       if (!asked) {
         hooks.before_ticket();
         ticket = atomicAdd(counter, p.ticket_chunks);
@@ -130,7 +145,8 @@ class DecodeProducer {
       if (begin >= chunks) break;
       end = min(begin + static_cast<int>(p.ticket_chunks), chunks);
       stride = 1;
-      ticket = atomicAdd(counter, p.ticket_chunks);
+      leaves = begin >= leave_from;
+      if (!leaves) ticket = atomicAdd(counter, p.ticket_chunks);
     }
     // Every phase of every step has a counter of its own: this producer may be a step ahead of
     // another that has not drawn its last ticket yet.
@@ -148,7 +164,7 @@ class DecodeProducer {
       typename Cache::Reader reader(cache, layer, head, first, end);
 #pragma unroll 1
       for (int block = first; block < end; ++block) {
-        ring.announce(ring_id(epoch, Stream::attention), {task, ~block});
+        ring.announce(ring_id(epoch, Stream::attention), {task, block});
         // What earlier steps of this launch have written must be there before it is copied.
         const int written = epoch - epochs_per_step(p);
         if (written >= 0) {

@@ -63,6 +63,10 @@ __device__ __forceinline__ uint4 flow_load_4(const void* elements) {
   return bits;
 }
 
+__device__ __forceinline__ bool any_empty(const uint2& elements) {
+  return elements.x == kEmpty || elements.y == kEmpty;
+}
+
 // Whether a half of a word is empty: as "has a zero half" of its complement.
 __device__ __forceinline__ std::uint32_t empty_half(std::uint32_t word) {
   return (~word - 0x00010001u) & word & 0x80008000u;

@@ -5,7 +5,8 @@
 // that something is over without waiting for a copy of something else. Every consumer warp passes
 // every stage, in order: the parity of the barriers cannot tell a lap from the one before last, so
 // nobody may skip one. One more thread, the follower, adds what goes with the data: a stage has
-// landed when both are there.
+// landed when both are there. Everything is handed over by mbarriers, which order what they hand
+// over.
 #pragma once
 
 #include <cstddef>
@@ -19,9 +20,7 @@ namespace clusterfusion::device {
 inline constexpr int kMaxRingStages = 16;
 inline constexpr int kRingEnd = -1;  // the id behind the last stage
 
-// What a stage holds: the numbers are the users' business, but for `part`. Where a follower reads
-// the label, it is the stage's sequence number, by which he knows whose label it is; else it is
-// negative.
+// What a stage holds: the numbers are the users' business.
 struct RingLabel {
   int index;
   int part;
@@ -30,13 +29,14 @@ struct RingLabel {
 // Lies in shared memory.
 struct RingControl {
   struct Announcement {
-    int id;
-    int sequence;  // of all stages since the beginning: tells a new announcement from an old one
     int index;
     int part;
+    int id;
+    int unused;
   };
-  std::uint64_t full[kMaxRingStages];
-  std::uint64_t empty[kMaxRingStages];
+  std::uint64_t empty[kMaxRingStages];  // all consumers are done with what the stage held
+  std::uint64_t known[kMaxRingStages];  // it is announced what it will hold
+  std::uint64_t full[kMaxRingStages];   // that has landed
   alignas(16) Announcement announced[kMaxRingStages];
 };
 
@@ -44,11 +44,14 @@ struct RingControl {
 struct RingAddresses {
   std::uint32_t control;
 
-  __device__ __forceinline__ std::uint32_t full(int stage) const {
-    return control + offsetof(RingControl, full) + stage * 8;
-  }
   __device__ __forceinline__ std::uint32_t empty(int stage) const {
     return control + offsetof(RingControl, empty) + stage * 8;
+  }
+  __device__ __forceinline__ std::uint32_t known(int stage) const {
+    return control + offsetof(RingControl, known) + stage * 8;
+  }
+  __device__ __forceinline__ std::uint32_t full(int stage) const {
+    return control + offsetof(RingControl, full) + stage * 8;
   }
   __device__ __forceinline__ std::uint32_t announced(int stage) const {
     return control + offsetof(RingControl, announced) + stage * 16;
@@ -58,9 +61,9 @@ struct RingAddresses {
 // By one thread, before a block barrier.
 __device__ __forceinline__ void ring_init(RingControl* control, int stages, int consumer_warps) {
   for (int stage = 0; stage < stages; ++stage) {
-    mbarrier_init(&control->full[stage], 2);  // the producer and the follower
     mbarrier_init(&control->empty[stage], consumer_warps);
-    control->announced[stage].sequence = control->announced[stage].part = -1;
+    mbarrier_init(&control->known[stage], 1);
+    mbarrier_init(&control->full[stage], 2);  // the producer and the follower
   }
   mbarrier_fence_init();
 }
@@ -80,16 +83,11 @@ class RingProducer {
   // The next stage will hold this.
   __device__ __forceinline__ void announce(int id, const RingLabel& label) {
     mbarrier_wait(at_.empty(stage_), parity_);
-    const std::uint32_t address = at_.announced(stage_);
-    const std::uint64_t words =
-        static_cast<std::uint32_t>(label.index) | static_cast<std::uint64_t>(label.part) << 32;
-    asm volatile("st.volatile.shared.b64 [%0 + 8], %1;" ::"r"(address), "l"(words) : "memory");
-    asm volatile("st.volatile.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(id), "r"(sequence_)
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %3};" ::"r"(at_.announced(stage_)),
+                 "r"(label.index), "r"(label.part), "r"(id)
                  : "memory");
+    mbarrier_arrive(at_.known(stage_));
   }
-
-  // The number of the next stage since the beginning.
-  __device__ __forceinline__ int sequence() const { return sequence_; }
 
   // Copies what was announced last, and goes on to the next stage.
   __device__ __forceinline__ void copy(const void* source, std::uint32_t bytes) {
@@ -106,7 +104,6 @@ class RingProducer {
     mbarrier_arrive_expect(full, bytes);
     wait_for_flight();
     copies(target, full);
-    ++sequence_;
     if (++stage_ == stages_) {
       stage_ = 0;
       parity_ ^= 1;
@@ -114,9 +111,9 @@ class RingProducer {
   }
 
  private:
-  // The copy `max_in_flight` before this one must have landed.
+  // The copy `max_in_flight` before this one must have landed. (Before the first one, the wait is
+  // for the phase before a barrier's first, which counts as complete.)
   __device__ __forceinline__ void wait_for_flight() const {
-    if (sequence_ < max_in_flight_) return;
     int earlier = stage_ - max_in_flight_;
     std::uint32_t its_parity = parity_ ^ 1;
     if (earlier < 0) {
@@ -131,7 +128,6 @@ class RingProducer {
   int stages_, stage_bytes_, max_in_flight_;
   int stage_ = 0;
   std::uint32_t parity_ = 1;  // of `empty`: the first lap finds every stage empty
-  int sequence_ = 0;
 };
 
 // What consumers and the follower have in common: they see what is announced.
@@ -146,40 +142,39 @@ class RingReader {
 
   // The id of the current stage; waits for its announcement, not for its data.
   __device__ __forceinline__ int announced() const {
-    int id, sequence;
-    do {
-      asm volatile("ld.volatile.shared.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(id), "=r"(sequence)
-                   : "r"(at_.announced(stage_))
-                   : "memory");
-    } while (sequence != sequence_);
-    return id;
+    mbarrier_wait(at_.known(stage_), parity_);
+    return id(stage_);
   }
   // The current stage's data, as an address in shared memory.
   __device__ __forceinline__ std::uint32_t current() const { return data_ + stage_ * stage_bytes_; }
 
  protected:
+  // Of a stage whose announcement this thread has seen, or whose data it has seen landed.
+  __device__ __forceinline__ int id(int stage) const {
+    int id;
+    asm volatile("ld.shared.u32 %0, [%1 + 8];" : "=r"(id) : "r"(at_.announced(stage)) : "memory");
+    return id;
+  }
   __device__ __forceinline__ RingLabel label(int stage) const {
     RingLabel label;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 8];"
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                  : "=r"(label.index), "=r"(label.part)
                  : "r"(at_.announced(stage))
                  : "memory");
     return label;
   }
-  // Goes on to the next stage; whether that is the first.
-  __device__ __forceinline__ bool advance() {
-    ++sequence_;
-    if (++stage_ < stages_) return false;
+  // Goes on to the next stage.
+  __device__ __forceinline__ void advance() {
+    if (++stage_ < stages_) return;
     stage_ = 0;
-    return true;
+    parity_ ^= 1;
   }
 
   RingAddresses at_;
   std::uint32_t data_;
   int stages_, stage_bytes_;
   int stage_ = 0;
-  int sequence_ = 0;
+  std::uint32_t parity_ = 0;
 };
 
 // The follower's side, held by one thread.
@@ -187,20 +182,8 @@ class RingFollower : public RingReader {
  public:
   using RingReader::RingReader;
 
-  // What the current stage will hold; it is announced. The label has no order with the announcement
-  // until the stage has landed, so this waits for one that says whose it is.
-  __device__ __forceinline__ RingLabel label() const {
-    std::uint64_t words;
-    RingLabel label;
-    do {
-      asm volatile("ld.volatile.shared.b64 %0, [%1 + 8];"
-                   : "=l"(words)
-                   : "r"(at_.announced(stage_))
-                   : "memory");
-      label = {static_cast<int>(words), static_cast<int>(words >> 32)};
-    } while (label.part != sequence_);
-    return label;
-  }
+  // What the current stage will hold; it is announced.
+  __device__ __forceinline__ RingLabel label() const { return RingReader::label(stage_); }
   // Adds `bytes` at `offset` of the current stage, and goes on to the next one; none if 0.
   __device__ __forceinline__ void add(std::uint32_t offset, const void* source,
                                       std::uint32_t bytes) {
@@ -235,12 +218,7 @@ class RingConsumer : public RingReader {
     const int stage = wraps ? 0 : stage_ + 1;
     if (!__all_sync(0xffffffffu, mbarrier_test(at_.full(stage), wraps ? parity_ ^ 1 : parity_)))
       return false;
-    int its_id;
-    asm volatile("ld.volatile.shared.u32 %0, [%1];"
-                 : "=r"(its_id)
-                 : "r"(at_.announced(stage))
-                 : "memory");
-    return its_id == id;
+    return RingReader::id(stage) == id;
   }
   // The current stage's data, as a pointer.
   __device__ __forceinline__ char* current_data() const {
@@ -259,13 +237,6 @@ class RingConsumer : public RingReader {
     if (lane == 0) mbarrier_arrive(at_.empty(stage_));
     advance();
   }
-
- private:
-  __device__ __forceinline__ void advance() {
-    if (RingReader::advance()) parity_ ^= 1;
-  }
-
-  std::uint32_t parity_ = 0;
 };
 
 }  // namespace clusterfusion::device

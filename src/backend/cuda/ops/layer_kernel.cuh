@@ -50,10 +50,13 @@ struct RowCache {
   }
 };
 
-// Numbers of the launch that lie in global memory: whoever needs one loads it for himself, so that
-// nobody waits who does not need it yet.
-__device__ __forceinline__ std::uint32_t launch_number(const LayerParams& layer) {
-  return *static_cast<volatile const std::uint32_t*>(layer.scratch.launch);
+// What a launch must know that lies in global memory: whoever needs it loads it for himself, so
+// that nobody waits who does not need it yet.
+
+// Which half of the scratch this launch uses. Blocks of this launch that have ended do not change
+// that before all have.
+__device__ __forceinline__ int scratch_half(const LayerParams& layer) {
+  return *static_cast<volatile const std::uint32_t*>(layer.ended) < gridDim.x ? 0 : 1;
 }
 __device__ __forceinline__ int position_of(const LayerParams& layer) {
   if (layer.device_position == nullptr) return layer.position;
@@ -63,21 +66,22 @@ __device__ __forceinline__ bool is_position(const LayerParams& layer, int positi
   return position >= 0 && position < layer.max_positions;
 }
 
-// By one thread of each block: brings into L2 what its producer will read first.
+// By one thread of each block: brings into L2 what its producer will read first. Where attention
+// comes, more would be in the way of what the launch before still reads.
 __device__ __forceinline__ void prefetch_first_chunks(const LayerParams& layer) {
-  constexpr int kChunks = 4;
+  const int count = layer.attention_and_up ? 4 : 8;
   const DecodeParams& p = layer.stream;
   const StreamedMatrix& matrix = layer.attention_and_up ? p.qkv : p.mlp_down;
   const char* weights = layer.attention_and_up ? p.first_layer.qkv : p.first_layer.mlp_down;
   const int chunk_bytes = matrix.rows_per_chunk * matrix.row_bytes;
-  for (int i = 0; i < kChunks; ++i) {
+  for (int i = 0; i < count; ++i) {
     const int chunk = static_cast<int>(blockIdx.x) + i * static_cast<int>(gridDim.x);
     if (chunk + 1 >= matrix.chunks) return;  // the last one may be shorter
     bulk_prefetch(weights + static_cast<std::int64_t>(chunk) * chunk_bytes, chunk_bytes);
   }
 }
 
-// Streams before it knows the launch's number, which only tickets need, and the position.
+// Streams before it knows its half of the scratch, which only tickets need, and the position.
 class LayerProducer : public DecodeProducer<RowCache> {
  public:
   __device__ __forceinline__ LayerProducer(const LayerParams& params, const RowCache& kv_cache,
@@ -85,9 +89,9 @@ class LayerProducer : public DecodeProducer<RowCache> {
       : DecodeProducer(params.stream, kv_cache, shared, ring_data), layer(params) {}
 
   __device__ __forceinline__ void run() {
-    const std::uint32_t launch = launch_number(layer);
+    const int half = scratch_half(layer);
     const int position = layer.attention_and_up ? position_of(layer) : 0;
-    Hooks hooks{*this, launch, position};
+    Hooks hooks{*this, half, position};
     // Alone, the first half has attention between the rows of the MLP's matrix, late enough that
     // QKV is there, so that it does not come last; with the second half, that hides it.
     // The loop is one copy of the code for both phases: it must fit into few registers.
@@ -110,7 +114,7 @@ class LayerProducer : public DecodeProducer<RowCache> {
  private:
   struct Hooks {
     LayerProducer& producer;
-    std::uint32_t launch;
+    int half;
     int position;
     int attention_from = 0x7fffffff;  // the first chunk behind attention
     bool attended = false, counting = false;
@@ -123,9 +127,8 @@ class LayerProducer : public DecodeProducer<RowCache> {
       producer.stream_attention(0, 0, position);
       attended = true;
     }
-    // A launch has counters of its parity.
     __device__ __forceinline__ void before_ticket() {
-      if (!counting) producer.counter += launch % 2 * kLayerPhases;
+      if (!counting) producer.counter += half * kLayerPhases;
       counting = true;
     }
   };
@@ -152,7 +155,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
       down_only();
       return;
     }
-    set_shift = static_cast<int>(launch_number(layer) % 2);
+    set_shift = scratch_half(layer);
     const int position = position_of(layer);
     const bool valid = is_position(layer, position);
     LayerNorms norms;
@@ -309,13 +312,12 @@ __device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedCo
   if (!is_position(layer, position)) return;
   const int splits = splits_at(layer.stream, position).splits;
   if (splits == 1) return;
-  SplitCombiner<T>(layer.stream, control)
-      .combine(static_cast<int>(launch_number(layer) % 2), splits);
+  SplitCombiner<T>(layer.stream, control).combine(scratch_half(layer), splits);
 }
 
 // Empties the half of the scratch that the launch before has used.
-__device__ __forceinline__ void sweep_layer(const LayerParams& p, std::uint32_t launch, int lane) {
-  const int before = static_cast<int>((launch + 1) % 2);
+__device__ __forceinline__ void sweep_layer(const LayerParams& p, int lane) {
+  const int before = 1 - scratch_half(p);
   char* set = flow_set(p.stream, before);
   const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
   for (int offset = (static_cast<int>(blockIdx.x) * 32 + lane) * 16; offset < p.stream.layout.bytes;
@@ -324,18 +326,15 @@ __device__ __forceinline__ void sweep_layer(const LayerParams& p, std::uint32_t 
   if (blockIdx.x == 0 && lane < kLayerPhases) p.stream.tickets[before * kLayerPhases + lane] = 0;
 }
 
-// The last block to end makes the scratch ready for the next launch: when nobody needs its number
-// any more. The producer and the combiner know it before consumers can end; consumers and the
-// sweeper meet here.
+// A block has ended when nobody asks for its half of the scratch any more. The producer and the
+// combiner know it before consumers can end; consumers and the sweeper meet here. Nothing comes
+// back from the count, so the block does not wait for it.
 __device__ __forceinline__ void consumers_end() {
   asm volatile("bar.arrive 2, %0;" ::"n"(kConsumerThreads + 32) : "memory");
 }
-__device__ __forceinline__ void end_launch(const LayerScratch& scratch, std::uint32_t launch,
-                                           int lane) {
+__device__ __forceinline__ void end_block(const LayerParams& p, int lane) {
   asm volatile("bar.sync 2, %0;" ::"n"(kConsumerThreads + 32) : "memory");
-  if (lane != 0 || atomicAdd(scratch.done, 1u) + 1 != gridDim.x) return;
-  *scratch.done = 0;
-  *scratch.launch = launch + 1;
+  if (lane == 0) atomicInc(p.ended, 2 * gridDim.x - 1);
 }
 
 template <typename T, int kMaxIterations, int kMaxHeadSteps>
@@ -347,29 +346,28 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   // A launch that may begin before this one has ended waits there, as this one does here.
   start_dependents();
   if (threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
-  wait_for_dependencies();
   __syncthreads();
   const RowCache cache{params};
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < plan::kConsumerWarps) {
     take_registers<kConsumerRegisters>();
+    wait_for_dependencies();
     LayerStep<T, kMaxIterations, kMaxHeadSteps>(params, cache, shared).consume();
     consumers_end();
     return;
   }
   give_up_registers<kProducerRegisters>();
+  wait_for_dependencies();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
       if (lane == 0)
         LayerProducer(params, cache, control, shared_ring(params.stream, shared)).run();
       break;
-    case 1: {
-      const std::uint32_t launch = launch_number(params);
-      sweep_layer(params, launch, lane);
-      end_launch(params.scratch, launch, lane);
+    case 1:
+      sweep_layer(params, lane);
+      end_block(params, lane);
       break;
-    }
     case 2: combine_layer<T>(params, control); break;
     default:
       if (lane == 0) BiasFetcher(params.stream, control, shared_ring(params.stream, shared)).run(1);

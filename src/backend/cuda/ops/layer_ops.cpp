@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <compare>
 #include <map>
 #include <memory>
@@ -180,7 +181,7 @@ LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch) {
   params.stream.bias_element_bytes = 2;
   params.stream.flow = scratch.flow;
   params.stream.tickets = scratch.tickets;
-  params.scratch = scratch.launches;
+  params.ended = scratch.ended;
   return params;
 }
 
@@ -201,6 +202,10 @@ std::int64_t between_bytes(std::int64_t hidden, std::int64_t intermediate) {
 void down_alone(const LayerPlan& plan, const LayerScratchView& scratch, const MlpDownTask& task,
                 cudaStream_t stream) {
   LayerParams params = params_for(plan, scratch);
+  // Blocks tell each other nothing here, so more copies may be under way, and fewer tickets do.
+  constexpr std::int32_t kInFlight = 3;
+  params.stream.max_in_flight = std::min(kInFlight, params.stream.stages);
+  params.stream.static_percent = 60;
   params.down = true;
   params.stream.first_layer.mlp_down = static_cast<const char*>(task.mlp_down_weight);
   params.input = task.hidden_states;

@@ -9,18 +9,14 @@
 
 namespace clusterfusion::cuda {
 
-// Scratch of one launch at a time. Two halves: a launch uses that of its number's parity and
-// empties the other, which the launch before has used.
-struct LayerScratch {
-  std::uint32_t* launch;  // number of this launch
-  std::uint32_t* done;    // blocks of this launch that have ended
-};
-
 struct LayerParams {
   // Matrices, shape, ring and scratch as for a whole model of one layer. `flow` has two sets,
   // `tickets` two times kLayerPhases counters; everything of the engine is unused.
   DecodeParams stream;
-  LayerScratch scratch;
+  // Scratch is for one launch at a time. Of its two halves, a launch uses one and empties the
+  // other, which the launch before has used. Blocks of this and the launch before that have ended,
+  // modulo twice the blocks of a launch: so that tells which half is whose.
+  std::uint32_t* ended;
 
   bool attention_and_up;  // the first half: attention, its output projection, and the MLP's first
   bool down;              // the second half: the MLP's second matrix and the sum of all

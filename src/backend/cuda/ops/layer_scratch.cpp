@@ -64,10 +64,7 @@ LayerScratchView layer_scratch(cudaStream_t stream, std::int64_t flow_bytes,
   }
   char* base = found->second.as<>();
   auto* counters = reinterpret_cast<std::uint32_t*>(base);
-  return {{counters, counters + 1},
-          base + kCounterBytes,
-          counters + 2,
-          base + kCounterBytes + 2 * flow_bytes};
+  return {counters, base + kCounterBytes, counters + 1, base + kCounterBytes + 2 * flow_bytes};
 }
 
 }  // namespace clusterfusion::cuda

@@ -11,7 +11,7 @@
 namespace clusterfusion::cuda {
 
 struct LayerScratchView {
-  LayerScratch launches;
+  std::uint32_t* ended;    // see LayerParams
   char* flow;              // two sets of `flow_bytes`
   std::uint32_t* tickets;  // [2, kLayerPhases]
   void* between;           // `between_bytes` for what two launches hand over
