@@ -102,7 +102,8 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
   for (const MatrixPlan* matrix : {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down})
     bias_bytes = std::max<std::int64_t>(bias_bytes, matrix->rows_per_chunk * 4 + 2 * 16);
   plan.stage_bytes = plan.data_bytes + round_up(bias_bytes, 128);
-  // Attention keeps there the warps' states of one head, and its query, key and value twice.
+  // Attention keeps there the warps' states of one head, and its query, key and value: as they
+  // come, and as they enter the products.
   std::int64_t sum_slots = std::max<std::int64_t>(
       kMinSumSlots, kConsumerWarps * (config.head_dim + 2) + 3 * config.head_dim * 2);
   for (const MatrixPlan* matrix :

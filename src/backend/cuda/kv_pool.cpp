@@ -1,6 +1,7 @@
 #include "backend/cuda/kv_pool.hpp"
 
 #include <algorithm>
+#include <utility>
 
 namespace clusterfusion::cuda {
 namespace {
@@ -13,9 +14,10 @@ constexpr std::int64_t kSlabBytes = 16 << 20;
 char* KvPool::take() {
   if (free_.empty()) {
     const std::int64_t pages = std::max<std::int64_t>(1, kSlabBytes / page_bytes_);
-    slabs_.emplace_back(pages * page_bytes_, "the KV cache");
+    DeviceMemory slab(pages * page_bytes_, "the KV cache");
     // Blocks of positions are read whole, also where no key or value has been written yet.
-    clear_or_poison(slabs_.back().as<>(), pages * page_bytes_);
+    clear_or_poison(slab.as<>(), pages * page_bytes_);
+    slabs_.push_back(std::move(slab));
     for (std::int64_t i = pages - 1; i >= 0; --i)
       free_.push_back(slabs_.back().as<>() + i * page_bytes_);
   }

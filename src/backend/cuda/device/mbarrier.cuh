@@ -1,8 +1,8 @@
 // mbarrier: a barrier in shared memory that counts arrivals and bytes of bulk copies.
 //
-// A wait is by parity: it cannot tell phase k from phase k - 2. Whoever waits must therefore pass
-// every phase, in order. PTX ISA, "Parallel Synchronization and Communication Instructions:
-// mbarrier".
+// A wait is by parity: it cannot tell phase k from phase k - 2. Whoever waits must therefore
+// know otherwise that phase k - 1 is complete, at best because he has waited for it. PTX ISA,
+// "Parallel Synchronization and Communication Instructions: mbarrier".
 #pragma once
 
 #include <cstdint>
