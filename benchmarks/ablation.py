@@ -176,13 +176,8 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="pythia_2b8")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
-    parser.add_argument("--device", type=torch.device, default=timing.default_device())
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
-    parser.add_argument("--rounds", type=int, default=20, help="tokens timed; the median counts")
-    timing.add_ceiling_argument(parser)
-    timing.add_output_argument(parser)
+    timing.add_layer_arguments(parser, rounds=20, layers=32)
+    timing.add_result_arguments(parser, CONTEXTS)
     return parser.parse_args()
 
 

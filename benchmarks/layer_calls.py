@@ -1,6 +1,7 @@
 """Time each layer call beside PyTorch's functional layers, and say how exact both are.
 
-Each layer has weights of its own, so nothing of it is found in the cache when its turn comes again.
+Each layer has weights of its own, so nothing of it is found in the cache when its turn comes again;
+there are fewer layers than asked for where the GPU's memory does not hold them.
 On a GPU all layers are one CUDA graph, ours and PyTorch's replayed in turns; on the CPU the calls
 run eagerly. Prints a table on stderr and writes JSON (docs/testing.md says what is in it):
 
@@ -184,21 +185,10 @@ def print_table(models: list[dict[str, Any]]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    device = timing.default_device()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, nargs="+", default=FULL_SIZES)
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
-    parser.add_argument("--device", type=torch.device, default=device)
-    parser.add_argument(
-        "--layers",
-        type=int,
-        default=32 if device.type == "cuda" else 2,
-        help="sets of weights, if they fit into the GPU's memory",
-    )
-    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
-    parser.add_argument("--rounds", type=int, default=50, help="over all layers")
-    timing.add_ceiling_argument(parser)
-    timing.add_output_argument(parser)
+    timing.add_layer_arguments(parser, rounds=50)
+    timing.add_result_arguments(parser, CONTEXTS)
     return parser.parse_args()
 
 

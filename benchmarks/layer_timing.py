@@ -148,14 +148,39 @@ def microseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e6:.1f}"
 
 
-def add_ceiling_argument(parser: argparse.ArgumentParser) -> None:
-    """Let a read ceiling be given."""
+def add_layer_arguments(
+    parser: argparse.ArgumentParser, *, rounds: int, layers: int | None = None
+) -> None:
+    """Add what all programs ask for that time layers.
+
+    Args:
+        parser: Takes the arguments.
+        rounds: Default of --rounds.
+        layers: Default of --layers; None: as many as keep a GPU's cache cold, two on the CPU.
+    """
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--rounds", type=int, default=rounds, help="over all layers")
+    if layers is None:
+        layers = 32 if default_device().type == "cuda" else 2
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=layers,
+        help="sets of weights, so that none is found in the cache",
+    )
+
+
+def add_result_arguments(parser: argparse.ArgumentParser, contexts: Sequence[int]) -> None:
+    """Add what programs ask for that write a result file."""
+    parser.add_argument("--device", type=torch.device, default=default_device())
+    parser.add_argument("--contexts", type=int, nargs="+", default=contexts)
     parser.add_argument(
         "--ceiling",
         type=float,
         help="bytes per second that memory gives at best, as benchmarks/cuda/decode_time measures "
         "it; else a sum by torch is timed",
     )
+    add_output_argument(parser)
 
 
 def ceiling_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -133,15 +133,8 @@ def row(model: str, layers: list[Tensors], wide: Tensors, position: int, args: A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="pythia_2b8")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--contexts", type=int, nargs="+", default=[16, 128, 1000, 2047])
-    parser.add_argument("--rounds", type=int, default=20, help="over all layers")
-    parser.add_argument(
-        "--layers",
-        type=int,
-        default=32 if DEVICE.type == "cuda" else 2,
-        help="sets of weights, so that none stays in the cache",
-    )
+    timing.add_layer_arguments(parser, rounds=20)
     args = parser.parse_args()
     with torch.inference_mode():
         layers = [

@@ -115,14 +115,7 @@ def report(args: Any) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="pythia_2b8")
-    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
-    parser.add_argument("--rounds", type=int, default=20, help="over all layers")
-    parser.add_argument(
-        "--layers",
-        type=int,
-        default=32 if DEVICE.type == "cuda" else 2,
-        help="sets of weights, so that none stays in the cache",
-    )
+    timing.add_layer_arguments(parser, rounds=20)
     args = parser.parse_args()
     with torch.inference_mode():
         row = report(args)

@@ -83,7 +83,7 @@ def equal(one: Any, other: Any) -> bool:
 def test_no_worse_than_torch(shape, dtype, heavy_tailed):
     """Over all positions, the error against float64 is at most that of PyTorch in the same dtype.
 
-    One position of so small a layer says little: there, a few elements decide.
+    At one position of so small a layer a few elements decide; there it is not far above.
     """
     sizes = SHAPES[shape]
     tensors = torch_layer.random_tensors(
@@ -104,9 +104,11 @@ def test_no_worse_than_torch(shape, dtype, heavy_tailed):
                 for t, r in zip(theirs, reference, strict=True)
             ]
         )
-    ours, theirs = (torch.tensor(e).square().mean(0).sqrt() for e in (errors, limits))
+    found, most = torch.tensor(errors), torch.tensor(limits)
+    assert (found <= (1.1 if ON_CPU else 1.25) * most).all(), found / most
+    found, most = (each.square().mean(0).sqrt() for each in (found, most))
     # Both may be one rounding away; a tie may fall either way.
-    assert (ours <= 1.1 * theirs).all(), (ours, theirs)
+    assert (found <= 1.1 * most).all(), found / most
 
 
 @pytest.mark.parametrize("shape", SHAPES)

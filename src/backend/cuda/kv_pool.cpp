@@ -16,7 +16,7 @@ char* KvPool::take() {
     const std::int64_t pages = std::max<std::int64_t>(1, kSlabBytes / page_bytes_);
     DeviceMemory slab(pages * page_bytes_, "the KV cache");
     // Blocks of positions are read whole, also where no key or value has been written yet.
-    clear_or_poison(slab.as<>(), pages * page_bytes_);
+    clear_unless_poisoned(slab.as<>(), pages * page_bytes_);
     slabs_.push_back(std::move(slab));
     for (std::int64_t i = pages - 1; i >= 0; --i)
       free_.push_back(slabs_.back().as<>() + i * page_bytes_);

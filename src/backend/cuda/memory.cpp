@@ -30,8 +30,8 @@ void poison_if_asked(void* data, std::int64_t bytes) {
   if (poison_asked()) fill(data, 0xFF, bytes);
 }
 
-void clear_or_poison(void* data, std::int64_t bytes) {
-  fill(data, poison_asked() ? 0xFF : 0, bytes);
+void clear_unless_poisoned(void* data, std::int64_t bytes) {
+  if (!poison_asked()) fill(data, 0, bytes);
 }
 
 DeviceMemory::DeviceMemory(std::int64_t bytes, const char* purpose) : bytes_(bytes) {

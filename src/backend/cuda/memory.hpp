@@ -12,9 +12,9 @@ namespace clusterfusion::cuda {
 // 0xFF bytes, which are NaN in every floating-point type, so that a test sees whoever reads what
 // nobody wrote. Waits until that is done.
 void poison_if_asked(void* data, std::int64_t bytes);
-// The same, but with zeros if it is not asked for: for memory that is read where nobody needs what
-// lies there, so that initcheck reports only what matters.
-void clear_or_poison(void* data, std::int64_t bytes);
+// Fills new memory with zeros, unless it is poisoned: where memory is read that nobody has written
+// because nobody needs what lies there, so that initcheck reports only what matters.
+void clear_unless_poisoned(void* data, std::int64_t bytes);
 
 // `bytes` of device memory, freed with the object; poisoned if asked. Errors: out_of_memory, with
 // wanted and free bytes.

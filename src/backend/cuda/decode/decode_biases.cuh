@@ -19,7 +19,7 @@ class BiasFetcher {
   __device__ __forceinline__ void run(int epochs) {
     for (int id = ring.announced(); id != kRingEnd; id = ring.announced()) {
       const auto stream = static_cast<Stream>(stream_of(id));
-      add(control->matrices[stream_of(id)], biases_of(id / 8 % epochs, stream));
+      add(control->matrices[stream_of(id)], biases_of(epoch_of(id) % epochs, stream));
     }
   }
 

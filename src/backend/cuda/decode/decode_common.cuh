@@ -61,7 +61,8 @@ __device__ __forceinline__ int ring_id(int epoch, plan::Stream stream) {
   return epoch * 8 + static_cast<int>(stream);
 }
 
-// The stream of such an id, as a number.
+// The parts of such an id; the stream as a number.
+__device__ __forceinline__ int epoch_of(int ring_id) { return ring_id / 8; }
 __device__ __forceinline__ int stream_of(int ring_id) { return ring_id % 8; }
 
 // Epochs of a step: its layers, and the LM head.

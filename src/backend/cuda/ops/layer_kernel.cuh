@@ -116,7 +116,7 @@ class LayerProducer : public DecodeProducer<RowCache> {
     LayerProducer& producer;
     int half;
     int position;
-    int attention_from = 0x7fffffff;  // the first chunk behind attention
+    int attention_from = kNever;  // the first chunk behind attention
     bool attended = false, counting = false;
 
     __device__ __forceinline__ void before_chunk(int chunk) {

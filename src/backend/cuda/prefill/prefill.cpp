@@ -131,7 +131,7 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
   const std::int64_t bytes = place_all(Arena(nullptr));
   memory_ = DeviceMemory(bytes, "the activations of a prompt");
   // cuBLASLt's kernels read whole tiles, and initcheck does not see all that they write.
-  clear_or_poison(memory_.as<>(), bytes);
+  clear_unless_poisoned(memory_.as<>(), bytes);
   place_all(Arena(memory_.as<>()));
   attention_.query = heads_;
   attention_.cache.pages = pages_;
