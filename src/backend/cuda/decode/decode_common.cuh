@@ -4,6 +4,7 @@
 
 #include "backend/cuda/decode/decode_params.hpp"
 #include "backend/cuda/device/counter.cuh"
+#include "backend/cuda/device/elect.cuh"
 #include "backend/cuda/device/flow.cuh"
 #include "backend/cuda/device/reduce.cuh"
 #include "backend/cuda/device/ring.cuh"

@@ -1032,12 +1032,12 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (lane == 0) DecodeProducer(params, cache, control, shared_ring(params, shared)).run();
+      if (elect_one()) DecodeProducer(params, cache, control, shared_ring(params, shared)).run();
       break;
     case 1: sweep(params, control, lane); break;
     case 2: SplitCombiner<T>(params, control).run(); break;
     default:
-      if (lane == 0)
+      if (elect_one())
         BiasFetcher(params, control, shared_ring(params, shared)).run(epochs_per_step(params));
   }
 }

@@ -141,7 +141,7 @@ class DecodeProducer {
         ticket = atomicAdd(counter, p.ticket_chunks);
         asked = true;
       }
-      begin = deal.first_by_ticket + static_cast<int>(ticket);
+      begin = deal.first_by_ticket + static_cast<int>(not_before_here(ticket));
       if (begin >= chunks) break;
       end = min(begin + static_cast<int>(p.ticket_chunks), chunks);
       stride = 1;

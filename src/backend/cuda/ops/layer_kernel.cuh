@@ -361,7 +361,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (lane == 0)
+      if (elect_one())
         LayerProducer(params, cache, control, shared_ring(params.stream, shared)).run();
       break;
     case 1:
@@ -370,7 +370,8 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
       break;
     case 2: combine_layer<T>(params, control); break;
     default:
-      if (lane == 0) BiasFetcher(params.stream, control, shared_ring(params.stream, shared)).run(1);
+      if (elect_one())
+        BiasFetcher(params.stream, control, shared_ring(params.stream, shared)).run(1);
   }
 }
 

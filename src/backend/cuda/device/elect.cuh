@@ -1,0 +1,29 @@
+// One thread of a warp, for what one thread does (elect.sync, sm_90 and later).
+#pragma once
+
+#include <cstdint>
+
+namespace clusterfusion::device {
+
+// Whether this thread is the one; for whole warps. Unlike a test for lane 0 it tells the compiler
+// that a single thread runs what depends on it: addresses and counts stay in uniform registers,
+// where bulk copies want them.
+__device__ __forceinline__ bool elect_one() {
+  std::uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, one;\n"
+      "}"
+      : "=r"(elected));
+  return elected != 0;
+}
+
+// The same value, which the compiler keeps in an ordinary register until here: it would move what
+// comes from memory to a uniform register at once, and wait for it.
+__device__ __forceinline__ std::uint32_t not_before_here(std::uint32_t value) {
+  return __shfl_sync(__activemask(), value, threadIdx.x % 32);
+}
+
+}  // namespace clusterfusion::device
