@@ -111,6 +111,26 @@ def test_no_worse_than_torch(shape, dtype, heavy_tailed):
     assert (found <= 1.1 * most).all(), found / most
 
 
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_infinities_go_where_torch_lets_them(shape, name):
+    """A score of -inf hides its position; an infinite value makes what it enters infinite."""
+    sizes = SHAPES[shape]
+    tensors = torch_layer.random_tensors(sizes, torch.float16, DEVICE, 70)
+    last = torch.arange(1, sizes.num_heads + 1, device=DEVICE) * sizes.head_dim - 1
+    if name == "k_cache":
+        # The query's last element is positive in each head, and is not rotated.
+        tensors["bias_qkv"].view(sizes.num_heads, 3, sizes.head_dim)[:, 0, -1] = 100.0
+    tensors[name][3, last] = -torch.inf
+    ours = run_all(tensors, sizes, 65)
+    theirs = run_all_of_torch(tensors, sizes, 65)
+    for values, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(values.isnan(), expected.isnan())
+        assert torch.equal(values.isinf(), expected.isinf())
+    if name == "k_cache":
+        assert all(values.isfinite().all() for values in ours)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_beside_torch_in_float32(shape):
     sizes = SHAPES[shape]

@@ -612,8 +612,8 @@ class DecodeStep {
       }
       if (i < p.head_dim) {
         value *= scale;
-        inputs.ready[3 * p.head_dim + i] =
-            static_cast<T>(value - static_cast<float>(static_cast<T>(value)));
+        const float rounded = static_cast<float>(static_cast<T>(value));
+        inputs.ready[3 * p.head_dim + i] = static_cast<T>(isinf(rounded) ? 0.0f : value - rounded);
       }
       inputs.ready[i] = static_cast<T>(value);
     }
@@ -673,6 +673,12 @@ class DecodeStep {
     }
   }
 
+  // A product's two parts together. What is infinite stays so: the second part is then zero times
+  // infinity, or infinity of another sign.
+  __device__ __forceinline__ static float both_parts(float first, float second) {
+    return isinf(first) ? first : first + second;
+  }
+
   // This warp's groups of 8 positions of one block.
   __device__ __forceinline__ void attend_block(int layer, int head, int block, int position,
                                                const Query& query, Softmax& state) {
@@ -700,8 +706,10 @@ class DecodeStep {
     }
     // Lanes 0 to 3 and 4 to 7 hold the scores of positions first + 2q and first + 2q + 1, from the
     // two parts of the query.
-    score[0] += __shfl_xor_sync(kAllLanes, score[0], 4);
-    score[1] += __shfl_xor_sync(kAllLanes, score[1], 4);
+    const float other0 = __shfl_xor_sync(kAllLanes, score[0], 4);
+    const float other1 = __shfl_xor_sync(kAllLanes, score[1], 4);
+    score[0] = g == 0 ? both_parts(score[0], other0) : both_parts(other0, score[0]);
+    score[1] = g == 0 ? both_parts(score[1], other1) : both_parts(other1, score[1]);
     const float score0 = first + 2 * q <= position ? score[0] : -INFINITY;
     const float score1 = first + 2 * q + 1 <= position ? score[1] : -INFINITY;
     float maximum = warp_max<4>(fmaxf(score0, score1));
@@ -755,8 +763,8 @@ class DecodeStep {
 #pragma unroll
     for (int t = 0; t < kMaxHeadSteps; ++t) {
       if (16 * t >= p.head_dim || q != 0) continue;
-      own[2 + 16 * t + g] = state.output[t][0] + state.output[t][1];
-      own[2 + 16 * t + g + 8] = state.output[t][2] + state.output[t][3];
+      own[2 + 16 * t + g] = both_parts(state.output[t][0], state.output[t][1]);
+      own[2 + 16 * t + g + 8] = both_parts(state.output[t][2], state.output[t][3]);
     }
     const float sum = warp_sum<4>(state.sum);
     if (lane == 0) {
