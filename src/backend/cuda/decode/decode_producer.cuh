@@ -119,6 +119,12 @@ class DecodeProducer {
     // chunk is on its way, and nothing may touch it before.
     std::uint32_t ticket = 0;
     bool asked = false;
+    const auto ask_first = [&] {
+      if (asked) return;
+      hooks.before_ticket();
+      ticket = atomicAdd(counter, p.ticket_chunks);
+      asked = true;
+    };
     int begin = static_cast<int>(blockIdx.x), end = deal.first_by_ticket;
     int stride = static_cast<int>(gridDim.x);
     bool leaves = false;
@@ -130,17 +136,10 @@ class DecodeProducer {
           stream_chunk(first, chunk);
         else
           stream_chunk(second, chunk - first.chunks);
-        if (asked) continue;
-        hooks.before_ticket();
-        ticket = atomicAdd(counter, p.ticket_chunks);
-        asked = true;
+        ask_first();
       }
       if (leaves) break;
-      if (!asked) {
-        hooks.before_ticket();
-        ticket = atomicAdd(counter, p.ticket_chunks);
-        asked = true;
-      }
+      ask_first();
       begin = deal.first_by_ticket + static_cast<int>(not_before_here(ticket));
       if (begin >= chunks) break;
       end = min(begin + static_cast<int>(p.ticket_chunks), chunks);
