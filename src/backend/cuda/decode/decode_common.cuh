@@ -18,6 +18,7 @@ inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
 
 // Shared memory: control, activations, sums, ring. The sizes are those of DecodePlan.
 inline constexpr int kNumStreams = static_cast<int>(Stream::none);
+inline constexpr int kMaxPhases = 5;  // of a layer, and the LM head
 
 struct SharedControl {
   RingControl ring;
@@ -27,6 +28,21 @@ struct SharedControl {
   // By Stream: which one comes is known only when it comes, and a look into parameters by index
   // would be one into memory.
   StreamedMatrix matrices[kNumStreams];
+  bool has_bias[kNumStreams];
+  // What the dealer must know of a phase and of its matrices. Here, because it needs it at once
+  // when a phase begins: parameters would have to be fetched again, behind the weights.
+  struct Source {
+    const char* weights;
+    const char* biases;  // null if there are none
+  };
+  Source sources[kNumStreams];  // of the first layer
+  struct DealtPhase {
+    Stream first, second;
+    int chunks;           // of both
+    int first_by_ticket;  // of them
+    bool attention_before;
+  };
+  DealtPhase phases[kMaxPhases];
   int token;
   std::uint32_t zero;
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
@@ -49,6 +65,19 @@ __device__ __forceinline__ void init_shared(const DecodeParams& p, SharedControl
   control->matrices[static_cast<int>(Stream::attention_out)] = p.attention_out;
   control->matrices[static_cast<int>(Stream::lm_head)] = p.lm_head;
   control->begun = control->swept = control->zero = 0;
+}
+// By another one.
+__device__ __forceinline__ void init_sources(const DecodeParams& p, SharedControl* control) {
+  const auto set = [&](Stream stream, const char* weights, const char* biases) {
+    control->sources[static_cast<int>(stream)] = {weights, biases};
+    control->has_bias[static_cast<int>(stream)] = biases != nullptr;
+  };
+  const StreamedLayer& layer = p.first_layer;
+  set(Stream::qkv, layer.qkv, layer.qkv_bias);
+  set(Stream::mlp_up, layer.mlp_up, layer.mlp_up_bias);
+  set(Stream::mlp_down, layer.mlp_down, layer.mlp_down_bias);
+  set(Stream::attention_out, layer.attention_out, layer.attention_out_bias);
+  set(Stream::lm_head, p.lm_head_weight, nullptr);
 }
 __device__ __forceinline__ float* shared_sums(const DecodeParams& p, char* shared) {
   return reinterpret_cast<float*>(shared + plan::kControlBytes) + (p.hidden_size + 31) / 32 * 32;
@@ -74,9 +103,18 @@ __device__ __forceinline__ plan::AttentionSplits splits_at(const DecodeParams& p
                                 gridDim.x);
 }
 
+// Addresses in a ring's orders.
+__device__ __forceinline__ std::uint64_t address_of(const char* pointer) {
+  return reinterpret_cast<std::uint64_t>(pointer);
+}
+__device__ __forceinline__ const char* pointer_to(std::uint64_t address) {
+  return reinterpret_cast<const char*>(address);
+}
+
 // Where the keys and values of a sequence lie, and the angles of its positions: pages, as the
 // engine keeps them.
 struct PagedCache {
+  static constexpr bool kManyLayers = true;  // follow each other in a launch
   const DecodeParams& p;
 
   __device__ __forceinline__ char* block(int layer, int head, int block) const {
@@ -87,26 +125,31 @@ struct PagedCache {
            static_cast<std::int64_t>(block_in_page) * p.kv_block_bytes;
   }
 
-  // For the producer: where the blocks of a task come from, one after the other. The page table is
-  // in global memory, so this looks one block ahead.
+  // For the dealer: where the blocks of a task come from, one after the other. The page table is in
+  // global memory, so this looks one block ahead.
   class Reader {
    public:
     __device__ __forceinline__ Reader(const PagedCache& cache, int layer, int head, int first,
                                       int end)
         : cache_(cache), layer_(layer), head_(head), end_(end) {
-      source_ = cache.block(layer, head, first);
+      next_ = cache.block(layer, head, first);
     }
-    __device__ __forceinline__ void copy(RingProducer& ring, int block) {
-      const char* next = cache_.block(layer_, head_, min(block + 1, end_ - 1));
-      ring.copy(source_, cache_.p.kv_block_bytes);
-      source_ = next;
+    __device__ __forceinline__ std::uint64_t source(int block) {
+      const char* source = next_;
+      next_ = cache_.block(layer_, head_, min(block + 1, end_ - 1));
+      return address_of(source);
     }
 
    private:
     const PagedCache& cache_;
-    const char* source_;
+    const char* next_;
     int layer_, head_, end_;
   };
+  // For the producer: copies one of them.
+  __device__ __forceinline__ void copy(std::uint32_t target, const RingOrder& order,
+                                       std::uint32_t barrier) const {
+    bulk_copy_to_shared(target, pointer_to(order.source), order.bytes, barrier);
+  }
 
   // Cosine and sine for element `dim` (below rotary_dim) of a query or key.
   __device__ __forceinline__ float2 angle(int position, int dim) const {

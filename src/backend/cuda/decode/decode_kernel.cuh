@@ -2,9 +2,9 @@
 //
 // Roles of a block's warps
 //   8 consumers   multiply what has landed in the ring, on the tensor cores
-//   1 producer    streams weight chunks and KV blocks into the ring; it needs no result to know
-//                 what comes next, so memory never waits
-//   1 follower    brings the biases of what is streamed
+//   1 dealer      says which weight chunks and KV blocks come into the ring; it needs no result to
+//                 know that, so memory never waits
+//   1 producer    copies them
 //   1 sweeper     makes the vectors usable again through which blocks tell each other results
 //   1 combiner    merges the splits of a long context's attention
 // Every output row is computed whole, in a fixed order, by whoever was dealt it, so the same input
@@ -18,9 +18,11 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "backend/cuda/decode/decode_biases.cuh"
+#include <type_traits>
+
 #include "backend/cuda/decode/decode_combiner.cuh"
 #include "backend/cuda/decode/decode_common.cuh"
+#include "backend/cuda/decode/decode_dealer.cuh"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/decode/decode_producer.cuh"
@@ -50,9 +52,7 @@ class DecodeStep {
   static constexpr int kBatch = 5;  // loads under way together
   static_assert(kMaxIterations % kBatch == 0);
   static constexpr bool kPairs = kMaxIterations <= kBatch;  // of chunks are multiplied side by side
-  // Wide models have no registers left to hold the next layer's norm parameters while they
-  // multiply; wide heads none for the query.
-  static constexpr bool kNormsEarly = kMaxIterations <= 5;
+  // Wide heads have no registers left for the query.
   static constexpr bool kQueryInRegisters = kMaxHeadSteps <= 8;
 
   __device__ __forceinline__ DecodeStep(const DecodeParams& params, const Cache& kv_cache,
@@ -81,12 +81,11 @@ class DecodeStep {
       const bool scored = step >= p.first_scored_step;
       embed(token);
       mean_before = 0.0f;  // a token's bits must not depend on the one before
-      LayerNorms norms;
-      load_norms(0, norms);
+      norms_loaded = false;
       best = worst_candidate();
 #pragma unroll 1
       for (int index = 0; index < p.num_layers + scored; ++index, ++epoch) {
-        run_epoch(index, step, position, norms);
+        run_epoch(index, step, position);
         if (index == p.num_layers) token = choose_token();
       }
       if (!scored) {
@@ -161,11 +160,12 @@ class DecodeStep {
   }
   // ... and again until all that this lane needs are there.
   __device__ __forceinline__ void wait_activations(const StreamedMatrix& matrix,
-                                                   std::int32_t offset, Frag& fragments) const {
+                                                   std::int32_t offset, Frag& fragments) {
     const T* first = flow<const T>(offset) + lane_column(matrix);
     const int swap = swap_columns(matrix);
     bool missing = true;
-    while (missing) {
+    while (__any_sync(kAllLanes, missing)) {
+      load_ahead();
       missing = false;
 #pragma unroll
       for (int i = 0; i < kMaxIterations; ++i) {
@@ -184,7 +184,11 @@ class DecodeStep {
 
   // LayerNorm parameters of this thread's elements, fetched before a barrier, used behind it.
   struct Norm {
-    std::uint32_t weight[kMaxIterations], bias[kMaxIterations];
+    std::uint32_t weight[kMaxIterations] = {}, bias[kMaxIterations] = {};
+  };
+  // Parameters of a layer's two LayerNorms.
+  struct LayerNorms {
+    Norm input, post;
   };
   __device__ __forceinline__ void load_norm(const void* weight, const void* bias,
                                             Norm& norm) const {
@@ -291,7 +295,8 @@ class DecodeStep {
         if (second != nullptr) other[i] = flow_load_2(second + element(begin + i));
       }
       bool missing = true;
-      while (missing) {
+      while (__any_sync(kAllLanes, missing)) {
+        load_ahead();
         missing = false;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
@@ -330,6 +335,18 @@ class DecodeStep {
     __device__ __forceinline__ float load_bias() const {
       return load_shared_if(bias, holds_bias, Bias{});
     }
+  };
+
+  // What a warp has taken from the ring while it waits for its input: the first chunks of what it
+  // multiplies next. It makes room in the ring, so that memory need not wait as well. Only where
+  // each warp has one unit of a chunk.
+  static constexpr int kMaxAhead = !kPairs || !Cache::kManyLayers || kMaxHeadSteps > 8 ? 0
+                                   : kMaxHeadSteps <= 5                                ? 3
+                                                                                       : 2;
+  struct LoadedAhead {
+    uint4 weight[kMaxAhead > 0 ? kMaxAhead : 1][kBatch] = {};
+    float bias[kMaxAhead > 0 ? kMaxAhead : 1] = {};
+    int chunks = 0;
   };
 
   // A warp's way through the units of its segment, chunk after chunk. All in registers and by
@@ -399,27 +416,75 @@ class DecodeStep {
                    ? Unit{chunk.data + offset, bias + turn * unit_bias_bytes, holds_bias}
                    : Unit{second.data + offset, second_bias + turn * unit_bias_bytes, holds_bias};
       };
-      if constexpr (kPairs) {
+      with_iterations(iterations, [&](auto constant) {
+        constexpr int kIterations = constant;
+        if constexpr (kPairs) {
 #pragma unroll 1
-        while (turn + turn_step < units) {
-          const float2 values =
-              dot_2(unit_at(turn, offset), unit_at(turn + turn_step, offset + offset_step), swap,
-                    iterations, fragments);
-          if (holds_sum != 0) {
-            store_shared(sum_address, values.x);
-            store_shared(sum_address + sum_step, values.y);
+          while (turn + turn_step < units) {
+            const float2 values = dot_2<kIterations>(
+                unit_at(turn, offset), unit_at(turn + turn_step, offset + offset_step), swap,
+                iterations, fragments);
+            if (holds_sum != 0) {
+              store_shared(sum_address, values.x);
+              store_shared(sum_address + sum_step, values.y);
+            }
+            advance(2);
           }
-          advance(2);
         }
-      }
 #pragma unroll 1
-      while (turn < units) {
-        const float value = dot(unit_at(turn, offset), swap, iterations, fragments);
-        if (holds_sum != 0) store_shared(sum_address, value);
-        advance(1);
-      }
+        while (turn < units) {
+          const float value = dot<kIterations>(unit_at(turn, offset), swap, iterations, fragments);
+          if (holds_sum != 0) store_shared(sum_address, value);
+          advance(1);
+        }
+      });
       turn -= units;
       offset -= chunk_bytes * chunks;
+    }
+    // Loads this warp's only unit of a chunk.
+    __device__ __forceinline__ void load(Chunk chunk, uint4 (&weight)[kBatch],
+                                         float& of_row) const {
+      of_row = load_shared_if(biases(chunk) + turn * unit_bias_bytes, holds_bias, Bias{});
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        weight[i] = make_uint4(0, 0, 0, 0);
+        if (i < iterations) weight[i] = load_iteration(chunk.data + offset, swap, i);
+      }
+    }
+    // Multiplies what load() has loaded, chunk after chunk.
+    __device__ __forceinline__ void multiply(const LoadedAhead& loaded, const Frag& fragments) {
+#pragma unroll
+      for (int first = 0; first < kMaxAhead; first += 2) {
+        if (first >= loaded.chunks) break;
+        Products products[2];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+          for (int which = 0; which < 2 && first + which < kMaxAhead; ++which)
+            products[which].add(i, loaded.weight[first + which][i], fragments.value[i]);
+#pragma unroll
+        for (int which = 0; which < 2 && first + which < kMaxAhead; ++which) {
+          if (holds_sum != 0 && first + which < loaded.chunks)
+            store_shared(sum_address + which * sum_step,
+                         products[which].diagonal() + loaded.bias[first + which]);
+        }
+        sum_address += 2 * sum_step;
+      }
+      // As if there had been no more than these.
+      sum_address -= (loaded.chunks & 1) * sum_step;
+    }
+
+    // Calls `run` with the number of iterations as a constant, where it is one that Pythia's sizes
+    // have: loads that need no predicate are issued one behind the other. 0 stands for any other.
+    template <typename Run>
+    __device__ __forceinline__ static void with_iterations(int iterations, Run&& run) {
+      if (iterations == 5) return run(std::integral_constant<int, 5>{});
+      if (iterations == 4) return run(std::integral_constant<int, 4>{});
+      if constexpr (kMaxIterations >= 10) {
+        if (iterations == 8) return run(std::integral_constant<int, 8>{});
+        if (iterations == 10) return run(std::integral_constant<int, 10>{});
+      }
+      run(std::integral_constant<int, 0>{});
     }
     __device__ __forceinline__ void advance(int units) {
       turn += units * turn_step;
@@ -433,40 +498,83 @@ class DecodeStep {
   // the place to ask for what comes next.
   template <typename Finish, typename Ahead>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
-                                           const Frag& fragments, bool has_bias, Finish&& finish,
-                                           Ahead&& ahead) {
+                                           const Frag& fragments, Finish&& finish, Ahead&& ahead) {
     forget_indices();
     const int chunk_sums = matrix.sums_per_chunk;
     const int max_slots = matrix.max_slots;
     const int id = ring_id(epoch, stream);
-    Turns turns(*this, matrix, has_bias);
+    Turns turns(*this, matrix, control->has_bias[static_cast<int>(stream)]);
     int slot = 0;
+    if (kMaxAhead > 0 && loaded.chunks > 0) {
+      turns.multiply(loaded, fragments);
+      slot = loaded.chunks;
+      next_id = ring.announced();
+    }
+    forget_loaded();
     while (next_id == id) {
-      const RingLabel label = ring.wait();
-      // Two chunks that have both landed are multiplied side by side: it takes hardly longer.
-      const bool pair = kPairs && slot + 1 < max_slots && ring.next_landed(id);
-      const RingLabel second = pair ? ring.next_label() : label;
-      turns.multiply_chunks({ring.current(), label.index}, {ring.next(), second.index},
-                            pair ? 2 : 1, fragments);
-      if (thread == 0) {
-        control->chunk_of_slot[slot] = label.index;
-        if (pair) control->chunk_of_slot[slot + 1] = second.index;
-      }
-      slot += pair ? 2 : 1;
-      release_stage(pair);
-      if (slot == max_slots) {
-        finish_rows(matrix, slot, finish);
-        turns.sum_address -= slot * chunk_sums * 4;
-        slot = 0;
-      }
+      ring.wait();
+      RingPeek chunks = ring.peek(0);
+      do {
+        // Two chunks that have both landed are multiplied side by side: it takes hardly longer.
+        const int count = kPairs && slot + 1 < max_slots && chunks.holds(1, id) ? 2 : 1;
+        const RingPeek behind = ring.peek(count);
+        turns.multiply_chunks({ring.current(), chunks.index[0]}, {ring.next(), chunks.index[1]},
+                              count, fragments);
+        if (thread == 0) {
+          control->chunk_of_slot[slot] = chunks.index[0];
+          if (count == 2) control->chunk_of_slot[slot + 1] = chunks.index[1];
+        }
+        slot += count;
+        ring.release(lane, count == 2);
+        if (slot == max_slots) {
+          finish_rows(matrix, slot, finish);
+          turns.sum_address -= slot * chunk_sums * 4;
+          slot = 0;
+        }
+        chunks = behind;
+      } while (chunks.holds(0, id));
+      next_id = ring.announced();
     }
     ahead();
     if (slot > 0) finish_rows(matrix, slot, finish);
   }
   template <typename Finish>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
-                                           const Frag& fragments, bool has_bias, Finish&& finish) {
-    multiply(stream, matrix, fragments, has_bias, finish, [] {});
+                                           const Frag& fragments, Finish&& finish) {
+    multiply(stream, matrix, fragments, finish, [] {});
+  }
+
+  // Nothing is loaded ahead here. What a register may have to keep takes it all the time: so the
+  // compiler is told.
+  __device__ __forceinline__ void forget_loaded() {
+    loaded = LoadedAhead{};
+    norms = LayerNorms{};
+    norms_loaded = false;
+  }
+
+  // Takes the next chunks from the ring, if they have landed and are not attention's; their stream
+  // stays the one that comes next (`next_id`). For whole warps.
+  __device__ __forceinline__ void load_ahead() {
+    if constexpr (kMaxAhead > 0) {
+      if (loaded.chunks == kMaxAhead || next_id == kRingEnd) return;
+      const int stream = stream_of(next_id);
+      if (stream == static_cast<int>(Stream::attention)) return;
+      if (!ring.peek(0).holds(0, next_id)) return;
+      forget_indices();
+      const StreamedMatrix& matrix = control->matrices[stream];
+      if (!matrix.one_unit) return;
+      const Turns turns(*this, matrix, control->has_bias[stream]);
+#pragma unroll
+      for (int i = 0; i < kMaxAhead; ++i) {
+        if (i != loaded.chunks || i + 1 >= matrix.max_slots) continue;
+        const RingPeek chunks = ring.peek(0);
+        if (!chunks.holds(0, next_id)) return;
+        turns.load({ring.current(), chunks.index[0]}, loaded.weight[i], loaded.bias[i]);
+        if (thread == 0) control->chunk_of_slot[i] = chunks.index[0];
+        ring.release(lane);
+        ++loaded.chunks;
+      }
+    }
   }
 
   // This lane's share of a unit; lanes q = g / 2 get slice g % slices of row g / slices. The four
@@ -475,32 +583,38 @@ class DecodeStep {
   // product, of which rows 0 to 7 count, and words 1 and 3 for a second, of which rows 8 to 15 do;
   // they lie in this order in memory (operand_order). In both the diagonal counts: row g (+ 8),
   // column g.
+  template <int kIterations>
   __device__ __forceinline__ static float dot(const Unit& unit, std::uint32_t swap, int iterations,
                                               const Frag& fragments) {
     Products products;
-    float bias = 0.0f;
+    const float bias = unit.load_bias();
+    if constexpr (kIterations > 0) {
+      uint4 weight[kIterations];
 #pragma unroll
-    for (int first = 0; first < kMaxIterations; first += kBatch) {
-      if (first > 0 && first >= iterations) break;
-      uint4 weight[kBatch];
-      load_batch(unit.values, swap, first, iterations, weight);
-      if (first == 0) bias = unit.load_bias();
+      for (int i = 0; i < kIterations; ++i) weight[i] = load_iteration(unit.values, swap, i);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) products.add(i, weight[i], fragments.value[first + i]);
+      for (int i = 0; i < kIterations; ++i) products.add(i, weight[i], fragments.value[i]);
+    } else {
+#pragma unroll
+      for (int first = 0; first < kMaxIterations; first += kBatch) {
+        if (first > 0 && first >= iterations) break;
+        uint4 weight[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          weight[i] = make_uint4(0, 0, 0, 0);
+          if (first + i < iterations) weight[i] = load_iteration(unit.values, swap, first + i);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) products.add(i, weight[i], fragments.value[first + i]);
+      }
     }
     return products.diagonal() + bias;
   }
 
-  __device__ __forceinline__ static void load_batch(std::uint32_t address, std::uint32_t swap,
-                                                    int first, int iterations,
-                                                    uint4 (&weight)[kBatch]) {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      weight[i] = make_uint4(0, 0, 0, 0);
-      if (first + i < iterations)
-        weight[i] = load_shared_4(((first + i) % 2 == 0 ? address + swap : address - swap) +
-                                  (first + i) * 64);
-    }
+  // Iteration i of a unit whose values begin at `address`.
+  __device__ __forceinline__ static uint4 load_iteration(std::uint32_t address, std::uint32_t swap,
+                                                         int i) {
+    return load_shared_4((i % 2 == 0 ? address + swap : address - swap) + i * 64);
   }
 
   // In independent chains: latency is all that counts here.
@@ -518,17 +632,24 @@ class DecodeStep {
   };
 
   // The same for two units at once, with the same sums in the same order.
+  template <int kIterations>
   __device__ __forceinline__ static float2 dot_2(const Unit& first, const Unit& second,
                                                  std::uint32_t swap, int iterations,
                                                  const Frag& fragments) {
-    uint4 weight[2][kBatch];
-#pragma unroll
-    for (int unit = 0; unit < 2; ++unit)
-      load_batch(unit == 0 ? first.values : second.values, swap, 0, iterations, weight[unit]);
+    constexpr int kLoads = kIterations > 0 ? kIterations : kBatch;
+    uint4 weight[2][kLoads];
     const float2 bias = make_float2(first.load_bias(), second.load_bias());
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+#pragma unroll
+      for (int unit = 0; unit < 2; ++unit) {
+        weight[unit][i] = make_uint4(0, 0, 0, 0);
+        if (kIterations > 0 || i < iterations)
+          weight[unit][i] = load_iteration(unit == 0 ? first.values : second.values, swap, i);
+      }
     Products products[2];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i)
+    for (int i = 0; i < kLoads; ++i)
 #pragma unroll
       for (int unit = 0; unit < 2; ++unit)
         products[unit].add(i, weight[unit][i], fragments.value[i]);
@@ -806,12 +927,8 @@ class DecodeStep {
     }
   }
 
-  // Parameters of a layer's two LayerNorms.
-  struct LayerNorms {
-    Norm input, post;
-  };
   // Those of layer `index`, or the final one's behind the last layer.
-  __device__ __forceinline__ void load_norms(int index, LayerNorms& norms) const {
+  __device__ __forceinline__ void load_norms(int index) {
     const StreamedLayer layer = layer_at(p, index);
     const bool final = index == p.num_layers;
     load_norm(final ? p.final_norm_weight : layer.input_norm_weight,
@@ -819,18 +936,17 @@ class DecodeStep {
     if (!final) load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
   }
 
-  // One epoch: a layer, or the LM head behind the last one. `norms` are its own, and on return the
-  // next one's: they come from far away, and are asked for early.
+  // One epoch: a layer, or the LM head behind the last one.
   //
   // There is one copy of the code for all matrices. The whole of it runs once a layer, so it has to
   // fit into the instruction cache: what does not comes from L2, behind the weights.
-  __device__ __forceinline__ void run_epoch(int index, int step, int position, LayerNorms& norms) {
+  __device__ __forceinline__ void run_epoch(int index, int step, int position) {
     mark(TimelinePoint::begin);
     const bool head = index == p.num_layers;
     const int parts = head || p.parallel_residual ? 1 : 2;
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {
-      prepare_input(index, part, norms);
+      prepare_input(index, part);
       Frag fragments;
       bool asked = false;  // `fragments` have been asked for
       const int streams = head ? 1 : p.parallel_residual ? 4 : 2;
@@ -838,14 +954,15 @@ class DecodeStep {
       for (int i = 0; i < streams; ++i) {
         const Stream stream = stream_at(head, part, i);
         if (stream == (p.parallel_residual ? Stream::mlp_down : Stream::attention_out)) {
-          attend(index, position);
+          if (comes(Stream::attention)) {
+            attend(index, position);
+            forget_loaded();
+          }
           mark(TimelinePoint::attention);
         }
-        if (kNormsEarly && stream == Stream::mlp_down) load_norms(index + 1, norms);
         if (comes(stream)) multiply_stream(stream, index, step, position, fragments, asked);
       }
     }
-    if (!kNormsEarly && !head) load_norms(index + 1, norms);
   }
 
   // The streams of an epoch's part, in order.
@@ -861,8 +978,9 @@ class DecodeStep {
 
   // x takes what it is owed and is normalised: of the epoch before in the first part, of attention
   // in the second one of a layer with sequential residual.
-  __device__ __forceinline__ void prepare_input(int index, int part, const LayerNorms& norms) {
+  __device__ __forceinline__ void prepare_input(int index, int part) {
     forget_indices();
+    if (!norms_loaded) load_norms(index);
     if (index > 0 || part > 0) {
       char* set = flow_set(p, part == 0 ? epoch - 1 : epoch);
       const auto* attention = reinterpret_cast<const float*>(set + p.layout.delta_attention);
@@ -874,6 +992,8 @@ class DecodeStep {
     const Moments m = moments(part == 0);
     if (part == 0) normalise(m, norms.input, 0);
     if (part == 1 || (p.parallel_residual && index < p.num_layers)) normalise(m, norms.post, 1);
+    norms = LayerNorms{};
+    norms_loaded = false;
     consumer_barrier();
     mark(TimelinePoint::normalised);
   }
@@ -910,7 +1030,7 @@ class DecodeStep {
           result = p.logits + static_cast<std::int64_t>(step - p.first_scored_step) * p.vocab_size;
     }
     multiply(
-        stream, matrix, fragments, stream != Stream::lm_head,
+        stream, matrix, fragments,
         [&](int row, float value) {
           if (stream == Stream::mlp_up) {
             flow_store(flow<T>(p.layout.mlp) + operand_order(row),
@@ -930,6 +1050,10 @@ class DecodeStep {
           if (asked)
             ask_activations(control->matrices[static_cast<int>(next)],
                             p.parallel_residual ? p.layout.attention : p.layout.mlp, fragments);
+          if (stream == (p.parallel_residual ? Stream::attention_out : Stream::mlp_down)) {
+            load_norms(index + 1);
+            norms_loaded = true;
+          }
         });
     mark(done);
   }
@@ -1013,7 +1137,10 @@ class DecodeStep {
   // compiler would look it up in constant memory again and again.
   int zero;
   RingConsumer ring;
-  int next_id = kRingEnd;  // of the stage that comes next
+  int next_id = kRingEnd;  // of the stage that comes next, or of what was loaded ahead
+  LoadedAhead loaded;
+  LayerNorms norms;  // of the next LayerNorm
+  bool norms_loaded = false;
   int epoch = 0;
   int set_shift = 0;  // flow sets begin with this one
   // The residual stream, the same in every block: this thread's pairs of elements.
@@ -1028,6 +1155,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   extern __shared__ __align__(128) char shared[];
   SharedControl* control = shared_control(shared);
   if (threadIdx.x == 0) init_shared(params, control);
+  if (threadIdx.x == 32) init_sources(params, control);
   __syncthreads();
   const PagedCache cache{params};
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -1040,13 +1168,12 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (elect_one()) DecodeProducer(params, cache, control, shared_ring(params, shared)).run();
+      if (elect_one()) produce(params, cache, control, shared_ring(params, shared));
       break;
     case 1: sweep(params, control, lane); break;
     case 2: SplitCombiner<T>(params, control).run(); break;
     default:
-      if (elect_one())
-        BiasFetcher(params, control, shared_ring(params, shared)).run(epochs_per_step(params));
+      if (elect_one()) DecodeDealer(params, cache, control, shared_ring(params, shared)).run();
   }
 }
 

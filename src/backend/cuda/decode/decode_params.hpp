@@ -29,6 +29,7 @@ struct StreamedMatrix {
   std::int32_t row_bytes;
   std::int32_t iterations;
   bool swaps;                     // each two iterations in odd slices: see swap_columns
+  bool one_unit;                  // of each chunk for each warp
   std::int32_t max_slots;         // chunks whose sums fit
   std::uint32_t rows_reciprocal;  // 2^32 / rows_per_chunk, rounded up
 
@@ -113,7 +114,8 @@ struct DecodeParams {
   bool parallel_residual;
 
   std::int32_t stages, stage_bytes, sum_slots, max_in_flight;
-  std::int32_t bias_offset;  // in a stage, of the biases
+  std::int32_t announced_ahead;  // stages of the ring, beside those with copies in flight
+  std::int32_t bias_offset;      // in a stage, of the biases
   std::int32_t
       bias_element_bytes;       // 4: float32 (the engine's), 2: the weights' type (the callers')
   std::int32_t static_percent;  // of a phase's chunks that are dealt in turns; the rest by ticket

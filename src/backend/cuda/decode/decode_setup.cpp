@@ -12,6 +12,9 @@ namespace {
 
 // More copies under way make what the SMs tell each other wait behind them.
 constexpr int kMaxInFlight = 2;
+// Time enough to draw a ticket while a copy lands. More would be drawn too early to even out what
+// one SM takes longer for than another.
+constexpr int kAnnouncedAhead = 1;
 // A part of a phase is dealt in turns, so that no ticket has to be waited for when it begins.
 constexpr int kPercentInTurns = 30;
 constexpr int kTicketChunks = 2;
@@ -32,6 +35,7 @@ StreamedMatrix streamed(const plan::MatrixPlan& plan, std::int32_t sum_slots) {
   matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
   matrix.iterations = plan.iterations;
   matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0;
+  matrix.one_unit = plan.units_per_chunk() * plan.segments == plan::kConsumerWarps;
   matrix.max_slots = std::min(kMaxChunkSlots, sum_slots / plan.sums_per_chunk());
   const auto rows = static_cast<std::uint32_t>(plan.rows_per_chunk);
   matrix.rows_reciprocal = static_cast<std::uint32_t>(((std::uint64_t{1} << 32) + rows - 1) / rows);
@@ -83,6 +87,7 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.bias_element_bytes = 4;
   p.sum_slots = plan.sum_slots;
   p.max_in_flight = std::min<std::int32_t>(kMaxInFlight, plan.stages);
+  p.announced_ahead = kAnnouncedAhead;
   p.static_percent = kPercentInTurns;
   p.ticket_chunks = kTicketChunks;
   p.kv_head_bytes = static_cast<std::int32_t>(plan.kv.head_bytes);

@@ -1,5 +1,5 @@
 // The sweeper of the streaming decode kernel: one warp of each block that makes flow sets usable
-// again, off the path of the computation.
+// again, off the path of the computation, and looks after what the next epoch needs.
 //
 // A block begins epoch e when it has read all that earlier epochs left it. When all blocks have
 // begun epoch e, nobody reads set e - 1 any more: the sweepers empty it, each its share. That is
@@ -11,6 +11,23 @@
 
 namespace clusterfusion::cuda {
 
+// Brings the LayerNorm parameters of an epoch into L2, where all blocks look for them at the same
+// time, when nothing else is to be done: a vector each by the first blocks.
+__device__ __forceinline__ void prefetch_norms(const DecodeParams& p, int epoch) {
+  if (blockIdx.x > 3) return;
+  const int layer = epoch % epochs_per_step(p);
+  const bool final = layer == p.num_layers;
+  if (final && blockIdx.x > 1) return;
+  const StreamedLayer& first = p.first_layer;
+  const void* of_first = blockIdx.x == 0   ? first.input_norm_weight
+                         : blockIdx.x == 1 ? first.input_norm_bias
+                         : blockIdx.x == 2 ? first.post_norm_weight
+                                           : first.post_norm_bias;
+  const void* vector = of_layer(p, of_first, layer);
+  if (final) vector = blockIdx.x == 0 ? p.final_norm_weight : p.final_norm_bias;
+  bulk_prefetch(vector, p.hidden_size * 2);
+}
+
 __device__ __forceinline__ void sweep(const DecodeParams& p, SharedControl* control, int lane) {
   static_assert(kFlowSets == 3);
   constexpr unsigned kNap = 100;
@@ -21,6 +38,7 @@ __device__ __forceinline__ void sweep(const DecodeParams& p, SharedControl* cont
       counter_add_release(p.arrivals, 1);
       counter_wait(p.arrivals, (epoch + 1) * gridDim.x);
       block_counter_store(&control->swept, epoch + 1);
+      prefetch_norms(p, epoch + 1);
     }
     __syncwarp();
     if (epoch == 0) continue;

@@ -20,10 +20,4 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
-// The same value, which the compiler keeps in an ordinary register until here: it would move what
-// comes from memory to a uniform register at once, and wait for it.
-__device__ __forceinline__ std::uint32_t not_before_here(std::uint32_t value) {
-  return __shfl_sync(__activemask(), value, threadIdx.x % 32);
-}
-
 }  // namespace clusterfusion::device

@@ -1,12 +1,13 @@
-// A ring of stages in shared memory between one producer thread and several consumer warps.
+// A ring of stages in shared memory between a dealer, a producer (a thread each, of different
+// warps) and several consumer warps.
 //
-// For each stage the producer waits until it is empty, announces what it will hold, and starts its
-// bulk copy. Consumers see the announcement at once, and the data when it has landed: so they know
-// that something is over without waiting for a copy of something else. Every consumer warp passes
-// every stage, in order: the parity of the barriers cannot tell a lap from the one before last, so
-// nobody may skip one. One more thread, the follower, adds what goes with the data: a stage has
-// landed when both are there. Everything is handed over by mbarriers, which order what they hand
-// over.
+// For each stage the dealer waits until it is empty, announces what it will hold, and adds what
+// goes with the data. The producer copies what is announced, a few copies at a time; it has
+// nothing else to do, so the next copy begins as soon as one has landed. Consumers see the
+// announcement at once, and the data when it has landed: so they know that something is over
+// without waiting for a copy of something else. Every consumer warp passes every stage, in order:
+// the parity of the barriers cannot tell a lap from the one before last, so nobody may skip one.
+// Everything is handed over by mbarriers, which order what they hand over.
 #pragma once
 
 #include <cstddef>
@@ -25,6 +26,12 @@ struct RingLabel {
   int index;
   int part;
 };
+// What the producer is to copy. `source` is an address, or what the users' own copies make of it.
+struct RingOrder {
+  int id;
+  std::uint32_t bytes;
+  std::uint64_t source;
+};
 
 // Lies in shared memory.
 struct RingControl {
@@ -32,12 +39,13 @@ struct RingControl {
     int index;
     int part;
     int id;
-    int unused;
+    std::uint32_t bytes;
   };
   std::uint64_t empty[kMaxRingStages];  // all consumers are done with what the stage held
   std::uint64_t known[kMaxRingStages];  // it is announced what it will hold
   std::uint64_t full[kMaxRingStages];   // that has landed
   alignas(16) Announcement announced[kMaxRingStages];
+  std::uint64_t source[kMaxRingStages];
 };
 
 // Addresses in shared memory of what belongs to a stage.
@@ -56,6 +64,9 @@ struct RingAddresses {
   __device__ __forceinline__ std::uint32_t announced(int stage) const {
     return control + offsetof(RingControl, announced) + stage * 16;
   }
+  __device__ __forceinline__ std::uint32_t source(int stage) const {
+    return control + offsetof(RingControl, source) + stage * 8;
+  }
 };
 
 // By one thread, before a block barrier.
@@ -63,59 +74,37 @@ __device__ __forceinline__ void ring_init(RingControl* control, int stages, int 
   for (int stage = 0; stage < stages; ++stage) {
     mbarrier_init(&control->empty[stage], consumer_warps);
     mbarrier_init(&control->known[stage], 1);
-    mbarrier_init(&control->full[stage], 2);  // the producer and the follower
+    mbarrier_init(&control->full[stage], 2);  // the dealer and the producer
   }
   mbarrier_fence_init();
 }
 
-// The producer's side, held by one thread.
-class RingProducer {
+// What everybody in a ring has in common: a place, which goes from stage to stage.
+class RingPlace {
  public:
-  // `max_in_flight` copies may be under way; more make everything else in the memory system slow.
-  __device__ __forceinline__ RingProducer(RingControl* control, const char* data, int stages,
-                                          int stage_bytes, int max_in_flight)
+  __device__ __forceinline__ RingPlace(RingControl* control, const char* data, int stages,
+                                       int stage_bytes)
       : at_{shared_address(control)},
         data_(shared_address(data)),
         stages_(stages),
-        stage_bytes_(stage_bytes),
-        max_in_flight_(max_in_flight) {}
+        stage_bytes_(stage_bytes) {}
 
-  // The next stage will hold this.
-  __device__ __forceinline__ void announce(int id, const RingLabel& label) {
-    mbarrier_wait(at_.empty(stage_), parity_);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %3};" ::"r"(at_.announced(stage_)),
-                 "r"(label.index), "r"(label.part), "r"(id)
-                 : "memory");
-    mbarrier_arrive(at_.known(stage_));
-  }
+  // The current stage's data, as an address in shared memory.
+  __device__ __forceinline__ std::uint32_t current() const { return data_ + stage_ * stage_bytes_; }
 
-  // Copies what was announced last, and goes on to the next stage.
-  __device__ __forceinline__ void copy(const void* source, std::uint32_t bytes) {
-    copy_with(bytes, [&](std::uint32_t target, std::uint32_t barrier) {
-      bulk_copy_to_shared(target, source, bytes, barrier);
-    });
+ protected:
+  // Goes on to the next stage.
+  __device__ __forceinline__ void advance() {
+    if (++stage_ < stages_) return;
+    stage_ = 0;
+    parity_ ^= 1;
   }
-  // The same with copies of the caller's that bring `bytes` to a target and tell a barrier, both
-  // addresses in shared memory.
-  template <typename Copies>
-  __device__ __forceinline__ void copy_with(std::uint32_t bytes, Copies&& copies) {
-    const std::uint32_t full = at_.full(stage_);
-    const std::uint32_t target = data_ + stage_ * stage_bytes_;
-    mbarrier_arrive_expect(full, bytes);
-    wait_for_flight();
-    copies(target, full);
-    if (++stage_ == stages_) {
-      stage_ = 0;
-      parity_ ^= 1;
-    }
-  }
-
- private:
-  // The copy `max_in_flight` before this one must have landed. (Before the first one, the wait is
-  // for the phase before a barrier's first, which counts as complete.)
-  __device__ __forceinline__ void wait_for_flight() const {
-    int earlier = stage_ - max_in_flight_;
-    std::uint32_t its_parity = parity_ ^ 1;
+  // Waits until what went into the ring `stages` stages before the current one has landed; for
+  // who has seen that stage empty, or announced, since. (Before the first lap the wait is for the
+  // phase before a barrier's first, which counts as complete.)
+  __device__ __forceinline__ void wait_for_earlier(int stages) const {
+    int earlier = stage_ - stages;
+    std::uint32_t its_parity = parity_;
     if (earlier < 0) {
       earlier += stages_;
       its_parity ^= 1;
@@ -125,66 +114,41 @@ class RingProducer {
 
   RingAddresses at_;
   std::uint32_t data_;
-  int stages_, stage_bytes_, max_in_flight_;
-  int stage_ = 0;
-  std::uint32_t parity_ = 1;  // of `empty`: the first lap finds every stage empty
-};
-
-// What consumers and the follower have in common: they see what is announced.
-class RingReader {
- public:
-  __device__ __forceinline__ RingReader(RingControl* control, const char* data, int stages,
-                                        int stage_bytes)
-      : at_{shared_address(control)},
-        data_(shared_address(data)),
-        stages_(stages),
-        stage_bytes_(stage_bytes) {}
-
-  // The id of the current stage; waits for its announcement, not for its data.
-  __device__ __forceinline__ int announced() const {
-    mbarrier_wait(at_.known(stage_), parity_);
-    return id(stage_);
-  }
-  // The current stage's data, as an address in shared memory.
-  __device__ __forceinline__ std::uint32_t current() const { return data_ + stage_ * stage_bytes_; }
-
- protected:
-  // Of a stage whose announcement this thread has seen, or whose data it has seen landed.
-  __device__ __forceinline__ int id(int stage) const {
-    int id;
-    asm volatile("ld.shared.u32 %0, [%1 + 8];" : "=r"(id) : "r"(at_.announced(stage)) : "memory");
-    return id;
-  }
-  __device__ __forceinline__ RingLabel label(int stage) const {
-    RingLabel label;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(label.index), "=r"(label.part)
-                 : "r"(at_.announced(stage))
-                 : "memory");
-    return label;
-  }
-  // Goes on to the next stage.
-  __device__ __forceinline__ void advance() {
-    if (++stage_ < stages_) return;
-    stage_ = 0;
-    parity_ ^= 1;
-  }
-
-  RingAddresses at_;
-  std::uint32_t data_;
   int stages_, stage_bytes_;
   int stage_ = 0;
   std::uint32_t parity_ = 0;
 };
 
-// The follower's side, held by one thread.
-class RingFollower : public RingReader {
- public:
-  using RingReader::RingReader;
+// Two stages, one behind the other, as they were when somebody looked.
+struct RingPeek {
+  bool landed[2];
+  int id[2], index[2];  // if landed
 
-  // What the current stage will hold; it is announced.
-  __device__ __forceinline__ RingLabel label() const { return RingReader::label(stage_); }
-  // Adds `bytes` at `offset` of the current stage, and goes on to the next one; none if 0.
+  // Whether the first or second one has landed, and holds `id`. For whole warps.
+  __device__ __forceinline__ bool holds(int which, int id) const {
+    return __all_sync(0xffffffffu, landed[which]) && this->id[which] == id;
+  }
+};
+
+// The dealer's side, held by one thread.
+class RingDealer : public RingPlace {
+ public:
+  // At most `reach` stages are announced and have not landed.
+  __device__ __forceinline__ RingDealer(RingControl* control, const char* data, int stages,
+                                        int stage_bytes, int reach)
+      : RingPlace(control, data, stages, stage_bytes), reach_(min(reach, stages)) {}
+
+  // The current stage will hold this.
+  __device__ __forceinline__ void announce(const RingLabel& label, const RingOrder& order) {
+    mbarrier_wait(at_.empty(stage_), parity_ ^ 1);  // the first lap finds every stage empty
+    wait_for_earlier(reach_);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at_.announced(stage_)),
+                 "r"(label.index), "r"(label.part), "r"(order.id), "r"(order.bytes)
+                 : "memory");
+    asm volatile("st.shared.u64 [%0], %1;" ::"r"(at_.source(stage_)), "l"(order.source) : "memory");
+    mbarrier_arrive(at_.known(stage_));
+  }
+  // Adds `bytes` at `offset` of the current stage, none if 0, and goes on to the next one.
   __device__ __forceinline__ void add(std::uint32_t offset, const void* source,
                                       std::uint32_t bytes) {
     const std::uint32_t full = at_.full(stage_);
@@ -196,29 +160,83 @@ class RingFollower : public RingReader {
     }
     advance();
   }
+
+ private:
+  int reach_;
+};
+
+// The producer's side, held by one thread.
+class RingProducer : public RingPlace {
+ public:
+  // `max_in_flight` copies may be under way; more make everything else in the memory system slow.
+  __device__ __forceinline__ RingProducer(RingControl* control, const char* data, int stages,
+                                          int stage_bytes, int max_in_flight)
+      : RingPlace(control, data, stages, stage_bytes), max_in_flight_(max_in_flight) {}
+
+  // What the current stage will hold; waits for its announcement.
+  __device__ __forceinline__ RingOrder next() const {
+    mbarrier_wait(at_.known(stage_), parity_);
+    RingOrder order;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 8];"
+                 : "=r"(order.id), "=r"(order.bytes)
+                 : "r"(at_.announced(stage_))
+                 : "memory");
+    asm volatile("ld.shared.u64 %0, [%1];"
+                 : "=l"(order.source)
+                 : "r"(at_.source(stage_))
+                 : "memory");
+    return order;
+  }
+  // Waits until one more copy may be under way, lets copies(target, barrier) start what brings
+  // `bytes` (both are addresses in shared memory), and goes on to the next stage.
+  template <typename Copies>
+  __device__ __forceinline__ void copy(std::uint32_t bytes, Copies&& copies) {
+    const std::uint32_t full = at_.full(stage_);
+    mbarrier_arrive_expect(full, bytes);
+    wait_for_earlier(max_in_flight_);
+    copies(current(), full);
+    advance();
+  }
+
+ private:
+  int max_in_flight_;
 };
 
 // A consumer's side, held by every thread of the consumer warps.
-class RingConsumer : public RingReader {
+class RingConsumer : public RingPlace {
  public:
-  using RingReader::RingReader;
+  using RingPlace::RingPlace;
 
+  // The id of the current stage; waits for its announcement, not for its data.
+  __device__ __forceinline__ int announced() const {
+    mbarrier_wait(at_.known(stage_), parity_);
+    return id(stage_);
+  }
   // Waits until the current stage has landed.
   __device__ __forceinline__ RingLabel wait() const {
     mbarrier_wait(at_.full(stage_), parity_);
     return label(stage_);
   }
-  // What the stage behind the current one holds, which has landed.
-  __device__ __forceinline__ RingLabel next_label() const {
-    return label(stage_ + 1 == stages_ ? 0 : stage_ + 1);
-  }
-  // Whether the stage behind the current one has landed, and holds `id`. For whole warps.
-  __device__ __forceinline__ bool next_landed(int id) const {
-    const bool wraps = stage_ + 1 == stages_;
-    const int stage = wraps ? 0 : stage_ + 1;
-    if (!__all_sync(0xffffffffu, mbarrier_test(at_.full(stage), wraps ? parity_ ^ 1 : parity_)))
-      return false;
-    return RingReader::id(stage) == id;
+  // Looks at the stages `ahead` and `ahead` + 1 behind the current one; `ahead` is at most the
+  // number of stages. Nothing here waits for what is seen.
+  __device__ __forceinline__ RingPeek peek(int ahead) const {
+    RingPeek peek;
+    int stage = stage_ + ahead;
+    std::uint32_t parity = parity_;
+#pragma unroll
+    for (int i = 0; i < 2; ++i, ++stage) {
+      if (stage >= stages_) {
+        stage -= stages_;
+        parity ^= 1;
+      }
+      peek.landed[i] = mbarrier_test(at_.full(stage), parity);
+      [[maybe_unused]] int part, bytes;
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(peek.index[i]), "=r"(part), "=r"(peek.id[i]), "=r"(bytes)
+                   : "r"(at_.announced(stage))
+                   : "memory");
+    }
+    return peek;
   }
   // The current stage's data, as a pointer.
   __device__ __forceinline__ char* current_data() const {
@@ -236,6 +254,22 @@ class RingConsumer : public RingReader {
     if (!two) return;
     if (lane == 0) mbarrier_arrive(at_.empty(stage_));
     advance();
+  }
+
+ private:
+  // Of a stage whose announcement this thread has seen, or whose data it has seen landed.
+  __device__ __forceinline__ int id(int stage) const {
+    int id;
+    asm volatile("ld.shared.u32 %0, [%1 + 8];" : "=r"(id) : "r"(at_.announced(stage)) : "memory");
+    return id;
+  }
+  __device__ __forceinline__ RingLabel label(int stage) const {
+    RingLabel label;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(label.index), "=r"(label.part)
+                 : "r"(at_.announced(stage))
+                 : "memory");
+    return label;
   }
 };
 

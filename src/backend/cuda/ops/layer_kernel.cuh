@@ -12,26 +12,29 @@ namespace clusterfusion::cuda {
 
 // Keys and values in rows of all heads, as the callers keep them.
 struct RowCache {
+  static constexpr bool kManyLayers = false;
   const LayerParams& p;
 
   class Reader {
    public:
     __device__ __forceinline__ Reader(const RowCache& cache, int, int head, int, int)
-        : p_(cache.p), column_(head * cache.p.stream.head_dim) {}
-    __device__ __forceinline__ void copy(RingProducer& ring, int block) const {
-      const DecodeParams& stream = p_.stream;
-      const int row = block * stream.kv_block_positions;
-      ring.copy_with(stream.kv_block_bytes, [&](std::uint32_t target, std::uint32_t barrier) {
-        tensor_copy_to_shared(target, p_.key_map, column_, row, barrier);
-        tensor_copy_to_shared(target + stream.kv_block_bytes / 2, p_.value_map, column_, row,
-                              barrier);
-      });
+        : positions_(cache.p.stream.kv_block_positions), column_(head * cache.p.stream.head_dim) {}
+    // The place of a block in the tensors: column, and row in the upper half.
+    __device__ __forceinline__ std::uint64_t source(int block) const {
+      return static_cast<std::uint64_t>(block * positions_) << 32 | column_;
     }
 
    private:
-    const LayerParams& p_;
-    int column_;
+    int positions_;
+    std::uint32_t column_;
   };
+  __device__ __forceinline__ void copy(std::uint32_t target, const RingOrder& order,
+                                       std::uint32_t barrier) const {
+    const int column = static_cast<int>(order.source);
+    const int row = static_cast<int>(order.source >> 32);
+    tensor_copy_to_shared(target, p.key_map, column, row, barrier);
+    tensor_copy_to_shared(target + order.bytes / 2, p.value_map, column, row, barrier);
+  }
 
   __device__ __forceinline__ float2 angle(int, int dim) const {
     return make_float2(__ldg(p.cosines + dim), __ldg(p.sines + dim));
@@ -82,11 +85,11 @@ __device__ __forceinline__ void prefetch_first_chunks(const LayerParams& layer) 
 }
 
 // Streams before it knows its half of the scratch, which only tickets need, and the position.
-class LayerProducer : public DecodeProducer<RowCache> {
+class LayerDealer : public DecodeDealer<RowCache> {
  public:
-  __device__ __forceinline__ LayerProducer(const LayerParams& params, const RowCache& kv_cache,
-                                           SharedControl* shared, char* ring_data)
-      : DecodeProducer(params.stream, kv_cache, shared, ring_data), layer(params) {}
+  __device__ __forceinline__ LayerDealer(const LayerParams& params, const RowCache& kv_cache,
+                                         SharedControl* shared, char* ring_data)
+      : DecodeDealer(params.stream, kv_cache, shared, ring_data), layer(params) {}
 
   __device__ __forceinline__ void run() {
     const int half = scratch_half(layer);
@@ -106,14 +109,14 @@ class LayerProducer : public DecodeProducer<RowCache> {
       } else if (index == 1) {
         phase = {Stream::mlp_down};
       }
-      stream(0, 0, phase, hooks);
+      deal(0, 0, dealt(phase), hooks);
     }
-    ring.announce(kRingEnd, {});
+    end();
   }
 
  private:
   struct Hooks {
-    LayerProducer& producer;
+    LayerDealer& dealer;
     int half;
     int position;
     int attention_from = kNever;  // the first chunk behind attention
@@ -123,12 +126,12 @@ class LayerProducer : public DecodeProducer<RowCache> {
       if (chunk >= attention_from) attend();
     }
     __device__ __forceinline__ void attend() {
-      if (attended || !is_position(producer.layer, position)) return;
-      producer.stream_attention(0, 0, position);
+      if (attended || !is_position(dealer.layer, position)) return;
+      dealer.deal_attention(0, 0, splits_at(dealer.p, position));
       attended = true;
     }
     __device__ __forceinline__ void before_ticket() {
-      if (!counting) producer.counter += half * kLayerPhases;
+      if (!counting) dealer.counter += half * kLayerPhases;
       counting = true;
     }
   };
@@ -141,7 +144,6 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
   using Base = DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, T>;
   using Base::next_id, Base::p, Base::ring, Base::set_shift, Base::thread, Base::x;
   using typename Base::Frag;
-  using typename Base::LayerNorms;
   using typename Base::Moments;
 
  public:
@@ -158,11 +160,10 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     set_shift = scratch_half(layer);
     const int position = position_of(layer);
     const bool valid = is_position(layer, position);
-    LayerNorms norms;
-    this->load_norms(0, norms);
+    this->load_norms(0);
     load_input();
     next_id = ring.announced();
-    multiply_normed(norms, position, valid);
+    multiply_normed(position, valid);
     if (!valid)
       refuse();
     else if (layer.down)
@@ -194,31 +195,29 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
 
   // QKV, the first MLP matrix and, in between or behind, attention. The MLP's activations go to the
   // caller, or to the second half.
-  __device__ __forceinline__ void multiply_normed(const LayerNorms& norms, int position,
-                                                  bool valid) {
+  __device__ __forceinline__ void multiply_normed(int position, bool valid) {
     const Moments moments = this->moments(false);
-    this->normalise(moments, norms.input, 0);
-    this->normalise(moments, norms.post, 1);
+    this->normalise(moments, this->norms.input, 0);
+    this->normalise(moments, this->norms.post, 1);
+    this->norms = {};
     this->consumer_barrier();
     Frag fragments;
     this->load_normed(p.qkv, 0, fragments);
     float* qkv = this->template flow<float>(p.layout.qkv);
-    this->multiply(Stream::qkv, p.qkv, fragments, p.first_layer.qkv_bias != nullptr,
+    this->multiply(Stream::qkv, p.qkv, fragments,
                    [&](int row, float value) { flow_store(qkv + row, value); });
     T* mlp = this->template flow<T>(p.layout.mlp);
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
       if (this->comes(Stream::mlp_up)) {
         this->load_normed(p.mlp_up, 1, fragments);
-        this->multiply(Stream::mlp_up, p.mlp_up, fragments, p.first_layer.mlp_up_bias != nullptr,
-                       [&](int row, float value) {
-                         const T rounded =
-                             static_cast<T>(valid ? activate(p.activation, value) : NAN);
-                         if (layer.down)
-                           flow_store(mlp + operand_order(row), rounded);
-                         else
-                           static_cast<T*>(layer.mlp_intermediate)[row] = rounded;
-                       });
+        this->multiply(Stream::mlp_up, p.mlp_up, fragments, [&](int row, float value) {
+          const T rounded = static_cast<T>(valid ? activate(p.activation, value) : NAN);
+          if (layer.down)
+            flow_store(mlp + operand_order(row), rounded);
+          else
+            static_cast<T*>(layer.mlp_intermediate)[row] = rounded;
+        });
       }
       if (part == 0) this->attend(0, position);
     }
@@ -230,10 +229,9 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     Frag fragments;
     this->ask_activations(p.attention_out, p.layout.attention, fragments);
     this->wait_activations(p.attention_out, p.layout.attention, fragments);
-    this->multiply(Stream::attention_out, p.attention_out, fragments,
-                   p.first_layer.attention_out_bias != nullptr, [&](int row, float value) {
-                     static_cast<T*>(layer.attn_output)[row] = static_cast<T>(value);
-                   });
+    this->multiply(Stream::attention_out, p.attention_out, fragments, [&](int row, float value) {
+      static_cast<T*>(layer.attn_output)[row] = static_cast<T>(value);
+    });
   }
 
   __device__ __forceinline__ void second_half() {
@@ -245,14 +243,12 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
       this->ask_activations(p.mlp_down, p.layout.mlp, fragments);
       this->wait_activations(p.mlp_down, p.layout.mlp, fragments);
       this->multiply(Stream::mlp_down, p.mlp_down, fragments,
-                     p.first_layer.mlp_down_bias != nullptr,
                      [&](int row, float value) { flow_store(mlp + row, value); });
     }
     if (this->comes(Stream::attention_out)) {
       this->ask_activations(p.attention_out, p.layout.attention, next);
       this->wait_activations(p.attention_out, p.layout.attention, next);
       this->multiply(Stream::attention_out, p.attention_out, next,
-                     p.first_layer.attention_out_bias != nullptr,
                      [&](int row, float value) { flow_store(attention + row, value); });
     }
     // The sum, each element by one thread: to each block a piece.
@@ -270,12 +266,11 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     if (!this->comes(Stream::mlp_down)) return;
     Frag fragments;
     load_plain(p.mlp_down, typed(layer.mlp_input), fragments);
-    this->multiply(Stream::mlp_down, p.mlp_down, fragments, p.first_layer.mlp_down_bias != nullptr,
-                   [&](int row, float value) {
-                     const float sum = static_cast<float>(typed(layer.input)[row]) +
-                                       static_cast<float>(typed(layer.attn_input)[row]) + value;
-                     static_cast<T*>(layer.output)[row] = static_cast<T>(sum);
-                   });
+    this->multiply(Stream::mlp_down, p.mlp_down, fragments, [&](int row, float value) {
+      const float sum = static_cast<float>(typed(layer.input)[row]) +
+                        static_cast<float>(typed(layer.attn_input)[row]) + value;
+      static_cast<T*>(layer.output)[row] = static_cast<T>(sum);
+    });
   }
 
   __device__ __forceinline__ void load_input() {
@@ -343,6 +338,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   extern __shared__ __align__(128) char shared[];
   SharedControl* control = shared_control(shared);
   if (threadIdx.x == 0) init_shared(params.stream, control);
+  if (threadIdx.x == 32) init_sources(params.stream, control);
   // A launch that may begin before this one has ended waits there, as this one does here.
   start_dependents();
   if (threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
@@ -361,8 +357,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (elect_one())
-        LayerProducer(params, cache, control, shared_ring(params.stream, shared)).run();
+      if (elect_one()) produce(params.stream, cache, control, shared_ring(params.stream, shared));
       break;
     case 1:
       sweep_layer(params, lane);
@@ -371,7 +366,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
     case 2: combine_layer<T>(params, control); break;
     default:
       if (elect_one())
-        BiasFetcher(params.stream, control, shared_ring(params.stream, shared)).run(1);
+        LayerDealer(params, cache, control, shared_ring(params.stream, shared)).run();
   }
 }
 

@@ -1,0 +1,188 @@
+// The dealer of the streaming decode kernel: one thread of each block that knows, before anything
+// is computed, what has to be read, and announces it in the ring, a little ahead of the producer.
+// With a chunk it brings the biases of the chunk's rows: consumers who had to fetch them would wait
+// for them behind the weights.
+//
+// The chunks of a phase are dealt out in turns at first, then by ticket, because SMs are not served
+// equally. All of this block's attention comes with the second phase of a layer, in front of it;
+// where few blocks have some, these leave the first phase early.
+#pragma once
+
+#include "backend/cuda/decode/decode_common.cuh"
+
+namespace clusterfusion::cuda {
+
+template <typename Cache>
+class DecodeDealer {
+ public:
+  __device__ __forceinline__ DecodeDealer(const DecodeParams& params, const Cache& kv_cache,
+                                          SharedControl* shared, char* ring_data)
+      : p(params),
+        cache(kv_cache),
+        control(shared),
+        ring(&shared->ring, ring_data, params.stages, params.stage_bytes,
+             params.max_in_flight + params.announced_ahead),
+        counter(params.tickets) {}
+
+  __device__ __forceinline__ void run() {
+    const int phases = plan::layer_phases(p.parallel_residual);
+    for (int index = 0; index < phases; ++index)
+      control->phases[index] = dealt(plan::layer_phase(p.parallel_residual, index));
+    control->phases[phases] = dealt({Stream::lm_head});
+    int epoch = 0;
+    for (int step = 0; step < p.steps; ++step) {
+      const int position = p.first_position + step;
+      const bool scored = step >= p.first_scored_step;
+      const plan::AttentionSplits splits = splits_at(p, position);
+      const int leave_from = leaves_first_phase_from(splits);
+#pragma unroll 1
+      for (int layer = 0; layer < p.num_layers + scored; ++layer, ++epoch) {
+        // One copy of the code for all phases: it must fit into few registers.
+        const bool head = layer == p.num_layers;
+        int index = head ? phases : 0;
+        const int end = head ? phases + 1 : phases;
+#pragma unroll 1
+        do {
+          if (control->phases[index].attention_before) deal_attention(layer, epoch, splits);
+          deal(head ? 0 : layer, epoch, control->phases[index], NoHooks{},
+               index > 0 ? kNever : leave_from);
+        } while (++index < end);
+      }
+      epoch += !scored;
+    }
+    end();
+  }
+
+ protected:
+  __device__ __forceinline__ void end() { ring.announce({}, {kRingEnd, 0, 0}); }
+
+  __device__ __forceinline__ SharedControl::DealtPhase dealt(const plan::Phase& phase) const {
+    const auto chunks_of = [&](Stream stream) {
+      return stream == Stream::none ? 0 : control->matrices[static_cast<int>(stream)].chunks;
+    };
+    const int chunks = chunks_of(phase.first) + chunks_of(phase.second);
+    const plan::Deal deal =
+        plan::deal(chunks, p.static_percent, static_cast<std::int32_t>(gridDim.x));
+    return {phase.first, phase.second, chunks, deal.first_by_ticket, phase.attention_before};
+  }
+
+  // A matrix of one layer, to be streamed as `id`.
+  struct Piece {
+    int id;
+    const char* weights;
+    const char* biases;
+    int chunks;
+    int chunk_bytes;
+    int last_bytes;  // of the last chunk
+    int chunk_bias_bytes;
+    int bias_bytes;  // of all rows
+  };
+  __device__ __forceinline__ Piece piece(int layer, int epoch, Stream stream) const {
+    const StreamedMatrix& matrix = control->matrices[static_cast<int>(stream)];
+    const SharedControl::Source& source = control->sources[static_cast<int>(stream)];
+    const int last_rows = matrix.rows - (matrix.chunks - 1) * matrix.rows_per_chunk;
+    return {ring_id(epoch, stream),
+            of_layer(p, source.weights, layer),
+            source.biases == nullptr ? nullptr : of_layer(p, source.biases, layer),
+            matrix.chunks,
+            matrix.rows_per_chunk * matrix.row_bytes,
+            last_rows * matrix.row_bytes,
+            matrix.rows_per_chunk * p.bias_element_bytes,
+            matrix.rows * p.bias_element_bytes};
+  }
+
+  __device__ __forceinline__ void deal_chunk(const Piece& piece, int index) {
+    const char* weights = piece.weights + static_cast<std::int64_t>(index) * piece.chunk_bytes;
+    const int bytes = index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes;
+    ring.announce({index, 0}, {piece.id, static_cast<std::uint32_t>(bytes), address_of(weights)});
+    if (piece.biases == nullptr) return ring.add(0, nullptr, 0);
+    // From the 16 bytes that the first of the chunk's biases lies in to those of the last: there
+    // are a multiple of 16 bytes of biases.
+    const int first = index * piece.chunk_bias_bytes;
+    const int begin = first & ~15;
+    const int end = (min(first + piece.chunk_bias_bytes, piece.bias_bytes) + 15) & ~15;
+    ring.add(p.bias_offset, piece.biases + begin, end - begin);
+  }
+
+  static constexpr int kNever = 0x7fffffff;
+
+  // From which of the first phase's chunks on this block draws no more tickets.
+  __device__ __forceinline__ int leaves_first_phase_from(
+      const plan::AttentionSplits& splits) const {
+    const int tasks = p.num_heads * splits.splits;
+    const bool leaves = p.parallel_residual && static_cast<int>(blockIdx.x) < tasks &&
+                        plan::leaves_for_attention(tasks, p.head_dim, static_cast<int>(gridDim.x));
+    return leaves ? plan::leave_for_attention_from(p.qkv.chunks, p.mlp_up.chunks) : kNever;
+  }
+
+  // What a caller of deal() may put in between.
+  struct NoHooks {
+    __device__ __forceinline__ void before_chunk(int) const {}
+    __device__ __forceinline__ void before_ticket() const {}
+  };
+
+  // One phase: this block's chunks of one matrix, or of two, one after the other. A ticket of chunk
+  // `leave_from` or a later one is the last that it draws.
+  template <typename Hooks = NoHooks>
+  __device__ __forceinline__ void deal(int layer, int epoch, const SharedControl::DealtPhase& phase,
+                                       Hooks&& hooks = {}, int leave_from = kNever) {
+    const int chunks = phase.chunks, first_by_ticket = phase.first_by_ticket;
+    // Chunks come in ascending order: those of the first matrix, then those of the second.
+    Piece current = piece(layer, epoch, phase.first);
+    const Stream second = phase.second;
+    int before = 0;  // chunks of the phase before the current matrix
+    int next_from = second == Stream::none ? kNever : current.chunks;
+    int begin = static_cast<int>(blockIdx.x), end = first_by_ticket;
+    int stride = static_cast<int>(gridDim.x);
+    bool leaves = false;
+    while (true) {
+#pragma unroll 1
+      for (int chunk = begin; chunk < end; chunk += stride) {
+        hooks.before_chunk(chunk);
+        if (chunk >= next_from) {
+          before = next_from;
+          next_from = kNever;
+          current = piece(layer, epoch, second);
+        }
+        deal_chunk(current, chunk - before);
+      }
+      if (leaves) break;
+      hooks.before_ticket();
+      begin = first_by_ticket + static_cast<int>(atomicAdd(counter, p.ticket_chunks));
+      if (begin >= chunks) break;
+      end = min(begin + static_cast<int>(p.ticket_chunks), chunks);
+      stride = 1;
+      leaves = begin >= leave_from;
+    }
+    // Every phase of every step has a counter of its own: this dealer may be a step ahead of
+    // another that has not drawn its last ticket yet.
+    ++counter;
+  }
+
+  __device__ __forceinline__ void deal_attention(int layer, int epoch,
+                                                 const plan::AttentionSplits& splits) {
+    const int tasks = p.num_heads * splits.splits;
+    for (int task = static_cast<int>(blockIdx.x); task < tasks;
+         task += static_cast<int>(gridDim.x)) {
+      const int head = task / splits.splits;
+      const int first = task % splits.splits * splits.blocks_per_split;
+      const int end = min(first + splits.blocks_per_split, splits.blocks);
+      typename Cache::Reader reader(cache, layer, head, first, end);
+#pragma unroll 1
+      for (int block = first; block < end; ++block) {
+        ring.announce({task, block},
+                      {ring_id(epoch, Stream::attention),
+                       static_cast<std::uint32_t>(p.kv_block_bytes), reader.source(block)});
+        ring.add(0, nullptr, 0);
+      }
+    }
+  }
+
+  const DecodeParams& p;
+  const Cache& cache;
+  SharedControl* control;
+  RingDealer ring;
+  std::uint32_t* counter;
+};
+
+}  // namespace clusterfusion::cuda
