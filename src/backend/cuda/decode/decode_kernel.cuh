@@ -339,9 +339,9 @@ class DecodeStep {
 
   // What a warp has taken from the ring while it waits for its input: the first chunks of what it
   // multiplies next. It makes room in the ring, so that memory need not wait as well. Only where
-  // each warp has one unit of a chunk.
+  // each warp has one unit of a chunk. As many as there are registers for (bfloat16 needs more).
   static constexpr int kMaxAhead = !kPairs || !Cache::kManyLayers || kMaxHeadSteps > 8 ? 0
-                                   : kMaxHeadSteps <= 5                                ? 3
+                                   : kMaxHeadSteps <= 5 && MmaInput<T>::kIsHalf        ? 3
                                                                                        : 2;
   struct LoadedAhead {
     uint4 weight[kMaxAhead > 0 ? kMaxAhead : 1][kBatch] = {};
