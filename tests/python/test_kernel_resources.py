@@ -22,8 +22,8 @@ TEMPLATES = {
 # As src/backend/cuda/CMakeLists.txt makes them.
 ITERATIONS, HEAD_STEPS = (5, 10), (5, 8, 16)
 # Bytes that an instance of the decode kernel may store and load again, by its iterations and head
-# steps; the layer kernel none, but for wide heads on sm_120. On sm_120, ptxas ignores setmaxnreg, so
-# there are fewer registers.
+# steps; the layer kernel none, but for wide heads on sm_120. (There ptxas ignores setmaxnreg, so
+# there are fewer registers.)
 SPILLS = {
     "90a": {(5, 5): 0, (5, 8): 0, (5, 16): 64, (10, 5): 0, (10, 8): 304, (10, 16): 616},
     "120a": {
