@@ -52,6 +52,12 @@ class DecodeStep {
   static constexpr int kBatch = 5;  // loads under way together
   static_assert(kMaxIterations % kBatch == 0);
   static constexpr bool kPairs = kMaxIterations <= kBatch;  // of chunks are multiplied side by side
+  // For sm_120, ptxas ignores setmaxnreg: consumers have no more registers than all other threads.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  static constexpr bool kFewRegisters = true;
+#else
+  static constexpr bool kFewRegisters = false;
+#endif
   // Wide heads have no registers left for the query.
   static constexpr bool kQueryInRegisters = kMaxHeadSteps <= 8;
 
@@ -318,8 +324,8 @@ class DecodeStep {
     }
   }
 
-  __device__ __forceinline__ void release_stage(bool two = false) {
-    ring.release(lane, two);
+  __device__ __forceinline__ void release_stage() {
+    ring.release(lane);
     next_id = ring.announced();
   }
   __device__ __forceinline__ bool comes(Stream stream) const {
@@ -340,9 +346,10 @@ class DecodeStep {
   // What a warp has taken from the ring while it waits for its input: the first chunks of what it
   // multiplies next. It makes room in the ring, so that memory need not wait as well. Only where
   // each warp has one unit of a chunk. As many as there are registers for (bfloat16 needs more).
-  static constexpr int kMaxAhead = !kPairs || !Cache::kManyLayers || kMaxHeadSteps > 8 ? 0
-                                   : kMaxHeadSteps <= 5 && MmaInput<T>::kIsHalf        ? 3
-                                                                                       : 2;
+  static constexpr int kMaxAhead =
+      !kPairs || kFewRegisters || !Cache::kManyLayers || kMaxHeadSteps > 8 ? 0
+      : kMaxHeadSteps <= 5 && MmaInput<T>::kIsHalf                         ? 3
+                                                                           : 2;
   struct LoadedAhead {
     uint4 weight[kMaxAhead > 0 ? kMaxAhead : 1][kBatch] = {};
     float bias[kMaxAhead > 0 ? kMaxAhead : 1] = {};
@@ -478,11 +485,9 @@ class DecodeStep {
     // have: loads that need no predicate are issued one behind the other. 0 stands for any other.
     template <typename Run>
     __device__ __forceinline__ static void with_iterations(int iterations, Run&& run) {
-      if (iterations == 5) return run(std::integral_constant<int, 5>{});
-      if (iterations == 4) return run(std::integral_constant<int, 4>{});
-      if constexpr (kMaxIterations >= 10) {
-        if (iterations == 8) return run(std::integral_constant<int, 8>{});
-        if (iterations == 10) return run(std::integral_constant<int, 10>{});
+      if constexpr (kPairs && !kFewRegisters) {
+        if (iterations == 5) return run(std::integral_constant<int, 5>{});
+        if (iterations == 4) return run(std::integral_constant<int, 4>{});
       }
       run(std::integral_constant<int, 0>{});
     }
@@ -588,25 +593,20 @@ class DecodeStep {
                                               const Frag& fragments) {
     Products products;
     const float bias = unit.load_bias();
-    if constexpr (kIterations > 0) {
-      uint4 weight[kIterations];
 #pragma unroll
-      for (int i = 0; i < kIterations; ++i) weight[i] = load_iteration(unit.values, swap, i);
+    for (int first = 0; first < (kIterations > 0 ? kIterations : kMaxIterations); first += kBatch) {
+      if (kIterations == 0 && first > 0 && first >= iterations) break;
+      uint4 weight[kBatch];
 #pragma unroll
-      for (int i = 0; i < kIterations; ++i) products.add(i, weight[i], fragments.value[i]);
-    } else {
-#pragma unroll
-      for (int first = 0; first < kMaxIterations; first += kBatch) {
-        if (first > 0 && first >= iterations) break;
-        uint4 weight[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          weight[i] = make_uint4(0, 0, 0, 0);
-          if (first + i < iterations) weight[i] = load_iteration(unit.values, swap, first + i);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) products.add(i, weight[i], fragments.value[first + i]);
+      for (int i = 0; i < kBatch; ++i) {
+        weight[i] = make_uint4(0, 0, 0, 0);
+        if (first + i < (kIterations > 0 ? kIterations : iterations))
+          weight[i] = load_iteration(unit.values, swap, first + i);
       }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (kIterations == 0 || first + i < kIterations)
+          products.add(i, weight[i], fragments.value[first + i]);
     }
     return products.diagonal() + bias;
   }
@@ -1050,7 +1050,8 @@ class DecodeStep {
           if (asked)
             ask_activations(control->matrices[static_cast<int>(next)],
                             p.parallel_residual ? p.layout.attention : p.layout.mlp, fragments);
-          if (stream == (p.parallel_residual ? Stream::attention_out : Stream::mlp_down)) {
+          if (kPairs &&
+              stream == (p.parallel_residual ? Stream::attention_out : Stream::mlp_down)) {
             load_norms(index + 1);
             norms_loaded = true;
           }
