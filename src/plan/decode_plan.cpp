@@ -12,6 +12,8 @@ namespace {
 // ones are bound by the rate of tickets, larger ones widen the skew at a phase's end. Matrices that
 // are too small for that are cut finer, so that each SM gets a share.
 constexpr std::int64_t kTargetChunkBytes = 20480;
+// A ring stage has room for this much of a KV page, or for all of it.
+constexpr std::int64_t kMinKvBlockBytes = 16384;
 // Registers: a lane holds `iterations` 16-byte fragments of activations for a matrix.
 constexpr std::int32_t kGoodIterations = 5;
 constexpr std::int32_t kMaxIterations = 10;
@@ -39,8 +41,11 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
       plan.segments = segments;
       plan.iterations = static_cast<std::int32_t>(columns / step);
       // A row may be wider than the target.
-      const std::int64_t units = target_bytes / (unit_rows * columns * 2);
-      plan.rows_per_chunk = static_cast<std::int32_t>(std::max<std::int64_t>(units, 1)) * unit_rows;
+      std::int64_t units = std::max<std::int64_t>(target_bytes / (unit_rows * columns * 2), 1);
+      // One for each warp, where the chunk does not become much smaller by that.
+      const std::int64_t warps = kConsumerWarps / segments;
+      if (units > warps && 4 * warps >= 3 * units) units = warps;
+      plan.rows_per_chunk = static_cast<std::int32_t>(units) * unit_rows;
       plan.chunks =
           static_cast<std::int32_t>((rows + plan.rows_per_chunk - 1) / plan.rows_per_chunk);
       return plan;
@@ -76,6 +81,23 @@ KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
 
 }  // namespace
 
+MatrixPlan with_half_the_products(MatrixPlan plan) {
+  const bool one_unit = plan.units_per_chunk() * plan.segments == kConsumerWarps;
+  // The kernel has code for these.
+  const bool known = plan.iterations == 4 || plan.iterations == 5;
+  if (plan.tile != Tile::slices || plan.unit_rows != 1 || !one_unit || !known) return plan;
+  if (plan.rows_per_chunk % 2 == 0) {
+    // Half of the columns of two rows.
+    plan.tile = Tile::halves;
+    plan.unit_rows = 2;
+    plan.segments *= 2;
+  } else if (plan.rows_per_chunk == 1) {
+    plan.tile = Tile::chunk_pairs;
+    plan.iterations *= 2;
+  }
+  return plan;
+}
+
 DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits) {
   const std::int64_t hidden = config.hidden_size;
   const std::int64_t widest_row = std::max(hidden, config.intermediate_size) * 2;
@@ -95,7 +117,7 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
     plan.data_bytes = std::max(plan.data_bytes, round_up(matrix->chunk_bytes(), 128));
   }
   const std::int64_t page_bytes = kKvPagePositions * config.head_dim * 4;
-  plan.data_bytes = std::max(plan.data_bytes, std::min(page_bytes, kTargetChunkBytes));
+  plan.data_bytes = std::max(plan.data_bytes, std::min(page_bytes, kMinKvBlockBytes));
   plan.kv = plan_kv(config, plan.data_bytes);
   // Bulk copies begin and end at multiples of 16 bytes.
   std::int64_t bias_bytes = 0;

@@ -6,11 +6,12 @@
 // Terms
 //   chunk    whole consecutive rows of a matrix, contiguous in memory: one bulk copy, one stage of
 //            the ring
-//   unit     what one warp multiplies at a time: `unit_rows` rows x one segment of their columns.
-//            A tensor-core tile has 8 columns; unit_rows x slices = 8 of them, where a segment is
-//            cut into `slices` equal slices. Lane (g, q) covers 8 consecutive elements at
+//   unit     what one warp multiplies at a time: `unit_rows` rows x one segment of their columns,
+//            which is cut into `slices` equal slices. Lane (g, q) covers 8 consecutive elements at
 //              row g / slices, column segment + (g % slices) slice_columns + 32 i + 8 q
-//            for i = 0 .. iterations - 1: 16-byte loads, in the checkpoint's own layout.
+//            for i = 0 .. iterations - 1: 16-byte loads, in the checkpoint's own layout. They are
+//            operand A of a tensor-core product as they stand: words 0 and 2 of each lane's 16
+//            bytes in row g, words 1 and 3 in row g + 8.
 //   segment  is fixed for each warp (warp % segments), so a warp's activations stay in registers.
 #pragma once
 
@@ -32,6 +33,18 @@ struct DeviceLimits {
   std::int64_t shared_bytes_per_block = 0;  // the opt-in maximum
 };
 
+// What the 8 columns of operand B, the activations, are. Each row of A needs one of them.
+enum class Tile : std::int32_t {
+  // One half of the activations (words 0 and 2, or 1 and 3) of unit_rows x slices = 8 slices: it
+  // takes two products, and of each one half of the rows counts.
+  slices,
+  // Both halves of 4 slices, for two rows: one product is enough.
+  halves,
+  // The same, the two rows being those of two chunks of one row each: lanes of g < 4 have the first
+  // one's.
+  chunk_pairs,
+};
+
 // How a row-major [rows, columns] matrix of 2-byte elements is streamed.
 struct MatrixPlan {
   std::int64_t rows = 0;
@@ -41,8 +54,9 @@ struct MatrixPlan {
   std::int32_t unit_rows = 0;   // 1, 2, 4 or 8
   std::int32_t segments = 0;    // of a row: 1, 2, 4 or 8
   std::int32_t iterations = 0;  // 16-byte loads of a lane for one unit
+  Tile tile = Tile::slices;
 
-  std::int32_t slices() const noexcept { return 8 / unit_rows; }
+  std::int32_t slices() const noexcept { return tile == Tile::slices ? 8 / unit_rows : 4; }
   std::int64_t segment_columns() const noexcept { return columns / segments; }
   std::int64_t slice_columns() const noexcept { return segment_columns() / slices(); }
   std::int64_t row_bytes() const noexcept { return columns * 2; }
@@ -132,6 +146,9 @@ struct DecodePlan {
 // Errors: unsupported if the model's shape cannot be streamed by this kernel (names the number that
 // does not fit) or the device's shared memory is too small for two stages.
 DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits);
+
+// The same matrix with half as many products, where a warp has one unit of a chunk; else as it is.
+MatrixPlan with_half_the_products(MatrixPlan plan);
 
 // Attention of one sequence with `positions` keys (the current one included).
 struct AttentionSplits {

@@ -199,10 +199,11 @@ class CudaBackend final : public Backend {
  private:
   void prepare() {
     const ModelConfig& config = model_->config();
-    kernel_ = find_decode_kernel(config.dtype, fragments_needed(config, plan_),
-                                 static_cast<int>(config.head_dim));
+    const int fragments = fragments_needed(config, plan_);
+    kernel_ = find_decode_kernel(config.dtype, fragments, static_cast<int>(config.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
-    params_ = stream_params(config, plan_, properties_.multiProcessorCount);
+    params_ = stream_params(config, plan_, properties_.multiProcessorCount,
+                            fragments <= kFragmentsOfHalfProducts);
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
     allocate_scratch();
     point_at_weights();

@@ -54,9 +54,27 @@ ModelConfig config_of(const Shape& shape) {
   return config;
 }
 
+// Where a tile's rows are those of two chunks: lanes of g < 4 take the first one's row.
+std::vector<int> touched_in_pairs(const MatrixPlan& plan, int chunks) {
+  std::vector<int> count(chunks * plan.columns, 0);
+  for (int warp = 0; warp < kConsumerWarps; ++warp)
+    for (int first = 0; first < chunks; first += 2)
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < plan.iterations; ++i)
+          for (int element = 0; element < 8; ++element) {
+            const int g = lane / 4, q = lane % 4;
+            if (first + g / 4 >= chunks) continue;
+            const std::int64_t column = warp * plan.segment_columns() +
+                                        g % 4 * plan.slice_columns() + 32 * i + 8 * q + element;
+            ++count.at((first + g / 4) * plan.columns + column);
+          }
+  return count;
+}
+
 // Counts how often the lanes of all warps touch each element of some chunks, as the kernel goes
 // through them: the warps of a segment take its units in turns, across chunks.
 std::vector<int> touched(const MatrixPlan& plan, int chunks) {
+  if (plan.tile == Tile::chunk_pairs) return touched_in_pairs(plan, chunks);
   const std::int64_t chunk_elements = plan.rows_per_chunk * plan.columns;
   std::vector<int> count(chunks * chunk_elements, 0);
   for (int warp = 0; warp < kConsumerWarps; ++warp) {
@@ -93,6 +111,43 @@ TEST_P(EveryShape, TouchesEachElementOnce) {
     // A warp's activations stay in registers: its segment must not depend on the unit.
     EXPECT_EQ(kConsumerWarps % matrix.segments, 0);
   }
+}
+
+TEST_P(EveryShape, TouchesEachElementOnceWithHalfTheProducts) {
+  const DecodePlan plan = make_decode_plan(config_of(GetParam()), kHopper);
+  for (const MatrixPlan& matrix : matrices(plan)) {
+    const MatrixPlan half = with_half_the_products(matrix);
+    EXPECT_THAT(touched(half, 5), testing::Each(1)) << matrix.rows << " x " << matrix.columns;
+    EXPECT_EQ(half.rows_per_chunk, matrix.rows_per_chunk);
+    // What the plan has reserved is enough.
+    EXPECT_LE(half.sums_per_chunk(), matrix.sums_per_chunk());
+    if (half.tile == Tile::slices) {
+      EXPECT_EQ(half.segments, matrix.segments);
+      continue;
+    }
+    // Each warp has one unit of a chunk, or of two.
+    EXPECT_EQ(half.units_per_chunk() * half.segments, kConsumerWarps);
+    EXPECT_EQ(half.segment_columns(), half.slices() * half.iterations * 32);
+    // A lane keeps half of what it loads of each slice: no more registers than before.
+    EXPECT_LE(half.iterations, 2 * matrix.iterations);
+  }
+}
+
+TEST(WithHalfTheProducts, KnowsTheMatricesOfPythia2b8) {
+  const DecodePlan plan = make_decode_plan(config_of({"", 2560, 32, 32, 50304}), kHopper);
+  for (const MatrixPlan& matrix : {plan.qkv, plan.mlp_up, plan.attention_out, plan.lm_head}) {
+    const MatrixPlan half = with_half_the_products(matrix);
+    EXPECT_EQ(half.tile, Tile::halves);
+    EXPECT_EQ(half.unit_rows, 2);
+    EXPECT_EQ(half.segments, 2 * matrix.segments);
+    EXPECT_EQ(half.iterations, matrix.iterations);
+  }
+  const MatrixPlan half = with_half_the_products(plan.mlp_down);
+  EXPECT_EQ(half.tile, Tile::chunk_pairs);
+  EXPECT_EQ(half.segments, 8);
+  EXPECT_EQ(half.iterations, 2 * plan.mlp_down.iterations);
+  // Once more changes nothing.
+  EXPECT_EQ(with_half_the_products(half).iterations, half.iterations);
 }
 
 TEST_P(EveryShape, CutsTheRowsWithoutGapOrOverlap) {

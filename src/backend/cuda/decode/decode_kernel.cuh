@@ -49,9 +49,13 @@ template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache = Pa
 class DecodeStep {
  public:
   using Frag = Fragments<kMaxIterations>;
+  using Tile = plan::Tile;
   static constexpr int kBatch = 5;  // loads under way together
   static_assert(kMaxIterations % kBatch == 0);
-  static constexpr bool kPairs = kMaxIterations <= kBatch;  // of chunks are multiplied side by side
+  static constexpr bool kPairs = kMaxIterations <= kBatch;  // of units are multiplied side by side
+  // Whether tiles of plan::with_half_the_products are known.
+  static constexpr bool kHalfProducts =
+      kMaxIterations <= kFragmentsOfHalfProducts && Cache::kManyLayers;
   // For sm_120, ptxas ignores setmaxnreg: consumers have no more registers than all other threads.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
   static constexpr bool kFewRegisters = true;
@@ -152,23 +156,65 @@ class DecodeStep {
     return matrix.swaps && g % 2 != 0 ? 32 : 0;
   }
 
+  // The same for the activations. Where a product's columns are both halves of four slices, this
+  // lane holds half g % 2 of slice g / 2: of each 16 bytes (in operand_order) the first 8 or the
+  // second.
+  __device__ __forceinline__ int activation_column(const StreamedMatrix& matrix) const {
+    if (!kHalfProducts || matrix.tile == Tile::slices) return lane_column(matrix);
+    const int column = (warp & (matrix.segments - 1)) * matrix.segment_columns +
+                       g / 2 * matrix.slice_columns + q * 8;
+    return matrix.tile == Tile::halves ? column : column + g % 2 * 4;
+  }
+  __device__ __forceinline__ int activation_swap(const StreamedMatrix& matrix) const {
+    const int slice = kHalfProducts && matrix.tile != Tile::slices ? g / 2 : g;
+    return matrix.swaps && slice % 2 != 0 ? 32 : 0;
+  }
+  // To be called when the fragments are there.
+  __device__ __forceinline__ void pick_half(const StreamedMatrix& matrix, Frag& fragments) const {
+    if constexpr (kHalfProducts) {
+      if (matrix.tile != Tile::halves || g % 2 == 0) return;
+#pragma unroll
+      for (uint4& value : fragments.value) {
+        value.x = value.z;
+        value.y = value.w;
+      }
+    }
+  }
+  // Fragment i of a flow vector, of which `first` are this lane's first values: of one iteration,
+  // or of two where a tile's rows are those of two chunks.
+  template <bool kChunkPairs>
+  __device__ __forceinline__ static uint4 load_fragment(const T* first, int swap, int i) {
+    if constexpr (!kChunkPairs) return flow_load_4(first + i * 32 + (i % 2 == 0 ? swap : -swap));
+    const uint2 even = flow_load_2(first + 64 * i + swap);
+    const uint2 odd = flow_load_2(first + 64 * i + 32 - swap);
+    return make_uint4(even.x, even.y, odd.x, odd.y);
+  }
+
   // A flow vector of 16-bit activations as fragments: asks for them once ...
   __device__ __forceinline__ void ask_activations(const StreamedMatrix& matrix, std::int32_t offset,
                                                   Frag& fragments) const {
-    const T* first = flow<const T>(offset) + lane_column(matrix);
-    const int swap = swap_columns(matrix);
+    if (kHalfProducts && matrix.tile == Tile::chunk_pairs)
+      ask_activations<true>(matrix, offset, fragments);
+    else
+      ask_activations<false>(matrix, offset, fragments);
+  }
+  template <bool kChunkPairs>
+  __device__ __forceinline__ void ask_activations(const StreamedMatrix& matrix, std::int32_t offset,
+                                                  Frag& fragments) const {
+    const T* first = flow<const T>(offset) + activation_column(matrix);
+    const int swap = activation_swap(matrix);
 #pragma unroll
     for (int i = 0; i < kMaxIterations; ++i) {
       fragments.value[i] = make_uint4(0, 0, 0, 0);
-      if (i < matrix.iterations)
-        fragments.value[i] = flow_load_4(first + i * 32 + (i % 2 == 0 ? swap : -swap));
+      if (i < (kChunkPairs ? matrix.iterations / 2 : matrix.iterations))
+        fragments.value[i] = load_fragment<kChunkPairs>(first, swap, i);
     }
   }
   // ... and again until all that this lane needs are there.
   __device__ __forceinline__ void wait_activations(const StreamedMatrix& matrix,
                                                    std::int32_t offset, Frag& fragments) {
-    const T* first = flow<const T>(offset) + lane_column(matrix);
-    const int swap = swap_columns(matrix);
+    const T* first = flow<const T>(offset) + activation_column(matrix);
+    const int swap = activation_swap(matrix);
     bool missing = true;
     while (__any_sync(kAllLanes, missing)) {
       load_ahead();
@@ -177,9 +223,13 @@ class DecodeStep {
       for (int i = 0; i < kMaxIterations; ++i) {
         if (!any_empty_half(fragments.value[i])) continue;
         missing = true;
-        fragments.value[i] = flow_load_4(first + i * 32 + (i % 2 == 0 ? swap : -swap));
+        if (kHalfProducts && matrix.tile == Tile::chunk_pairs)
+          fragments.value[i] = load_fragment<true>(first, swap, i);
+        else
+          fragments.value[i] = load_fragment<false>(first, swap, i);
       }
     }
+    pick_half(matrix, fragments);
   }
 
   // This thread's pairs of a vector of hidden_size elements: pair j starts at element(j).
@@ -276,8 +326,8 @@ class DecodeStep {
   // One of the normalised inputs as fragments; a barrier lies behind normalise().
   __device__ __forceinline__ void load_normed(const StreamedMatrix& matrix, int input,
                                               Frag& fragments) const {
-    const T* first = normed + input * p.hidden_size + lane_column(matrix);
-    const int swap = swap_columns(matrix);
+    const T* first = normed + input * p.hidden_size + activation_column(matrix);
+    const int swap = activation_swap(matrix);
 #pragma unroll
     for (int i = 0; i < kMaxIterations; ++i) {
       fragments.value[i] = make_uint4(0, 0, 0, 0);
@@ -285,6 +335,7 @@ class DecodeStep {
         fragments.value[i] =
             *reinterpret_cast<const uint4*>(first + i * 32 + (i % 2 == 0 ? swap : -swap));
     }
+    pick_half(matrix, fragments);
   }
 
   // x += one or two flow vectors; all loads of a batch first, and again only for what is missing:
@@ -345,13 +396,14 @@ class DecodeStep {
 
   // What a warp has taken from the ring while it waits for its input: the first chunks of what it
   // multiplies next. It makes room in the ring, so that memory need not wait as well. Only where
-  // each warp has one unit of a chunk. As many as there are registers for (bfloat16 needs more).
+  // a product has both halves of four slices. As many as there are registers for (bfloat16 needs
+  // more).
   static constexpr int kMaxAhead =
       !kPairs || kFewRegisters || !Cache::kManyLayers || kMaxHeadSteps > 8 ? 0
       : kMaxHeadSteps <= 5 && MmaInput<T>::kIsHalf                         ? 3
                                                                            : 2;
   struct LoadedAhead {
-    uint4 weight[kMaxAhead > 0 ? kMaxAhead : 1][kBatch] = {};
+    uint4 weight[kHalfProducts ? (kMaxAhead > 2 ? kMaxAhead : 2) : 1][kBatch] = {};
     float bias[kMaxAhead > 0 ? kMaxAhead : 1] = {};
     int chunks = 0;
   };
@@ -370,10 +422,13 @@ class DecodeStep {
     int chunk_units, chunk_bytes, iterations;
     std::uint32_t swap;
     int holds_sum, holds_bias;  // the lane with the first of a row's sums adds the bias to it
+    Tile tile;
 
     __device__ __forceinline__ Turns(const DecodeStep& step, const StreamedMatrix& matrix,
                                      bool has_bias) {
+      tile = kHalfProducts ? matrix.tile : Tile::slices;
       const int row_in_unit = step.g >> matrix.slices_log2;
+      const int row_in_chunk = tile == Tile::chunk_pairs ? 0 : row_in_unit;
       const int segment = step.warp & (matrix.segments - 1);
       const int slice = step.g & ((1 << matrix.slices_log2) - 1);
       // Each (row, segment, slice) has a sum.
@@ -381,7 +436,7 @@ class DecodeStep {
       const int unit_bytes = matrix.unit_rows * matrix.row_bytes;
       const int unit_sums = matrix.unit_rows << row_sums_log2;
       turn = step.warp >> matrix.segments_log2;
-      offset = turn * unit_bytes + row_in_unit * matrix.row_bytes + step.lane_column(matrix) * 2;
+      offset = turn * unit_bytes + row_in_chunk * matrix.row_bytes + step.lane_column(matrix) * 2;
       const int sum = turn * unit_sums + (row_in_unit << row_sums_log2) +
                       (segment << matrix.slices_log2) + slice;
       sum_address = shared_address(step.sums + sum);
@@ -392,9 +447,9 @@ class DecodeStep {
       chunk_bytes = chunk_units * unit_bytes;
       iterations = matrix.iterations + step.zero;
       swap = step.swap_columns(matrix) * 2;
-      holds_sum = step.q == step.g / 2;
+      holds_sum = step.q == (tile == Tile::slices ? step.g / 2 : step.g % 4);
       holds_bias = holds_sum && has_bias && segment == 0 && slice == 0;
-      bias_offset = step.p.bias_offset + row_in_unit * static_cast<int>(sizeof(Bias));
+      bias_offset = step.p.bias_offset + row_in_chunk * static_cast<int>(sizeof(Bias));
       unit_bias_bytes = matrix.unit_rows * static_cast<int>(sizeof(Bias));
       chunk_bias_bytes = matrix.rows_per_chunk * static_cast<int>(sizeof(Bias));
     }
@@ -410,24 +465,17 @@ class DecodeStep {
       return chunk.data + bias_offset + (chunk.index * chunk_bias_bytes & 15);
     }
 
-    // One chunk, or two that lie at different places, as one of twice the units.
-    __device__ __forceinline__ void multiply_chunks(Chunk chunk, Chunk second, int chunks,
-                                                    const Frag& fragments) {
-      const int units = chunk_units * chunks;
+    // This warp's units of a chunk, two at a time.
+    __device__ __forceinline__ void multiply_chunk(Chunk chunk, const Frag& fragments) {
       const std::uint32_t bias = biases(chunk);
-      const std::uint32_t second_bias = biases(second) - chunk_units * unit_bias_bytes;
-      second.data -= chunk_bytes;
-      // The addresses of a unit's values and of its row's bias.
       const auto unit_at = [&](int turn, int offset) -> Unit {
-        return turn < chunk_units
-                   ? Unit{chunk.data + offset, bias + turn * unit_bias_bytes, holds_bias}
-                   : Unit{second.data + offset, second_bias + turn * unit_bias_bytes, holds_bias};
+        return {chunk.data + offset, bias + turn * unit_bias_bytes, holds_bias};
       };
       with_iterations(iterations, [&](auto constant) {
         constexpr int kIterations = constant;
         if constexpr (kPairs) {
 #pragma unroll 1
-          while (turn + turn_step < units) {
+          while (turn + turn_step < chunk_units) {
             const float2 values = dot_2<kIterations>(
                 unit_at(turn, offset), unit_at(turn + turn_step, offset + offset_step), swap,
                 iterations, fragments);
@@ -439,14 +487,14 @@ class DecodeStep {
           }
         }
 #pragma unroll 1
-        while (turn < units) {
+        while (turn < chunk_units) {
           const float value = dot<kIterations>(unit_at(turn, offset), swap, iterations, fragments);
           if (holds_sum != 0) store_shared(sum_address, value);
           advance(1);
         }
       });
-      turn -= units;
-      offset -= chunk_bytes * chunks;
+      turn -= chunk_units;
+      offset -= chunk_bytes;
     }
     // Loads this warp's only unit of a chunk.
     __device__ __forceinline__ void load(Chunk chunk, uint4 (&weight)[kBatch],
@@ -458,34 +506,45 @@ class DecodeStep {
         if (i < iterations) weight[i] = load_iteration(chunk.data + offset, swap, i);
       }
     }
-    // Multiplies what load() has loaded, chunk after chunk.
-    __device__ __forceinline__ void multiply(const LoadedAhead& loaded, const Frag& fragments) {
+    // The same of this warp's unit of two chunks.
+    __device__ __forceinline__ void load_pair(Chunk chunk, LoadedAhead& loaded) const {
+      loaded.bias[0] = load_shared_if(biases(chunk), holds_bias, Bias{});
 #pragma unroll
-      for (int first = 0; first < kMaxAhead; first += 2) {
-        if (first >= loaded.chunks) break;
-        Products products[2];
+      for (int i = 0; i < 2 * kBatch; ++i) {
+        loaded.weight[i / kBatch][i % kBatch] = make_uint4(0, 0, 0, 0);
+        if (i < iterations)
+          loaded.weight[i / kBatch][i % kBatch] = load_iteration(chunk.data + offset, swap, i);
+      }
+    }
+    // Multiplies what load() or load_pair() has loaded.
+    __device__ __forceinline__ void multiply(const LoadedAhead& loaded, const Frag& fragments) {
+      if (tile == Tile::chunk_pairs) {
+        ProductsOfHalves products;
+#pragma unroll
+        for (int i = 0; i < 2 * kBatch; ++i)
+          products.add_of_pair(i, loaded.weight[i / kBatch][i % kBatch], fragments);
+        if (holds_sum != 0) store_shared(sum_address, products.diagonal() + loaded.bias[0]);
+      } else {
+        ProductsOfHalves products[kMaxAhead > 0 ? kMaxAhead : 1];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
 #pragma unroll
-          for (int which = 0; which < 2 && first + which < kMaxAhead; ++which)
-            products[which].add(i, loaded.weight[first + which][i], fragments.value[i]);
+          for (int which = 0; which < kMaxAhead; ++which)
+            products[which].add(i, loaded.weight[which][i], fragments.value[i]);
 #pragma unroll
-        for (int which = 0; which < 2 && first + which < kMaxAhead; ++which) {
-          if (holds_sum != 0 && first + which < loaded.chunks)
+        for (int which = 0; which < kMaxAhead; ++which)
+          if (holds_sum != 0 && which < loaded.chunks)
             store_shared(sum_address + which * sum_step,
-                         products[which].diagonal() + loaded.bias[first + which]);
-        }
-        sum_address += 2 * sum_step;
+                         products[which].diagonal() + loaded.bias[which]);
       }
-      // As if there had been no more than these.
-      sum_address -= (loaded.chunks & 1) * sum_step;
+      sum_address += loaded.chunks * sum_step;
     }
 
     // Calls `run` with the number of iterations as a constant, where it is one that Pythia's sizes
     // have: loads that need no predicate are issued one behind the other. 0 stands for any other.
     template <typename Run>
     __device__ __forceinline__ static void with_iterations(int iterations, Run&& run) {
-      if constexpr (kPairs && !kFewRegisters) {
+      if constexpr (kPairs && !kHalfProducts && !kFewRegisters) {
         if (iterations == 5) return run(std::integral_constant<int, 5>{});
         if (iterations == 4) return run(std::integral_constant<int, 4>{});
       }
@@ -498,6 +557,94 @@ class DecodeStep {
     }
   };
 
+  // Multiplies the chunks of stage id `id` that come next, until there are `max_slots`, of which
+  // `slot` are there; returns how many there are then. With as few instructions as can be: they are
+  // what the GPU spends its power on beside the copies.
+  __device__ __forceinline__ int multiply_chunks(Turns& turns, int id, int slot, int max_slots,
+                                                 const Frag& fragments) {
+    if (next_id != id) return slot;
+    RingAnnouncement next = ring.announcement();
+    do {
+      ring.wait_landed();
+      turns.multiply_chunk({ring.current(), next.index}, fragments);
+      if (thread == 0) control->chunk_of_slot[slot] = next.index;
+      ring.release(lane);
+      next = ring.announcement();
+      ++slot;
+    } while (next.id == id && slot < max_slots);
+    next_id = next.id;
+    return slot;
+  }
+
+  // The same where a product has both halves of four slices, and a warp one unit of a chunk.
+  template <int kIterations>
+  __device__ __forceinline__ int multiply_halves(Turns& turns, int id, int slot, int max_slots,
+                                                 const Frag& fragments) {
+    if (next_id != id) return slot;
+    RingAnnouncement next = ring.announcement();
+    const std::uint32_t bias_offset = turns.turn * turns.unit_bias_bytes;
+    do {
+      ring.wait_landed();
+      const typename Turns::Chunk chunk{ring.current(), next.index};
+      uint4 weight[kIterations];
+#pragma unroll
+      for (int i = 0; i < kIterations; ++i)
+        weight[i] = load_iteration(chunk.data + turns.offset, turns.swap, i);
+      const float bias =
+          load_shared_if(turns.biases(chunk) + bias_offset, turns.holds_bias, Bias{});
+      if (thread == 0) control->chunk_of_slot[slot] = next.index;
+      ring.release(lane);
+      ProductsOfHalves products;
+#pragma unroll
+      for (int i = 0; i < kIterations; ++i) products.add(i, weight[i], fragments.value[i]);
+      next = ring.announcement();
+      const float value = products.diagonal() + bias;
+      if (turns.holds_sum != 0) store_shared(turns.sum_address, value);
+      turns.sum_address += turns.sum_step;
+      ++slot;
+    } while (next.id == id && slot < max_slots);
+    next_id = next.id;
+    return slot;
+  }
+
+  // The same where a tile's rows are those of two chunks: lanes of g < 4 have the first one's.
+  // Where there is no second one, the other lanes' sums do not count.
+  template <int kIterations>
+  __device__ __forceinline__ int multiply_chunk_pairs(Turns& turns, int id, int slot, int max_slots,
+                                                      const Frag& fragments) {
+    if (next_id != id) return slot;
+    RingAnnouncement next = ring.announcement();
+    do {
+      const RingAnnouncement behind = ring.next_announcement();
+      const bool two = behind.id == id && slot + 1 < max_slots;
+      ring.wait_landed();
+      if (two) ring.wait_next_landed();
+      const bool of_second = two && g >= 4;
+      const typename Turns::Chunk chunk{of_second ? ring.next() : ring.current(),
+                                        of_second ? behind.index : next.index};
+      uint4 weight[kIterations];
+#pragma unroll
+      for (int i = 0; i < kIterations; ++i)
+        weight[i] = load_iteration(chunk.data + turns.offset, turns.swap, i);
+      const float bias = load_shared_if(turns.biases(chunk), turns.holds_bias, Bias{});
+      if (thread == 0) {
+        control->chunk_of_slot[slot] = next.index;
+        if (two) control->chunk_of_slot[slot + 1] = behind.index;
+      }
+      ring.release(lane, two);
+      ProductsOfHalves products;
+#pragma unroll
+      for (int i = 0; i < kIterations; ++i) products.add_of_pair(i, weight[i], fragments);
+      next = ring.announcement();
+      const float value = products.diagonal() + bias;
+      if (turns.holds_sum != 0 && (two || g < 4)) store_shared(turns.sum_address, value);
+      turns.sum_address += turns.sum_step * (two ? 2 : 1);
+      slot += two ? 2 : 1;
+    } while (next.id == id && slot < max_slots);
+    next_id = next.id;
+    return slot;
+  }
+
   // Multiplies all chunks of `stream` that come next, and hands each row's sum, bias included, to
   // `finish`. `ahead` is called when the last chunk is multiplied, before the rows are finished:
   // the place to ask for what comes next.
@@ -505,7 +652,6 @@ class DecodeStep {
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
                                            const Frag& fragments, Finish&& finish, Ahead&& ahead) {
     forget_indices();
-    const int chunk_sums = matrix.sums_per_chunk;
     const int max_slots = matrix.max_slots;
     const int id = ring_id(epoch, stream);
     Turns turns(*this, matrix, control->has_bias[static_cast<int>(stream)]);
@@ -516,29 +662,23 @@ class DecodeStep {
       next_id = ring.announced();
     }
     forget_loaded();
-    while (next_id == id) {
-      ring.wait();
-      RingPeek chunks = ring.peek(0);
-      do {
-        // Two chunks that have both landed are multiplied side by side: it takes hardly longer.
-        const int count = kPairs && slot + 1 < max_slots && chunks.holds(1, id) ? 2 : 1;
-        const RingPeek behind = ring.peek(count);
-        turns.multiply_chunks({ring.current(), chunks.index[0]}, {ring.next(), chunks.index[1]},
-                              count, fragments);
-        if (thread == 0) {
-          control->chunk_of_slot[slot] = chunks.index[0];
-          if (count == 2) control->chunk_of_slot[slot + 1] = chunks.index[1];
-        }
-        slot += count;
-        ring.release(lane, count == 2);
-        if (slot == max_slots) {
-          finish_rows(matrix, slot, finish);
-          turns.sum_address -= slot * chunk_sums * 4;
-          slot = 0;
-        }
-        chunks = behind;
-      } while (chunks.holds(0, id));
-      next_id = ring.announced();
+#pragma unroll 1
+    while (true) {
+      if (kHalfProducts && turns.tile == Tile::halves && turns.iterations == 5)
+        slot = multiply_halves<5>(turns, id, slot, max_slots, fragments);
+      else if (kHalfProducts && turns.tile == Tile::halves)
+        slot = multiply_halves<4>(turns, id, slot, max_slots, fragments);
+      else if (kHalfProducts && turns.tile == Tile::chunk_pairs && turns.iterations == 10)
+        slot = multiply_chunk_pairs<10>(turns, id, slot, max_slots, fragments);
+      else if (kHalfProducts && turns.tile == Tile::chunk_pairs)
+        slot = multiply_chunk_pairs<8>(turns, id, slot, max_slots, fragments);
+      else
+        slot = multiply_chunks(turns, id, slot, max_slots, fragments);
+      const bool over = next_id != id;
+      if (over) break;
+      finish_rows(matrix, slot, finish);
+      turns.sum_address -= slot * matrix.sums_per_chunk * 4;
+      slot = 0;
     }
     ahead();
     if (slot > 0) finish_rows(matrix, slot, finish);
@@ -564,18 +704,31 @@ class DecodeStep {
       if (loaded.chunks == kMaxAhead || next_id == kRingEnd) return;
       const int stream = stream_of(next_id);
       if (stream == static_cast<int>(Stream::attention)) return;
-      if (!ring.peek(0).holds(0, next_id)) return;
+      if (!ring.peek().holds(next_id)) return;
       forget_indices();
       const StreamedMatrix& matrix = control->matrices[stream];
-      if (!matrix.one_unit) return;
+      if (matrix.tile == Tile::slices) return;
       const Turns turns(*this, matrix, control->has_bias[stream]);
+      if (turns.tile == Tile::chunk_pairs) {
+        const RingPeek first = ring.peek(), second = ring.peek_next();
+        if (loaded.chunks > 0 || matrix.max_slots < 3 || !second.holds(next_id)) return;
+        turns.load_pair({g < 4 ? ring.current() : ring.next(), g < 4 ? first.index : second.index},
+                        loaded);
+        if (thread == 0) {
+          control->chunk_of_slot[0] = first.index;
+          control->chunk_of_slot[1] = second.index;
+        }
+        ring.release(lane, true);
+        loaded.chunks = 2;
+        return;
+      }
 #pragma unroll
       for (int i = 0; i < kMaxAhead; ++i) {
         if (i != loaded.chunks || i + 1 >= matrix.max_slots) continue;
-        const RingPeek chunks = ring.peek(0);
-        if (!chunks.holds(0, next_id)) return;
-        turns.load({ring.current(), chunks.index[0]}, loaded.weight[i], loaded.bias[i]);
-        if (thread == 0) control->chunk_of_slot[i] = chunks.index[0];
+        const RingPeek chunk = ring.peek();
+        if (!chunk.holds(next_id)) return;
+        turns.load({ring.current(), chunk.index}, loaded.weight[i], loaded.bias[i]);
+        if (thread == 0) control->chunk_of_slot[i] = chunk.index;
         ring.release(lane);
         ++loaded.chunks;
       }
@@ -631,6 +784,27 @@ class DecodeStep {
     }
   };
 
+  // With both halves of four slices in a product's columns: the first half of slice s in column 2
+  // s, the second in 2 s + 1. Rows 0 to 7 have the first half of a slice's weights, rows 8 to 15
+  // the second, so one product is all it takes; lanes q = g % 4 get slice g % 4 of row g / 4.
+  struct ProductsOfHalves {
+    float result[2][4] = {};
+    __device__ __forceinline__ void add(int i, const uint4& weight, const uint4& activation) {
+      mma_16x8x16<T>(result[i % 2], weight, activation.x, activation.y);
+    }
+    // Iteration i, where a fragment has two.
+    __device__ __forceinline__ void add_of_pair(int i, const uint4& weight, const Frag& fragments) {
+      const uint4& activation = fragments.value[i / 2];
+      if (i % 2 == 0)
+        mma_16x8x16<T>(result[0], weight, activation.x, activation.y);
+      else
+        mma_16x8x16<T>(result[1], weight, activation.z, activation.w);
+    }
+    __device__ __forceinline__ float diagonal() const {
+      return (result[0][0] + result[1][0]) + (result[0][3] + result[1][3]);
+    }
+  };
+
   // The same for two units at once, with the same sums in the same order.
   template <int kIterations>
   __device__ __forceinline__ static float2 dot_2(const Unit& first, const Unit& second,
@@ -668,10 +842,13 @@ class DecodeStep {
       const float* own = sums + (((first << matrix.segments_log2) + thread) << matrix.slices_log2);
       float value = 0.0f;
       if (i < count) {
-        if (matrix.slices_log2 == 3) {
+        if (matrix.slices_log2 >= 2) {
           const float4 low = *reinterpret_cast<const float4*>(own);
-          const float4 high = *reinterpret_cast<const float4*>(own + 4);
-          value = ((low.x + low.y) + (low.z + low.w)) + ((high.x + high.y) + (high.z + high.w));
+          value = (low.x + low.y) + (low.z + low.w);
+          if (matrix.slices_log2 == 3) {
+            const float4 high = *reinterpret_cast<const float4*>(own + 4);
+            value += (high.x + high.y) + (high.z + high.w);
+          }
         } else {
           for (int slice = 0; slice < 1 << matrix.slices_log2; ++slice) value += own[slice];
         }
@@ -1001,7 +1178,7 @@ class DecodeStep {
   __device__ __forceinline__ void multiply_stream(Stream stream, int index, int step, int position,
                                                   Frag& fragments, bool& asked) {
     forget_indices();
-    const StreamedMatrix matrix = control->matrices[static_cast<int>(stream)];
+    const StreamedMatrix& matrix = control->matrices[static_cast<int>(stream)];
     const bool from_flow = stream == Stream::mlp_down || stream == Stream::attention_out;
     if (from_flow) {
       const std::int32_t source = stream == Stream::mlp_down ? p.layout.mlp : p.layout.attention;

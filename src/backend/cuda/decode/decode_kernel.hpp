@@ -11,6 +11,9 @@ namespace clusterfusion::cuda {
 // registers.
 inline constexpr int kDecodeBlockThreads = plan::kConsumerWarps * 32 + 128;
 
+// Kernels that hold at most so many fragments know tiles of plan::with_half_the_products.
+inline constexpr int kFragmentsOfHalfProducts = 5;
+
 // The kernel for weights of `dtype` (float16 or bfloat16), at most `iterations` fragments a matrix,
 // and this head size. Errors: unsupported if there is none.
 const void* find_decode_kernel(DType dtype, int iterations, int head_dim);

@@ -28,8 +28,8 @@ struct StreamedMatrix {
   std::int32_t segment_columns;
   std::int32_t row_bytes;
   std::int32_t iterations;
-  bool swaps;                     // each two iterations in odd slices: see swap_columns
-  bool one_unit;                  // of each chunk for each warp
+  bool swaps;  // each two iterations in odd slices: see swap_columns
+  plan::Tile tile;
   std::int32_t max_slots;         // chunks whose sums fit
   std::uint32_t rows_reciprocal;  // 2^32 / rows_per_chunk, rounded up
 

@@ -19,7 +19,8 @@ constexpr int kAnnouncedAhead = 1;
 constexpr int kPercentInTurns = 30;
 constexpr int kTicketChunks = 2;
 
-StreamedMatrix streamed(const plan::MatrixPlan& plan, std::int32_t sum_slots) {
+StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, bool half_the_products) {
+  if (half_the_products) plan = plan::with_half_the_products(plan);
   StreamedMatrix matrix;
   matrix.rows = static_cast<std::int32_t>(plan.rows);
   matrix.rows_per_chunk = plan.rows_per_chunk;
@@ -35,7 +36,7 @@ StreamedMatrix streamed(const plan::MatrixPlan& plan, std::int32_t sum_slots) {
   matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
   matrix.iterations = plan.iterations;
   matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0;
-  matrix.one_unit = plan.units_per_chunk() * plan.segments == plan::kConsumerWarps;
+  matrix.tile = plan.tile;
   matrix.max_slots = std::min(kMaxChunkSlots, sum_slots / plan.sums_per_chunk());
   const auto rows = static_cast<std::uint32_t>(plan.rows_per_chunk);
   matrix.rows_reciprocal = static_cast<std::uint32_t>(((std::uint64_t{1} << 32) + rows - 1) / rows);
@@ -63,13 +64,16 @@ FlowLayout flow_layout(const ModelConfig& config, std::int32_t sm_count) {
 }  // namespace
 
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
-                           std::int32_t sm_count) {
+                           std::int32_t sm_count, bool half_the_products) {
   DecodeParams p{};
-  p.qkv = streamed(plan.qkv, plan.sum_slots);
-  p.attention_out = streamed(plan.attention_out, plan.sum_slots);
-  p.mlp_up = streamed(plan.mlp_up, plan.sum_slots);
-  p.mlp_down = streamed(plan.mlp_down, plan.sum_slots);
-  p.lm_head = streamed(plan.lm_head, plan.sum_slots);
+  const auto matrix = [&](const plan::MatrixPlan& its) {
+    return streamed(its, plan.sum_slots, half_the_products);
+  };
+  p.qkv = matrix(plan.qkv);
+  p.attention_out = matrix(plan.attention_out);
+  p.mlp_up = matrix(plan.mlp_up);
+  p.mlp_down = matrix(plan.mlp_down);
+  p.lm_head = matrix(plan.lm_head);
   p.num_layers = static_cast<std::int32_t>(config.num_layers);
   p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
   p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);

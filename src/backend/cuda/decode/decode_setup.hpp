@@ -9,9 +9,10 @@
 
 namespace clusterfusion::cuda {
 
-// Shape, matrices, ring and the layout of flow vectors; pointers stay null.
+// Shape, matrices, ring and the layout of flow vectors; pointers stay null. `half_the_products`:
+// whether the kernel knows tiles of plan::with_half_the_products.
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
-                           std::int32_t sm_count);
+                           std::int32_t sm_count, bool half_the_products);
 
 // Fragments that a lane of the kernel must be able to hold.
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan);

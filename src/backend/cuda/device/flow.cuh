@@ -46,7 +46,7 @@ __device__ __forceinline__ std::uint64_t flow_load(const std::uint64_t* element)
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(bits) : "l"(element) : "memory");
   return bits;
 }
-__device__ __forceinline__ uint2 flow_load_2(const float* elements) {
+__device__ __forceinline__ uint2 flow_load_2(const void* elements) {
   uint2 bits;
   asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
                : "=r"(bits.x), "=r"(bits.y)

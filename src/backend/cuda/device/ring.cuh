@@ -119,14 +119,20 @@ class RingPlace {
   std::uint32_t parity_ = 0;
 };
 
-// Two stages, one behind the other, as they were when somebody looked.
-struct RingPeek {
-  bool landed[2];
-  int id[2], index[2];  // if landed
+// What is announced of a stage.
+struct RingAnnouncement {
+  int index;
+  int id;
+};
 
-  // Whether the first or second one has landed, and holds `id`. For whole warps.
-  __device__ __forceinline__ bool holds(int which, int id) const {
-    return __all_sync(0xffffffffu, landed[which]) && this->id[which] == id;
+// A stage as it was when somebody looked.
+struct RingPeek {
+  bool landed;
+  int id, index;  // if landed
+
+  // Whether it has landed, and holds `id`. For whole warps.
+  __device__ __forceinline__ bool holds(int id) const {
+    return __all_sync(0xffffffffu, landed) && this->id == id;
   }
 };
 
@@ -212,31 +218,27 @@ class RingConsumer : public RingPlace {
     mbarrier_wait(at_.known(stage_), parity_);
     return id(stage_);
   }
-  // Waits until the current stage has landed.
+  // The same, with the index.
+  __device__ __forceinline__ RingAnnouncement announcement() const {
+    return announcement(stage_, parity_);
+  }
+  // Of the stage behind the current one.
+  __device__ __forceinline__ RingAnnouncement next_announcement() const {
+    return announcement(next_stage(), next_parity());
+  }
+  // Waits until the current stage, or the one behind it, has landed.
+  __device__ __forceinline__ void wait_landed() const { mbarrier_wait(at_.full(stage_), parity_); }
+  __device__ __forceinline__ void wait_next_landed() const {
+    mbarrier_wait(at_.full(next_stage()), next_parity());
+  }
   __device__ __forceinline__ RingLabel wait() const {
-    mbarrier_wait(at_.full(stage_), parity_);
+    wait_landed();
     return label(stage_);
   }
-  // Looks at the stages `ahead` and `ahead` + 1 behind the current one; `ahead` is at most the
-  // number of stages. Nothing here waits for what is seen.
-  __device__ __forceinline__ RingPeek peek(int ahead) const {
-    RingPeek peek;
-    int stage = stage_ + ahead;
-    std::uint32_t parity = parity_;
-#pragma unroll
-    for (int i = 0; i < 2; ++i, ++stage) {
-      if (stage >= stages_) {
-        stage -= stages_;
-        parity ^= 1;
-      }
-      peek.landed[i] = mbarrier_test(at_.full(stage), parity);
-      [[maybe_unused]] int part, bytes;
-      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(peek.index[i]), "=r"(part), "=r"(peek.id[i]), "=r"(bytes)
-                   : "r"(at_.announced(stage))
-                   : "memory");
-    }
-    return peek;
+  // Looks at the current stage, or at the one behind it, without waiting for anything.
+  __device__ __forceinline__ RingPeek peek() const { return peek(stage_, parity_); }
+  __device__ __forceinline__ RingPeek peek_next() const {
+    return peek(next_stage(), next_parity());
   }
   // The current stage's data, as a pointer.
   __device__ __forceinline__ char* current_data() const {
@@ -244,7 +246,7 @@ class RingConsumer : public RingPlace {
   }
   // The next stage's data.
   __device__ __forceinline__ std::uint32_t next() const {
-    return data_ + (stage_ + 1 == stages_ ? 0 : stage_ + 1) * stage_bytes_;
+    return data_ + next_stage() * stage_bytes_;
   }
   // This warp is done with the stage, or with it and the next one.
   __device__ __forceinline__ void release(int lane, bool two = false) {
@@ -257,7 +259,31 @@ class RingConsumer : public RingPlace {
   }
 
  private:
+  __device__ __forceinline__ int next_stage() const {
+    return stage_ + 1 == stages_ ? 0 : stage_ + 1;
+  }
+  __device__ __forceinline__ std::uint32_t next_parity() const {
+    return stage_ + 1 == stages_ ? parity_ ^ 1 : parity_;
+  }
+  __device__ __forceinline__ RingAnnouncement announcement(int stage, std::uint32_t parity) const {
+    mbarrier_wait(at_.known(stage), parity);
+    return announced(stage);
+  }
+  __device__ __forceinline__ RingPeek peek(int stage, std::uint32_t parity) const {
+    const bool landed = mbarrier_test(at_.full(stage), parity);
+    const RingAnnouncement what = announced(stage);
+    return {landed, what.id, what.index};
+  }
   // Of a stage whose announcement this thread has seen, or whose data it has seen landed.
+  __device__ __forceinline__ RingAnnouncement announced(int stage) const {
+    RingAnnouncement announcement;
+    [[maybe_unused]] int part, bytes;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(announcement.index), "=r"(part), "=r"(announcement.id), "=r"(bytes)
+                 : "r"(at_.announced(stage))
+                 : "memory");
+    return announcement;
+  }
   __device__ __forceinline__ int id(int stage) const {
     int id;
     asm volatile("ld.shared.u32 %0, [%1 + 8];" : "=r"(id) : "r"(at_.announced(stage)) : "memory");
