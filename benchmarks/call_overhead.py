@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from clusterfusion import ops
+from clusterfusion import _layer_calls, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
@@ -52,6 +52,8 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
     one = ops.mlp_down(*down)
     operator = torch.ops.clusterfusion.decoder_layer
     settings = (3, None, *options.values(), 1e-5, "gelu", False, 0, 0)
+    # The parts of one call.
+    whole, plain = _layer_calls.DECODER_LAYER, (3, *settings[2:])
     calls: dict[str, Callable[[], object]] = {
         "decoder_layer": lambda: ops.decoder_layer(*layer, 3, **options),
         "decoder_layer, out": lambda: ops.decoder_layer(*layer, 3, **options, out=out),
@@ -60,6 +62,11 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
         "mlp_down": lambda: ops.mlp_down(*down),
         "mlp_down, out": lambda: ops.mlp_down(*down, out=one),
         "decoder_layer by torch's dispatcher": lambda: operator(*layer, *settings),
+        "decoder_layer, its three results": lambda: whole.allocate(
+            layer[0].new_empty, layer, plain
+        ),
+        "decoder_layer, arguments taken and checked": lambda: whole.native(*layer, *plain),
+        "decoder_layer, the library's call": lambda: whole.native(*layer, *plain, *out),
         "one empty tensor of torch": lambda: layer[0].new_empty(1, SIZES.hidden),
     }
     return {name: microseconds(call, device) for name, call in calls.items()}
