@@ -150,6 +150,22 @@ TEST(WithHalfTheProducts, KnowsTheMatricesOfPythia2b8) {
   EXPECT_EQ(with_half_the_products(half).iterations, half.iterations);
 }
 
+// Chunks are made a little smaller so that each warp has one unit of each.
+TEST(WithHalfTheProducts, KnowsTheMatricesOfModelsOf1024And2048) {
+  for (const Shape& shape : {Shape{"", 1024, 24, 16, 50304}, Shape{"", 2048, 24, 16, 50304}}) {
+    const DecodePlan plan = make_decode_plan(config_of(shape), kHopper);
+    for (const MatrixPlan& matrix : {plan.qkv, plan.mlp_up, plan.lm_head}) {
+      EXPECT_EQ(matrix.chunk_bytes(), 16384);
+      EXPECT_EQ(with_half_the_products(matrix).tile, Tile::halves);
+    }
+    // An SM's share of [1024, 1024] is less than that.
+    EXPECT_EQ(with_half_the_products(plan.attention_out).tile,
+              shape.hidden == 1024 ? Tile::slices : Tile::halves);
+    EXPECT_EQ(with_half_the_products(plan.mlp_down).tile,
+              shape.hidden == 1024 ? Tile::halves : Tile::chunk_pairs);
+  }
+}
+
 TEST_P(EveryShape, CutsTheRowsWithoutGapOrOverlap) {
   const DecodePlan plan = make_decode_plan(config_of(GetParam()), kHopper);
   for (const MatrixPlan& matrix : matrices(plan)) {
