@@ -81,7 +81,7 @@ def gpu_compared_table(chip: str, result: dict[str, Any], about: str) -> str:
         lines.append([name, *(spread_text(row[c]) if c in row else failure for c in ours)])
     if rivals:
         faster = (f"{best[c] / ours[c]['ms_per_token']:.2f}" if best[c] else "" for c in ours)
-        lines.append(["times as fast as the best rival", *faster])
+        lines.append(["times as fast as the best rival measured", *faster])
     lines.append(
         ["share of the read ceiling", *(f"{100 * r['ceiling_share']:.1f} %" for r in ours.values())]
     )
