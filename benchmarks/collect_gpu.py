@@ -2,7 +2,7 @@
 """Join what the GPU programs printed into one file of benchmarks/results.
 
 collect_gpu.py --models decode_time.json [--rivals torch_cuda.json] --driver 580.1 --commit abc
-               --command "..." --output benchmarks/results/gpu_h100.json
+               --command "..." [--remark "..."] --output benchmarks/results/gpu_h100.json
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--driver", required=True, help="nvidia-smi's driver_version")
     parser.add_argument("--commit", required=True, help="that was measured")
     parser.add_argument("--command", required=True, help="that measured")
+    parser.add_argument("--remark", help="a sentence for readers of the table")
     parser.add_argument("--output", required=True)
     arguments = parser.parse_args()
     about = {
@@ -76,6 +77,8 @@ def main() -> None:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": arguments.command,
     }
+    if arguments.remark:
+        about["remark"] = arguments.remark
     rivals = read(arguments.rivals) if arguments.rivals else {}
     content = json.dumps(collect(read(arguments.models), rivals, about), indent=2)
     Path(arguments.output).write_text(content + "\n", encoding="utf-8")

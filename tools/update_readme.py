@@ -91,10 +91,11 @@ def gpu_compared_table(chip: str, result: dict[str, Any], about: str) -> str:
     versions = ", ".join(
         f"{name} {result[name]}" for name in ("torch", "transformers") if result.get(name)
     )
+    remark = f" {result['remark']}" if "remark" in result else ""
     return (
         f"GPU, {result['device']}, driver {result['driver']}: {about}. It reads at most "
         f"{ceiling / 1e12:.2f} TB/s, measured by the same process{'; ' if versions else ''}"
-        f"{versions}.\n\n{markdown_parts.table(lines)}\n"
+        f"{versions}.{remark}\n\n{markdown_parts.table(lines)}\n"
         f"![Milliseconds a token against the context, {chip}]"
         f"(docs/images/{decode_time_picture(chip)})\n"
     )

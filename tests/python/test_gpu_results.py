@@ -73,12 +73,18 @@ def test_collect_writes_what_the_programs_printed(tmp_path, monkeypatch):
         (tmp_path / name).write_text(json.dumps(content))
     arguments = ["--models", tmp_path / "m", "--rivals", tmp_path / "r", "--driver", "580.1"]
     arguments += ["--commit", "abc", "--command", "x", "--output", tmp_path / "gpu_h100.json"]
+    arguments += ["--remark", "Rivals on another day."]
     monkeypatch.setattr(sys, "argv", ["collect_gpu", *map(str, arguments)])
     collect_gpu.main()
     (result,) = gpu_results.load_results(tmp_path).values()
     assert result["models"] == models("NVIDIA H100", 0.95)
     assert result["rivals"] == RIVALS["rivals"]
     assert (result["driver"], result["commit"], result["torch"]) == ("580.1", "abc", "2.0")
+    assert "transformers 5.0. Rivals on another day.\n\n|" in update_readme.gpu_compared_table(
+        "H100", result, "the same"
+    )
+    del result["remark"]
+    assert "transformers 5.0.\n\n|" in update_readme.gpu_compared_table("H100", result, "the same")
 
 
 @pytest.mark.parametrize(

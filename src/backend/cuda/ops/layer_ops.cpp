@@ -88,7 +88,8 @@ std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
   result->plan = plan::make_decode_plan(
       config, {properties.multiProcessorCount,
                static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)});
-  result->stream = stream_params(config, result->plan, result->sm_count, false);
+  result->stream = stream_params(config, result->plan, result->sm_count,
+                                 /*half_the_products=*/false);
   result->kernel = find_layer_kernel(key.dtype, fragments_needed(config, result->plan),
                                      static_cast<int>(config.head_dim));
   prepare_kernel(result->kernel, result->plan, properties);
