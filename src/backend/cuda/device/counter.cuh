@@ -27,24 +27,40 @@ __device__ __forceinline__ void counter_wait(const std::uint32_t* counter, std::
   }
 }
 
-// The same within a block, on a counter in shared memory that one thread writes.
+// The same within a block, on a counter in shared memory that one thread writes. In a build for
+// racecheck (CLUSTERFUSION_RACECHECK) both are atomic operations, which it does not take for a race.
 __device__ __forceinline__ void block_counter_store(std::uint32_t* counter, std::uint32_t value) {
+#ifdef CLUSTERFUSION_RACECHECK
+  [[maybe_unused]] std::uint32_t before;
+  asm volatile("atom.release.cta.shared::cta.exch.b32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"(shared_address(counter)), "r"(value)
+               : "memory");
+#else
   asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(counter)), "r"(value)
                : "memory");
+#endif
 }
 
-__device__ __forceinline__ std::uint32_t block_counter_load(const std::uint32_t* counter) {
+__device__ __forceinline__ std::uint32_t block_counter_load(std::uint32_t* counter) {
   std::uint32_t value;
+#ifdef CLUSTERFUSION_RACECHECK
+  asm volatile("atom.acquire.cta.shared::cta.add.u32 %0, [%1], 0;"
+               : "=r"(value)
+               : "r"(shared_address(counter))
+               : "memory");
+#else
   asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
                : "=r"(value)
                : "r"(shared_address(counter))
                : "memory");
+#endif
   return value;
 }
 
 // Spins until the counter has reached `target`, asleep for `nanoseconds` between two looks.
-__device__ __forceinline__ void block_counter_wait(const std::uint32_t* counter,
-                                                   std::uint32_t target, unsigned nanoseconds = 0) {
+__device__ __forceinline__ void block_counter_wait(std::uint32_t* counter, std::uint32_t target,
+                                                   unsigned nanoseconds = 0) {
   while (static_cast<std::int32_t>(block_counter_load(counter) - target) < 0) {
     if (nanoseconds != 0) __nanosleep(nanoseconds);
   }

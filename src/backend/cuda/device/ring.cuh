@@ -18,6 +18,15 @@
 
 namespace clusterfusion::device {
 
+// compute-sanitizer's racecheck follows an mbarrier only for the threads that arrive at it. Built for
+// it (CLUSTERFUSION_RACECHECK), every lane of a warp says for itself that it is done with a stage;
+// else one does for all, behind a __syncwarp().
+#ifdef CLUSTERFUSION_RACECHECK
+inline constexpr bool kEveryLaneArrives = true;
+#else
+inline constexpr bool kEveryLaneArrives = false;
+#endif
+
 inline constexpr int kMaxRingStages = 16;
 inline constexpr int kRingEnd = -1;  // the id behind the last stage
 
@@ -72,7 +81,7 @@ struct RingAddresses {
 // By one thread, before a block barrier.
 __device__ __forceinline__ void ring_init(RingControl* control, int stages, int consumer_warps) {
   for (int stage = 0; stage < stages; ++stage) {
-    mbarrier_init(&control->empty[stage], consumer_warps);
+    mbarrier_init(&control->empty[stage], consumer_warps * (kEveryLaneArrives ? 32 : 1));
     mbarrier_init(&control->known[stage], 1);
     mbarrier_init(&control->full[stage], 2);  // the dealer and the producer
   }
@@ -251,10 +260,11 @@ class RingConsumer : public RingPlace {
   // This warp is done with the stage, or with it and the next one.
   __device__ __forceinline__ void release(int lane, bool two = false) {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(at_.empty(stage_));
+    const bool arrives = kEveryLaneArrives || lane == 0;
+    if (arrives) mbarrier_arrive(at_.empty(stage_));
     advance();
     if (!two) return;
-    if (lane == 0) mbarrier_arrive(at_.empty(stage_));
+    if (arrives) mbarrier_arrive(at_.empty(stage_));
     advance();
   }
 
