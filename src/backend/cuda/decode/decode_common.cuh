@@ -20,11 +20,17 @@ inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
 inline constexpr int kNumStreams = static_cast<int>(Stream::none);
 inline constexpr int kMaxPhases = 5;  // of a layer, and the LM head
 
+// As many as consumers may not have finished, and as there may be in the ring.
+inline constexpr int kKnownChunks = 256;
+static_assert(kKnownChunks >= kMaxChunkSlots + kMaxRingStages);
+
 struct SharedControl {
   RingControl ring;
   float2 reduce[2][plan::kConsumerWarps];
   Candidate candidate[plan::kConsumerWarps];
-  int chunk_of_slot[kMaxChunkSlots];
+  // Of the last matrix chunks that the dealer has announced, in its order: which one.
+  int chunks[kKnownChunks];
+  unsigned finished_chunks;  // consumers have finished the rows of so many
   // By Stream: which one comes is known only when it comes, and a look into parameters by index
   // would be one into memory.
   StreamedMatrix matrices[kNumStreams];
@@ -56,15 +62,23 @@ static_assert(sizeof(SharedControl) <= plan::kControlBytes);
 __device__ __forceinline__ SharedControl* shared_control(char* shared) {
   return reinterpret_cast<SharedControl*>(shared);
 }
+__device__ __forceinline__ float* shared_sums(const DecodeParams& p, char* shared) {
+  return reinterpret_cast<float*>(shared + plan::kControlBytes) + (p.hidden_size + 31) / 32 * 32;
+}
+__device__ __forceinline__ char* shared_ring(const DecodeParams& p, char* shared) {
+  return reinterpret_cast<char*>(shared_sums(p, shared) + p.sum_slots);
+}
+
 // By one thread, before a block barrier.
-__device__ __forceinline__ void init_shared(const DecodeParams& p, SharedControl* control) {
-  ring_init(&control->ring, p.stages, plan::kConsumerWarps);
+__device__ __forceinline__ void init_shared(const DecodeParams& p, char* shared) {
+  SharedControl* control = shared_control(shared);
+  ring_init(&control->ring, shared_ring(p, shared), p.stages, p.stage_bytes, plan::kConsumerWarps);
   control->matrices[static_cast<int>(Stream::qkv)] = p.qkv;
   control->matrices[static_cast<int>(Stream::mlp_up)] = p.mlp_up;
   control->matrices[static_cast<int>(Stream::mlp_down)] = p.mlp_down;
   control->matrices[static_cast<int>(Stream::attention_out)] = p.attention_out;
   control->matrices[static_cast<int>(Stream::lm_head)] = p.lm_head;
-  control->begun = control->swept = control->zero = 0;
+  control->begun = control->swept = control->zero = control->finished_chunks = 0;
 }
 // By another one.
 __device__ __forceinline__ void init_sources(const DecodeParams& p, SharedControl* control) {
@@ -79,13 +93,6 @@ __device__ __forceinline__ void init_sources(const DecodeParams& p, SharedContro
   set(Stream::attention_out, layer.attention_out, layer.attention_out_bias);
   set(Stream::lm_head, p.lm_head_weight, nullptr);
 }
-__device__ __forceinline__ float* shared_sums(const DecodeParams& p, char* shared) {
-  return reinterpret_cast<float*>(shared + plan::kControlBytes) + (p.hidden_size + 31) / 32 * 32;
-}
-__device__ __forceinline__ char* shared_ring(const DecodeParams& p, char* shared) {
-  return reinterpret_cast<char*>(shared_sums(p, shared) + p.sum_slots);
-}
-
 // The id of a ring stage: what it holds, and of which epoch.
 __device__ __forceinline__ int ring_id(int epoch, plan::Stream stream) {
   return epoch * 8 + static_cast<int>(stream);
@@ -146,9 +153,8 @@ struct PagedCache {
     int layer_, head_, end_;
   };
   // For the producer: copies one of them.
-  __device__ __forceinline__ void copy(std::uint32_t target, const RingOrder& order,
-                                       std::uint32_t barrier) const {
-    bulk_copy_to_shared(target, pointer_to(order.source), order.bytes, barrier);
+  __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
+    bulk_copy_to_shared(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
   }
 
   // Cosine and sine for element `dim` (below rotary_dim) of a query or key.

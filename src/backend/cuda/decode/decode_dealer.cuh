@@ -16,12 +16,11 @@ template <typename Cache>
 class DecodeDealer {
  public:
   __device__ __forceinline__ DecodeDealer(const DecodeParams& params, const Cache& kv_cache,
-                                          SharedControl* shared, char* ring_data)
+                                          SharedControl* shared)
       : p(params),
         cache(kv_cache),
         control(shared),
-        ring(&shared->ring, ring_data, params.stages, params.stage_bytes,
-             params.max_in_flight + params.announced_ahead),
+        ring(&shared->ring, params.stages, params.max_in_flight + params.announced_ahead),
         counter(params.tickets) {}
 
   __device__ __forceinline__ void run() {
@@ -54,7 +53,10 @@ class DecodeDealer {
   }
 
  protected:
-  __device__ __forceinline__ void end() { ring.announce({}, {kRingEnd, 0, 0}); }
+  __device__ __forceinline__ void end() {
+    ring.wait_empty();
+    ring.announce({}, {kRingEnd, 0, 0});
+  }
 
   __device__ __forceinline__ SharedControl::DealtPhase dealt(const plan::Phase& phase) const {
     const auto chunks_of = [&](Stream stream) {
@@ -94,14 +96,17 @@ class DecodeDealer {
   __device__ __forceinline__ void deal_chunk(const Piece& piece, int index) {
     const char* weights = piece.weights + static_cast<std::int64_t>(index) * piece.chunk_bytes;
     const int bytes = index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes;
-    ring.announce({index, 0}, {piece.id, static_cast<std::uint32_t>(bytes), address_of(weights)});
-    if (piece.biases == nullptr) return ring.add(0, nullptr, 0);
-    // From the 16 bytes that the first of the chunk's biases lies in to those of the last: there
-    // are a multiple of 16 bytes of biases.
+    const std::uint32_t biases = ring.wait_empty() + p.bias_offset;
+    // Biases come by 16 bytes: the chunk's first may lie in the midst of them.
     const int first = index * piece.chunk_bias_bytes;
+    control->chunks[chunks_dealt++ % kKnownChunks] = index;
+    ring.announce({static_cast<int>(biases) + (first & 15), 0},
+                  {piece.id, static_cast<std::uint32_t>(bytes), address_of(weights)});
+    if (piece.biases == nullptr) return ring.add(0, nullptr, 0);
+    // To the 16 bytes of the last: there are a multiple of 16 bytes of biases.
     const int begin = first & ~15;
     const int end = (min(first + piece.chunk_bias_bytes, piece.bias_bytes) + 15) & ~15;
-    ring.add(p.bias_offset, piece.biases + begin, end - begin);
+    ring.add(biases, piece.biases + begin, end - begin);
   }
 
   static constexpr int kNever = 0x7fffffff;
@@ -170,6 +175,7 @@ class DecodeDealer {
       typename Cache::Reader reader(cache, layer, head, first, end);
 #pragma unroll 1
       for (int block = first; block < end; ++block) {
+        ring.wait_empty();
         ring.announce({task, block},
                       {ring_id(epoch, Stream::attention),
                        static_cast<std::uint32_t>(p.kv_block_bytes), reader.source(block)});
@@ -183,6 +189,7 @@ class DecodeDealer {
   SharedControl* control;
   RingDealer ring;
   std::uint32_t* counter;
+  unsigned chunks_dealt = 0;  // of all matrices
 };
 
 }  // namespace clusterfusion::cuda

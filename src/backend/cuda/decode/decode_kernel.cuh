@@ -77,13 +77,11 @@ class DecodeStep {
         lane(threadIdx.x % 32),
         g(threadIdx.x % 32 / 4),
         q(threadIdx.x % 4),
-        zero(static_cast<int>(block_counter_load(&control->zero))),
-        ring(&control->ring, shared_ring(params, shared), params.stages + zero,
-             params.stage_bytes + zero) {}
+        ring(&control->ring, params.stages + zero()) {}
 
   // All steps of the launch, as a consumer.
   __device__ __forceinline__ void consume() {
-    next_id = ring.announced();
+    next_id = ring.announcement().id;
     int token = -1;
     for (int step = 0; step < p.steps; ++step) {
       if (step < p.given_count) token = p.given_tokens[step];
@@ -108,6 +106,12 @@ class DecodeStep {
 
  protected:
   // ---------------------------------------------------------------- consumers
+
+  // Zero, which the compiler cannot know: what it is added to stays in a register, where the
+  // compiler would look it up in constant memory again and again.
+  __device__ __forceinline__ int zero() const {
+    return static_cast<int>(block_counter_load(&control->zero));
+  }
 
   // The compiler may not know these any more. Else it computes the addresses of all phases once, in
   // front of the loop over layers, and spills them.
@@ -377,7 +381,7 @@ class DecodeStep {
 
   __device__ __forceinline__ void release_stage() {
     ring.release(lane);
-    next_id = ring.announced();
+    next_id = ring.announcement().id;
   }
   __device__ __forceinline__ bool comes(Stream stream) const {
     return next_id == ring_id(epoch, stream);
@@ -416,7 +420,6 @@ class DecodeStep {
     std::uint32_t sum_address;  // where this lane's sum of that unit goes
     int bias_offset;            // in the chunk's biases, of this lane's row of unit 0
     int unit_bias_bytes;
-    int chunk_bias_bytes;
     // From one unit of this warp to the next.
     int turn_step, offset_step, sum_step;
     int chunk_units, chunk_bytes, iterations;
@@ -440,34 +443,32 @@ class DecodeStep {
       const int sum = turn * unit_sums + (row_in_unit << row_sums_log2) +
                       (segment << matrix.slices_log2) + slice;
       sum_address = shared_address(step.sums + sum);
-      turn_step = (plan::kConsumerWarps >> matrix.segments_log2) + step.zero;
+      const int zero = step.zero();
+      turn_step = (plan::kConsumerWarps >> matrix.segments_log2) + zero;
       offset_step = turn_step * unit_bytes;
       sum_step = turn_step * unit_sums * 4;
-      chunk_units = matrix.units_per_chunk + step.zero;
+      chunk_units = matrix.units_per_chunk + zero;
       chunk_bytes = chunk_units * unit_bytes;
-      iterations = matrix.iterations + step.zero;
+      iterations = matrix.iterations + zero;
       swap = step.swap_columns(matrix) * 2;
       holds_sum = step.q == (tile == Tile::slices ? step.g / 2 : step.g % 4);
       holds_bias = holds_sum && has_bias && segment == 0 && slice == 0;
-      bias_offset = step.p.bias_offset + row_in_chunk * static_cast<int>(sizeof(Bias));
+      bias_offset = row_in_chunk * static_cast<int>(sizeof(Bias));
       unit_bias_bytes = matrix.unit_rows * static_cast<int>(sizeof(Bias));
-      chunk_bias_bytes = matrix.rows_per_chunk * static_cast<int>(sizeof(Bias));
     }
 
     // A chunk in shared memory.
     struct Chunk {
       std::uint32_t data;
-      int index;
+      std::uint32_t biases;
     };
-
-    // Biases come by 16 bytes: the chunk's first may lie in the midst of them.
-    __device__ __forceinline__ std::uint32_t biases(const Chunk& chunk) const {
-      return chunk.data + bias_offset + (chunk.index * chunk_bias_bytes & 15);
+    __device__ __forceinline__ static Chunk chunk(const RingAnnouncement& announcement) {
+      return {announcement.data, static_cast<std::uint32_t>(announcement.label.first)};
     }
 
     // This warp's units of a chunk, two at a time.
     __device__ __forceinline__ void multiply_chunk(Chunk chunk, const Frag& fragments) {
-      const std::uint32_t bias = biases(chunk);
+      const std::uint32_t bias = chunk.biases + bias_offset;
       const auto unit_at = [&](int turn, int offset) -> Unit {
         return {chunk.data + offset, bias + turn * unit_bias_bytes, holds_bias};
       };
@@ -499,7 +500,8 @@ class DecodeStep {
     // Loads this warp's only unit of a chunk.
     __device__ __forceinline__ void load(Chunk chunk, uint4 (&weight)[kBatch],
                                          float& of_row) const {
-      of_row = load_shared_if(biases(chunk) + turn * unit_bias_bytes, holds_bias, Bias{});
+      of_row =
+          load_shared_if(chunk.biases + bias_offset + turn * unit_bias_bytes, holds_bias, Bias{});
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         weight[i] = make_uint4(0, 0, 0, 0);
@@ -508,7 +510,7 @@ class DecodeStep {
     }
     // The same of this warp's unit of two chunks.
     __device__ __forceinline__ void load_pair(Chunk chunk, LoadedAhead& loaded) const {
-      loaded.bias[0] = load_shared_if(biases(chunk), holds_bias, Bias{});
+      loaded.bias[0] = load_shared_if(chunk.biases + bias_offset, holds_bias, Bias{});
 #pragma unroll
       for (int i = 0; i < 2 * kBatch; ++i) {
         loaded.weight[i / kBatch][i % kBatch] = make_uint4(0, 0, 0, 0);
@@ -566,8 +568,7 @@ class DecodeStep {
     RingAnnouncement next = ring.announcement();
     do {
       ring.wait_landed();
-      turns.multiply_chunk({ring.current(), next.index}, fragments);
-      if (thread == 0) control->chunk_of_slot[slot] = next.index;
+      turns.multiply_chunk(turns.chunk(next), fragments);
       ring.release(lane);
       next = ring.announcement();
       ++slot;
@@ -582,17 +583,15 @@ class DecodeStep {
                                                  const Frag& fragments) {
     if (next_id != id) return slot;
     RingAnnouncement next = ring.announcement();
-    const std::uint32_t bias_offset = turns.turn * turns.unit_bias_bytes;
+    const std::uint32_t bias_offset = turns.bias_offset + turns.turn * turns.unit_bias_bytes;
     do {
+      const typename Turns::Chunk chunk = turns.chunk(next);
       ring.wait_landed();
-      const typename Turns::Chunk chunk{ring.current(), next.index};
       uint4 weight[kIterations];
 #pragma unroll
       for (int i = 0; i < kIterations; ++i)
         weight[i] = load_iteration(chunk.data + turns.offset, turns.swap, i);
-      const float bias =
-          load_shared_if(turns.biases(chunk) + bias_offset, turns.holds_bias, Bias{});
-      if (thread == 0) control->chunk_of_slot[slot] = next.index;
+      const float bias = load_shared_if(chunk.biases + bias_offset, turns.holds_bias, Bias{});
       ring.release(lane);
       ProductsOfHalves products;
 #pragma unroll
@@ -619,18 +618,12 @@ class DecodeStep {
       const bool two = behind.id == id && slot + 1 < max_slots;
       ring.wait_landed();
       if (two) ring.wait_next_landed();
-      const bool of_second = two && g >= 4;
-      const typename Turns::Chunk chunk{of_second ? ring.next() : ring.current(),
-                                        of_second ? behind.index : next.index};
+      const typename Turns::Chunk chunk = turns.chunk(two && g >= 4 ? behind : next);
       uint4 weight[kIterations];
 #pragma unroll
       for (int i = 0; i < kIterations; ++i)
         weight[i] = load_iteration(chunk.data + turns.offset, turns.swap, i);
-      const float bias = load_shared_if(turns.biases(chunk), turns.holds_bias, Bias{});
-      if (thread == 0) {
-        control->chunk_of_slot[slot] = next.index;
-        if (two) control->chunk_of_slot[slot + 1] = behind.index;
-      }
+      const float bias = load_shared_if(chunk.biases + turns.bias_offset, turns.holds_bias, Bias{});
       ring.release(lane, two);
       ProductsOfHalves products;
 #pragma unroll
@@ -659,7 +652,7 @@ class DecodeStep {
     if (kMaxAhead > 0 && loaded.chunks > 0) {
       turns.multiply(loaded, fragments);
       slot = loaded.chunks;
-      next_id = ring.announced();
+      next_id = ring.announcement().id;
     }
     forget_loaded();
 #pragma unroll 1
@@ -712,12 +705,7 @@ class DecodeStep {
       if (turns.tile == Tile::chunk_pairs) {
         const RingPeek first = ring.peek(), second = ring.peek_next();
         if (loaded.chunks > 0 || matrix.max_slots < 3 || !second.holds(next_id)) return;
-        turns.load_pair({g < 4 ? ring.current() : ring.next(), g < 4 ? first.index : second.index},
-                        loaded);
-        if (thread == 0) {
-          control->chunk_of_slot[0] = first.index;
-          control->chunk_of_slot[1] = second.index;
-        }
+        turns.load_pair(turns.chunk(g < 4 ? first.what : second.what), loaded);
         ring.release(lane, true);
         loaded.chunks = 2;
         return;
@@ -727,8 +715,7 @@ class DecodeStep {
         if (i != loaded.chunks || i + 1 >= matrix.max_slots) continue;
         const RingPeek chunk = ring.peek();
         if (!chunk.holds(next_id)) return;
-        turns.load({ring.current(), chunk.index}, loaded.weight[i], loaded.bias[i]);
-        if (thread == 0) control->chunk_of_slot[i] = chunk.index;
+        turns.load(turns.chunk(chunk.what), loaded.weight[i], loaded.bias[i]);
         ring.release(lane);
         ++loaded.chunks;
       }
@@ -835,6 +822,7 @@ class DecodeStep {
   __device__ __forceinline__ void finish_rows(const StreamedMatrix& matrix, int slots,
                                               Finish&& finish) {
     consumer_barrier();
+    const unsigned before = control->finished_chunks;
     const int count = slots * matrix.rows_per_chunk;
     const int rows_at_once = kConsumerThreads >> matrix.segments_log2;
     for (int first = 0; first < count; first += rows_at_once) {
@@ -857,10 +845,12 @@ class DecodeStep {
         value += __shfl_xor_sync(kAllLanes, value, distance);
       if (i >= count || (thread & (matrix.segments - 1)) != 0) continue;
       const int slot = matrix.slot_of(i);
-      const int row = (control->chunk_of_slot[slot] - slot) * matrix.rows_per_chunk + i;
+      const int chunk = control->chunks[(before + slot) % kKnownChunks];
+      const int row = (chunk - slot) * matrix.rows_per_chunk + i;
       if (row < matrix.rows) finish(row, value);
     }
     consumer_barrier();
+    if (thread == 0) control->finished_chunks = before + slots;
   }
 
   // ---------------------------------------------------------------- attention
@@ -933,11 +923,11 @@ class DecodeStep {
     Softmax state;
     int task = -1;
     while (comes(Stream::attention)) {
-      const RingLabel label = ring.wait();
-      const int head = label.index / splits.splits;
-      const int split = label.index % splits.splits;
-      if (label.index != task) {
-        task = label.index;
+      const RingAnnouncement what = ring.wait();
+      const int head = what.label.first / splits.splits;
+      const int split = what.label.first % splits.splits;
+      if (what.label.first != task) {
+        task = what.label.first;
         prepare_head(head, position);
         load_query(query);
         state.maximum = -INFINITY;
@@ -946,11 +936,11 @@ class DecodeStep {
         for (int t = 0; t < kMaxHeadSteps; ++t)
           state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
       }
-      const int block = label.part;
-      attend_block(layer, head, block, position, query, state);
+      const int block = what.label.second;
+      attend_block(layer, head, block, position, what.data, query, state);
       release_stage();
       if (block + 1 == min((split + 1) * splits.blocks_per_split, splits.blocks))
-        combine_warps(head, label.index, splits.splits, state);
+        combine_warps(head, task, splits.splits, state);
     }
   }
 
@@ -977,16 +967,17 @@ class DecodeStep {
     return isinf(first) ? first : first + second;
   }
 
-  // This warp's groups of 8 positions of one block.
+  // This warp's groups of 8 positions of one block, which lies at `data` in shared memory.
   __device__ __forceinline__ void attend_block(int layer, int head, int block, int position,
-                                               const Query& query, Softmax& state) {
+                                               std::uint32_t data, const Query& query,
+                                               Softmax& state) {
     const int groups = p.kv_block_positions / 8;
     const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
     if (group >= groups) return;
     const int first = block * p.kv_block_positions + group * 8;
     if (first > position) return;
     const int row_bytes = p.head_dim * 2;
-    char* keys = ring.current_data() + group * 8 * row_bytes;
+    char* keys = static_cast<char*>(__cvta_shared_to_generic(data)) + group * 8 * row_bytes;
     char* values = keys + p.kv_block_positions * row_bytes;
     if (position < first + 8) insert_current(layer, head, position, keys, values);
 
@@ -1311,9 +1302,6 @@ class DecodeStep {
   T* normed;    // [2, hidden]: the two normalised inputs of a layer
   float* sums;  // [sum_slots]: partial sums of rows; states of attention
   int thread, warp, lane, g, q;
-  // Zero, which the compiler cannot know: what it is added to stays in a register, where the
-  // compiler would look it up in constant memory again and again.
-  int zero;
   RingConsumer ring;
   int next_id = kRingEnd;  // of the stage that comes next, or of what was loaded ahead
   LoadedAhead loaded;
@@ -1332,7 +1320,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(128) char shared[];
   SharedControl* control = shared_control(shared);
-  if (threadIdx.x == 0) init_shared(params, control);
+  if (threadIdx.x == 0) init_shared(params, shared);
   if (threadIdx.x == 32) init_sources(params, control);
   __syncthreads();
   const PagedCache cache{params};
@@ -1346,12 +1334,12 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (elect_one()) produce(params, cache, control, shared_ring(params, shared));
+      if (elect_one()) produce(params, cache, control);
       break;
     case 1: sweep(params, control, lane); break;
     case 2: SplitCombiner<T>(params, control).run(); break;
     default:
-      if (elect_one()) DecodeDealer(params, cache, control, shared_ring(params, shared)).run();
+      if (elect_one()) DecodeDealer(params, cache, control).run();
   }
 }
 

@@ -11,7 +11,7 @@
 namespace clusterfusion::cuda {
 
 // Chunks whose sums one SM may collect before it finishes their rows.
-inline constexpr std::int32_t kMaxChunkSlots = 256;
+inline constexpr std::int32_t kMaxChunkSlots = 240;
 
 // A MatrixPlan, with what every lane would otherwise compute again.
 struct StreamedMatrix {

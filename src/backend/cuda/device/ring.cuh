@@ -18,9 +18,9 @@
 
 namespace clusterfusion::device {
 
-// compute-sanitizer's racecheck follows an mbarrier only for the threads that arrive at it. Built for
-// it (CLUSTERFUSION_RACECHECK), every lane of a warp says for itself that it is done with a stage;
-// else one does for all, behind a __syncwarp().
+// compute-sanitizer's racecheck follows an mbarrier only for the threads that arrive at it. Built
+// for it (CLUSTERFUSION_RACECHECK), every lane of a warp says for itself that it is done with a
+// stage; else one does for all, behind a __syncwarp().
 #ifdef CLUSTERFUSION_RACECHECK
 inline constexpr bool kEveryLaneArrives = true;
 #else
@@ -32,8 +32,8 @@ inline constexpr int kRingEnd = -1;  // the id behind the last stage
 
 // What a stage holds: the numbers are the users' business.
 struct RingLabel {
-  int index;
-  int part;
+  int first;
+  int second;
 };
 // What the producer is to copy. `source` is an address, or what the users' own copies make of it.
 struct RingOrder {
@@ -41,49 +41,39 @@ struct RingOrder {
   std::uint32_t bytes;
   std::uint64_t source;
 };
-
-// Lies in shared memory.
-struct RingControl {
-  struct Announcement {
-    int index;
-    int part;
-    int id;
-    std::uint32_t bytes;
-  };
-  std::uint64_t empty[kMaxRingStages];  // all consumers are done with what the stage held
-  std::uint64_t known[kMaxRingStages];  // it is announced what it will hold
-  std::uint64_t full[kMaxRingStages];   // that has landed
-  alignas(16) Announcement announced[kMaxRingStages];
-  std::uint64_t source[kMaxRingStages];
+// The same as the producer gets it: with the stage's data, as an address in shared memory.
+struct RingTask {
+  RingOrder order;
+  std::uint32_t target;
 };
 
-// Addresses in shared memory of what belongs to a stage.
-struct RingAddresses {
-  std::uint32_t control;
-
-  __device__ __forceinline__ std::uint32_t empty(int stage) const {
-    return control + offsetof(RingControl, empty) + stage * 8;
-  }
-  __device__ __forceinline__ std::uint32_t known(int stage) const {
-    return control + offsetof(RingControl, known) + stage * 8;
-  }
-  __device__ __forceinline__ std::uint32_t full(int stage) const {
-    return control + offsetof(RingControl, full) + stage * 8;
-  }
-  __device__ __forceinline__ std::uint32_t announced(int stage) const {
-    return control + offsetof(RingControl, announced) + stage * 16;
-  }
-  __device__ __forceinline__ std::uint32_t source(int stage) const {
-    return control + offsetof(RingControl, source) + stage * 8;
-  }
+// Lies in shared memory. All of a stage lies side by side, so that one address serves for it.
+struct RingControl {
+  struct alignas(64) Stage {
+    std::uint64_t empty;  // all consumers are done with what the stage held
+    std::uint64_t known;  // it is announced what it will hold
+    std::uint64_t full;   // that has landed
+    std::uint64_t source;
+    // What consumers look at, in one piece.
+    struct alignas(16) Announcement {
+      RingLabel label;
+      int id;
+      std::uint32_t data;  // the stage's data, as an address in shared memory: always the same
+    } announced;
+    std::uint32_t bytes;
+  };
+  Stage stages[kMaxRingStages];
 };
 
 // By one thread, before a block barrier.
-__device__ __forceinline__ void ring_init(RingControl* control, int stages, int consumer_warps) {
-  for (int stage = 0; stage < stages; ++stage) {
-    mbarrier_init(&control->empty[stage], consumer_warps * (kEveryLaneArrives ? 32 : 1));
-    mbarrier_init(&control->known[stage], 1);
-    mbarrier_init(&control->full[stage], 2);  // the dealer and the producer
+__device__ __forceinline__ void ring_init(RingControl* control, const char* data, int stages,
+                                          int stage_bytes, int consumer_warps) {
+  for (int i = 0; i < stages; ++i) {
+    RingControl::Stage& stage = control->stages[i];
+    mbarrier_init(&stage.empty, consumer_warps * (kEveryLaneArrives ? 32 : 1));
+    mbarrier_init(&stage.known, 1);
+    mbarrier_init(&stage.full, 2);  // the dealer and the producer
+    stage.announced.data = shared_address(data + i * stage_bytes);
   }
   mbarrier_fence_init();
 }
@@ -91,57 +81,80 @@ __device__ __forceinline__ void ring_init(RingControl* control, int stages, int 
 // What everybody in a ring has in common: a place, which goes from stage to stage.
 class RingPlace {
  public:
-  __device__ __forceinline__ RingPlace(RingControl* control, const char* data, int stages,
-                                       int stage_bytes)
-      : at_{shared_address(control)},
-        data_(shared_address(data)),
-        stages_(stages),
-        stage_bytes_(stage_bytes) {}
-
-  // The current stage's data, as an address in shared memory.
-  __device__ __forceinline__ std::uint32_t current() const { return data_ + stage_ * stage_bytes_; }
+  __device__ __forceinline__ RingPlace(RingControl* control, int stages)
+      : begin_(shared_address(control)), end_(begin_ + stages * kStep), stage_(begin_) {}
 
  protected:
+  using Stage = RingControl::Stage;
+  static constexpr std::uint32_t kStep = sizeof(Stage);
+
+  // Addresses in shared memory of what belongs to the stage at `stage`.
+  __device__ __forceinline__ static std::uint32_t empty(std::uint32_t stage) {
+    return stage + offsetof(Stage, empty);
+  }
+  __device__ __forceinline__ static std::uint32_t known(std::uint32_t stage) {
+    return stage + offsetof(Stage, known);
+  }
+  __device__ __forceinline__ static std::uint32_t full(std::uint32_t stage) {
+    return stage + offsetof(Stage, full);
+  }
+  __device__ __forceinline__ static std::uint32_t announced(std::uint32_t stage) {
+    return stage + offsetof(Stage, announced);
+  }
+  __device__ __forceinline__ static std::uint32_t id_of(std::uint32_t stage) {
+    return announced(stage) + offsetof(Stage::Announcement, id);
+  }
+  __device__ __forceinline__ static std::uint32_t data_of(std::uint32_t stage) {
+    return announced(stage) + offsetof(Stage::Announcement, data);
+  }
+  __device__ __forceinline__ static std::uint32_t source(std::uint32_t stage) {
+    return stage + offsetof(Stage, source);
+  }
+  __device__ __forceinline__ static std::uint32_t bytes(std::uint32_t stage) {
+    return stage + offsetof(Stage, bytes);
+  }
+
   // Goes on to the next stage.
   __device__ __forceinline__ void advance() {
-    if (++stage_ < stages_) return;
-    stage_ = 0;
+    stage_ += kStep;
+    if (stage_ != end_) return;
+    stage_ = begin_;
     parity_ ^= 1;
   }
   // Waits until what went into the ring `stages` stages before the current one has landed; for
   // who has seen that stage empty, or announced, since. (Before the first lap the wait is for the
   // phase before a barrier's first, which counts as complete.)
   __device__ __forceinline__ void wait_for_earlier(int stages) const {
-    int earlier = stage_ - stages;
+    std::uint32_t earlier = stage_ - stages * kStep;
     std::uint32_t its_parity = parity_;
-    if (earlier < 0) {
-      earlier += stages_;
+    if (static_cast<std::int32_t>(earlier - begin_) < 0) {
+      earlier += end_ - begin_;
       its_parity ^= 1;
     }
-    mbarrier_wait(at_.full(earlier), its_parity);
+    mbarrier_wait(full(earlier), its_parity);
   }
 
-  RingAddresses at_;
-  std::uint32_t data_;
-  int stages_, stage_bytes_;
-  int stage_ = 0;
+  // Addresses in shared memory.
+  std::uint32_t begin_, end_;
+  std::uint32_t stage_;  // the current one
   std::uint32_t parity_ = 0;
 };
 
 // What is announced of a stage.
 struct RingAnnouncement {
-  int index;
   int id;
+  RingLabel label;
+  std::uint32_t data;  // an address in shared memory
 };
 
 // A stage as it was when somebody looked.
 struct RingPeek {
   bool landed;
-  int id, index;  // if landed
+  RingAnnouncement what;  // if landed
 
   // Whether it has landed, and holds `id`. For whole warps.
   __device__ __forceinline__ bool holds(int id) const {
-    return __all_sync(0xffffffffu, landed) && this->id == id;
+    return __all_sync(0xffffffffu, landed) && what.id == id;
   }
 };
 
@@ -149,29 +162,36 @@ struct RingPeek {
 class RingDealer : public RingPlace {
  public:
   // At most `reach` stages are announced and have not landed.
-  __device__ __forceinline__ RingDealer(RingControl* control, const char* data, int stages,
-                                        int stage_bytes, int reach)
-      : RingPlace(control, data, stages, stage_bytes), reach_(min(reach, stages)) {}
+  __device__ __forceinline__ RingDealer(RingControl* control, int stages, int reach)
+      : RingPlace(control, stages), reach_(min(reach, stages)) {}
 
-  // The current stage will hold this.
-  __device__ __forceinline__ void announce(const RingLabel& label, const RingOrder& order) {
-    mbarrier_wait(at_.empty(stage_), parity_ ^ 1);  // the first lap finds every stage empty
+  // Waits until the current stage may be announced: consumers are done with what it held. Returns
+  // its data, as an address in shared memory.
+  __device__ __forceinline__ std::uint32_t wait_empty() const {
+    mbarrier_wait(empty(stage_), parity_ ^ 1);  // the first lap finds every stage empty
     wait_for_earlier(reach_);
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(at_.announced(stage_)),
-                 "r"(label.index), "r"(label.part), "r"(order.id), "r"(order.bytes)
-                 : "memory");
-    asm volatile("st.shared.u64 [%0], %1;" ::"r"(at_.source(stage_)), "l"(order.source) : "memory");
-    mbarrier_arrive(at_.known(stage_));
+    std::uint32_t data;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(data) : "r"(data_of(stage_)) : "memory");
+    return data;
   }
-  // Adds `bytes` at `offset` of the current stage, none if 0, and goes on to the next one.
-  __device__ __forceinline__ void add(std::uint32_t offset, const void* source,
-                                      std::uint32_t bytes) {
-    const std::uint32_t full = at_.full(stage_);
-    if (bytes == 0) {
-      mbarrier_arrive(full);
+  // The current stage, which is empty, will hold this.
+  __device__ __forceinline__ void announce(const RingLabel& label, const RingOrder& order) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(announced(stage_)), "r"(label.first),
+                 "r"(label.second)
+                 : "memory");
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(id_of(stage_)), "r"(order.id) : "memory");
+    asm volatile("st.shared.u64 [%0], %1;" ::"r"(source(stage_)), "l"(order.source) : "memory");
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(bytes(stage_)), "r"(order.bytes) : "memory");
+    mbarrier_arrive(known(stage_));
+  }
+  // Brings `count` bytes to `target`, in the current stage; none if 0. Goes on to the next one.
+  __device__ __forceinline__ void add(std::uint32_t target, const void* from, std::uint32_t count) {
+    const std::uint32_t barrier = full(stage_);
+    if (count == 0) {
+      mbarrier_arrive(barrier);
     } else {
-      mbarrier_arrive_expect(full, bytes);
-      bulk_copy_to_shared(current() + offset, source, bytes, full);
+      mbarrier_arrive_expect(barrier, count);
+      bulk_copy_to_shared(target, from, count, barrier);
     }
     advance();
   }
@@ -184,32 +204,35 @@ class RingDealer : public RingPlace {
 class RingProducer : public RingPlace {
  public:
   // `max_in_flight` copies may be under way; more make everything else in the memory system slow.
-  __device__ __forceinline__ RingProducer(RingControl* control, const char* data, int stages,
-                                          int stage_bytes, int max_in_flight)
-      : RingPlace(control, data, stages, stage_bytes), max_in_flight_(max_in_flight) {}
+  __device__ __forceinline__ RingProducer(RingControl* control, int stages, int max_in_flight)
+      : RingPlace(control, stages), max_in_flight_(max_in_flight) {}
 
   // What the current stage will hold; waits for its announcement.
-  __device__ __forceinline__ RingOrder next() const {
-    mbarrier_wait(at_.known(stage_), parity_);
-    RingOrder order;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2 + 8];"
-                 : "=r"(order.id), "=r"(order.bytes)
-                 : "r"(at_.announced(stage_))
+  __device__ __forceinline__ RingTask next() const {
+    mbarrier_wait(known(stage_), parity_);
+    RingTask task;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(task.order.id), "=r"(task.target)
+                 : "r"(id_of(stage_))
+                 : "memory");
+    asm volatile("ld.shared.u32 %0, [%1];"
+                 : "=r"(task.order.bytes)
+                 : "r"(bytes(stage_))
                  : "memory");
     asm volatile("ld.shared.u64 %0, [%1];"
-                 : "=l"(order.source)
-                 : "r"(at_.source(stage_))
+                 : "=l"(task.order.source)
+                 : "r"(source(stage_))
                  : "memory");
-    return order;
+    return task;
   }
-  // Waits until one more copy may be under way, lets copies(target, barrier) start what brings
-  // `bytes` (both are addresses in shared memory), and goes on to the next stage.
+  // Waits until one more copy may be under way, lets copies(barrier) start what brings `count`
+  // bytes (the barrier is an address in shared memory), and goes on to the next stage.
   template <typename Copies>
-  __device__ __forceinline__ void copy(std::uint32_t bytes, Copies&& copies) {
-    const std::uint32_t full = at_.full(stage_);
-    mbarrier_arrive_expect(full, bytes);
+  __device__ __forceinline__ void copy(std::uint32_t count, Copies&& copies) {
+    const std::uint32_t barrier = full(stage_);
+    mbarrier_arrive_expect(barrier, count);
     wait_for_earlier(max_in_flight_);
-    copies(current(), full);
+    copies(barrier);
     advance();
   }
 
@@ -222,12 +245,7 @@ class RingConsumer : public RingPlace {
  public:
   using RingPlace::RingPlace;
 
-  // The id of the current stage; waits for its announcement, not for its data.
-  __device__ __forceinline__ int announced() const {
-    mbarrier_wait(at_.known(stage_), parity_);
-    return id(stage_);
-  }
-  // The same, with the index.
+  // What the current stage will hold; waits for its announcement, not for its data.
   __device__ __forceinline__ RingAnnouncement announcement() const {
     return announcement(stage_, parity_);
   }
@@ -236,76 +254,55 @@ class RingConsumer : public RingPlace {
     return announcement(next_stage(), next_parity());
   }
   // Waits until the current stage, or the one behind it, has landed.
-  __device__ __forceinline__ void wait_landed() const { mbarrier_wait(at_.full(stage_), parity_); }
+  __device__ __forceinline__ void wait_landed() const { mbarrier_wait(full(stage_), parity_); }
   __device__ __forceinline__ void wait_next_landed() const {
-    mbarrier_wait(at_.full(next_stage()), next_parity());
+    mbarrier_wait(full(next_stage()), next_parity());
   }
-  __device__ __forceinline__ RingLabel wait() const {
+  // What the current stage holds, when it has landed.
+  __device__ __forceinline__ RingAnnouncement wait() const {
     wait_landed();
-    return label(stage_);
+    return what(stage_);
   }
   // Looks at the current stage, or at the one behind it, without waiting for anything.
   __device__ __forceinline__ RingPeek peek() const { return peek(stage_, parity_); }
   __device__ __forceinline__ RingPeek peek_next() const {
     return peek(next_stage(), next_parity());
   }
-  // The current stage's data, as a pointer.
-  __device__ __forceinline__ char* current_data() const {
-    return static_cast<char*>(__cvta_shared_to_generic(current()));
-  }
-  // The next stage's data.
-  __device__ __forceinline__ std::uint32_t next() const {
-    return data_ + next_stage() * stage_bytes_;
-  }
   // This warp is done with the stage, or with it and the next one.
   __device__ __forceinline__ void release(int lane, bool two = false) {
     __syncwarp();
     const bool arrives = kEveryLaneArrives || lane == 0;
-    if (arrives) mbarrier_arrive(at_.empty(stage_));
+    if (arrives) mbarrier_arrive(empty(stage_));
     advance();
     if (!two) return;
-    if (arrives) mbarrier_arrive(at_.empty(stage_));
+    if (arrives) mbarrier_arrive(empty(stage_));
     advance();
   }
 
  private:
-  __device__ __forceinline__ int next_stage() const {
-    return stage_ + 1 == stages_ ? 0 : stage_ + 1;
+  __device__ __forceinline__ std::uint32_t next_stage() const {
+    return stage_ + kStep == end_ ? begin_ : stage_ + kStep;
   }
   __device__ __forceinline__ std::uint32_t next_parity() const {
-    return stage_ + 1 == stages_ ? parity_ ^ 1 : parity_;
+    return stage_ + kStep == end_ ? parity_ ^ 1 : parity_;
   }
-  __device__ __forceinline__ RingAnnouncement announcement(int stage, std::uint32_t parity) const {
-    mbarrier_wait(at_.known(stage), parity);
-    return announced(stage);
+  __device__ __forceinline__ static RingAnnouncement announcement(std::uint32_t stage,
+                                                                  std::uint32_t parity) {
+    mbarrier_wait(known(stage), parity);
+    return what(stage);
   }
-  __device__ __forceinline__ RingPeek peek(int stage, std::uint32_t parity) const {
-    const bool landed = mbarrier_test(at_.full(stage), parity);
-    const RingAnnouncement what = announced(stage);
-    return {landed, what.id, what.index};
+  __device__ __forceinline__ static RingPeek peek(std::uint32_t stage, std::uint32_t parity) {
+    const bool landed = mbarrier_test(full(stage), parity);
+    return {landed, what(stage)};
   }
   // Of a stage whose announcement this thread has seen, or whose data it has seen landed.
-  __device__ __forceinline__ RingAnnouncement announced(int stage) const {
-    RingAnnouncement announcement;
-    [[maybe_unused]] int part, bytes;
+  __device__ __forceinline__ static RingAnnouncement what(std::uint32_t stage) {
+    RingAnnouncement what;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(announcement.index), "=r"(part), "=r"(announcement.id), "=r"(bytes)
-                 : "r"(at_.announced(stage))
+                 : "=r"(what.label.first), "=r"(what.label.second), "=r"(what.id), "=r"(what.data)
+                 : "r"(announced(stage))
                  : "memory");
-    return announcement;
-  }
-  __device__ __forceinline__ int id(int stage) const {
-    int id;
-    asm volatile("ld.shared.u32 %0, [%1 + 8];" : "=r"(id) : "r"(at_.announced(stage)) : "memory");
-    return id;
-  }
-  __device__ __forceinline__ RingLabel label(int stage) const {
-    RingLabel label;
-    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(label.index), "=r"(label.part)
-                 : "r"(at_.announced(stage))
-                 : "memory");
-    return label;
+    return what;
   }
 };
 

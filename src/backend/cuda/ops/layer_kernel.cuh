@@ -28,12 +28,11 @@ struct RowCache {
     int positions_;
     std::uint32_t column_;
   };
-  __device__ __forceinline__ void copy(std::uint32_t target, const RingOrder& order,
-                                       std::uint32_t barrier) const {
-    const int column = static_cast<int>(order.source);
-    const int row = static_cast<int>(order.source >> 32);
-    tensor_copy_to_shared(target, p.key_map, column, row, barrier);
-    tensor_copy_to_shared(target + order.bytes / 2, p.value_map, column, row, barrier);
+  __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
+    const int column = static_cast<int>(task.order.source);
+    const int row = static_cast<int>(task.order.source >> 32);
+    tensor_copy_to_shared(task.target, p.key_map, column, row, barrier);
+    tensor_copy_to_shared(task.target + task.order.bytes / 2, p.value_map, column, row, barrier);
   }
 
   __device__ __forceinline__ float2 angle(int, int dim) const {
@@ -88,8 +87,8 @@ __device__ __forceinline__ void prefetch_first_chunks(const LayerParams& layer) 
 class LayerDealer : public DecodeDealer<RowCache> {
  public:
   __device__ __forceinline__ LayerDealer(const LayerParams& params, const RowCache& kv_cache,
-                                         SharedControl* shared, char* ring_data)
-      : DecodeDealer(params.stream, kv_cache, shared, ring_data), layer(params) {}
+                                         SharedControl* shared)
+      : DecodeDealer(params.stream, kv_cache, shared), layer(params) {}
 
   __device__ __forceinline__ void run() {
     const int half = scratch_half(layer);
@@ -153,7 +152,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
 
   __device__ __forceinline__ void consume() {
     if (!layer.attention_and_up) {
-      next_id = ring.announced();
+      next_id = ring.announcement().id;
       down_only();
       return;
     }
@@ -162,7 +161,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     const bool valid = is_position(layer, position);
     this->load_norms(0);
     load_input();
-    next_id = ring.announced();
+    next_id = ring.announcement().id;
     multiply_normed(position, valid);
     if (!valid)
       refuse();
@@ -337,7 +336,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
     layer_kernel(const __grid_constant__ LayerParams params) {
   extern __shared__ __align__(128) char shared[];
   SharedControl* control = shared_control(shared);
-  if (threadIdx.x == 0) init_shared(params.stream, control);
+  if (threadIdx.x == 0) init_shared(params.stream, shared);
   if (threadIdx.x == 32) init_sources(params.stream, control);
   // A launch that may begin before this one has ended waits there, as this one does here.
   start_dependents();
@@ -357,7 +356,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (elect_one()) produce(params.stream, cache, control, shared_ring(params.stream, shared));
+      if (elect_one()) produce(params.stream, cache, control);
       break;
     case 1:
       sweep_layer(params, lane);
@@ -365,8 +364,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
       break;
     case 2: combine_layer<T>(params, control); break;
     default:
-      if (elect_one())
-        LayerDealer(params, cache, control, shared_ring(params.stream, shared)).run();
+      if (elect_one()) LayerDealer(params, cache, control).run();
   }
 }
 
