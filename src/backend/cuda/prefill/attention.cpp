@@ -37,7 +37,7 @@ AttentionKernel find_attention_kernel(DType dtype, std::int64_t head_dim) {
 void launch_attention(const AttentionKernel& kernel, const AttentionParams& params,
                       cudaStream_t stream) {
   const auto tiles =
-      static_cast<unsigned>((params.count + kernel.query_rows - 1) / kernel.query_rows);
+      static_cast<unsigned>((params.rows + kernel.query_rows - 1) / kernel.query_rows);
   AttentionParams copy = params;
   void* arguments[] = {&copy};
   check(cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(params.num_heads), tiles),

@@ -134,20 +134,22 @@ __device__ __forceinline__ float rotated(const float* head, int dim, const float
   return head[dim] * angle.x + other * angle.y;
 }
 
-// A thread takes 4 neighbouring elements; blockIdx.y is the token.
+// A thread takes 4 neighbouring elements; blockIdx.y is the row. Padding has no place in the cache.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     rotate_and_store(const RotaryParams r, const AttentionParams p) {
   const int width = 3 * p.num_heads * p.head_dim;
   const int column = 4 * static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (column >= width) return;
-  const int token = blockIdx.y;
-  const int position = p.first_position + token;
+  const int row = blockIdx.y;
+  const PromptExtent extent = *p.extent;
   const int head = column / (3 * p.head_dim);
   const int part = column / p.head_dim - 3 * head;
   const int dim = column % p.head_dim;
-  const float* vector = r.qkv + static_cast<std::int64_t>(token) * width + (column - dim);
+  const float* vector = r.qkv + static_cast<std::int64_t>(row) * width + (column - dim);
   float4 value = *reinterpret_cast<const float4*>(vector + dim);
+  if (row >= extent.count) return;
+  const int position = extent.first_position + row;
   if (part < 2 && dim < r.rotary_dim) {
     const int half = r.rotary_dim / 2;
     const float2* angles = r.rotary + static_cast<std::int64_t>(position) * half;
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
     const float scale = rsqrtf(static_cast<float>(p.head_dim)) * 1.4426950408889634f;
     value = make_float4(value.x * scale, value.y * scale, value.z * scale, value.w * scale);
     target = static_cast<char*>(p.query) +
-             (static_cast<std::int64_t>(token) * p.num_heads + head) * p.head_dim * 2;
+             (static_cast<std::int64_t>(row) * p.num_heads + head) * p.head_dim * 2;
   } else {
     target = cached_key(p.cache, position, head, p.head_dim);
     if (part == 2) target += p.cache.block_bytes / 2;
@@ -228,7 +230,7 @@ void launch_layer_norm(DType dtype, const float* x, const LayerNormOutput& first
 void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
                    cudaStream_t stream) {
   const dim3 grid(blocks_for(3 * attention.num_heads * attention.head_dim / 4),
-                  static_cast<unsigned>(attention.count));
+                  static_cast<unsigned>(attention.rows));
   with_type(dtype, "starting the rotation", [&](auto type) {
     rotate_and_store<decltype(type)><<<grid, kThreads, 0, stream>>>(rotary, attention);
   });
