@@ -9,6 +9,7 @@
 
 #include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/device/async_copy.cuh"
+#include "backend/cuda/device/grid_dependency.cuh"
 #include "backend/cuda/device/mbarrier.cuh"
 #include "backend/cuda/device/mma.cuh"
 #include "backend/cuda/device/reduce.cuh"
@@ -73,6 +74,7 @@ class AttentionTile {
   }
 
   __device__ __forceinline__ void run() {
+    wait_for_dependencies();
     if (first_row >= extent.count) return;
     load_query();
     load_keys_and_values(0);
@@ -276,8 +278,8 @@ class AttentionTile {
   }
 
   const AttentionParams& p;
-  const PromptExtent extent;
-  const std::uint32_t base;  // of shared memory
+  const PromptExtent extent;  // no kernel writes it: read without waiting
+  const std::uint32_t base;   // of shared memory
   const int thread, lane, g, q;
   const int head, first_row, warp_row;
   const int end_position;  // keys of this block end before it
