@@ -8,12 +8,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <limits>
+#include <numeric>
 #include <random>
 #include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "backend/cuda/captured_graph.hpp"
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/device_model.hpp"
 #include "clusterfusion/error.hpp"
@@ -61,12 +65,13 @@ class Prompter {
         prefill_(config_, weights_, kv_, config_.max_positions),
         slab_(kv_.page_bytes * kPages, "pages"),
         pages_(kPages) {
-    cuda::check(cudaMemset(slab_.as<>(), 0xff, slab_.bytes()), "poisoning pages");
+    poison_pages();
     for (std::int64_t i = 0; i < kPages; ++i) pages_[i] = slab_.as<>() + i * kv_.page_bytes;
     std::shuffle(pages_.begin(), pages_.end(), std::mt19937(seed));
   }
 
   std::int64_t max_tokens() const { return prefill_.max_tokens(); }
+  std::int64_t num_graphs() const { return prefill_.num_graphs(); }
 
   void run(std::span<const TokenId> tokens, std::int64_t first, const PrefillOutput& output) {
     prefill_.run(tokens, first, pages_, output, nullptr);
@@ -85,6 +90,21 @@ class Prompter {
       begin = end;
     }
     return logits;
+  }
+
+  void poison_pages() {
+    cuda::check(cudaMemset(slab_.as<>(), 0xff, static_cast<std::size_t>(slab_.bytes())),
+                "poisoning pages");
+  }
+
+  // 16-bit numbers in the pages that are not what poison_pages() left.
+  std::int64_t count_written() const {
+    std::vector<std::uint16_t> numbers(static_cast<std::size_t>(slab_.bytes() / 2));
+    cuda::check(
+        cudaMemcpy(numbers.data(), slab_.as<>(), numbers.size() * 2, cudaMemcpyDeviceToHost),
+        "fetching pages");
+    return std::count_if(numbers.begin(), numbers.end(),
+                         [](std::uint16_t number) { return number != 0xffff; });
   }
 
   void poison_embedding_of_token_0() {
@@ -155,7 +175,79 @@ TEST_P(PrefillShapes, SameBitsEveryTimeWhateverWasInMemory) {
               testing::ThrowsMessage<Error>(
                   testing::HasSubstr("the logits after position 299 are not finite")));
   EXPECT_TRUE(std::isnan(logits[0]));
-  ASSERT_EQ(poisoned.all_logits(tokens, {90}), first);
+  // Launch by launch, captured, and as the graph.
+  for (int round = 0; round < 3; ++round) {
+    if (round == 2) poisoned.poison_pages();
+    ASSERT_EQ(poisoned.all_logits(tokens, {90}), first) << "round " << round;
+  }
+}
+
+// Prompts of different lengths that share numbers of rows, whole and in pieces. The pieces of one
+// have different numbers of rows, so that a fresh Prompter runs each of them launch by launch.
+struct PiecedPrompt {
+  int count;
+  std::vector<std::size_t> cuts;
+};
+
+const std::vector<PiecedPrompt>& pieced_prompts() {
+  static const std::vector<PiecedPrompt> prompts = {
+      {128, {}},              // 128 rows
+      {160, {50, 150}},       // 64, 128 and 16
+      {159, {64, 129}},       // 64, 128 and 32
+      {210, {49, 177, 193}},  // 64, 128, 16 and 32
+      {65, {}},               // 128
+      {1, {}},                // 16
+      {127, {17}},            // 32 and 128
+      {500, {300}},           // 320 and 256
+      {513, {}},              // 576: never a graph
+  };
+  return prompts;
+}
+
+constexpr std::int64_t kGraphsOfPiecedPrompts = 6;
+
+TEST_P(PrefillShapes, GraphsGiveTheBitsOfSingleLaunches) {
+  const ModelConfig config = config_of(GetParam());
+  const auto model = make_random_model(config);
+  const auto tokens_of = [&](std::size_t i) {
+    return tokens_without_0(config.vocab_size, pieced_prompts()[i].count,
+                            static_cast<unsigned>(20 + i));
+  };
+  std::vector<std::vector<float>> expected;
+  for (std::size_t i = 0; i < pieced_prompts().size(); ++i) {
+    Prompter fresh(*model, static_cast<unsigned>(i + 1));
+    expected.push_back(fresh.all_logits(tokens_of(i), pieced_prompts()[i].cuts));
+    ASSERT_EQ(fresh.num_graphs(), 0) << "prompt " << i;
+  }
+  Prompter prompter(*model, 99);
+  std::mt19937 random(5);
+  std::vector<std::size_t> order(pieced_prompts().size());
+  std::iota(order.begin(), order.end(), 0);
+  for (int round = 0; round < 4; ++round) {
+    std::shuffle(order.begin(), order.end(), random);
+    for (const std::size_t i : order) {
+      prompter.poison_pages();
+      ASSERT_EQ(prompter.all_logits(tokens_of(i), pieced_prompts()[i].cuts), expected[i])
+          << "prompt " << i << ", round " << round;
+    }
+  }
+  EXPECT_EQ(prompter.num_graphs(), kGraphsOfPiecedPrompts);
+}
+
+// Launch by launch, captured, and as the graph: the rows behind a prompt leave the pages alone.
+TEST_P(PrefillShapes, PaddingHasNoKeysAndValues) {
+  const ModelConfig config = config_of(GetParam());
+  const auto model = make_random_model(config);
+  const auto tokens = tokens_without_0(config.vocab_size, 105, 41);
+  const std::int64_t of_one_token = config.num_layers * 2 * config.hidden_size;
+  Prompter prompter(*model);
+  for (int round = 0; round < 3; ++round) {
+    prompter.poison_pages();
+    prompter.run(std::span(tokens).first(33), 0, {});
+    EXPECT_EQ(prompter.count_written(), 33 * of_one_token) << "round " << round;
+    prompter.run(std::span(tokens).subspan(33), 33, {});
+    EXPECT_EQ(prompter.count_written(), 105 * of_one_token) << "round " << round;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -277,6 +369,25 @@ TEST_F(PrefillTest, DecodeGoesOnFromThePages) {
     EXPECT_LT(relative_error(logits, std::span(expected).last(width)), 2 * tolerance(dtype));
     EXPECT_EQ(backend->length(id), 230);
   }
+}
+
+TEST_F(PrefillTest, ABrokenCaptureLeavesNoStreamInCaptureMode) {
+  cudaStream_t side = nullptr;
+  cudaEvent_t event = nullptr;
+  cuda::check(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking), "creating a stream");
+  cuda::check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "creating an event");
+  const auto fork_and_fail = [&](cudaStream_t stream) {
+    cuda::check(cudaEventRecord(event, stream), "recording an event");
+    cuda::check(cudaStreamWaitEvent(side, event), "waiting for an event");
+    throw std::runtime_error("meant to fail");
+  };
+  EXPECT_THROW(cuda::CapturedGraph{fork_and_fail}, std::runtime_error);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusActive;
+  EXPECT_EQ(cudaStreamIsCapturing(side, &status), cudaSuccess);
+  EXPECT_EQ(status, cudaStreamCaptureStatusNone);
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+  EXPECT_EQ(cudaStreamDestroy(side), cudaSuccess);
+  EXPECT_EQ(cudaEventDestroy(event), cudaSuccess);
 }
 
 TEST_F(PrefillTest, RefusesOutputsOfTheWrongSize) {

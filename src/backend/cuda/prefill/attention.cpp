@@ -1,6 +1,7 @@
 #include "backend/cuda/prefill/attention.hpp"
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/dependent_launch.hpp"
 #include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
@@ -37,13 +38,13 @@ AttentionKernel find_attention_kernel(DType dtype, std::int64_t head_dim) {
 void launch_attention(const AttentionKernel& kernel, const AttentionParams& params,
                       cudaStream_t stream) {
   const auto tiles =
-      static_cast<unsigned>((params.count + kernel.query_rows - 1) / kernel.query_rows);
+      static_cast<unsigned>((params.rows + kernel.query_rows - 1) / kernel.query_rows);
   AttentionParams copy = params;
   void* arguments[] = {&copy};
-  check(cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(params.num_heads), tiles),
-                         dim3(kAttentionThreads), arguments,
-                         static_cast<std::size_t>(kernel.shared_bytes), stream),
-        "starting attention");
+  const DependentLaunch launch(dim3(static_cast<unsigned>(params.num_heads), tiles),
+                               dim3(kAttentionThreads),
+                               static_cast<std::size_t>(kernel.shared_bytes), stream);
+  check(cudaLaunchKernelExC(launch.config(), kernel.function, arguments), "starting attention");
 }
 
 }  // namespace clusterfusion::cuda

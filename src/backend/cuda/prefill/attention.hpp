@@ -20,12 +20,20 @@ struct PagedCache {
   std::int32_t log2_block;    // positions in a block, as a power of two
 };
 
+// What differs between prompts with the same number of rows. It lies on the device, where a CUDA
+// graph, whose launches are fixed, finds it anew each time.
+struct alignas(8) PromptExtent {
+  std::int32_t count;  // of tokens; rows behind them are padding
+  std::int32_t first_position;
+};
+
 struct AttentionParams {
-  // [count, heads * head_dim], 16-bit: queries, rotated and scaled so that scores come out as
+  // [rows, heads * head_dim], 16-bit: queries, rotated and scaled so that scores come out as
   // base-2 logarithms; replaced by the heads' outputs.
   void* query;
-  PagedCache cache;  // keys and values of all positions up to first_position + count
-  std::int32_t count, first_position;
+  PagedCache cache;            // keys and values of all positions up to first_position + count
+  const PromptExtent* extent;  // on the device
+  std::int32_t rows;           // at least the extent's count
   std::int32_t num_heads, head_dim;
 };
 

@@ -9,6 +9,7 @@
 
 #include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/device/async_copy.cuh"
+#include "backend/cuda/device/grid_dependency.cuh"
 #include "backend/cuda/device/mbarrier.cuh"
 #include "backend/cuda/device/mma.cuh"
 #include "backend/cuda/device/reduce.cuh"
@@ -57,6 +58,7 @@ class AttentionTile {
 
   __device__ __forceinline__ AttentionTile(const AttentionParams& params, char* shared)
       : p(params),
+        extent(*params.extent),
         base(shared_address(shared)),
         thread(threadIdx.x),
         lane(threadIdx.x % 32),
@@ -66,22 +68,24 @@ class AttentionTile {
         // The tiles with most keys come first.
         first_row((gridDim.y - 1 - blockIdx.y) * Shape::kRows),
         warp_row(first_row + threadIdx.x / 32 * 16 * kRowTiles),
-        end_position(p.first_position + min(first_row + Shape::kRows, p.count)) {
+        end_position(extent.first_position + min(first_row + Shape::kRows, extent.count)) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) maximum[r][0] = maximum[r][1] = -INFINITY;
   }
 
   __device__ __forceinline__ void run() {
+    wait_for_dependencies();
+    if (first_row >= extent.count) return;
     load_query();
     load_keys_and_values(0);
     const int tiles = (end_position + Shape::kKeys - 1) / Shape::kKeys;
-    const int warp_end = p.first_position + warp_row + 16 * kRowTiles;
+    const int warp_end = extent.first_position + warp_row + 16 * kRowTiles;
     for (int tile = 0; tile < tiles; ++tile) {
       wait_for_copies();
       // This tile has landed for everybody, and everybody is done with the one before.
       __syncthreads();
       if (tile + 1 < tiles) load_keys_and_values(tile + 1);
-      if (tile * Shape::kKeys < warp_end && warp_row < p.count) attend(tile);
+      if (tile * Shape::kKeys < warp_end && warp_row < extent.count) attend(tile);
     }
     store();
   }
@@ -102,7 +106,7 @@ class AttentionTile {
     for (int i = thread; i < Shape::kRows * Shape::kUnits; i += kAttentionThreads) {
       const int row = i / Shape::kUnits;
       const int unit = i % Shape::kUnits;
-      const bool valid = first_row + row < p.count && unit * 8 < p.head_dim;
+      const bool valid = first_row + row < extent.count && unit * 8 < p.head_dim;
       copy_16_or_zero(base + Shape::kQueryOffset + unit_offset(row, unit),
                       query_row(valid ? first_row + row : 0) + (valid ? unit * 16 : 0), valid);
     }
@@ -148,7 +152,7 @@ class AttentionTile {
     float score[kRowTiles][Shape::kKeyTiles][4];
     compute_scores(stage, score);
     const int first = tile * Shape::kKeys;
-    if (first + Shape::kKeys > p.first_position + warp_row + 1) mask(first, score);
+    if (first + Shape::kKeys > extent.first_position + warp_row + 1) mask(first, score);
     update_softmax(score);
     add_values(stage + Shape::kTileBytes, score);
   }
@@ -183,7 +187,7 @@ class AttentionTile {
                                        float (&score)[kRowTiles][Shape::kKeyTiles][4]) const {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      const int last_key = p.first_position + warp_row + 16 * r + g - first;
+      const int last_key = extent.first_position + warp_row + 16 * r + g - first;
 #pragma unroll
       for (int n = 0; n < Shape::kKeyTiles; ++n)
 #pragma unroll
@@ -263,7 +267,7 @@ class AttentionTile {
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + 16 * r + 8 * half + g;
         const float scale = 1.0f / warp_sum<4>(sum[r][half]);
-        if (row >= p.count) continue;
+        if (row >= extent.count) continue;
         auto* target = reinterpret_cast<std::uint32_t*>(query_row(row));
 #pragma unroll
         for (int n = 0; n < 2 * kHeadSteps; ++n)
@@ -274,7 +278,8 @@ class AttentionTile {
   }
 
   const AttentionParams& p;
-  const std::uint32_t base;  // of shared memory
+  const PromptExtent extent;  // no kernel writes it: read without waiting
+  const std::uint32_t base;   // of shared memory
   const int thread, lane, g, q;
   const int head, first_row, warp_row;
   const int end_position;  // keys of this block end before it

@@ -14,8 +14,16 @@ constexpr std::int64_t kMostTokens = 2048;
 // below 300 MB.
 constexpr std::int64_t kActivationBytes = 180'000'000;
 constexpr std::int64_t kAlignment = 256;
+// Up to here the layers are launched as a graph: longer prompts keep the device busy while the host
+// launches. padded() leaves eleven numbers of rows up to here, so there are no more graphs than
+// that, each of a few hundred nodes.
+constexpr std::int64_t kMostGraphRows = 512;
 
 const float* floats(const char* bias) { return reinterpret_cast<const float*>(bias); }
+
+std::int64_t pages_for(std::int64_t positions) {
+  return (positions + kKvPagePositions - 1) / kKvPagePositions;
+}
 
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -30,8 +38,8 @@ std::int64_t activation_bytes_per_token(const ModelConfig& config) {
 }
 
 // Products are made for so many rows, so that prompts of similar lengths share cuBLASLt's choice of
-// an algorithm, which takes longer to ask for and to load than to run. What the rows behind the
-// last token hold reaches no other row.
+// an algorithm, which takes longer to ask for and to load than to run, and a CUDA graph. What the
+// rows behind the last token hold reaches no other row.
 std::int64_t padded(std::int64_t rows) { return round_up(rows, rows <= 64 ? 16 : 64); }
 
 // Whole tiles of query rows, as many as the memory is meant for and a sequence can hold.
@@ -62,6 +70,22 @@ class Arena {
   char* base_;
   std::int64_t used_ = 0;
 };
+
+// In the same order on the device and in staging memory, the tokens last: then a copy ends with the
+// last row.
+void place_input(Arena& arena, std::int64_t max_tokens, std::int64_t max_positions,
+                 PromptInput& input) {
+  arena.place(input.extent, static_cast<std::int64_t>(sizeof(PromptExtent)));
+  arena.place(input.pages, pages_for(max_positions) * static_cast<std::int64_t>(sizeof(char*)));
+  arena.place(input.tokens, max_tokens * 4);
+}
+
+std::int64_t input_bytes(std::int64_t max_tokens, std::int64_t max_positions) {
+  Arena arena(nullptr);
+  PromptInput nowhere;
+  place_input(arena, max_tokens, max_positions, nowhere);
+  return arena.used();
+}
 
 template <typename T>
 void copy_to_device(T* to, std::span<const T> from, cudaStream_t stream) {
@@ -94,7 +118,8 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
       attention_kernel_(find_attention_kernel(config.dtype, config.head_dim)),
       products_(config.dtype),
       side_products_(config.dtype),
-      host_scores_(static_cast<std::size_t>(max_tokens_)) {
+      host_scores_(static_cast<std::size_t>(max_tokens_)),
+      staging_(input_bytes(max_tokens_, max_positions), "prompts") {
   require(config.hidden_size <= kMaxNormWidth, ErrorKind::unsupported,
           "the GPU's prefill handles hidden sizes up to {}, found {}; run this model on the CPU "
           "(device \"cpu\")",
@@ -114,7 +139,8 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
     check(cudaEventCreateWithFlags(&created, cudaEventDisableTiming), "creating an event");
     event->reset(created);
   }
-  const std::int64_t max_pages = (max_positions + kKvPagePositions - 1) / kKvPagePositions;
+  Arena staging(staging_.as<>());
+  place_input(staging, max_tokens_, max_positions, staged_);
   const auto place_all = [&](Arena arena) {
     arena.place(x_, max_tokens_ * config.hidden_size * 4);
     arena.place(normed_, max_tokens_ * config.hidden_size * 2);
@@ -122,10 +148,9 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
     arena.place(heads_, max_tokens_ * config.hidden_size * 2);
     arena.place(active_, max_tokens_ * config.intermediate_size * 2);
     arena.place(wide_, wide_elements_ * 4);
-    arena.place(tokens_, max_tokens_ * 4);
     arena.place(targets_, max_tokens_ * 4);
     arena.place(scores_, max_tokens_ * static_cast<std::int64_t>(sizeof(RowScore)));
-    arena.place(pages_, max_pages * static_cast<std::int64_t>(sizeof(char*)));
+    place_input(arena, max_tokens_, max_positions, input_);
     return arena.used();
   };
   const std::int64_t bytes = place_all(Arena(nullptr));
@@ -134,7 +159,13 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
   clear_unless_poisoned(memory_.as<>(), bytes);
   place_all(Arena(memory_.as<>()));
   attention_.query = heads_;
-  attention_.cache.pages = pages_;
+  attention_.cache.pages = input_.pages;
+  attention_.extent = input_.extent;
+}
+
+std::int64_t Prefill::num_graphs() const noexcept {
+  return std::count_if(graphs_.begin(), graphs_.end(),
+                       [](const auto& entry) { return entry.second.has_value(); });
 }
 
 void Prefill::run(std::span<const TokenId> tokens, std::int64_t first_position,
@@ -142,17 +173,50 @@ void Prefill::run(std::span<const TokenId> tokens, std::int64_t first_position,
   const auto count = static_cast<std::int64_t>(tokens.size());
   require(count >= 1 && count <= max_tokens_, ErrorKind::internal,
           "prefill: expected 1 to {} tokens, found {}", max_tokens_, count);
-  attention_.count = static_cast<std::int32_t>(count);
-  attention_.first_position = static_cast<std::int32_t>(first_position);
+  extent_ = {static_cast<std::int32_t>(count), static_cast<std::int32_t>(first_position)};
   rows_ = padded(count);
-  copy_to_device(tokens_, tokens, stream);
-  copy_to_device<char*>(pages_, pages, stream);
-  launch_embed(config_.dtype, tokens_, weights_.embedding(), x_, count, config_.hidden_size,
-               stream);
-  for (std::int64_t layer = 0; layer < config_.num_layers; ++layer) run_layer(layer, stream);
+  attention_.rows = static_cast<std::int32_t>(rows_);
+  send(tokens, pages, stream);
+  run_layers(stream);
   score(first_asked_row(output, count), output, stream);
   check(cudaStreamSynchronize(stream), "reading a prompt");
   collect_scores(output);
+}
+
+// In one copy; rows behind the last token get token 0. The staging memory is free again because
+// run() has waited for the copy before.
+void Prefill::send(std::span<const TokenId> tokens, std::span<char* const> pages,
+                   cudaStream_t stream) {
+  *staged_.extent = extent_;
+  std::copy_n(pages.begin(), pages_for(extent_.first_position + extent_.count), staged_.pages);
+  std::int32_t* const end = staged_.tokens + rows_;
+  std::fill(std::copy(tokens.begin(), tokens.end(), staged_.tokens), end, 0);
+  const auto bytes = reinterpret_cast<const char*>(end) - staging_.as<>();
+  check(cudaMemcpyAsync(input_.extent, staging_.as<>(), static_cast<std::size_t>(bytes),
+                        cudaMemcpyHostToDevice, stream),
+        "sending a prompt");
+}
+
+// The first prompt with a number of rows goes launch by launch, so that cuBLASLt chooses and loads
+// its kernels outside of a capture.
+void Prefill::run_layers(cudaStream_t stream) {
+  const auto found = graphs_.find(rows_);
+  if (found == graphs_.end()) {
+    launch_layers(stream);
+    if (rows_ <= kMostGraphRows) graphs_.try_emplace(rows_);
+    return;
+  }
+  std::optional<CapturedGraph>& graph = found->second;
+  if (!graph) graph.emplace([this](cudaStream_t captured) { launch_layers(captured); });
+  graph->launch(stream);
+}
+
+// The embedding and all layers. Nothing in here may depend on more of the prompt than rows_: the
+// rest lies in input_.
+void Prefill::launch_layers(cudaStream_t stream) {
+  launch_embed(config_.dtype, input_.tokens, weights_.embedding(), x_, rows_, config_.hidden_size,
+               stream);
+  for (std::int64_t layer = 0; layer < config_.num_layers; ++layer) run_layer(layer, stream);
 }
 
 void Prefill::run_layer(std::int64_t index, cudaStream_t stream) {
@@ -188,7 +252,7 @@ void Prefill::run_layer(std::int64_t index, cudaStream_t stream) {
 void Prefill::normalise(const LayerNormOutput& first, const LayerNormOutput& second,
                         cudaStream_t stream) {
   launch_layer_norm(config_.dtype, x_, first, second, static_cast<float>(config_.layer_norm_eps),
-                    attention_.count, config_.hidden_size, stream);
+                    rows_, config_.hidden_size, stream);
 }
 
 // heads = attention(normed)
@@ -232,7 +296,7 @@ void Prefill::add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& p
                      .out = config_.intermediate_size},
                     stream);
   launch_activation(config_.dtype, config_.activation, wide, active_,
-                    attention_.count * config_.intermediate_size, stream);
+                    rows_ * config_.intermediate_size, stream);
   products.multiply({.x = active_,
                      .weight = layer.mlp_down,
                      .bias = floats(layer.mlp_down_bias),
@@ -248,7 +312,7 @@ void Prefill::add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& p
 void Prefill::score(std::int64_t first_row, const PrefillOutput& output, cudaStream_t stream) {
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t vocab = config_.vocab_size;
-  const std::int64_t count = attention_.count;
+  const std::int64_t count = extent_.count;
   if (first_row == count) return;
   launch_layer_norm(config_.dtype, x_ + first_row * hidden,
                     {weights_.final_norm_weight(), weights_.final_norm_bias(), normed_}, {},
@@ -280,7 +344,7 @@ void Prefill::score(std::int64_t first_row, const PrefillOutput& output, cudaStr
 }
 
 void Prefill::collect_scores(const PrefillOutput& output) const {
-  const std::int64_t count = attention_.count;
+  const std::int64_t count = extent_.count;
   for (std::int64_t row = first_asked_row(output, count); row < count; ++row) {
     const RowScore& score = host_scores_[row];
     const bool has_target = !output.targets.empty() && output.targets[row] >= 0;
@@ -289,7 +353,7 @@ void Prefill::collect_scores(const PrefillOutput& output) const {
     require(!asked || score.all_finite, ErrorKind::non_finite,
             "the logits after position {} are not finite: the checkpoint holds NaN or infinity, or "
             "an activation overflowed",
-            attention_.first_position + row);
+            extent_.first_position + row);
     if (has_target) output.target_logprobs[row] = score.target_logprob;
   }
 }

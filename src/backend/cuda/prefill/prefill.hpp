@@ -4,15 +4,22 @@
 // rounded to the weights' type as they enter a product. The same call gives the same bits. Products
 // are summed in another order than in the decode step, and in different orders for different
 // numbers of tokens.
+//
+// A prompt is padded to a number of rows that others share. Short ones would wait for the host to
+// launch hundreds of small kernels; so the second prompt with a number of rows captures its layers
+// as a CUDA graph, and from then on one launch runs them. Kernels, grids and bits are the same.
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <type_traits>
 #include <vector>
 
 #include "backend/backend.hpp"
+#include "backend/cuda/captured_graph.hpp"
 #include "backend/cuda/decode/decode_params.hpp"
 #include "backend/cuda/device_model.hpp"
 #include "backend/cuda/memory.hpp"
@@ -22,6 +29,13 @@
 #include "plan/decode_plan.hpp"
 
 namespace clusterfusion::cuda {
+
+// What a prompt brings along, in one block of memory.
+struct PromptInput {
+  PromptExtent* extent = nullptr;
+  char** pages = nullptr;
+  std::int32_t* tokens = nullptr;  // one for each row
+};
 
 class Prefill {
  public:
@@ -39,7 +53,13 @@ class Prefill {
   void run(std::span<const TokenId> tokens, std::int64_t first_position,
            std::span<char* const> pages, const PrefillOutput& output, cudaStream_t stream);
 
+  // How many numbers of rows have a graph.
+  std::int64_t num_graphs() const noexcept;
+
  private:
+  void send(std::span<const TokenId> tokens, std::span<char* const> pages, cudaStream_t stream);
+  void run_layers(cudaStream_t stream);
+  void launch_layers(cudaStream_t stream);
   void run_layer(std::int64_t index, cudaStream_t stream);
   void normalise(const LayerNormOutput& first, const LayerNormOutput& second, cudaStream_t stream);
   void attend(const StreamedLayer& layer, cudaStream_t stream);
@@ -64,7 +84,12 @@ class Prefill {
   Event normalised_, mlp_added_;
   std::vector<RowScore> host_scores_;  // of the run in progress
   DeviceMemory memory_;
+  PinnedMemory staging_;
+  PromptInput staged_;  // in staging_
+  // For each number of rows that has been run: its graph, from the second time on.
+  std::map<std::int64_t, std::optional<CapturedGraph>> graphs_;
   // All in memory_; rows are tokens.
+  PromptInput input_;
   float* x_ = nullptr;          // [hidden]: the residual stream
   void* normed_ = nullptr;      // [hidden], 16-bit: the input of attention
   void* mlp_normed_ = nullptr;  // [hidden], 16-bit: the input of the MLP
@@ -75,13 +100,12 @@ class Prefill {
   float* wide_ = nullptr;
   std::int64_t wide_elements_ = 0;
   std::int64_t logit_rows_ = 0;
-  std::int32_t* tokens_ = nullptr;
   std::int32_t* targets_ = nullptr;
   RowScore* scores_ = nullptr;
-  char** pages_ = nullptr;
   // Of the run and the layer in progress.
   AttentionParams attention_{};
-  std::int64_t rows_ = 0;  // of products: at least the number of tokens
+  PromptExtent extent_{};
+  std::int64_t rows_ = 0;  // at least the number of tokens
 };
 
 }  // namespace clusterfusion::cuda

@@ -1,7 +1,10 @@
 #include <cmath>
+#include <utility>
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/dependent_launch.hpp"
+#include "backend/cuda/device/grid_dependency.cuh"
 #include "backend/cuda/device/reduce.cuh"
 #include "backend/cuda/prefill/row_kernels.hpp"
 #include "plan/decode_plan.hpp"
@@ -9,6 +12,8 @@
 namespace clusterfusion::cuda {
 namespace {
 
+using device::start_dependents;
+using device::wait_for_dependencies;
 using device::warp_max;
 using device::warp_sum;
 
@@ -27,6 +32,15 @@ void with_type(DType dtype, const char* doing, Launch&& launch) {
   else
     launch(__nv_bfloat16{});
   check(cudaGetLastError(), doing);
+}
+
+// Blocks of kThreads. The kernel waits for the one before it by itself.
+template <typename... Params, typename... Arguments>
+void launch_dependent(void (*kernel)(Params...), dim3 grid, cudaStream_t stream,
+                      Arguments&&... arguments) {
+  const DependentLaunch launch(grid, dim3(kThreads), 0, stream);
+  // Its error is also the last one, which with_type() looks at.
+  cudaLaunchKernelEx(launch.config(), kernel, std::forward<Arguments>(arguments)...);
 }
 
 // Four floats, rounded.
@@ -90,6 +104,7 @@ __global__ void __launch_bounds__(kThreads)
     layer_norm(const float* rows, const LayerNormOutput first, const LayerNormOutput second,
                float eps, int hidden) {
   __shared__ float partial[2][kThreads / 32];
+  wait_for_dependencies();
   const auto* row =
       reinterpret_cast<const float4*>(rows + static_cast<std::int64_t>(blockIdx.x) * hidden);
   float4 x[kNormVectors];
@@ -134,20 +149,25 @@ __device__ __forceinline__ float rotated(const float* head, int dim, const float
   return head[dim] * angle.x + other * angle.y;
 }
 
-// A thread takes 4 neighbouring elements; blockIdx.y is the token.
+// A thread takes 4 neighbouring elements; blockIdx.y is the row. Padding has no place in the cache.
+// Attention comes next and may wait on the multiprocessors already. No kernel writes the extent.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     rotate_and_store(const RotaryParams r, const AttentionParams p) {
+  const PromptExtent extent = *p.extent;
+  start_dependents();
+  wait_for_dependencies();
   const int width = 3 * p.num_heads * p.head_dim;
   const int column = 4 * static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (column >= width) return;
-  const int token = blockIdx.y;
-  const int position = p.first_position + token;
+  const int row = blockIdx.y;
   const int head = column / (3 * p.head_dim);
   const int part = column / p.head_dim - 3 * head;
   const int dim = column % p.head_dim;
-  const float* vector = r.qkv + static_cast<std::int64_t>(token) * width + (column - dim);
+  const float* vector = r.qkv + static_cast<std::int64_t>(row) * width + (column - dim);
   float4 value = *reinterpret_cast<const float4*>(vector + dim);
+  if (row >= extent.count) return;
+  const int position = extent.first_position + row;
   if (part < 2 && dim < r.rotary_dim) {
     const int half = r.rotary_dim / 2;
     const float2* angles = r.rotary + static_cast<std::int64_t>(position) * half;
@@ -161,7 +181,7 @@ __global__ void __launch_bounds__(kThreads)
     const float scale = rsqrtf(static_cast<float>(p.head_dim)) * 1.4426950408889634f;
     value = make_float4(value.x * scale, value.y * scale, value.z * scale, value.w * scale);
     target = static_cast<char*>(p.query) +
-             (static_cast<std::int64_t>(token) * p.num_heads + head) * p.head_dim * 2;
+             (static_cast<std::int64_t>(row) * p.num_heads + head) * p.head_dim * 2;
   } else {
     target = cached_key(p.cache, position, head, p.head_dim);
     if (part == 2) target += p.cache.block_bytes / 2;
@@ -172,6 +192,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     activate_all(Activation activation, const float4* input, uint2* output, std::int64_t vectors) {
+  wait_for_dependencies();
   const std::int64_t i = blockIdx.x * static_cast<std::int64_t>(kThreads) + threadIdx.x;
   if (i >= vectors) return;
   const float4 x = input[i];
@@ -220,26 +241,26 @@ void launch_layer_norm(DType dtype, const float* x, const LayerNormOutput& first
                        const LayerNormOutput& second, float eps, std::int64_t count,
                        std::int64_t hidden, cudaStream_t stream) {
   with_type(dtype, "starting a LayerNorm", [&](auto type) {
-    layer_norm<decltype(type)><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
-        x, first, second, eps, static_cast<int>(hidden));
+    launch_dependent(layer_norm<decltype(type)>, dim3(static_cast<unsigned>(count)), stream, x,
+                     first, second, eps, static_cast<int>(hidden));
   });
 }
 
 void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
                    cudaStream_t stream) {
   const dim3 grid(blocks_for(3 * attention.num_heads * attention.head_dim / 4),
-                  static_cast<unsigned>(attention.count));
+                  static_cast<unsigned>(attention.rows));
   with_type(dtype, "starting the rotation", [&](auto type) {
-    rotate_and_store<decltype(type)><<<grid, kThreads, 0, stream>>>(rotary, attention);
+    launch_dependent(rotate_and_store<decltype(type)>, grid, stream, rotary, attention);
   });
 }
 
 void launch_activation(DType dtype, Activation activation, const float* input, void* output,
                        std::int64_t elements, cudaStream_t stream) {
   with_type(dtype, "starting an activation", [&](auto type) {
-    activate_all<decltype(type)><<<blocks_for(elements / 4), kThreads, 0, stream>>>(
-        activation, reinterpret_cast<const float4*>(input), static_cast<uint2*>(output),
-        elements / 4);
+    launch_dependent(activate_all<decltype(type)>, dim3(blocks_for(elements / 4)), stream,
+                     activation, reinterpret_cast<const float4*>(input),
+                     static_cast<uint2*>(output), elements / 4);
   });
 }
 

@@ -31,12 +31,13 @@ void launch_layer_norm(DType dtype, const float* x, const LayerNormOutput& first
                        std::int64_t hidden, cudaStream_t stream);
 
 struct RotaryParams {
-  const float* qkv;      // [count, heads, 3, head_dim], biases included
+  const float* qkv;      // [rows, heads, 3, head_dim], biases included
   const float2* rotary;  // [positions, rotary_dim / 2]: cosine and sine
   std::int32_t rotary_dim;
 };
 
-// Rotates queries and keys; puts the queries into attention.query, keys and values into its cache.
+// Rotates queries and keys; puts the queries into attention.query, keys and values into its cache:
+// those of the tokens of attention.extent, none of the rows behind them.
 void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
                    cudaStream_t stream);
 
