@@ -25,7 +25,7 @@ namespace clusterfusion::plan {
 inline constexpr std::int32_t kConsumerWarps = 8;
 inline constexpr std::int32_t kKvPagePositions = 64;
 // Shared memory for barriers, labels and small reductions.
-inline constexpr std::int64_t kControlBytes = 2944;
+inline constexpr std::int64_t kControlBytes = 3072;
 
 // What a kernel must know of its device.
 struct DeviceLimits {

@@ -46,6 +46,7 @@ struct SharedControl {
     Stream first, second;
     int chunks;           // of both
     int first_by_ticket;  // of them
+    int midst_until;      // so many have p.in_flight_amidst copies under way
     bool attention_before;
   };
   DealtPhase phases[kMaxPhases];

@@ -20,7 +20,7 @@ class DecodeDealer {
       : p(params),
         cache(kv_cache),
         control(shared),
-        ring(&shared->ring, params.stages, params.max_in_flight + params.announced_ahead),
+        ring(&shared->ring, params.stages),
         counter(params.tickets) {}
 
   __device__ __forceinline__ void run() {
@@ -53,9 +53,14 @@ class DecodeDealer {
   }
 
  protected:
+  // How many stages are announced and have not landed, at most.
+  __device__ __forceinline__ int reach(int in_flight) const {
+    return min(in_flight + p.announced_ahead, p.stages);
+  }
+
   __device__ __forceinline__ void end() {
-    ring.wait_empty();
-    ring.announce({}, {kRingEnd, 0, 0});
+    ring.wait_empty(reach(p.max_in_flight));
+    ring.announce({}, {kRingEnd, 0, 0, 0});
   }
 
   __device__ __forceinline__ SharedControl::DealtPhase dealt(const plan::Phase& phase) const {
@@ -65,7 +70,12 @@ class DecodeDealer {
     const int chunks = chunks_of(phase.first) + chunks_of(phase.second);
     const plan::Deal deal =
         plan::deal(chunks, p.static_percent, static_cast<std::int32_t>(gridDim.x));
-    return {phase.first, phase.second, chunks, deal.first_by_ticket, phase.attention_before};
+    return {phase.first,
+            phase.second,
+            chunks,
+            deal.first_by_ticket,
+            chunks * p.midst_percent / 100,
+            phase.attention_before};
   }
 
   // A matrix of one layer, to be streamed as `id`.
@@ -93,15 +103,15 @@ class DecodeDealer {
             matrix.rows * p.bias_element_bytes};
   }
 
-  __device__ __forceinline__ void deal_chunk(const Piece& piece, int index) {
+  __device__ __forceinline__ void deal_chunk(const Piece& piece, int index, int in_flight) {
     const char* weights = piece.weights + static_cast<std::int64_t>(index) * piece.chunk_bytes;
     const int bytes = index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes;
-    const std::uint32_t biases = ring.wait_empty() + p.bias_offset;
+    const std::uint32_t biases = ring.wait_empty(reach(in_flight)) + p.bias_offset;
     // Biases come by 16 bytes: the chunk's first may lie in the midst of them.
     const int first = index * piece.chunk_bias_bytes;
     control->chunks[chunks_dealt++ % kKnownChunks] = index;
     ring.announce({static_cast<int>(biases) + (first & 15), 0},
-                  {piece.id, static_cast<std::uint32_t>(bytes), address_of(weights)});
+                  {piece.id, static_cast<std::uint32_t>(bytes), address_of(weights), in_flight});
     if (piece.biases == nullptr) return ring.add(0, nullptr, 0);
     // To the 16 bytes of the last: there are a multiple of 16 bytes of biases.
     const int begin = first & ~15;
@@ -149,7 +159,8 @@ class DecodeDealer {
           next_from = kNever;
           current = piece(layer, epoch, second);
         }
-        deal_chunk(current, chunk - before);
+        deal_chunk(current, chunk - before,
+                   chunk < phase.midst_until ? p.in_flight_amidst : p.max_in_flight);
       }
       if (leaves) break;
       hooks.before_ticket();
@@ -175,10 +186,10 @@ class DecodeDealer {
       typename Cache::Reader reader(cache, layer, head, first, end);
 #pragma unroll 1
       for (int block = first; block < end; ++block) {
-        ring.wait_empty();
-        ring.announce({task, block},
-                      {ring_id(epoch, Stream::attention),
-                       static_cast<std::uint32_t>(p.kv_block_bytes), reader.source(block)});
+        ring.wait_empty(reach(p.max_in_flight));
+        ring.announce({task, block}, {ring_id(epoch, Stream::attention),
+                                      static_cast<std::uint32_t>(p.kv_block_bytes),
+                                      reader.source(block), p.max_in_flight});
         ring.add(0, nullptr, 0);
       }
     }

@@ -9,14 +9,14 @@ namespace clusterfusion::cuda {
 template <typename Cache>
 __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cache,
                                         SharedControl* control) {
-  RingProducer ring(&control->ring, p.stages, p.max_in_flight);
+  RingProducer ring(&control->ring, p.stages);
   int attention_id = kRingEnd;  // of the attention that may be copied
   while (true) {
     const RingTask task = ring.next();
     const int id = task.order.id;
     if (id == kRingEnd) return;
     if (static_cast<Stream>(stream_of(id)) != Stream::attention) {
-      ring.copy(task.order.bytes, [&](std::uint32_t barrier) {
+      ring.copy(task.order, [&](std::uint32_t barrier) {
         bulk_copy_to_shared(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
       });
       continue;
@@ -30,7 +30,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
         fence_before_bulk_copy();
       }
     }
-    ring.copy(task.order.bytes, [&](std::uint32_t barrier) { cache.copy(task, barrier); });
+    ring.copy(task.order, [&](std::uint32_t barrier) { cache.copy(task, barrier); });
   }
 }
 

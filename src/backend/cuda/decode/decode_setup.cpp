@@ -92,6 +92,7 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.sum_slots = plan.sum_slots;
   p.max_in_flight = std::min<std::int32_t>(kMaxInFlight, plan.stages);
   p.announced_ahead = kAnnouncedAhead;
+  p.in_flight_amidst = p.max_in_flight;
   p.static_percent = kPercentInTurns;
   p.ticket_chunks = kTicketChunks;
   p.kv_head_bytes = static_cast<std::int32_t>(plan.kv.head_bytes);

@@ -40,6 +40,7 @@ struct RingOrder {
   int id;
   std::uint32_t bytes;
   std::uint64_t source;
+  int in_flight;  // so many copies may be under way, this one included
 };
 // The same as the producer gets it: with the stage's data, as an address in shared memory.
 struct RingTask {
@@ -61,6 +62,7 @@ struct RingControl {
       std::uint32_t data;  // the stage's data, as an address in shared memory: always the same
     } announced;
     std::uint32_t bytes;
+    int in_flight;
   };
   Stage stages[kMaxRingStages];
 };
@@ -161,15 +163,14 @@ struct RingPeek {
 // The dealer's side, held by one thread.
 class RingDealer : public RingPlace {
  public:
-  // At most `reach` stages are announced and have not landed.
-  __device__ __forceinline__ RingDealer(RingControl* control, int stages, int reach)
-      : RingPlace(control, stages), reach_(min(reach, stages)) {}
+  using RingPlace::RingPlace;
 
-  // Waits until the current stage may be announced: consumers are done with what it held. Returns
-  // its data, as an address in shared memory.
-  __device__ __forceinline__ std::uint32_t wait_empty() const {
+  // Waits until the current stage may be announced: consumers are done with what it held, and of
+  // those before it fewer than `reach` (at most as many as there are) have not landed. Returns its
+  // data, as an address in shared memory.
+  __device__ __forceinline__ std::uint32_t wait_empty(int reach) const {
     mbarrier_wait(empty(stage_), parity_ ^ 1);  // the first lap finds every stage empty
-    wait_for_earlier(reach_);
+    wait_for_earlier(reach);
     std::uint32_t data;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(data) : "r"(data_of(stage_)) : "memory");
     return data;
@@ -181,7 +182,9 @@ class RingDealer : public RingPlace {
                  : "memory");
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(id_of(stage_)), "r"(order.id) : "memory");
     asm volatile("st.shared.u64 [%0], %1;" ::"r"(source(stage_)), "l"(order.source) : "memory");
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(bytes(stage_)), "r"(order.bytes) : "memory");
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(bytes(stage_)), "r"(order.bytes),
+                 "r"(order.in_flight)
+                 : "memory");
     mbarrier_arrive(known(stage_));
   }
   // Brings `count` bytes to `target`, in the current stage; none if 0. Goes on to the next one.
@@ -195,17 +198,12 @@ class RingDealer : public RingPlace {
     }
     advance();
   }
-
- private:
-  int reach_;
 };
 
 // The producer's side, held by one thread.
 class RingProducer : public RingPlace {
  public:
-  // `max_in_flight` copies may be under way; more make everything else in the memory system slow.
-  __device__ __forceinline__ RingProducer(RingControl* control, int stages, int max_in_flight)
-      : RingPlace(control, stages), max_in_flight_(max_in_flight) {}
+  using RingPlace::RingPlace;
 
   // What the current stage will hold; waits for its announcement.
   __device__ __forceinline__ RingTask next() const {
@@ -215,8 +213,8 @@ class RingProducer : public RingPlace {
                  : "=r"(task.order.id), "=r"(task.target)
                  : "r"(id_of(stage_))
                  : "memory");
-    asm volatile("ld.shared.u32 %0, [%1];"
-                 : "=r"(task.order.bytes)
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(task.order.bytes), "=r"(task.order.in_flight)
                  : "r"(bytes(stage_))
                  : "memory");
     asm volatile("ld.shared.u64 %0, [%1];"
@@ -225,19 +223,16 @@ class RingProducer : public RingPlace {
                  : "memory");
     return task;
   }
-  // Waits until one more copy may be under way, lets copies(barrier) start what brings `count`
-  // bytes (the barrier is an address in shared memory), and goes on to the next stage.
+  // Waits until one more copy may be under way, lets copies(barrier) start what brings the bytes of
+  // `order` (the barrier is an address in shared memory), and goes on to the next stage.
   template <typename Copies>
-  __device__ __forceinline__ void copy(std::uint32_t count, Copies&& copies) {
+  __device__ __forceinline__ void copy(const RingOrder& order, Copies&& copies) {
     const std::uint32_t barrier = full(stage_);
-    mbarrier_arrive_expect(barrier, count);
-    wait_for_earlier(max_in_flight_);
+    mbarrier_arrive_expect(barrier, order.bytes);
+    wait_for_earlier(order.in_flight);
     copies(barrier);
     advance();
   }
-
- private:
-  int max_in_flight_;
 };
 
 // A consumer's side, held by every thread of the consumer warps.
