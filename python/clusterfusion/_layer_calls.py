@@ -54,7 +54,7 @@ def _eager_function(name: str) -> Callable[..., tuple[Tensor, ...] | None]:
 
 
 def set_up_eager(*torch: Any) -> None:
-    """Lets the eager functions know torch: Tensor, nn.Parameter, is_grad_enabled."""
+    """Lets the eager functions know torch and its nn.Parameter."""
     if _eager is not None:
         _eager.set_up(_native.ops_eager_calls(), *torch)
 

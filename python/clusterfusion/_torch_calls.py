@@ -177,6 +177,6 @@ def _register(call: LayerCall) -> None:
 for _call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER):
     _register(_call)
 
-set_up_eager(torch.Tensor, torch.nn.Parameter, _is_grad_enabled)
+set_up_eager(torch, torch.nn.Parameter)
 FRAMEWORKS[torch.Tensor] = FRAMEWORKS[torch.nn.Parameter] = _run
 SUBCLASSES[torch.Tensor] = _dispatch

@@ -4,46 +4,30 @@
 // Tensor.new_empty. Whatever is not as usual, errors too, it leaves to the other way: then a
 // function returns None, and nothing was written. It keeps to Python's stable ABI, knows nothing of
 // PyTorch's, and does not hold the library but calls it.
-#define Py_LIMITED_API 0x030A0000
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "python_objects.hpp"
 // Python.h comes first.
 #include <dlpack/dlpack.h>
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <initializer_list>
-#include <memory>
 #include <optional>
 #include <utility>
 
 #include "eager.hpp"
+#include "result_stock.hpp"
 
 namespace clusterfusion::python {
 namespace {
-
-// Thrown where a call is to be made in the other way.
-struct Unusual {};
-
-struct Release {
-  void operator()(PyObject* object) const noexcept { Py_XDECREF(object); }
-};
-using Owned = std::unique_ptr<PyObject, Release>;
-
-// An object of Python's, or Unusual if making it failed.
-Owned own(PyObject* object) {
-  if (object == nullptr) throw Unusual{};
-  return Owned(object);
-}
 
 // What set_up() was told. Kept until the process ends; the GIL guards it.
 struct Torch {
   const DLPackExchangeAPI* exchange = nullptr;
   PyObject* tensor = nullptr;     // torch.Tensor
   PyObject* parameter = nullptr;  // torch.nn.Parameter
-  PyObject* new_empty = nullptr;  // torch.Tensor.new_empty
+  TensorMakers make;
   PyObject* is_grad_enabled = nullptr;
+  PyObject* is_inference_mode_enabled = nullptr;
   PyObject* requires_grad = nullptr;  // that name
 };
 Torch torch;
@@ -168,35 +152,58 @@ void refuse_gradients(PyObject* tensors) {
   }
 }
 
-// like.new_empty(*shape)
-Owned new_result(PyObject* like, std::initializer_list<std::int64_t> shape) {
-  std::array<Owned, 3> sizes;  // those that are left end the list of arguments
-  std::size_t count = 0;
-  for (const std::int64_t size : shape) sizes.at(count++) = own(PyLong_FromLongLong(size));
-  return own(PyObject_CallFunctionObjArgs(torch.new_empty, like, sizes[0].get(), sizes[1].get(),
-                                          sizes[2].get(), nullptr));
-}
-
-Owned new_result(PyObject* like, const DLTensor& tensor) {
-  switch (tensor.ndim) {
-    case 2: return new_result(like, {tensor.shape[0], tensor.shape[1]});
-    case 3: return new_result(like, {tensor.shape[0], tensor.shape[1], tensor.shape[2]});
-    default: throw Unusual{};
+// Makes the new results of one call.
+class Results {
+ public:
+  Results(PyObject* like, const DLTensor& like_view, void* stream) : like_(like) {
+    // What is captured must be allocated anew, in the graph's own memory.
+    from_stock_ = !library->is_capturing(like_view.device, stream);
+    const Owned inference =
+        own(PyObject_CallFunctionObjArgs(torch.is_inference_mode_enabled, nullptr));
+    kind_.thread = PyThread_get_thread_ident();
+    kind_.stream = stream;
+    kind_.device = like_view.device;
+    kind_.dtype = like_view.dtype;
+    kind_.inference = is_true(inference.get());
   }
-}
 
-template <typename... Results>
-Owned tuple_of(Results... results) {
-  Owned tuple = own(PyTuple_New(sizeof...(results)));
+  Owned make(std::initializer_list<std::int64_t> shape) const {
+    return make(std::span(shape.begin(), shape.size()));
+  }
+
+  Owned make(std::span<const std::int64_t> shape) const {
+    if (shape.size() > ResultKind::kMaxDimensions) throw Unusual{};
+    if (!from_stock_) return new_empty(torch.make, like_, shape);
+    static auto& stock = *new ResultStock;  // Python is gone before static objects are
+    ResultKind kind = kind_;
+    kind.dimensions = shape.size();
+    std::copy(shape.begin(), shape.end(), kind.sizes.begin());
+    return stock.take(torch.make, kind, like_);
+  }
+
+ private:
+  PyObject* like_;
+  bool from_stock_;
+  ResultKind kind_{};
+};
+
+template <typename... Objects>
+Owned tuple_of(Objects... objects) {
+  Owned tuple = own(PyTuple_New(sizeof...(objects)));
   Py_ssize_t next = 0;
-  (PyTuple_SetItem(tuple.get(), next++, results.release()), ...);
+  (PyTuple_SetItem(tuple.get(), next++, objects.release()), ...);
   return tuple;
 }
 
-Owned new_key_or_value(PyObject* like, std::int64_t hidden, const ops::LayerOptions& options) {
+Owned new_key_or_value(const Results& results, std::int64_t hidden,
+                       const ops::LayerOptions& options) {
   const std::int64_t heads = options.num_heads;
   if (heads < 1 || hidden % heads != 0) throw Unusual{};
-  return new_result(like, {1, heads, hidden / heads});
+  return results.make({1, heads, hidden / heads});
+}
+
+Owned new_like(const Results& results, const DLTensor& tensor) {
+  return results.make(std::span<const std::int64_t>(tensor.shape, tensor.ndim));
 }
 
 std::int64_t hidden_of(const ops::LayerTensors& tensors) {
@@ -204,23 +211,23 @@ std::int64_t hidden_of(const ops::LayerTensors& tensors) {
   return tensors.input.shape[tensors.input.ndim - 1];
 }
 
-Owned new_results(PyObject* like, const AttentionMlpUpArguments& given) {
+Owned new_results(const Results& results, const AttentionMlpUpArguments& given) {
   const std::int64_t hidden = hidden_of(given.tensors);
   if (given.tensors.mlp_up_weight.ndim < 1) throw Unusual{};
-  return tuple_of(
-      new_result(like, {1, hidden}), new_result(like, {given.tensors.mlp_up_weight.shape[0]}),
-      new_key_or_value(like, hidden, given.options), new_key_or_value(like, hidden, given.options));
+  return tuple_of(results.make({1, hidden}), results.make({given.tensors.mlp_up_weight.shape[0]}),
+                  new_key_or_value(results, hidden, given.options),
+                  new_key_or_value(results, hidden, given.options));
 }
 
-Owned new_results(PyObject* like, const MlpDownArguments& given) {
-  return tuple_of(new_result(like, given.tensors.hidden_states));
+Owned new_results(const Results& results, const MlpDownArguments& given) {
+  return tuple_of(new_like(results, given.tensors.hidden_states));
 }
 
-Owned new_results(PyObject* like, const DecoderLayerArguments& given) {
+Owned new_results(const Results& results, const DecoderLayerArguments& given) {
   const std::int64_t hidden = hidden_of(given.tensors);
-  return tuple_of(new_result(like, given.tensors.input),
-                  new_key_or_value(like, hidden, given.options),
-                  new_key_or_value(like, hidden, given.options));
+  return tuple_of(new_like(results, given.tensors.input),
+                  new_key_or_value(results, hidden, given.options),
+                  new_key_or_value(results, hidden, given.options));
 }
 
 const DLTensor& first_of(const MlpDownArguments& given) { return given.tensors.hidden_states; }
@@ -235,20 +242,22 @@ Owned given_results(PyObject* out) {
 }
 
 // A call with its tensors, its settings, and either the results' sequence or None.
-template <typename Arguments, typename Results>
+template <typename Arguments, typename Views>
 Owned run(PyObject* tensors, PyObject* settings, PyObject* out,
-          bool (*function)(const Arguments&, const Results&, void*) noexcept) {
+          bool (*function)(const Arguments&, const Views&, void*) noexcept) {
   Reader in(tensors, settings);
   Arguments given;
   read(in, given);
   refuse_gradients(tensors);
-  Owned tuple =
-      out == Py_None ? new_results(PyTuple_GetItem(tensors, 0), given) : given_results(out);
+  const DLTensor& first = first_of(given);
+  void* stream = stream_of(first);
+  Owned tuple = out == Py_None
+                    ? new_results(Results(PyTuple_GetItem(tensors, 0), first, stream), given)
+                    : given_results(out);
   Reader in_results(tuple.get());
-  Results results;
+  Views results;
   read(in_results, results);
   if (!in_results.at_end()) throw Unusual{};
-  void* stream = stream_of(first_of(given));
   // No destructor may run without the GIL: a thread that Python ends does not come back from
   // waiting for it.
   PyObject* kept = tuple.release();
@@ -293,19 +302,27 @@ const DLPackExchangeAPI* find_exchange(PyObject* tensor_type) {
   return exchange;
 }
 
-// set_up(address of EagerCalls, torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled). Until it
-// has been called with a torch that has what is needed, every call returns None.
+PyObject* attribute(PyObject* object, const char* name) {
+  return own(PyObject_GetAttrString(object, name)).release();
+}
+
+// set_up(address of EagerCalls, torch, torch.nn.Parameter). Until it has been called with a torch
+// that has what is needed, every call returns None.
 PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   try {
-    if (count != 4) throw Unusual{};
+    if (count != 3) throw Unusual{};
     const long long address = PyLong_AsLongLong(arguments[0]);
+    PyObject* package = arguments[1];
     Torch found;
-    found.exchange = find_exchange(arguments[1]);
-    found.new_empty = own(PyObject_GetAttrString(arguments[1], "new_empty")).release();
-    found.requires_grad = own(PyUnicode_InternFromString("requires_grad")).release();
-    found.tensor = Py_NewRef(arguments[1]);
+    found.tensor = attribute(package, "Tensor");
     found.parameter = Py_NewRef(arguments[2]);
-    found.is_grad_enabled = Py_NewRef(arguments[3]);
+    found.exchange = find_exchange(found.tensor);
+    found.make.new_empty = attribute(found.tensor, "new_empty");
+    found.make.unbind = attribute(package, "unbind");
+    found.make.unsafe_split = attribute(package, "unsafe_split");
+    found.is_grad_enabled = attribute(package, "is_grad_enabled");
+    found.is_inference_mode_enabled = attribute(package, "is_inference_mode_enabled");
+    found.requires_grad = own(PyUnicode_InternFromString("requires_grad")).release();
     torch = found;
     library = reinterpret_cast<const EagerCalls*>(static_cast<std::intptr_t>(address));
     Py_RETURN_NONE;

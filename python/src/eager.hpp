@@ -8,9 +8,11 @@
 
 namespace clusterfusion::python {
 
-// Each function returns whether it did what it was asked for. If not, no tensor was written; the
-// same call by the library's other functions says why.
+// Each of the others returns whether it did what it was asked for. If not, no tensor was written;
+// the same call by the library's other functions says why.
 struct EagerCalls {
+  // Whether the stream is being captured in a CUDA graph, or cannot tell.
+  bool (*is_capturing)(DLDevice device, void* stream) noexcept;
   bool (*find_activation)(std::string_view name, Activation& activation) noexcept;
   bool (*attention_mlp_up)(const AttentionMlpUpArguments& arguments,
                            const ops::AttentionMlpUpResults& results, void* stream) noexcept;

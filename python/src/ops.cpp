@@ -9,6 +9,7 @@
 #include <string>
 #include <string_view>
 
+#include "backend/layer_ops.hpp"
 #include "base/fail.hpp"
 #include "eager.hpp"
 #include "export.hpp"
@@ -197,6 +198,13 @@ bool succeeds(const Call& call) noexcept {
 }
 
 constexpr EagerCalls kEagerCalls{
+    .is_capturing =
+        [](DLDevice device, void* stream) noexcept {
+          if (device.device_type == kDLCPU) return false;
+          bool capturing = true;
+          succeeds([&] { capturing = cuda::is_capturing({device.device_id, stream}); });
+          return capturing;
+        },
     .find_activation =
         [](std::string_view name, Activation& activation) noexcept {
           return succeeds([&] { activation = parse_activation(name, "activation:"); });

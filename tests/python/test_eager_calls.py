@@ -5,6 +5,7 @@ On the CPU, or on the device that CLUSTERFUSION_TEST_DEVICE names.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -86,7 +87,6 @@ def test_same_as_the_other_way(name, mode):
         assert type(result) is torch.Tensor
         assert result.stride() == like.stride()
         assert result.is_inference() == like.is_inference()
-        assert result.untyped_storage().nbytes() == like.untyped_storage().nbytes()
 
 
 def as_parameters(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -234,11 +234,19 @@ def test_under_vmap():
     torch.vmap(run)(torch.stack([tensors[0], tensors[0]]))
 
 
+def down_of_odd_size() -> tuple[LayerCall, tuple[torch.Tensor, ...], tuple[int, int]]:
+    """A call whose result is made by itself: blocks are for multiples of 64 bytes."""
+    shapes = ((1, 40), (1, 40), (48,), (40, 48), (40,))
+    tensors = tuple(torch.ones(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
+    return _layer_calls.MLP_DOWN, tensors, (0, 0)
+
+
 def test_fake_results():
     """A mode that makes other tensors of the results."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    call, tensors, settings = arguments("mlp_down")
+    call, tensors, settings = down_of_odd_size()
+    assert call.eager(tensors, settings, None) is not None
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert call.eager(tensors, settings, None) is None
 
@@ -258,7 +266,7 @@ def test_stopping_is_no_error():
         def __torch_function__(self, function, types, args=(), kwargs=None):
             raise KeyboardInterrupt
 
-    call, tensors, settings = arguments("mlp_down")
+    call, tensors, settings = down_of_odd_size()
     with pytest.raises(KeyboardInterrupt), Stop():
         call.eager(tensors, settings, None)
 
@@ -289,6 +297,74 @@ def test_nothing_is_kept(name, usual):
     assert all(abs(a - b) < 50 for a, b in zip(after, before, strict=True))
     assert after[: len(tensors)] == before[: len(tensors)]
     assert abs(sys.getallocatedblocks() - blocks) < 500
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_results_are_apart(mode):
+    """Results of one block share its memory and nothing else."""
+    call, tensors, settings = arguments("decoder_layer")
+    with mode():
+        calls = [call.eager(tensors, settings, None) for _ in range(70)]
+        results = [result for one in calls for result in one]
+        expected = [result.clone() for result in calls[0]]
+        begins = sorted(result.data_ptr() for result in results)
+        assert all(begin % 64 == 0 for begin in begins)
+        assert min(b - a for a, b in itertools.pairwise(begins)) >= 2 * SIZES.hidden
+        assert not any(result._is_view() or result._base is not None for result in results)
+        for result in calls[1]:
+            result.fill_(7)
+        assert all(equal(one, expected) for one in (calls[0], *calls[2:]))
+    if mode is not torch.inference_mode:
+        assert {result._version for result in calls[1]} == {1}
+        assert {result._version for one in (calls[0], *calls[2:]) for result in one} == {0}
+        with torch.enable_grad():
+            calls[2][0].add_(torch.nn.Parameter(torch.ones_like(expected[0])))
+            assert calls[2][0].requires_grad and not calls[3][0].requires_grad
+
+
+def test_inference_tensors_are_told_apart():
+    call, tensors, settings = arguments("decoder_layer")
+    for inference in (True, False) * 40:
+        with torch.inference_mode(inference):
+            results = call.eager(tensors, settings, None)
+        assert [result.is_inference() for result in results] == [inference] * 3
+
+
+def test_many_shapes():
+    """More than there are kept blocks for."""
+    for hidden in (*range(32, 32 * 45, 32), 32):
+        shapes = ((1, hidden), (1, hidden), (16,), (hidden, 16), (hidden,))
+        tensors = tuple(torch.ones(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
+        for _ in range(2):
+            (result,) = _layer_calls.MLP_DOWN.eager(tensors, (0, 0), None)
+            assert result.shape == (1, hidden)
+            assert (result == 19).all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_captured_results_are_the_graphs():
+    """They do not come from a block, which a replay would write again after it was given away."""
+    call, tensors, settings = arguments("decoder_layer")
+    expected = call.eager(tensors, settings, None)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        before = call.eager(tensors, settings, None)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = call.eager(tensors, settings, None)
+    with torch.cuda.stream(stream):
+        after = [call.eager(tensors, settings, None) for _ in range(40)]
+        for results in (before, *after):
+            for result in results:
+                result.fill_(7)
+        graph.replay()
+    stream.synchronize()
+    assert equal(captured, expected)
+    assert all((result == 7).all() for results in (before, *after) for result in results)
+    for result in captured:
+        assert result.untyped_storage().nbytes() == result.nbytes
 
 
 def test_threads():
