@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from clusterfusion import _layer_calls, ops
+from clusterfusion import _layer_calls, _torch_calls, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
@@ -52,8 +52,9 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
     one = ops.mlp_down(*down)
     operator = torch.ops.clusterfusion.decoder_layer
     settings = (3, None, *options.values(), 1e-5, "gelu", False, 0, 0)
-    # The parts of one call.
+    # The parts of one call, and those of the other way, through apache-tvm-ffi.
     whole, plain = _layer_calls.DECODER_LAYER, (3, *settings[2:])
+    given = tuple(layer)
     calls: dict[str, Callable[[], object]] = {
         "decoder_layer": lambda: ops.decoder_layer(*layer, 3, **options),
         "decoder_layer, out": lambda: ops.decoder_layer(*layer, 3, **options, out=out),
@@ -62,6 +63,9 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
         "mlp_down": lambda: ops.mlp_down(*down),
         "mlp_down, out": lambda: ops.mlp_down(*down, out=one),
         "decoder_layer by torch's dispatcher": lambda: operator(*layer, *settings),
+        "decoder_layer, its C function": lambda: whole.eager(given, plain, None),
+        "decoder_layer, its C function, out": lambda: whole.eager(given, plain, out),
+        "decoder_layer, the other way": lambda: _torch_calls._run_native(whole, given, plain, None),
         "decoder_layer, its three results": lambda: whole.allocate(
             layer[0].new_empty, layer, plain
         ),

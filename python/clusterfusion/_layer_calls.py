@@ -1,9 +1,11 @@
 """How a layer call gets from Python's tensors to the C++ library and back.
 
-The plain call on torch tensors is the short way: results from the caller's framework, then one
-call of the library with all tensors, which takes torch's current stream along. Nothing is looked at
-in Python unless something went wrong. torch's dispatcher is gone through only where it is needed:
-under torch.compile, with fake tensors, and where a gradient is asked for (there is none).
+The plain call on torch tensors is the short way: one C function (python/src/eager.cpp) makes the
+results and calls the library with all tensors, on torch's current stream. It leaves whatever is not
+as usual to the other way: results from the caller's framework, then one call of the library through
+apache-tvm-ffi. Nothing is looked at in Python unless something went wrong. torch's dispatcher is
+gone through only where it is needed: under torch.compile, with fake tensors, and where a gradient
+is asked for (there is none).
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ import numpy as np
 import tvm_ffi
 
 from clusterfusion import _native
+
+try:
+    from clusterfusion import _eager
+except ImportError:  # built without Python's headers, or this Python has no stable ABI
+    _eager = None  # type: ignore[assignment]
 
 Tensor: TypeAlias = Any  # torch.Tensor or numpy.ndarray
 Allocate: TypeAlias = Callable[..., Tensor]  # of a shape's sizes
@@ -34,6 +41,22 @@ class LayerCall(NamedTuple):
     results: tuple[str, ...]
     # New results from an allocator, the tensors and the settings.
     allocate: Callable[[Allocate, Sequence[Tensor], Sequence[Any]], tuple[Tensor, ...]]
+    # The whole call on plain torch tensors, from tensors, settings and `out`. Returns the results,
+    # or None: then nothing has happened, and the call is to be made in the other way.
+    eager: Callable[..., tuple[Tensor, ...] | None]
+
+
+def _eager_function(name: str) -> Callable[..., tuple[Tensor, ...] | None]:
+    if _eager is None:
+        return lambda tensors, settings, out: None
+    function: Callable[..., tuple[Tensor, ...] | None] = getattr(_eager, name)
+    return function
+
+
+def set_up_eager(*torch: Any) -> None:
+    """Lets the eager functions know torch and its nn.Parameter."""
+    if _eager is not None:
+        _eager.set_up(_native.ops_eager_calls(), *torch)
 
 
 POSITION = "current_seq_len"
@@ -107,6 +130,7 @@ ATTENTION_MLP_UP = LayerCall(
     (*_LAYER_SETTINGS, *_SIZES),
     ("attn_output", "mlp_intermediate", "k_new", "v_new"),
     _attention_mlp_up_results,
+    _eager_function("attention_mlp_up"),
 )
 MLP_DOWN = LayerCall(
     "mlp_down",
@@ -115,6 +139,7 @@ MLP_DOWN = LayerCall(
     _SIZES,
     ("output",),
     _mlp_down_results,
+    _eager_function("mlp_down"),
 )
 DECODER_LAYER = LayerCall(
     "decoder_layer",
@@ -123,6 +148,7 @@ DECODER_LAYER = LayerCall(
     (*_LAYER_SETTINGS, "split", *_SIZES),
     ("output", "k_new", "v_new"),
     _decoder_layer_results,
+    _eager_function("decoder_layer"),
 )
 GRAPH_CONTEXT = LayerCall(
     "check_graph_context",
@@ -131,6 +157,7 @@ GRAPH_CONTEXT = LayerCall(
     _SIZES,
     (),
     lambda allocate, tensors, settings: (),
+    lambda tensors, settings, out: None,
 )
 
 

@@ -24,6 +24,7 @@ from clusterfusion._layer_calls import (
     check,
     check_out,
     explain,
+    set_up_eager,
 )
 
 _SETTING_TYPES = {
@@ -49,6 +50,9 @@ def _run(
 ) -> tuple[torch.Tensor, ...]:
     if _is_compiling():
         return _dispatch(call, tensors, settings, out)
+    results = call.eager(tensors, settings, out)
+    if results is not None:
+        return results
     if _is_grad_enabled() and _wants_gradient(tensors):
         check(call, tensors, settings)  # whose errors say more than the dispatcher's
         return _dispatch(call, tensors, settings, out)
@@ -173,5 +177,6 @@ def _register(call: LayerCall) -> None:
 for _call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER):
     _register(_call)
 
+set_up_eager(torch, torch.nn.Parameter)
 FRAMEWORKS[torch.Tensor] = FRAMEWORKS[torch.nn.Parameter] = _run
 SUBCLASSES[torch.Tensor] = _dispatch

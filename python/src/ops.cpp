@@ -7,9 +7,13 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <string_view>
 
+#include "backend/layer_ops.hpp"
 #include "base/fail.hpp"
+#include "eager.hpp"
 #include "export.hpp"
+#include "layer_arguments.hpp"
 #include "model/config_reader.hpp"
 #include "objects.hpp"
 #include "ops/check.hpp"
@@ -77,10 +81,11 @@ class Arguments {
     refuse(value, name, "bool");
   }
 
-  std::string text(const char* name) {
+  Activation activation(const char* name) {
     const ffi::AnyView value = next();
-    if (const auto text = value.try_cast<ffi::String>()) return *text;
-    refuse(value, name, "str");
+    const auto text = value.try_cast<ffi::String>();
+    if (!text) refuse(value, name, "str");
+    return parse_activation(std::string_view(text->data(), text->size()), "activation:");
   }
 
  private:
@@ -111,89 +116,42 @@ void* stream_of(const DLTensor& tensor) {
   return TVMFFIEnvGetStream(tensor.device.device_type, tensor.device.device_id);
 }
 
-ops::LayerTensors layer_tensors(Arguments& in) {
-  ops::LayerTensors tensors;
-  tensors.input = in.tensor("input");
-  tensors.weight_qkv = in.tensor("weight_qkv");
-  tensors.bias_qkv = in.tensor("bias_qkv");
-  tensors.weight_o = in.tensor("weight_o");
-  tensors.bias_o = in.tensor("bias_o");
-  tensors.k_cache = in.tensor("k_cache");
-  tensors.v_cache = in.tensor("v_cache");
-  tensors.ln_weight = in.tensor("ln_weight");
-  tensors.ln_bias = in.tensor("ln_bias");
-  tensors.cos = in.tensor("cos");
-  tensors.sin = in.tensor("sin");
-  tensors.post_ln_weight = in.tensor("post_ln_weight");
-  tensors.post_ln_bias = in.tensor("post_ln_bias");
-  tensors.mlp_up_weight = in.tensor("mlp_up_weight");
-  tensors.mlp_up_bias = in.tensor("mlp_up_bias");
-  return tensors;
-}
-
-ops::LayerOptions layer_options(Arguments& in) {
-  ops::LayerOptions options;
-  options.num_heads = in.integer("num_heads");
-  options.rotary_dim = in.optional_integer("rotary_dim");
-  options.layer_norm_eps = in.number("layer_norm_eps");
-  options.activation = parse_activation(in.text("activation"), "activation:");
-  return options;
-}
-
-ops::ExpectedSizes expected_sizes(Arguments& in) {
-  return {in.integer("hidden_size"), in.integer("intermediate_size")};
-}
-
-// Each call: tensors in the order of the Python function, position, options, expected sizes,
-// results. Without results it only checks.
+// Each call without results only checks.
 
 void ops_attention_mlp_up(ffi::PackedArgs packed) {
   Arguments in(packed);
-  ops::LayerTensors tensors = layer_tensors(in);
-  tensors.current_seq_len = in.position("current_seq_len");
-  const ops::LayerOptions options = layer_options(in);
-  const ops::ExpectedSizes expected = expected_sizes(in);
-  if (in.at_end()) return static_cast<void>(check(tensors, options, expected, nullptr));
+  AttentionMlpUpArguments given;
+  read(in, given);
+  if (in.at_end()) {
+    return static_cast<void>(check(given.tensors, given.options, given.expected, nullptr));
+  }
   ops::AttentionMlpUpResults results;
-  results.attn_output = in.tensor("attn_output");
-  results.mlp_intermediate = in.tensor("mlp_intermediate");
-  results.k_new = in.tensor("k_new");
-  results.v_new = in.tensor("v_new");
-  attention_mlp_up(tensors, options, results, stream_of(tensors.input), expected);
+  read(in, results);
+  attention_mlp_up(given.tensors, given.options, results, stream_of(given.tensors.input),
+                   given.expected);
 }
 
 void ops_mlp_down(ffi::PackedArgs packed) {
   Arguments in(packed);
-  ops::MlpDownTensors tensors;
-  tensors.hidden_states = in.tensor("hidden_states");
-  tensors.attn_output = in.tensor("attn_output");
-  tensors.mlp_intermediate = in.tensor("mlp_intermediate");
-  tensors.mlp_down_weight = in.tensor("mlp_down_weight");
-  tensors.mlp_down_bias = in.tensor("mlp_down_bias");
-  const ops::ExpectedSizes expected = expected_sizes(in);
-  if (in.at_end()) return static_cast<void>(check(tensors, expected, nullptr));
-  mlp_down(tensors, in.tensor("output"), stream_of(tensors.hidden_states), expected);
+  MlpDownArguments given;
+  read(in, given);
+  if (in.at_end()) return static_cast<void>(check(given.tensors, given.expected, nullptr));
+  mlp_down(given.tensors, in.tensor("output"), stream_of(given.tensors.hidden_states),
+           given.expected);
 }
 
 void ops_decoder_layer(ffi::PackedArgs packed) {
   Arguments in(packed);
-  ops::LayerTensors tensors = layer_tensors(in);
-  const DLTensor down_weight = in.tensor("mlp_down_weight");
-  const DLTensor down_bias = in.tensor("mlp_down_bias");
-  tensors.current_seq_len = in.position("current_seq_len");
-  const ops::LayerOptions options = layer_options(in);
-  const bool split = in.boolean("split");
-  const ops::ExpectedSizes expected = expected_sizes(in);
+  DecoderLayerArguments given;
+  read(in, given);
   if (in.at_end()) {
-    return static_cast<void>(check(tensors, down_weight, down_bias, options, expected, nullptr));
+    return static_cast<void>(check(given.tensors, given.mlp_down_weight, given.mlp_down_bias,
+                                   given.options, given.expected, nullptr));
   }
   ops::DecoderLayerResults results;
-  results.output = in.tensor("output");
-  results.k_new = in.tensor("k_new");
-  results.v_new = in.tensor("v_new");
-  decoder_layer(tensors, down_weight, down_bias, options, results,
-                split ? ops::DecoderLayerVariant::split : ops::DecoderLayerVariant::fused,
-                stream_of(tensors.input), expected);
+  read(in, results);
+  decoder_layer(given.tensors, given.mlp_down_weight, given.mlp_down_bias, given.options, results,
+                given.variant, stream_of(given.tensors.input), given.expected);
 }
 
 void ops_check_graph_context(ffi::PackedArgs packed) {
@@ -205,7 +163,9 @@ void ops_check_graph_context(ffi::PackedArgs packed) {
   tensors.weight_o = in.tensor("weight_o");
   tensors.mlp_up_weight = in.tensor("mlp_up_weight");
   const DLTensor down_weight = in.tensor("mlp_down_weight");
-  check_graph_context(tensors, down_weight, expected_sizes(in));
+  ops::ExpectedSizes expected;
+  read(in, expected);
+  check_graph_context(tensors, down_weight, expected);
 }
 
 // The same memory, its 16-bit integers taken as bfloat16, which NumPy's DLPack does not know.
@@ -226,7 +186,55 @@ ffi::Tensor ops_as_bfloat16(ffi::Tensor bits) {
                                          DLDataType{kDLBfloat, 16, 1}, bits.device());
 }
 
+// Runs `call` and returns whether it threw nothing.
+template <typename Call>
+bool succeeds(const Call& call) noexcept {
+  try {
+    call();
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+constexpr EagerCalls kEagerCalls{
+    .is_capturing =
+        [](DLDevice device, void* stream) noexcept {
+          if (device.device_type == kDLCPU) return false;
+          bool capturing = true;
+          succeeds([&] { capturing = cuda::is_capturing({device.device_id, stream}); });
+          return capturing;
+        },
+    .find_activation =
+        [](std::string_view name, Activation& activation) noexcept {
+          return succeeds([&] { activation = parse_activation(name, "activation:"); });
+        },
+    .attention_mlp_up =
+        [](const AttentionMlpUpArguments& given, const ops::AttentionMlpUpResults& results,
+           void* stream) noexcept {
+          return succeeds([&] {
+            attention_mlp_up(given.tensors, given.options, results, stream, given.expected);
+          });
+        },
+    .mlp_down =
+        [](const MlpDownArguments& given, const DLTensor& output, void* stream) noexcept {
+          return succeeds([&] { mlp_down(given.tensors, output, stream, given.expected); });
+        },
+    .decoder_layer =
+        [](const DecoderLayerArguments& given, const ops::DecoderLayerResults& results,
+           void* stream) noexcept {
+          return succeeds([&] {
+            decoder_layer(given.tensors, given.mlp_down_weight, given.mlp_down_bias, given.options,
+                          results, given.variant, stream, given.expected);
+          });
+        },
+};
+
+// The address of the table in eager.hpp.
+std::int64_t ops_eager_calls() { return reinterpret_cast<std::intptr_t>(&kEagerCalls); }
+
 CLUSTERFUSION_EXPORT(ops_as_bfloat16)
+CLUSTERFUSION_EXPORT(ops_eager_calls)
 
 }  // namespace
 

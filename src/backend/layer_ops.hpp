@@ -101,6 +101,8 @@ namespace cuda {
 void attention_mlp_up(const AttentionMlpUpTask& task, const LayerStream& stream);
 void mlp_down(const MlpDownTask& task, const LayerStream& stream);
 void decoder_layer(const DecoderLayerTask& task, const LayerStream& stream);
+// Whether the stream is being captured in a graph.
+bool is_capturing(const LayerStream& stream);
 }  // namespace cuda
 
 }  // namespace clusterfusion

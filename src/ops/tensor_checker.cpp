@@ -13,7 +13,7 @@ namespace {
 
 // Every call passes here: messages are made only when they are needed.
 
-// Bulk copies and vector loads of the kernels.
+// Bulk copies and vector loads of the kernels; a power of two, as all alignments.
 constexpr std::uintptr_t kAlignment = 16;
 
 std::string device_text(DLDevice device) {
@@ -127,7 +127,7 @@ const std::byte* TensorChecker::add(const DLTensor& tensor, const char* name, DL
          name, fmt::join(std::span(tensor.strides, tensor.ndim), ", "), shape_text(tensor));
   }
   const std::byte* begin = data_of(tensor);
-  const std::uintptr_t off = reinterpret_cast<std::uintptr_t>(begin) % alignment;
+  const std::uintptr_t off = reinterpret_cast<std::uintptr_t>(begin) & (alignment - 1);
   require(off == 0, ErrorKind::invalid_argument,
           "{}: expected an address that is a multiple of {} bytes, found one {} bytes past it; "
           "pass a copy",

@@ -96,7 +96,7 @@ std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
   return result;
 }
 
-const LayerPlan& plan_for(const ShapeKey& key) {
+const LayerPlan& find_or_make_plan(const ShapeKey& key) {
   // Never destroyed: calls may still come while static objects go.
   static auto& mutex = *new std::mutex;
   static auto& plans = *new std::map<ShapeKey, std::unique_ptr<LayerPlan>>;
@@ -104,6 +104,17 @@ const LayerPlan& plan_for(const ShapeKey& key) {
   auto& plan = plans[key];
   if (!plan) plan = make_plan(key);
   return *plan;
+}
+
+const LayerPlan& plan_for(const ShapeKey& key) {
+  // A thread asks for the same again and again.
+  thread_local ShapeKey last_key;
+  thread_local const LayerPlan* last_plan = nullptr;
+  if (last_plan == nullptr || key != last_key) {
+    last_plan = &find_or_make_plan(key);
+    last_key = key;
+  }
+  return *last_plan;
 }
 
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
@@ -123,26 +134,52 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
 }
 
 // A cache [max_positions, hidden] of which one head's columns of `box_rows` rows are copied at
-// once.
-CUtensorMap cache_map(void* cache, const LayerShape& shape, int box_rows) {
+// once: all that its tensor map says.
+struct CacheKey {
+  void* cache = nullptr;
+  DType dtype = DType::float16;
+  std::int64_t max_positions = 0, hidden = 0, head_dim = 0;
+  int box_rows = 0;
+
+  bool operator==(const CacheKey&) const = default;
+};
+
+CUtensorMap make_cache_map(const CacheKey& key) {
   CUtensorMap map;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(shape.hidden_size),
-                              static_cast<cuuint64_t>(shape.max_positions)};
-  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(shape.hidden_size) * 2};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(shape.head_dim),
-                            static_cast<cuuint32_t>(box_rows)};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(key.hidden),
+                              static_cast<cuuint64_t>(key.max_positions)};
+  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(key.hidden) * 2};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(key.head_dim),
+                            static_cast<cuuint32_t>(key.box_rows)};
   const cuuint32_t steps[] = {1, 1};
   const CUresult result =
       tensor_map_encoder()(&map,
-                           shape.dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                           2, cache, sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                           key.dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                           2, key.cache, sizes, row_bytes, box, steps,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   require(result == CUDA_SUCCESS, ErrorKind::unsupported,
           "the driver cannot describe a cache [{}, {}] with heads of {} (error {})",
-          shape.max_positions, shape.hidden_size, shape.head_dim, static_cast<int>(result));
+          key.max_positions, key.hidden, key.head_dim, static_cast<int>(result));
   return map;
+}
+
+// Making a map costs more than finding it again, so each thread keeps those of its last caches.
+// A map holds nothing but what its key says.
+const CUtensorMap& cache_map(const CacheKey& key) {
+  constexpr int kSlotsLog2 = 8;  // a model of 36 layers has 72 caches
+  struct Slot {
+    CacheKey key;
+    CUtensorMap map;
+  };
+  // Without a destructor: calls may still come while a thread ends.
+  thread_local Slot slots[1 << kSlotsLog2];
+  // Multiplied by 2^64 over the golden ratio, caches that lie evenly spaced come to lie apart.
+  const std::uint64_t scattered = reinterpret_cast<std::uintptr_t>(key.cache) * 0x9e3779b97f4a7c15u;
+  Slot& slot = slots[scattered >> (64 - kSlotsLog2)];
+  if (slot.key != key) slot = {key, make_cache_map(key)};
+  return slot.map;
 }
 
 void set_inputs(LayerParams& params, const LayerInputs& inputs) {
@@ -172,8 +209,11 @@ void set_inputs(LayerParams& params, const LayerInputs& inputs) {
   params.position = static_cast<std::int32_t>(inputs.position);
   params.device_position = inputs.device_position;
   const int box_rows = params.stream.kv_block_positions;
-  params.key_map = cache_map(inputs.k_cache, shape, box_rows);
-  params.value_map = cache_map(inputs.v_cache, shape, box_rows);
+  CacheKey cache{inputs.k_cache,    shape.dtype,    shape.max_positions,
+                 shape.hidden_size, shape.head_dim, box_rows};
+  params.key_map = cache_map(cache);
+  cache.cache = inputs.v_cache;
+  params.value_map = cache_map(cache);
 }
 
 LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch) {
@@ -225,7 +265,7 @@ void attention_mlp_up(const AttentionMlpUpTask& task, const LayerStream& where) 
   const auto stream = static_cast<cudaStream_t>(where.stream);
   const LayerPlan& plan = plan_for(shape, where.device_id);
   LayerParams params =
-      params_for(plan, layer_scratch(stream, plan.stream.layout.bytes,
+      params_for(plan, layer_scratch(where.device_id, stream, plan.stream.layout.bytes,
                                      between_bytes(shape.hidden_size, shape.intermediate_size)));
   set_inputs(params, task.inputs);
   params.attn_output = task.attn_output;
@@ -240,7 +280,7 @@ void mlp_down(const MlpDownTask& task, const LayerStream& where) {
   constexpr std::int64_t kHeadDim = 16;
   const LayerPlan& plan = plan_for({where.device_id, task.dtype, task.hidden_size,
                                     task.intermediate_size, task.hidden_size / kHeadDim, 0});
-  const auto scratch = layer_scratch(stream, plan.stream.layout.bytes,
+  const auto scratch = layer_scratch(where.device_id, stream, plan.stream.layout.bytes,
                                      between_bytes(task.hidden_size, task.intermediate_size));
   down_alone(plan, scratch, task, stream);
 }
@@ -250,7 +290,7 @@ void decoder_layer(const DecoderLayerTask& task, const LayerStream& where) {
   const LayerShape& shape = task.inputs.shape;
   const auto stream = static_cast<cudaStream_t>(where.stream);
   const LayerPlan& plan = plan_for(shape, where.device_id);
-  const auto scratch = layer_scratch(stream, plan.stream.layout.bytes,
+  const auto scratch = layer_scratch(where.device_id, stream, plan.stream.layout.bytes,
                                      between_bytes(shape.hidden_size, shape.intermediate_size));
   LayerParams params = params_for(plan, scratch);
   set_inputs(params, task.inputs);
@@ -279,6 +319,14 @@ void decoder_layer(const DecoderLayerTask& task, const LayerStream& where) {
   down.mlp_down_bias = task.mlp_down_bias;
   down.output = task.output;
   down_alone(plan, scratch, down, stream);
+}
+
+bool is_capturing(const LayerStream& where) {
+  if (where.stream == nullptr) return false;  // the default stream cannot be
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(where.stream), &status),
+        "asking about capture");
+  return status != cudaStreamCaptureStatusNone;
 }
 
 }  // namespace clusterfusion::cuda

@@ -23,6 +23,9 @@ struct Key {
   auto operator<=>(const Key&) const = default;
 };
 
+// Stands for the default stream's id; others do not come to be so large.
+constexpr unsigned long long kDefaultStream = ~0ull;
+
 constexpr std::int64_t kCounterBytes = 256;
 
 DeviceMemory cleared_scratch(const Key& key) {
@@ -38,15 +41,9 @@ DeviceMemory cleared_scratch(const Key& key) {
   return memory;
 }
 
-}  // namespace
-
-LayerScratchView layer_scratch(cudaStream_t stream, std::int64_t flow_bytes,
-                               std::int64_t between_bytes) {
-  // Never destroyed: the driver may be gone before static objects are.
-  static auto& mutex = *new std::mutex;
-  static auto& scratch = *new std::map<Key, DeviceMemory>;
-  Key key{0, 0, 0, flow_bytes, between_bytes};
-  check(cudaGetDevice(&key.device), "asking for the current device");
+Key key_of(int device, cudaStream_t stream, std::int64_t flow_bytes, std::int64_t between_bytes) {
+  Key key{device, kDefaultStream, 0, flow_bytes, between_bytes};
+  if (stream == nullptr) return key;  // always the same one, which cannot be captured
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamGetCaptureInfo(stream, &status, &key.capture), "asking about capture");
   if (status == cudaStreamCaptureStatusNone) {
@@ -55,16 +52,41 @@ LayerScratchView layer_scratch(cudaStream_t stream, std::int64_t flow_bytes,
   } else {
     key.stream = reinterpret_cast<std::uintptr_t>(stream);
   }
+  return key;
+}
 
+LayerScratchView view_of(const DeviceMemory& memory, std::int64_t flow_bytes) {
+  char* base = memory.as<>();
+  auto* counters = reinterpret_cast<std::uint32_t*>(base);
+  return {counters, base + kCounterBytes, counters + 1, base + kCounterBytes + 2 * flow_bytes};
+}
+
+LayerScratchView find_or_make(const Key& key) {
+  // Never destroyed: the driver may be gone before static objects are.
+  static auto& mutex = *new std::mutex;
+  static auto& scratch = *new std::map<Key, DeviceMemory>;
   const std::lock_guard lock(mutex);
   auto found = scratch.find(key);
   if (found == scratch.end()) {
     const RelaxedCapture relaxed;
     found = scratch.emplace(key, cleared_scratch(key)).first;
   }
-  char* base = found->second.as<>();
-  auto* counters = reinterpret_cast<std::uint32_t*>(base);
-  return {counters, base + kCounterBytes, counters + 1, base + kCounterBytes + 2 * flow_bytes};
+  return view_of(found->second, key.flow_bytes);
+}
+
+}  // namespace
+
+LayerScratchView layer_scratch(int device, cudaStream_t stream, std::int64_t flow_bytes,
+                               std::int64_t between_bytes) {
+  // A thread asks for the same again and again.
+  thread_local Key last_key;
+  thread_local LayerScratchView last_view{};
+  const Key key = key_of(device, stream, flow_bytes, between_bytes);
+  if (last_view.flow == nullptr || key != last_key) {
+    last_view = find_or_make(key);
+    last_key = key;
+  }
+  return last_view;
 }
 
 }  // namespace clusterfusion::cuda

@@ -17,11 +17,11 @@ struct LayerScratchView {
   void* between;           // `between_bytes` for what two launches hand over
 };
 
-// The scratch for launches on `stream` of the current device with these sizes. Made at the first
-// call with them (then it waits for the memory to be cleared, on a stream of its own), also while
-// `stream` is captured; kept until the process ends. May be called from several threads.
+// The scratch for launches on `stream` of `device`, the current one, with these sizes. Made at the
+// first call with them (then it waits for the memory to be cleared, on a stream of its own), also
+// while `stream` is captured; kept until the process ends. May be called from several threads.
 // Errors: out_of_memory.
-LayerScratchView layer_scratch(cudaStream_t stream, std::int64_t flow_bytes,
+LayerScratchView layer_scratch(int device, cudaStream_t stream, std::int64_t flow_bytes,
                                std::int64_t between_bytes);
 
 }  // namespace clusterfusion::cuda

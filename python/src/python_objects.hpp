@@ -1,0 +1,26 @@
+// Python's objects as the extension _eager owns them, and its way out of what is not as usual.
+#pragma once
+
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+// Python.h comes first.
+#include <memory>
+
+namespace clusterfusion::python {
+
+// Thrown where a call is to be made in the other way.
+struct Unusual {};
+
+struct Release {
+  void operator()(PyObject* object) const noexcept { Py_XDECREF(object); }
+};
+using Owned = std::unique_ptr<PyObject, Release>;
+
+// An object of Python's, or Unusual if making it failed.
+inline Owned own(PyObject* object) {
+  if (object == nullptr) throw Unusual{};
+  return Owned(object);
+}
+
+}  // namespace clusterfusion::python

@@ -1,0 +1,379 @@
+"""The C functions behind the layer calls on plain torch tensors, beside the other way.
+
+On the CPU, or on the device that CLUSTERFUSION_TEST_DEVICE names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from clusterfusion import _layer_calls, ops
+from conftest import ROOT
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
+
+import torch_layer  # noqa: E402
+from clusterfusion import _torch_calls  # noqa: E402
+from clusterfusion._layer_calls import LayerCall  # noqa: E402
+
+DEVICE = torch.device(os.environ.get("CLUSTERFUSION_TEST_DEVICE", "cpu"))
+SIZES = torch_layer.TINY
+NAMES = ("attention_mlp_up", "mlp_down", "decoder_layer")
+
+pytestmark = [
+    pytest.mark.skipif(_layer_calls._eager is None, reason="built without the extension"),
+    pytest.mark.skipif(
+        not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"),
+        reason="this torch has no DLPack exchange API",
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def arguments(name: str, seed: int = 0) -> tuple[LayerCall, tuple[Any, ...], tuple[Any, ...]]:
+    """A call, its tensors and its settings."""
+    values = tuple(torch_layer.random_tensors(SIZES, torch.float16, DEVICE, 8, seed).values())
+    options = (3, SIZES.num_heads, SIZES.rotary_dim, 1e-5, "gelu")
+    if name == "attention_mlp_up":
+        return _layer_calls.ATTENTION_MLP_UP, values[:15], (*options, 0, 0)
+    if name == "decoder_layer":
+        return _layer_calls.DECODER_LAYER, values, (*options, False, 0, 0)
+    parts = torch_layer.attention_mlp_up(
+        torch_layer.random_tensors(SIZES, torch.float16, DEVICE, 8, seed), SIZES, 3
+    )
+    return _layer_calls.MLP_DOWN, (values[0], *parts[:2], *values[15:]), (0, 0)
+
+
+def caches(tensors: tuple[Any, ...]) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in tensors[5:7] if isinstance(tensor, torch.Tensor)]
+
+
+def equal(one: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def replaced(values: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:index], value, *values[index + 1 :])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("name", NAMES)
+def test_same_as_the_other_way(name, mode):
+    call, tensors, settings = arguments(name)
+    other = _torch_calls._run_native(call, tensors, settings, None)
+    written = caches(tensors)
+    call, tensors, settings = arguments(name)
+    with mode():
+        results = call.eager(tensors, settings, None)
+        expected = _torch_calls._run_native(call, tensors, settings, None)
+    assert equal(results, other)
+    assert equal(caches(tensors), written)
+    for result, like in zip(results, expected, strict=True):
+        for attribute in ("dtype", "device", "shape", "requires_grad"):
+            assert getattr(result, attribute) == getattr(like, attribute)
+        assert type(result) is torch.Tensor
+        assert result.stride() == like.stride()
+        assert result.is_inference() == like.is_inference()
+
+
+def as_parameters(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(torch.nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "parameters": lambda t, s: (as_parameters(t), s),
+        "no biases": lambda t, s: (replaced(replaced(t, 2, None), 4, None), s),
+        "position [1]": lambda t, s: (
+            t,
+            replaced(s, 0, torch.tensor([3], dtype=torch.int32, device=DEVICE)),
+        ),
+        "position []": lambda t, s: (
+            t,
+            replaced(s, 0, torch.tensor(3, dtype=torch.int32, device=DEVICE)),
+        ),
+        "input [1, 1, hidden]": lambda t, s: (replaced(t, 0, t[0].view(1, 1, -1)), s),
+        "rotary_dim of cos": lambda t, s: (
+            (*t[:9], *(table[: SIZES.rotary_dim] for table in t[9:11]), *t[11:]),
+            replaced(s, 2, None),
+        ),
+        "activation": lambda t, s: (t, replaced(s, 4, "relu")),
+        "split": lambda t, s: (t, replaced(s, 5, True)),
+        "expected sizes": lambda t, s: (t, (*s[:-2], SIZES.hidden, SIZES.intermediate)),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_usual(change):
+    call, tensors, settings = arguments("decoder_layer")
+    tensors, settings = change[1](tensors, settings)
+    expected = _torch_calls._run_native(call, tensors, settings, None)
+    for t in tensors[5:7]:
+        t[3] = 0
+    results = call.eager(tensors, settings, None)
+    assert equal(results, expected)
+    assert [r.shape for r in results] == [e.shape for e in expected]
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+@pytest.mark.parametrize("name", NAMES)
+def test_out(name, kind):
+    call, tensors, settings = arguments(name)
+    expected = call.eager(tensors, settings, None)
+    out = kind(torch.full_like(tensor, torch.nan) for tensor in expected)
+    results = call.eager(tensors, settings, out)
+    assert type(results) is tuple
+    assert all(result is o for result, o in zip(results, out, strict=True))
+    assert equal(results, expected)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+# What a call leaves to the other way: changes of the decoder layer's tensors, settings, results.
+UNUSUAL: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "first is a subclass": lambda t, s, o: (replaced(t, 0, t[0].as_subclass(Subclass)), s, o),
+    "another is a subclass": lambda t, s, o: (replaced(t, 3, t[3].as_subclass(Subclass)), s, o),
+    "no tensor": lambda t, s, o: (replaced(t, 3, 1.0), s, o),
+    "a list": lambda t, s, o: (replaced(t, 3, [t[3]]), s, o),
+    "an array": lambda t, s, o: (replaced(t, 3, np.zeros((2, 2), np.float16)), s, o),
+    "none": lambda t, s, o: (replaced(t, 3, None), s, o),
+    "sparse": lambda t, s, o: (replaced(t, 3, t[3].to_sparse()), s, o),
+    "meta": lambda t, s, o: (replaced(t, 3, t[3].to("meta")), s, o),
+    "dtype": lambda t, s, o: (replaced(t, 3, t[3].float()), s, o),
+    "shape": lambda t, s, o: (replaced(t, 3, t[3][:, :32].contiguous()), s, o),
+    "strides": lambda t, s, o: (replaced(t, 3, t[3].T), s, o),
+    "overlap": lambda t, s, o: (replaced(t, 6, t[5]), s, o),
+    "input of four dimensions": lambda t, s, o: (replaced(t, 0, t[0].view(1, 1, 1, -1)), s, None),
+    "scalar input": lambda t, s, o: (replaced(t, 0, t[0][0, 0]), s, o),
+    "full caches": lambda t, s, o: (t, replaced(s, 0, 8), o),
+    "negative position": lambda t, s, o: (t, replaced(s, 0, -1), o),
+    "huge position": lambda t, s, o: (t, replaced(s, 0, 1 << 70), o),
+    "position is a bool": lambda t, s, o: (t, replaced(s, 0, True), o),
+    "position is a float": lambda t, s, o: (t, replaced(s, 0, 3.0), o),
+    "position of int64": lambda t, s, o: (t, replaced(s, 0, torch.tensor(3)), o),
+    "no heads": lambda t, s, o: (t, replaced(s, 1, 0), o),
+    "heads do not divide": lambda t, s, o: (t, replaced(s, 1, 3), o),
+    "odd rotary_dim": lambda t, s, o: (t, replaced(s, 2, 3), o),
+    "eps is a str": lambda t, s, o: (t, replaced(s, 3, "1"), o),
+    "eps is an int": lambda t, s, o: (t, replaced(s, 3, 0), o),
+    "eps is not a number": lambda t, s, o: (t, replaced(s, 3, float("nan")), o),
+    "unknown activation": lambda t, s, o: (t, replaced(s, 4, "gelub"), o),
+    "activation is a number": lambda t, s, o: (t, replaced(s, 4, 1), o),
+    "activation of a surrogate": lambda t, s, o: (t, replaced(s, 4, "\ud800"), o),
+    "split is a number": lambda t, s, o: (t, replaced(s, 5, 1), o),
+    "other sizes expected": lambda t, s, o: (t, (*s[:-2], 65, 0), o),
+    "out is no sequence": lambda t, s, o: (t, s, o[0]),
+    "out is an iterator": lambda t, s, o: (t, s, iter(o)),
+    "too few in out": lambda t, s, o: (t, s, o[:2]),
+    "too many in out": lambda t, s, o: (t, s, (*o, o[0].clone())),
+    "none in out": lambda t, s, o: (t, s, (*o[:2], None)),
+    "a shape in out": lambda t, s, o: (t, s, (*o[:2], o[2][:, :1].contiguous())),
+    "the same twice in out": lambda t, s, o: (t, s, (o[0], o[1], o[1])),
+}
+
+
+@pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual(change):
+    """It is left to the other way before anything is written, and the public call says the same."""
+    call, tensors, settings = arguments("decoder_layer")
+    out = tuple(torch.full_like(o, 7) for o in call.eager(tensors, settings, None))
+    before = caches(tensors)
+    changed = change(tensors, settings, out)
+    assert call.eager(*changed) is None
+    if changed[2] is out:
+        assert call.eager(*changed[:2], None) is None
+    assert equal(caches(tensors), before)
+    assert all((o == 7).all() for o in out)
+
+    def outcome(run: Callable[..., Any]) -> Any:
+        try:
+            return [result.tolist() for result in run(call, *change(tensors, settings, out))]
+        except Exception as error:
+            return type(error), str(error)
+
+    if type(changed[0][0]) is torch.Tensor:
+        run = _layer_calls.FRAMEWORKS[torch.Tensor]
+        assert outcome(run) == outcome(_torch_calls._run_native)
+
+
+def test_wanted_gradients():
+    call, tensors, settings = arguments("decoder_layer")
+    with torch.enable_grad():
+        assert call.eager(tensors, settings, None) is not None
+        tensors[13].requires_grad_()
+        assert call.eager(tensors, settings, None) is None
+        results = ops.decoder_layer(*tensors, 3, num_heads=2, rotary_dim=8)
+        assert all(result.requires_grad for result in results)
+    assert call.eager(tensors, settings, None) is not None
+
+
+def test_under_vmap():
+    """Its tensors are plain ones by their type, but have no memory of their own."""
+    call, tensors, settings = arguments("mlp_down")
+
+    def run(hidden_states: torch.Tensor) -> torch.Tensor:
+        assert type(hidden_states) is torch.Tensor
+        assert call.eager((hidden_states, *tensors[1:]), settings, None) is None
+        return hidden_states
+
+    torch.vmap(run)(torch.stack([tensors[0], tensors[0]]))
+
+
+def down_of_odd_size() -> tuple[LayerCall, tuple[torch.Tensor, ...], tuple[int, int]]:
+    """A call whose result is made by itself: blocks are for multiples of 64 bytes."""
+    shapes = ((1, 40), (1, 40), (48,), (40, 48), (40,))
+    tensors = tuple(torch.ones(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
+    return _layer_calls.MLP_DOWN, tensors, (0, 0)
+
+
+def test_fake_results():
+    """A mode that makes other tensors of the results."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    call, tensors, settings = down_of_odd_size()
+    assert call.eager(tensors, settings, None) is not None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert call.eager(tensors, settings, None) is None
+
+
+@pytest.mark.parametrize(
+    "wrong", [(), (1,), (1, 2, 3, 4), (1, 2, 3), ((), (), None), ([], [], None)]
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_wrong_arguments(name, wrong):
+    assert getattr(_layer_calls._eager, name)(*wrong) is None
+
+
+def test_stopping_is_no_error():
+    """What is to end the program is not taken for a reason to try the other way."""
+
+    class Stop(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            raise KeyboardInterrupt
+
+    call, tensors, settings = down_of_odd_size()
+    with pytest.raises(KeyboardInterrupt), Stop():
+        call.eager(tensors, settings, None)
+
+
+@pytest.mark.parametrize("usual", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_kept(name, usual):
+    call, tensors, settings = arguments(name)
+    values = [torch.tensor(3.0), *settings]
+    if not usual:
+        tensors = replaced(tensors, 3, tensors[3].float())
+    out = None if not usual else call.eager(tensors, settings, None)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            assert (call.eager(tensors, settings, None) is not None) == usual
+            assert (call.eager(tensors, settings, out) is not None) == usual
+
+    def references() -> list[int]:
+        everything = (*tensors, *values, *(out or ()), tensors, settings, out)
+        return [sys.getrefcount(value) for value in everything if value is not None]
+
+    run(100)
+    # Interned objects, such as None and small numbers, are everybody's.
+    before, blocks = references(), sys.getallocatedblocks()
+    run(10_000 if name == "mlp_down" else 3_000)
+    after = references()
+    assert all(abs(a - b) < 50 for a, b in zip(after, before, strict=True))
+    assert after[: len(tensors)] == before[: len(tensors)]
+    assert abs(sys.getallocatedblocks() - blocks) < 500
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_results_are_apart(mode):
+    """Results of one block share its memory and nothing else."""
+    call, tensors, settings = arguments("decoder_layer")
+    with mode():
+        calls = [call.eager(tensors, settings, None) for _ in range(70)]
+        results = [result for one in calls for result in one]
+        expected = [result.clone() for result in calls[0]]
+        begins = sorted(result.data_ptr() for result in results)
+        assert all(begin % 64 == 0 for begin in begins)
+        assert min(b - a for a, b in itertools.pairwise(begins)) >= 2 * SIZES.hidden
+        assert not any(result._is_view() or result._base is not None for result in results)
+        for result in calls[1]:
+            result.fill_(7)
+        assert all(equal(one, expected) for one in (calls[0], *calls[2:]))
+    if mode is not torch.inference_mode:
+        assert {result._version for result in calls[1]} == {1}
+        assert {result._version for one in (calls[0], *calls[2:]) for result in one} == {0}
+        with torch.enable_grad():
+            calls[2][0].add_(torch.nn.Parameter(torch.ones_like(expected[0])))
+            assert calls[2][0].requires_grad and not calls[3][0].requires_grad
+
+
+def test_inference_tensors_are_told_apart():
+    call, tensors, settings = arguments("decoder_layer")
+    for inference in (True, False) * 40:
+        with torch.inference_mode(inference):
+            results = call.eager(tensors, settings, None)
+        assert [result.is_inference() for result in results] == [inference] * 3
+
+
+def test_many_shapes():
+    """More than there are kept blocks for."""
+    for hidden in (*range(32, 32 * 45, 32), 32):
+        shapes = ((1, hidden), (1, hidden), (16,), (hidden, 16), (hidden,))
+        tensors = tuple(torch.ones(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
+        for _ in range(2):
+            (result,) = _layer_calls.MLP_DOWN.eager(tensors, (0, 0), None)
+            assert result.shape == (1, hidden)
+            assert (result == 19).all()
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
+def test_captured_results_are_the_graphs():
+    """They do not come from a block, which a replay would write again after it was given away."""
+    call, tensors, settings = arguments("decoder_layer")
+    expected = call.eager(tensors, settings, None)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        before = call.eager(tensors, settings, None)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = call.eager(tensors, settings, None)
+    with torch.cuda.stream(stream):
+        after = [call.eager(tensors, settings, None) for _ in range(40)]
+        for results in (before, *after):
+            for result in results:
+                result.fill_(7)
+        graph.replay()
+    stream.synchronize()
+    assert equal(captured, expected)
+    assert all((result == 7).all() for results in (before, *after) for result in results)
+    for result in captured:
+        assert result.untyped_storage().nbytes() == result.nbytes
+
+
+def test_threads():
+    layers = [arguments("decoder_layer", seed) for seed in range(4)]
+    expected = [_torch_calls._run_native(*layer, None) for layer in layers]
+
+    def run(index: int) -> bool:
+        call, tensors, settings = layers[index]
+        return all(equal(call.eager(tensors, settings, None), expected[index]) for _ in range(300))
+
+    with ThreadPoolExecutor(len(layers)) as pool:
+        assert all(pool.map(run, range(len(layers))))
