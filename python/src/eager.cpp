@@ -275,13 +275,13 @@ PyObject* leave_it() {
     if (!PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
     PyErr_Clear();
   }
-  Py_RETURN_NONE;
+  return share(Py_None).release();
 }
 
 template <auto function>
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3 || library == nullptr) Py_RETURN_NONE;
   try {
+    if (count != 3 || library == nullptr) throw Unusual{};
     return run(arguments[0], arguments[1], arguments[2], library->*function).release();
   } catch (const Unusual&) {
     return leave_it();
@@ -315,7 +315,7 @@ PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     PyObject* package = arguments[1];
     Torch found;
     found.tensor = attribute(package, "Tensor");
-    found.parameter = Py_NewRef(arguments[2]);
+    found.parameter = share(arguments[2]).release();
     found.exchange = find_exchange(found.tensor);
     found.make.new_empty = attribute(found.tensor, "new_empty");
     found.make.unbind = attribute(package, "unbind");
@@ -325,7 +325,7 @@ PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     found.requires_grad = own(PyUnicode_InternFromString("requires_grad")).release();
     torch = found;
     library = reinterpret_cast<const EagerCalls*>(static_cast<std::intptr_t>(address));
-    Py_RETURN_NONE;
+    return share(Py_None).release();
   } catch (const Unusual&) {
     return leave_it();
   }

@@ -12,8 +12,10 @@ namespace clusterfusion::python {
 // Thrown where a call is to be made in the other way.
 struct Unusual {};
 
+// References are counted by functions of the Python that runs: the macros of an older one's headers
+// would count those of objects that a newer one never frees.
 struct Release {
-  void operator()(PyObject* object) const noexcept { Py_XDECREF(object); }
+  void operator()(PyObject* object) const noexcept { Py_DecRef(object); }
 };
 using Owned = std::unique_ptr<PyObject, Release>;
 
@@ -21,6 +23,12 @@ using Owned = std::unique_ptr<PyObject, Release>;
 inline Owned own(PyObject* object) {
   if (object == nullptr) throw Unusual{};
   return Owned(object);
+}
+
+// One more reference to an object that somebody else holds.
+inline Owned share(PyObject* object) {
+  Py_IncRef(object);
+  return own(object);
 }
 
 }  // namespace clusterfusion::python

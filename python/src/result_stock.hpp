@@ -136,7 +136,7 @@ class ResultStock {
     }
     std::vector<Owned> results;
     for (Py_ssize_t i = 0; i < PyTuple_Size(parts.get()); ++i) {
-      results.push_back(own(Py_NewRef(PyTuple_GetItem(parts.get(), i))));
+      results.push_back(share(PyTuple_GetItem(parts.get(), i)));
     }
     if (results.size() != kResults) throw Unusual{};
     return results;

@@ -2,9 +2,9 @@
 # The GPU tests' small shapes and a few tokens of the demo model under compute-sanitizer:
 #   tests/gpu/sanitize.sh BUILD_DIR [LOG_DIR [TOOL ...]]
 # Tools: memcheck, synccheck, initcheck and racecheck unless others are named. SANITIZE_PROGRAMS names
-# the programs; racecheck alone takes only the cluster tests if it is not set (docs/testing.md says
-# why). Prints a line for each tool and program; exits with 1 if a program failed, did not end in time,
-# or an error was found.
+# the programs. racecheck looks at fewer of them, and needs a build of its own for all but the cluster
+# tests: RACECHECK_BUILD (docs/testing.md). Prints a line for each tool and program; exits with 1 if a
+# program failed, did not end in time, or an error was found.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 build=${1:?usage: tests/gpu/sanitize.sh BUILD_DIR [LOG_DIR [TOOL ...]]}
@@ -22,20 +22,27 @@ filter_of() { # filter_of PROGRAM: which of gpu_test's tests that is, if it is s
     gpu_test) echo "*/tiny*:*/one_layer:*/head_16:PoisonedMemory.*-*LayerShapes*:*LayerRuns*" ;;
     cluster) echo "*/Cluster.Sums/4:*/Cluster.SoftmaxStates/2:*/Cluster.KeepsTheOrderOfRanks/8" ;;
     layer) echo "*LayerShapes*/tiny*:*LayerShapes*/head_16:*LayerShapes*/long_context:*LayerRuns*/tiny" ;;
+    layer_small) echo "*LayerShapes*/tiny*:*LayerShapes*/head_16" ;;
   esac
 }
 under() { # under TOOL PROGRAM
-  local -a command
+  local bin=$build/bin tokens=20 sampled=70
+  local -a command options=()
+  if [[ $1 == racecheck ]]; then
+    # A step takes seconds. cuBLASLt's kernels are not ours to check.
+    bin=${RACECHECK_BUILD:-$build}/bin tokens=4 sampled=4
+    options=(--kernel-name kernel_substring=clusterfusion)
+  fi
   case $2 in
-    gpu_test | cluster | layer)
+    gpu_test | cluster | layer | layer_small)
       export CLUSTERFUSION_LAYER_REPEATS=3
-      command=("$build/bin/gpu_test" --gtest_brief=1 "--gtest_filter=$(filter_of "$2")") ;;
-    greedy) command=("$build/bin/clusterfusion" generate models/demo --device cuda
-      --prompt "$(head -c 600 README.md)" --max-new-tokens 20) ;;
-    sampled) command=("$build/bin/clusterfusion" generate models/demo --device cuda
-      --prompt It --max-new-tokens 70 --temperature 0.8 --ignore-eos) ;;
+      command=("$bin/gpu_test" --gtest_brief=1 "--gtest_filter=$(filter_of "$2")") ;;
+    greedy) command=("$bin/clusterfusion" generate models/demo --device cuda
+      --prompt "$(head -c 600 README.md)" --max-new-tokens "$tokens") ;;
+    sampled) command=("$bin/clusterfusion" generate models/demo --device cuda
+      --prompt It --max-new-tokens "$sampled" --temperature 0.8 --ignore-eos) ;;
   esac
-  timeout "$seconds" compute-sanitizer --tool "$1" --print-limit 20 "${command[@]}"
+  timeout "$seconds" compute-sanitizer --tool "$1" --print-limit 20 "${options[@]}" "${command[@]}"
 }
 
 programs_of() { # programs_of TOOL
@@ -43,6 +50,7 @@ programs_of() { # programs_of TOOL
     echo "$SANITIZE_PROGRAMS"
   elif [[ $1 == racecheck ]]; then
     echo cluster
+    [[ -z ${RACECHECK_BUILD:-} ]] || echo layer_small greedy sampled
   else
     echo gpu_test cluster layer greedy sampled
   fi

@@ -204,6 +204,7 @@ class CudaBackend final : public Backend {
     prepare_kernel(kernel_, plan_, properties_);
     params_ = stream_params(config, plan_, properties_.multiProcessorCount,
                             fragments <= kFragmentsOfHalfProducts);
+    read_more_late(params_);
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
     allocate_scratch();
     point_at_weights();

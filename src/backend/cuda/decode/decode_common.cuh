@@ -46,7 +46,7 @@ struct SharedControl {
     Stream first, second;
     int chunks;           // of both
     int first_by_ticket;  // of them
-    int midst_until;      // so many have p.in_flight_amidst copies under way
+    int late_from;        // from this one on p.late_in_flight copies may be under way
     bool attention_before;
   };
   DealtPhase phases[kMaxPhases];

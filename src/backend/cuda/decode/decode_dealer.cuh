@@ -70,12 +70,11 @@ class DecodeDealer {
     const int chunks = chunks_of(phase.first) + chunks_of(phase.second);
     const plan::Deal deal =
         plan::deal(chunks, p.static_percent, static_cast<std::int32_t>(gridDim.x));
-    return {phase.first,
-            phase.second,
-            chunks,
-            deal.first_by_ticket,
-            chunks * p.midst_percent / 100,
-            phase.attention_before};
+    // Short phases are over before more copies under way could be of use.
+    const bool is_long = chunks >= kLateChunks * static_cast<int>(gridDim.x);
+    const int late_from = is_long ? chunks * p.late_percent / 100 : kNever;
+    return {phase.first,          phase.second, chunks,
+            deal.first_by_ticket, late_from,    phase.attention_before};
   }
 
   // A matrix of one layer, to be streamed as `id`.
@@ -120,6 +119,7 @@ class DecodeDealer {
   }
 
   static constexpr int kNever = 0x7fffffff;
+  static constexpr int kLateChunks = 16;  // of a block, in a phase
 
   // From which of the first phase's chunks on this block draws no more tickets.
   __device__ __forceinline__ int leaves_first_phase_from(
@@ -160,7 +160,7 @@ class DecodeDealer {
           current = piece(layer, epoch, second);
         }
         deal_chunk(current, chunk - before,
-                   chunk < phase.midst_until ? p.in_flight_amidst : p.max_in_flight);
+                   chunk < phase.late_from ? p.max_in_flight : p.late_in_flight);
       }
       if (leaves) break;
       hooks.before_ticket();

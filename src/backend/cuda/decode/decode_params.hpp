@@ -119,7 +119,8 @@ struct DecodeParams {
   std::int32_t
       bias_element_bytes;       // 4: float32 (the engine's), 2: the weights' type (the callers')
   std::int32_t static_percent;  // of a phase's chunks that are dealt in turns; the rest by ticket
-  std::int32_t in_flight_amidst, midst_percent;
+  // Copies that may be under way where so many percent of a long phase's chunks are dealt.
+  std::int32_t late_in_flight, late_percent;
   std::uint32_t ticket_chunks;  // that one ticket stands for
 
   char* const* kv_pages;  // of this sequence: the page of each 64 positions

@@ -11,7 +11,10 @@ namespace clusterfusion::cuda {
 namespace {
 
 // More copies under way make what the SMs tell each other wait behind them.
-constexpr int kMaxInFlight = 2;
+constexpr std::int32_t kMaxInFlight = 2;
+// Late in a phase they may be more.
+constexpr std::int32_t kLateInFlight = 3;
+constexpr std::int32_t kLatePercent = 60;
 // Time enough to draw a ticket while a copy lands. More would be drawn too early to even out what
 // one SM takes longer for than another.
 constexpr int kAnnouncedAhead = 1;
@@ -90,9 +93,9 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.bias_offset = static_cast<std::int32_t>(plan.data_bytes);
   p.bias_element_bytes = 4;
   p.sum_slots = plan.sum_slots;
-  p.max_in_flight = std::min<std::int32_t>(kMaxInFlight, plan.stages);
+  p.max_in_flight = std::min(kMaxInFlight, plan.stages);
   p.announced_ahead = kAnnouncedAhead;
-  p.in_flight_amidst = p.max_in_flight;
+  p.late_in_flight = p.max_in_flight;
   p.static_percent = kPercentInTurns;
   p.ticket_chunks = kTicketChunks;
   p.kv_head_bytes = static_cast<std::int32_t>(plan.kv.head_bytes);
@@ -100,6 +103,11 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.kv_block_positions = plan.kv.block_positions;
   p.layout = flow_layout(config, sm_count);
   return p;
+}
+
+void read_more_late(DecodeParams& params) {
+  params.late_in_flight = std::min(kLateInFlight, params.stages);
+  params.late_percent = kLatePercent;
 }
 
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan) {

@@ -34,8 +34,12 @@ class CurrentDevice {
         "CPU",
         device, devices);
     check(cudaGetDevice(&before_), "asking for the current device");
-    if (device != before_) check(cudaSetDevice(device), "choosing the device");
     changed_ = device != before_;
+    // The driver's own functions need what only choosing a device gives to a new thread.
+    thread_local int chosen_before = -1;
+    if (!changed_ && chosen_before == device) return;
+    check(cudaSetDevice(device), "choosing the device");
+    chosen_before = device;
   }
   ~CurrentDevice() {
     if (changed_) cudaSetDevice(before_);
