@@ -818,43 +818,36 @@ class DecodeStep {
     return make_float2(products[0].diagonal() + bias.x, products[1].diagonal() + bias.y);
   }
 
-  // The sum of 2^log2 numbers.
-  static constexpr int kMostSumsOfLaneLog2 = 5;
-  __device__ __forceinline__ static float sum_of(const float* numbers, int log2) {
-    if (log2 < 2) return log2 == 0 ? numbers[0] : numbers[0] + numbers[1];
-    const auto sum_of_4 = [&](int i) {
-      const float4 four = reinterpret_cast<const float4*>(numbers)[i];
-      return (four.x + four.y) + (four.z + four.w);
-    };
-    float sum = sum_of_4(0);
-    if (log2 > 2) sum += sum_of_4(1);
-    if (log2 > 3) sum += sum_of_4(2) + sum_of_4(3);
-    if (log2 > 4) sum += (sum_of_4(4) + sum_of_4(5)) + (sum_of_4(6) + sum_of_4(7));
-    return sum;
-  }
-
-  // Adds up the sums of each row, by as many lanes as there are threads for: all rows at once is
-  // what counts. However many they are, the order is that of a tree over neighbours.
+  // Adds up the sums of each row, one lane for each segment.
   template <typename Finish>
   __device__ __forceinline__ void finish_rows(const StreamedMatrix& matrix, int slots,
                                               Finish&& finish) {
     consumer_barrier();
     const unsigned before = control->finished_chunks;
     const int count = slots * matrix.rows_per_chunk;
-    const int row_sums_log2 = matrix.segments_log2 + matrix.slices_log2;
-    int lanes_log2 = max(row_sums_log2 - kMostSumsOfLaneLog2, 0);
-    while (lanes_log2 + 2 < row_sums_log2 && count << (lanes_log2 + 1) <= kConsumerThreads)
-      ++lanes_log2;
-    const int rows_at_once = kConsumerThreads >> lanes_log2;
+    const int rows_at_once = kConsumerThreads >> matrix.segments_log2;
     for (int first = 0; first < count; first += rows_at_once) {
-      const int i = first + (thread >> lanes_log2);
+      const int i = first + (thread >> matrix.segments_log2);
+      const float* own = sums + (((first << matrix.segments_log2) + thread) << matrix.slices_log2);
       float value = 0.0f;
-      if (i < count)
-        value = sum_of(sums + (((first << lanes_log2) + thread) << (row_sums_log2 - lanes_log2)),
-                       row_sums_log2 - lanes_log2);
-      for (int distance = 1; distance < 1 << lanes_log2; distance *= 2)
+      if (i < count) {
+        if (matrix.slices_log2 == 1) {
+          const float2 both = *reinterpret_cast<const float2*>(own);
+          value = both.x + both.y;
+        } else if (matrix.slices_log2 >= 2) {
+          const float4 low = *reinterpret_cast<const float4*>(own);
+          value = (low.x + low.y) + (low.z + low.w);
+          if (matrix.slices_log2 == 3) {
+            const float4 high = *reinterpret_cast<const float4*>(own + 4);
+            value += (high.x + high.y) + (high.z + high.w);
+          }
+        } else {
+          value = *own;
+        }
+      }
+      for (int distance = 1; distance < matrix.segments; distance *= 2)
         value += __shfl_xor_sync(kAllLanes, value, distance);
-      if (i >= count || (thread & ((1 << lanes_log2) - 1)) != 0) continue;
+      if (i >= count || (thread & (matrix.segments - 1)) != 0) continue;
       const int slot = matrix.slot_of(i);
       const int chunk = control->chunks[(before + slot) % kKnownChunks];
       const int row = (chunk - slot) * matrix.rows_per_chunk + i;
