@@ -87,10 +87,10 @@ MatrixPlan with_half_the_products(MatrixPlan plan) {
   const bool known = plan.iterations == 4 || plan.iterations == 5;
   if (plan.tile != Tile::slices || plan.unit_rows != 1 || !one_unit || !known) return plan;
   if (plan.rows_per_chunk % 2 == 0) {
-    // Half of the columns of two rows.
+    // A half of the columns of two rows, or a quarter of those of four.
     plan.tile = Tile::halves;
-    plan.unit_rows = 2;
-    plan.segments *= 2;
+    plan.unit_rows = plan.rows_per_chunk % 4 == 0 ? 4 : 2;
+    plan.segments *= plan.unit_rows;
   } else if (plan.rows_per_chunk == 1) {
     plan.tile = Tile::chunk_pairs;
     plan.iterations *= 2;

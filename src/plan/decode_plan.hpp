@@ -38,10 +38,11 @@ enum class Tile : std::int32_t {
   // One half of the activations (words 0 and 2, or 1 and 3) of unit_rows x slices = 8 slices: it
   // takes two products, and of each one half of the rows counts.
   slices,
-  // Both halves of 4 slices, for two rows: one product is enough.
+  // Both halves of 2 or 4 slices, for 4 or 2 rows: one product is enough. With 2 slices half of the
+  // columns is zero, which takes less power.
   halves,
-  // The same, the two rows being those of two chunks of one row each: lanes of g < 4 have the first
-  // one's.
+  // Both halves of 4 slices for two rows, which are those of two chunks of one row each: lanes of
+  // g < 4 have the first one's.
   chunk_pairs,
 };
 
@@ -56,7 +57,7 @@ struct MatrixPlan {
   std::int32_t iterations = 0;  // 16-byte loads of a lane for one unit
   Tile tile = Tile::slices;
 
-  std::int32_t slices() const noexcept { return tile == Tile::slices ? 8 / unit_rows : 4; }
+  std::int32_t slices() const noexcept { return tile == Tile::chunk_pairs ? 4 : 8 / unit_rows; }
   std::int64_t segment_columns() const noexcept { return columns / segments; }
   std::int64_t slice_columns() const noexcept { return segment_columns() / slices(); }
   std::int64_t row_bytes() const noexcept { return columns * 2; }

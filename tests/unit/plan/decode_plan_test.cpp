@@ -142,8 +142,9 @@ TEST(WithHalfTheProducts, KnowsTheMatricesOfPythia2b8) {
   for (const MatrixPlan& matrix : {plan.qkv, plan.mlp_up, plan.attention_out, plan.lm_head}) {
     const MatrixPlan half = with_half_the_products(matrix);
     EXPECT_EQ(half.tile, Tile::halves);
-    EXPECT_EQ(half.unit_rows, 2);
-    EXPECT_EQ(half.segments, 2 * matrix.segments);
+    EXPECT_EQ(half.unit_rows, 4);
+    EXPECT_EQ(half.slices(), 2);
+    EXPECT_EQ(half.segments, 4 * matrix.segments);
     EXPECT_EQ(half.iterations, matrix.iterations);
   }
   const MatrixPlan half = with_half_the_products(plan.mlp_down);

@@ -160,13 +160,13 @@ class DecodeStep {
     return matrix.swaps && g % 2 != 0 ? 32 : 0;
   }
 
-  // The same for the activations. Where a product's columns are both halves of four slices, this
-  // lane holds half g % 2 of slice g / 2: of each 16 bytes (in operand_order) the first 8 or the
-  // second.
+  // The same for the activations. Where a product's columns are both halves of slices, this lane
+  // holds half g % 2 of slice g / 2, if there is one: of each 16 bytes (in operand_order) the first
+  // 8 or the second.
   __device__ __forceinline__ int activation_column(const StreamedMatrix& matrix) const {
     if (!kHalfProducts || matrix.tile == Tile::slices) return lane_column(matrix);
     const int column = (warp & (matrix.segments - 1)) * matrix.segment_columns +
-                       g / 2 * matrix.slice_columns + q * 8;
+                       (g / 2 & ((1 << matrix.slices_log2) - 1)) * matrix.slice_columns + q * 8;
     return matrix.tile == Tile::halves ? column : column + g % 2 * 4;
   }
   __device__ __forceinline__ int activation_swap(const StreamedMatrix& matrix) const {
@@ -176,11 +176,12 @@ class DecodeStep {
   // To be called when the fragments are there.
   __device__ __forceinline__ void pick_half(const StreamedMatrix& matrix, Frag& fragments) const {
     if constexpr (kHalfProducts) {
-      if (matrix.tile != Tile::halves || g % 2 == 0) return;
+      if (matrix.tile != Tile::halves) return;
+      const bool none = g >= 2 << matrix.slices_log2;
 #pragma unroll
       for (uint4& value : fragments.value) {
-        value.x = value.z;
-        value.y = value.w;
+        value.x = none ? 0 : g % 2 == 0 ? value.x : value.z;
+        value.y = none ? 0 : g % 2 == 0 ? value.y : value.w;
       }
     }
   }
@@ -451,7 +452,7 @@ class DecodeStep {
       chunk_bytes = chunk_units * unit_bytes;
       iterations = matrix.iterations + zero;
       swap = step.swap_columns(matrix) * 2;
-      holds_sum = step.q == (tile == Tile::slices ? step.g / 2 : step.g % 4);
+      holds_sum = step.q == (tile == Tile::slices ? step.g / 2 : slice);
       holds_bias = holds_sum && has_bias && segment == 0 && slice == 0;
       bias_offset = row_in_chunk * static_cast<int>(sizeof(Bias));
       unit_bias_bytes = matrix.unit_rows * static_cast<int>(sizeof(Bias));
@@ -817,33 +818,34 @@ class DecodeStep {
     return make_float2(products[0].diagonal() + bias.x, products[1].diagonal() + bias.y);
   }
 
-  // Adds up the sums of each row, one lane for each segment.
+  // Adds up the sums of each row, by some lanes each.
   template <typename Finish>
   __device__ __forceinline__ void finish_rows(const StreamedMatrix& matrix, int slots,
                                               Finish&& finish) {
     consumer_barrier();
     const unsigned before = control->finished_chunks;
     const int count = slots * matrix.rows_per_chunk;
-    const int rows_at_once = kConsumerThreads >> matrix.segments_log2;
+    const int rows_at_once = kConsumerThreads >> matrix.row_lanes_log2;
     for (int first = 0; first < count; first += rows_at_once) {
-      const int i = first + (thread >> matrix.segments_log2);
-      const float* own = sums + (((first << matrix.segments_log2) + thread) << matrix.slices_log2);
+      const int i = first + (thread >> matrix.row_lanes_log2);
+      const float* own =
+          sums + (((first << matrix.row_lanes_log2) + thread) << matrix.lane_sums_log2);
       float value = 0.0f;
       if (i < count) {
-        if (matrix.slices_log2 >= 2) {
+        if (matrix.lane_sums_log2 >= 2) {
           const float4 low = *reinterpret_cast<const float4*>(own);
           value = (low.x + low.y) + (low.z + low.w);
-          if (matrix.slices_log2 == 3) {
+          if (matrix.lane_sums_log2 == 3) {
             const float4 high = *reinterpret_cast<const float4*>(own + 4);
             value += (high.x + high.y) + (high.z + high.w);
           }
         } else {
-          for (int slice = 0; slice < 1 << matrix.slices_log2; ++slice) value += own[slice];
+          for (int sum = 0; sum < 1 << matrix.lane_sums_log2; ++sum) value += own[sum];
         }
       }
-      for (int distance = 1; distance < matrix.segments; distance *= 2)
+      for (int distance = 1; distance < 1 << matrix.row_lanes_log2; distance *= 2)
         value += __shfl_xor_sync(kAllLanes, value, distance);
-      if (i >= count || (thread & (matrix.segments - 1)) != 0) continue;
+      if (i >= count || (thread & ((1 << matrix.row_lanes_log2) - 1)) != 0) continue;
       const int slot = matrix.slot_of(i);
       const int chunk = control->chunks[(before + slot) % kKnownChunks];
       const int row = (chunk - slot) * matrix.rows_per_chunk + i;

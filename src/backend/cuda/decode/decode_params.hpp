@@ -24,6 +24,8 @@ struct StreamedMatrix {
   std::int32_t segments;
   std::int32_t segments_log2;
   std::int32_t slices_log2;
+  // Lanes that add up a row, and how many of its sums each of them has.
+  std::int32_t row_lanes_log2, lane_sums_log2;
   std::int32_t slice_columns;
   std::int32_t segment_columns;
   std::int32_t row_bytes;

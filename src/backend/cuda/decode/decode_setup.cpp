@@ -34,6 +34,9 @@ StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, bool half
   matrix.segments = plan.segments;
   matrix.segments_log2 = std::countr_zero(static_cast<unsigned>(plan.segments));
   matrix.slices_log2 = std::countr_zero(static_cast<unsigned>(plan.slices()));
+  const int row_sums_log2 = matrix.segments_log2 + matrix.slices_log2;
+  matrix.lane_sums_log2 = std::max(matrix.slices_log2, std::min(2, row_sums_log2));
+  matrix.row_lanes_log2 = row_sums_log2 - matrix.lane_sums_log2;
   matrix.slice_columns = static_cast<std::int32_t>(plan.slice_columns());
   matrix.segment_columns = static_cast<std::int32_t>(plan.segment_columns());
   matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
