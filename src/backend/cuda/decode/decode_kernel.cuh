@@ -401,7 +401,7 @@ class DecodeStep {
 
   // What a warp has taken from the ring while it waits for its input: the first chunks of what it
   // multiplies next. It makes room in the ring, so that memory need not wait as well. Only where
-  // a product has both halves of four slices. As many as there are registers for (bfloat16 needs
+  // a product has both halves of slices. As many as there are registers for (bfloat16 needs
   // more).
   static constexpr int kMaxAhead =
       !kPairs || kFewRegisters || !Cache::kManyLayers || kMaxHeadSteps > 8 ? 0
@@ -578,7 +578,7 @@ class DecodeStep {
     return slot;
   }
 
-  // The same where a product has both halves of four slices, and a warp one unit of a chunk.
+  // The same where a product has both halves of slices, and a warp one unit of a chunk.
   template <int kIterations>
   __device__ __forceinline__ int multiply_halves(Turns& turns, int id, int slot, int max_slots,
                                                  const Frag& fragments) {
@@ -772,9 +772,10 @@ class DecodeStep {
     }
   };
 
-  // With both halves of four slices in a product's columns: the first half of slice s in column 2
-  // s, the second in 2 s + 1. Rows 0 to 7 have the first half of a slice's weights, rows 8 to 15
-  // the second, so one product is all it takes; lanes q = g % 4 get slice g % 4 of row g / 4.
+  // With both halves of two or four slices in a product's columns: the first half of slice s in
+  // column 2 s, the second in 2 s + 1. Rows 0 to 7 have the first half of a slice's weights, rows 8
+  // to 15 the second, so one product is all it takes; lanes q get slice q = g % slices of row g /
+  // slices.
   struct ProductsOfHalves {
     float result[2][4] = {};
     __device__ __forceinline__ void add(int i, const uint4& weight, const uint4& activation) {
