@@ -28,7 +28,8 @@ __device__ __forceinline__ void counter_wait(const std::uint32_t* counter, std::
 }
 
 // The same within a block, on a counter in shared memory that one thread writes. In a build for
-// racecheck (CLUSTERFUSION_RACECHECK) both are atomic operations, which it does not take for a race.
+// racecheck (CLUSTERFUSION_RACECHECK) both are atomic operations, which it does not take for a
+// race.
 __device__ __forceinline__ void block_counter_store(std::uint32_t* counter, std::uint32_t value) {
 #ifdef CLUSTERFUSION_RACECHECK
   [[maybe_unused]] std::uint32_t before;
