@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <initializer_list>
 #include <optional>
 #include <utility>
@@ -285,6 +286,8 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     return run(arguments[0], arguments[1], arguments[2], library->*function).release();
   } catch (const Unusual&) {
     return leave_it();
+  } catch (const std::exception&) {  // no memory
+    return leave_it();
   }
 }
 
@@ -317,6 +320,7 @@ PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     found.tensor = attribute(package, "Tensor");
     found.parameter = share(arguments[2]).release();
     found.exchange = find_exchange(found.tensor);
+    found.make.tensor = found.tensor;
     found.make.new_empty = attribute(found.tensor, "new_empty");
     found.make.unbind = attribute(package, "unbind");
     found.make.unsafe_split = attribute(package, "unsafe_split");

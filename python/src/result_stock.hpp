@@ -51,6 +51,7 @@ struct ResultKind {
 
 // The functions of torch that make tensors.
 struct TensorMakers {
+  PyObject* tensor = nullptr;        // torch.Tensor, their type
   PyObject* new_empty = nullptr;     // torch.Tensor.new_empty
   PyObject* unbind = nullptr;        // torch.unbind
   PyObject* unsafe_split = nullptr;  // torch.unsafe_split
@@ -139,6 +140,8 @@ class ResultStock {
       results.push_back(share(PyTuple_GetItem(parts.get(), i)));
     }
     if (results.size() != kResults) throw Unusual{};
+    // A mode of torch may have made others, which must not stay in stock.
+    if (reinterpret_cast<PyObject*>(Py_TYPE(results.front().get())) != make.tensor) throw Unusual{};
     return results;
   }
 

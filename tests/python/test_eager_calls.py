@@ -252,6 +252,20 @@ def test_fake_results():
         assert call.eager(tensors, settings, None) is None
 
 
+def test_no_fake_results_stay_in_stock():
+    """What a mode made is not given to those who call when it is over."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    hidden = 1472  # of no other test
+    shapes = ((1, hidden), (1, hidden), (32,), (hidden, 32), (hidden,))
+    tensors = tuple(torch.ones(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert _layer_calls.MLP_DOWN.eager(tensors, (0, 0), None) is None
+    (result,) = _layer_calls.MLP_DOWN.eager(tensors, (0, 0), None)
+    assert type(result) is torch.Tensor
+    assert (result == 35).all()
+
+
 @pytest.mark.parametrize(
     "wrong", [(), (1,), (1, 2, 3, 4), (1, 2, 3), ((), (), None), ([], [], None)]
 )

@@ -99,6 +99,7 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.max_in_flight = std::min(kMaxInFlight, plan.stages);
   p.announced_ahead = kAnnouncedAhead;
   p.late_in_flight = p.max_in_flight;
+  p.late_percent = 100;  // never
   p.static_percent = kPercentInTurns;
   p.ticket_chunks = kTicketChunks;
   p.kv_head_bytes = static_cast<std::int32_t>(plan.kv.head_bytes);

@@ -14,8 +14,7 @@ namespace clusterfusion::cuda {
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
                            std::int32_t sm_count, bool half_the_products);
 
-// Lets more copies be under way late in a phase, for kernels of many layers: while the last results
-// of a phase are made, nobody waits for anything else.
+// Lets more copies be under way late in a phase, for kernels of many layers.
 void read_more_late(DecodeParams& params);
 
 // Fragments that a lane of the kernel must be able to hold.

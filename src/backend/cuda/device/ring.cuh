@@ -288,6 +288,8 @@ class RingConsumer : public RingPlace {
   }
   __device__ __forceinline__ static RingPeek peek(std::uint32_t stage, std::uint32_t parity) {
     const bool landed = mbarrier_test(full(stage), parity);
+    // Where it has not landed, the dealer may be writing what is read here, and nobody looks at it.
+    if (kEveryLaneArrives && !landed) return {};
     return {landed, what(stage)};
   }
   // Of a stage whose announcement this thread has seen, or whose data it has seen landed.
