@@ -1,9 +1,9 @@
 // The extension clusterfusion._eager: each layer call on plain torch tensors as one C function.
 //
-// It takes tensors by PyTorch's DLPack exchange API, without owning them, and makes results by
-// Tensor.new_empty. Whatever is not as usual, errors too, it leaves to the other way: then a
-// function returns None, and nothing was written. It keeps to Python's stable ABI, knows nothing of
-// PyTorch's, and does not hold the library but calls it.
+// It takes tensors by PyTorch's DLPack exchange API, without owning them, and new results from a
+// stock of them (result_stock.hpp). Whatever is not as usual, errors too, it leaves to the other
+// way: then a function returns None, and nothing was written. It keeps to Python's stable ABI,
+// knows nothing of PyTorch's, and does not hold the library but calls it.
 #include "python_objects.hpp"
 // Python.h comes first.
 #include <dlpack/dlpack.h>
@@ -284,9 +284,7 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   try {
     if (count != 3 || library == nullptr) throw Unusual{};
     return run(arguments[0], arguments[1], arguments[2], library->*function).release();
-  } catch (const Unusual&) {
-    return leave_it();
-  } catch (const std::exception&) {  // no memory
+  } catch (const std::exception&) {  // Unusual, or no memory
     return leave_it();
   }
 }
@@ -330,7 +328,7 @@ PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     torch = found;
     library = reinterpret_cast<const EagerCalls*>(static_cast<std::intptr_t>(address));
     return share(Py_None).release();
-  } catch (const Unusual&) {
+  } catch (const std::exception&) {
     return leave_it();
   }
 }

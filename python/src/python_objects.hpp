@@ -5,12 +5,13 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 // Python.h comes first.
+#include <exception>
 #include <memory>
 
 namespace clusterfusion::python {
 
 // Thrown where a call is to be made in the other way.
-struct Unusual {};
+struct Unusual : std::exception {};
 
 // References are counted by functions of the Python that runs: the macros of an older one's headers
 // would count those of objects that a newer one never frees.

@@ -1,6 +1,6 @@
 // Results of the layer calls, of which torch makes many at once.
 //
-// A tensor with memory of its own costs torch two to three times as much as a part of another one,
+// A tensor with memory of its own costs torch several times as much as a part of another one,
 // so a block for many results is made and cut up. Each result has its own version counter, but the
 // memory of a block lives as long as any of its results.
 #pragma once
