@@ -1,6 +1,9 @@
 #include "backend/cuda/prefill/matrix_product.hpp"
 
 #include "base/fail.hpp"
+#ifdef CLUSTERFUSION_RACECHECK
+#include "backend/cuda/prefill/plain_product.hpp"
+#endif
 
 namespace clusterfusion::cuda {
 namespace {
@@ -67,6 +70,9 @@ MatrixProducts::MatrixProducts(DType dtype)
 }
 
 void MatrixProducts::multiply(const Product& product, cudaStream_t stream) {
+#ifdef CLUSTERFUSION_RACECHECK
+  return multiply_plainly(type_ == CUDA_R_16F ? DType::float16 : DType::bfloat16, product, stream);
+#endif
   const Plan& plan = plan_for(product);
   const float one = 1.0f;
   const float kept = product.accumulate ? 1.0f : 0.0f;
