@@ -1,7 +1,9 @@
 // Time a token of the streaming decode kernel, for Pythia's shapes and several contexts, beside the
 // read ceiling that the same process measures.
-//   decode_time [--contexts 16,128,...] [--repeats 7] [--phases] [SHAPE ...]
+//   decode_time [--contexts 16,128,...] [--repeats 7] [--warm-up 3] [--phases] [SHAPE ...]
 //   default: contexts 16,128,1024,2047 of pythia-2.8b
+// Before the first time it decodes for as many seconds as --warm-up says: a card at its power limit
+// lowers its clock only after a second or so, first too far.
 // A time is that of 256 greedy tokens, from the host, at about the same context: 16 at a time, then
 // the sequence is cut back. --phases prints when the phases of a layer end, in the median.
 // Weights are random float16; all layers come from one host matrix, but lie apart on the device.
@@ -70,14 +72,21 @@ void print_phases(Backend& backend, SequenceId id, const Shape& shape) {
   }
 }
 
-std::string measure(const Shape& shape, const std::vector<std::int64_t>& contexts, int repeats,
-                    bool phases) {
+struct Settings {
+  std::vector<std::int64_t> contexts;
+  int repeats = 7;
+  double warm_up_seconds = 3.0;
+  bool phases = false;
+};
+
+std::string measure(const Shape& shape, const Settings& settings) {
   const auto model = std::make_shared<SharedModel>(shape);
   const auto backend = make_cuda_backend(model, {});
   const double ceiling = backend->measure_read_ceiling();
   std::string rows;
   const std::int32_t steps = backend->info().decode_ahead;
-  for (const std::int64_t context : contexts) {
+  double warm_up_ms = settings.warm_up_seconds * 1e3;
+  for (const std::int64_t context : settings.contexts) {
     const std::int64_t start = std::min(context, backend->info().max_positions - steps);
     const SequenceId id = backend->create_sequence({});
     std::vector<TokenId> prompt(start);
@@ -85,8 +94,7 @@ std::string measure(const Shape& shape, const std::vector<std::int64_t>& context
       prompt[i] = static_cast<TokenId>(i * 7919 % shape.vocab);
     backend->prefill(id, prompt, {});
     std::vector<SampledToken> sampled(steps);
-    std::vector<double> milliseconds;
-    for (int repeat = -1; repeat < repeats; ++repeat) {
+    const auto decode = [&] {
       const auto begin = std::chrono::steady_clock::now();
       for (int done = 0; done < kTokens; done += steps) {
         backend->truncate(id, start);
@@ -94,10 +102,15 @@ std::string measure(const Shape& shape, const std::vector<std::int64_t>& context
       }
       const std::chrono::duration<double, std::milli> took =
           std::chrono::steady_clock::now() - begin;
-      if (repeat >= 0) milliseconds.push_back(took.count() / kTokens);
-    }
+      return took.count();
+    };
+    decode();
+    while (warm_up_ms > 0) warm_up_ms -= decode();
+    std::vector<double> milliseconds;
+    for (int repeat = 0; repeat < settings.repeats; ++repeat)
+      milliseconds.push_back(decode() / kTokens);
     backend->truncate(id, start);
-    if (phases) print_phases(*backend, id, shape);
+    if (settings.phases) print_phases(*backend, id, shape);
     backend->release_sequence(id);
     const Summary time = summary(milliseconds);
     const double share =
@@ -120,12 +133,13 @@ std::string measure(const Shape& shape, const std::vector<std::int64_t>& context
 int main(int argc, char** argv) {
   return run_benchmark("decode_time", [&] {
     ShapeArguments arguments(argc, argv);
-    const auto contexts = arguments.numbers("--contexts", {16, 128, 1024, 2047});
-    const auto repeats = static_cast<int>(arguments.numbers("--repeats", {7}).at(0));
-    const bool phases = arguments.flag("--phases");
+    Settings settings;
+    settings.contexts = arguments.numbers("--contexts", {16, 128, 1024, 2047});
+    settings.repeats = static_cast<int>(arguments.numbers("--repeats", {7}).at(0));
+    settings.warm_up_seconds = static_cast<double>(arguments.numbers("--warm-up", {3}).at(0));
+    settings.phases = arguments.flag("--phases");
     std::vector<std::string> results;
-    for (const Shape* shape : arguments.shapes())
-      results.push_back(measure(*shape, contexts, repeats, phases));
+    for (const Shape* shape : arguments.shapes()) results.push_back(measure(*shape, settings));
     return results;
   });
 }

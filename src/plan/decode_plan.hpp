@@ -71,7 +71,7 @@ struct MatrixPlan {
 // How one (layer, head) of the KV cache is streamed. A page holds, for each layer and head, blocks
 // of `block_positions` keys followed by as many values: [blocks][2][block_positions][head_dim].
 struct KvPlan {
-  std::int32_t block_positions = 0;  // 8, 16, 32 or 64: the most that fit into a ring stage
+  std::int32_t block_positions = 0;  // 16, 32 or 64: the most that fit into a ring stage
   std::int64_t block_bytes = 0;
   std::int64_t head_bytes = 0;  // one page, one layer, one head
   std::int64_t page_bytes = 0;  // one page, all layers and heads

@@ -925,13 +925,14 @@ class DecodeStep {
     const plan::AttentionSplits splits = splits_at(p, position);
     Query query;
     Softmax state;
-    int task = -1;
+    int task = -1, head = 0, last_block = 0;
     while (comes(Stream::attention)) {
       const RingAnnouncement what = ring.wait();
-      const int head = what.label.first / splits.splits;
-      const int split = what.label.first % splits.splits;
       if (what.label.first != task) {
         task = what.label.first;
+        head = task / splits.splits;
+        const int split = task % splits.splits;
+        last_block = min((split + 1) * splits.blocks_per_split, splits.blocks) - 1;
         prepare_head(head, position);
         load_query(query);
         state.maximum = -INFINITY;
@@ -943,8 +944,7 @@ class DecodeStep {
       const int block = what.label.second;
       attend_block(layer, head, block, position, what.data, query, state);
       release_stage();
-      if (block + 1 == min((split + 1) * splits.blocks_per_split, splits.blocks))
-        combine_warps(head, task, splits.splits, state);
+      if (block == last_block) combine_warps(head, task, splits.splits, state);
     }
   }
 
@@ -971,60 +971,120 @@ class DecodeStep {
     return isinf(first) ? first : first + second;
   }
 
-  // This warp's groups of 8 positions of one block, which lies at `data` in shared memory.
+  // Positions that a warp takes at once; the smallest block of the cache has as many.
+  static constexpr int kGroup = 16;
+  // Steps of a head whose keys, or values, are under way together. What is behind the head's end is
+  // zero: no branch keeps loads and products apart.
+  static constexpr int kStepsAtOnce = kMaxHeadSteps <= 5 ? kMaxHeadSteps : 4;
+  static_assert(kMaxHeadSteps % kStepsAtOnce == 0);
+
+  // This warp's group of positions of one block, which lies at `data` in shared memory. The warps
+  // take the groups of one block after the other in turn.
   __device__ __forceinline__ void attend_block(int layer, int head, int block, int position,
                                                std::uint32_t data, const Query& query,
                                                Softmax& state) {
-    const int groups = p.kv_block_positions / 8;
+    const int groups = p.kv_block_positions / kGroup;
     const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
     if (group >= groups) return;
-    const int first = block * p.kv_block_positions + group * 8;
+    const int first = block * p.kv_block_positions + group * kGroup;
     if (first > position) return;
     const int row_bytes = p.head_dim * 2;
-    char* keys = static_cast<char*>(__cvta_shared_to_generic(data)) + group * 8 * row_bytes;
+    char* keys = static_cast<char*>(__cvta_shared_to_generic(data)) + group * kGroup * row_bytes;
     char* values = keys + p.kv_block_positions * row_bytes;
-    if (position < first + 8) insert_current(layer, head, position, keys, values);
+    if (position < first + kGroup) insert_current(layer, head, position, keys, values);
 
-    float score[4] = {};
+    float score[2][4] = {};  // of the group's halves
+    multiply_keys(query, shared_address(keys + g * row_bytes) + q * 8, score);
+    // Lanes point at the halves' rows, at the first and the second 8 dimensions of a step.
+    const std::uint32_t rows =
+        shared_address(values + (lane / 16 * 8 + lane % 8) * row_bytes) + lane / 8 % 2 * 16;
+    uint4 value[kStepsAtOnce];
+    load_values(rows, 0, value);
+    std::uint32_t weights[2];
+    const float correction = weigh(first, position, score, state, weights);
 #pragma unroll
-    for (int t = 0; t < kMaxHeadSteps; ++t) {
-      if (16 * t >= p.head_dim) continue;
-      const uint2 key = *reinterpret_cast<const uint2*>(keys + g * row_bytes + t * 32 + q * 8);
-      uint2 part;
-      if constexpr (kQueryInRegisters)
-        part = query.step[t];
-      else
-        part = query_step(t);
-      mma_16x8x16<T>(score, make_uint4(part.x, 0, part.y, 0), key.x, key.y);
+    for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
+      if (begin > 0) load_values(rows, begin, value);
+#pragma unroll
+      for (int i = 0; i < kStepsAtOnce; ++i) {
+        float(&output)[4] = state.output[begin + i];
+        for (float& element : output) element *= correction;
+        mma_16x8x16<T>(output, value[i], weights[0], weights[1]);
+      }
     }
-    // Lanes 0 to 3 and 4 to 7 hold the scores of positions first + 2q and first + 2q + 1, from the
+  }
+
+  // From the scores of a group, which begins at position `first`, the weights of its values as
+  // operand B: rounded in column 0, what rounding took from them in column 1. Updates the state but
+  // for its outputs; returns what these are to be multiplied by.
+  __device__ __forceinline__ float weigh(int first, int position, float (&score)[2][4],
+                                         Softmax& state, std::uint32_t (&weights)[2]) const {
+    // Of each half, lanes 0 to 3 and 4 to 7 hold the scores of positions 2q and 2q + 1, from the
     // two parts of the query.
-    const float other0 = __shfl_xor_sync(kAllLanes, score[0], 4);
-    const float other1 = __shfl_xor_sync(kAllLanes, score[1], 4);
-    score[0] = g == 0 ? both_parts(score[0], other0) : both_parts(other0, score[0]);
-    score[1] = g == 0 ? both_parts(score[1], other1) : both_parts(other1, score[1]);
-    const float score0 = first + 2 * q <= position ? score[0] : -INFINITY;
-    const float score1 = first + 2 * q + 1 <= position ? score[1] : -INFINITY;
-    float maximum = warp_max<4>(fmaxf(score0, score1));
-    maximum = fmaxf(state.maximum, __shfl_sync(kAllLanes, maximum, 0));
-    const float correction = exp2f(state.maximum - maximum);
+    float maximum = state.maximum;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& own = score[half][i];
+        const float other = __shfl_xor_sync(kAllLanes, own, 4);
+        own = g == 0 ? both_parts(own, other) : both_parts(other, own);
+        if (first + 8 * half + 2 * q + i > position) own = -INFINITY;
+        maximum = fmaxf(maximum, own);
+      }
+    }
+    maximum = __shfl_sync(kAllLanes, warp_max<4>(maximum), 0);
+    const float correction = exp2_approximately(state.maximum - maximum);
     state.maximum = maximum;
-    const float weight0 = g < 2 ? exp2f(score0 - maximum) : 0.0f;
-    const float weight1 = g < 2 ? exp2f(score1 - maximum) : 0.0f;
-    state.sum = state.sum * correction + weight0 + weight1;
-    // As operand B: rounded in column 0, what rounding took from them in column 1.
-    std::uint32_t weights = pack<T>(weight0, weight1);
-    const float2 rounded = unpack<T>(weights);
-    if (g == 1) weights = pack<T>(weight0 - rounded.x, weight1 - rounded.y);
-    const std::uint32_t row = shared_address(values + (lane % 8) * row_bytes + (lane / 8 % 2) * 16);
+    state.sum *= correction;
 #pragma unroll
-    for (int t = 0; t < kMaxHeadSteps; ++t) {
-      if (16 * t >= p.head_dim) continue;
+    for (int half = 0; half < 2; ++half) {
+      const float weight0 = g < 2 ? exp2_approximately(score[half][0] - maximum) : 0.0f;
+      const float weight1 = g < 2 ? exp2_approximately(score[half][1] - maximum) : 0.0f;
+      state.sum += weight0 + weight1;
+      weights[half] = pack<T>(weight0, weight1);
+      const float2 rounded = unpack<T>(weights[half]);
+      if (g == 1) weights[half] = pack<T>(weight0 - rounded.x, weight1 - rounded.y);
+    }
+    return correction;
+  }
+
+  // score += query keys, for the two halves of a group; `keys` is where this lane's part of the
+  // first half lies in shared memory.
+  __device__ __forceinline__ void multiply_keys(const Query& query, std::uint32_t keys,
+                                                float (&score)[2][4]) const {
+    const int half_bytes = 8 * p.head_dim * 2;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) state.output[t][i] *= correction;
-      std::uint32_t upper, lower;
-      load_matrix_2_transposed(upper, lower, row + t * 32);
-      mma_16x8x8<T>(state.output[t], upper, lower, weights);
+    for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
+      uint2 part[kStepsAtOnce], key[kStepsAtOnce][2] = {};
+#pragma unroll
+      for (int i = 0; i < kStepsAtOnce; ++i) {
+        const int t = begin + i;
+        if constexpr (kQueryInRegisters)
+          part[i] = query.step[t];
+        else
+          part[i] = query_step(t);
+        const bool is_there = 16 * t < p.head_dim;
+        key[i][0] = load_shared_2_if(keys + t * 32, is_there);
+        key[i][1] = load_shared_2_if(keys + half_bytes + t * 32, is_there);
+      }
+#pragma unroll
+      for (int i = 0; i < kStepsAtOnce; ++i) {
+        const uint4 operand = make_uint4(part[i].x, 0, part[i].y, 0);
+        mma_16x8x16<T>(score[0], operand, key[i][0].x, key[i][0].y);
+        mma_16x8x16<T>(score[1], operand, key[i][1].x, key[i][1].y);
+      }
+    }
+  }
+
+  // Steps of a group's values from step `begin` on, as operands A.
+  __device__ __forceinline__ void load_values(std::uint32_t rows, int begin,
+                                              uint4 (&value)[kStepsAtOnce]) const {
+#pragma unroll
+    for (int i = 0; i < kStepsAtOnce; ++i) {
+      value[i] = make_uint4(0, 0, 0, 0);
+      if (16 * (begin + i) < p.head_dim)
+        value[i] = load_matrix_4_transposed(rows + (begin + i) * 32);
     }
   }
 
@@ -1032,7 +1092,7 @@ class DecodeStep {
   // the values behind it in this group: whatever lies there must not reach a product.
   __device__ __forceinline__ void insert_current(int layer, int head, int position, char* keys,
                                                  char* values) {
-    const int row = position % 8;
+    const int row = position % kGroup;
     const T* ready = head_inputs().ready;
     for (int dim = lane; dim < p.head_dim; dim += 32) {
       const T key = ready[p.head_dim + dim];
@@ -1040,7 +1100,7 @@ class DecodeStep {
       reinterpret_cast<T*>(keys)[row * p.head_dim + dim] = key;
       reinterpret_cast<T*>(values)[row * p.head_dim + dim] = value;
       cache.store(layer, head, position, dim, key, value);
-      for (int later = row + 1; later < 8; ++later)
+      for (int later = row + 1; later < kGroup; ++later)
         reinterpret_cast<T*>(values)[later * p.head_dim + dim] = static_cast<T>(0.0f);
     }
     fence_before_bulk_copy();

@@ -34,6 +34,13 @@ __device__ __forceinline__ float2 unpack(std::uint32_t pair) {
   }
 }
 
+// Within 2 units of the last place; 0 where the result is too small for a normal number.
+__device__ __forceinline__ float exp2_approximately(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 __device__ __forceinline__ float activate(Activation activation, float x) {
   switch (activation) {
     case Activation::gelu_erf: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));

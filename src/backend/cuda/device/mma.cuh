@@ -44,37 +44,6 @@ __device__ __forceinline__ void mma_16x8x16(float (&result)[4], uint4 a, std::ui
   }
 }
 
-// result += A B for A 16 x 8 and B 8 x 8: `a_upper` is row g, `a_lower` row g + 8 at k = 2q, 2q +
-// 1; `b` is column g at the same k.
-template <typename T>
-__device__ __forceinline__ void mma_16x8x8(float (&result)[4], std::uint32_t a_upper,
-                                           std::uint32_t a_lower, std::uint32_t b) {
-  if constexpr (MmaInput<T>::kIsHalf) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(result[0]), "+f"(result[1]), "+f"(result[2]), "+f"(result[3])
-        : "r"(a_upper), "r"(a_lower), "r"(b));
-  } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, "
-        "{%0,%1,%2,%3};"
-        : "+f"(result[0]), "+f"(result[1]), "+f"(result[2]), "+f"(result[3])
-        : "r"(a_upper), "r"(a_lower), "r"(b));
-  }
-}
-
-// Two 8 x 8 blocks of 16-bit values, transposed on the way: lanes 0-7 and 8-15 point at the rows
-// (16 bytes each) of the first and the second; lane (g, q) gets rows 2q, 2q + 1 of column g.
-__device__ __forceinline__ void load_matrix_2_transposed(std::uint32_t& first,
-                                                         std::uint32_t& second,
-                                                         std::uint32_t shared_row_address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-               : "=r"(first), "=r"(second)
-               : "r"(shared_row_address)
-               : "memory");
-}
-
 // Four 8 x 8 blocks of 16-bit values: lanes 8 i to 8 i + 7 point at the rows (16 bytes each) of
 // block i; lane (g, q) gets columns 2q, 2q + 1 of row g of each.
 __device__ __forceinline__ uint4 load_matrix_4(std::uint32_t shared_row_address) {

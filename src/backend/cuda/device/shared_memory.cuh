@@ -19,6 +19,23 @@ __device__ __forceinline__ void store_shared(std::uint32_t address, float value)
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
+// Two words, or zeros if they do not count.
+__device__ __forceinline__ uint2 load_shared_2_if(std::uint32_t address, int counts) {
+  uint2 words;
+  asm volatile(
+      "{\n"
+      ".reg .pred counts;\n"
+      "setp.ne.s32 counts, %3, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "@counts ld.shared.v2.u32 {%0, %1}, [%2];\n"
+      "}"
+      : "=&r"(words.x), "=&r"(words.y)
+      : "r"(address), "r"(counts)
+      : "memory");
+  return words;
+}
+
 // A number, or 0 if it does not count.
 __device__ __forceinline__ float load_shared_if(std::uint32_t address, int counts, float) {
   float value;

@@ -44,12 +44,6 @@ struct AttentionShape {
   static constexpr int kSharedBytes = kQueryOffset + kRows * kRowBytes;
 };
 
-__device__ __forceinline__ float exp2_approximately(float x) {
-  float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
-  return result;
-}
-
 template <typename T, int kHeadSteps>
 class AttentionTile {
  public:
