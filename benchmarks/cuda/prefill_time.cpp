@@ -28,48 +28,51 @@ double floating_point_operations(const Shape& shape, double tokens) {
   return static_cast<double>(shape.layers) * layer + 2 * hidden * static_cast<double>(shape.vocab);
 }
 
-// Milliseconds of each repeat, sorted; the first, which asks cuBLASLt for its algorithms, is left
-// out and comes in `first`.
-std::vector<double> measure(Backend& backend, const Shape& shape, std::int64_t tokens,
-                            double& first) {
+struct Milliseconds {
+  double first;                 // which asks cuBLASLt for its algorithms
+  double second;                // which makes a CUDA graph of a short prompt
+  std::vector<double> repeats;  // sorted
+};
+
+Milliseconds measure(Backend& backend, const Shape& shape, std::int64_t tokens) {
   std::vector<TokenId> prompt(static_cast<std::size_t>(tokens));
   for (std::int64_t i = 0; i < tokens; ++i)
     prompt[i] = static_cast<TokenId>(i * 7919 % shape.vocab);
   const SequenceId id = backend.create_sequence({});
   backend.reserve(id, tokens);
-  std::vector<double> milliseconds;
-  for (int repeat = 0; repeat <= kRepeats; ++repeat) {
+  const auto prefill = [&] {
     SampledToken sampled;
     PrefillOutput output;
     output.sampled = &sampled;
     const auto begin = std::chrono::steady_clock::now();
     backend.prefill(id, prompt, output);
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - begin;
-    milliseconds.push_back(took.count());
     backend.truncate(id, 0);
-  }
+    return took.count();
+  };
+  Milliseconds result{.first = prefill(), .second = prefill(), .repeats = {}};
+  for (int repeat = 0; repeat < kRepeats; ++repeat) result.repeats.push_back(prefill());
   backend.release_sequence(id);
-  first = milliseconds.front();
-  milliseconds.erase(milliseconds.begin());
-  std::sort(milliseconds.begin(), milliseconds.end());
-  return milliseconds;
+  std::sort(result.repeats.begin(), result.repeats.end());
+  return result;
 }
 
 std::string measure(const Shape& shape, const std::vector<std::int64_t>& counts) {
   const auto backend = make_cuda_backend(std::make_shared<SharedModel>(shape), {});
   std::string rows;
   for (const std::int64_t tokens : counts) {
-    double first = 0;
-    const std::vector<double> times = measure(*backend, shape, tokens, first);
+    const auto [first, second, times] = measure(*backend, shape, tokens);
     const double median = times[times.size() / 2];
     const double rate =
         floating_point_operations(shape, static_cast<double>(tokens)) / median / 1e9;
-    std::fprintf(
-        stderr, "%-12s %5ld tokens: %.3f ms (%.3f to %.3f, the first %.1f), %.0f TFLOP/s\n",
-        shape.name, static_cast<long>(tokens), median, times.front(), times.back(), first, rate);
+    std::fprintf(stderr,
+                 "%-12s %5ld tokens: %.3f ms (%.3f to %.3f; the first %.1f, the second %.1f), %.0f "
+                 "TFLOP/s\n",
+                 shape.name, static_cast<long>(tokens), median, times.front(), times.back(), first,
+                 second, rate);
     rows += fmt::format(
-        R"({}{{"tokens": {}, "ms": {:.4f}, "low": {:.4f}, "high": {:.4f}, "first": {:.2f}, "tflops": {:.1f}}})",
-        rows.empty() ? "" : ", ", tokens, median, times.front(), times.back(), first, rate);
+        R"({}{{"tokens": {}, "ms": {:.4f}, "low": {:.4f}, "high": {:.4f}, "first": {:.2f}, "second": {:.2f}, "tflops": {:.1f}}})",
+        rows.empty() ? "" : ", ", tokens, median, times.front(), times.back(), first, second, rate);
   }
   return fmt::format(R"({{"model": "{}", "device": "{}", "prompts": [{}]}})", shape.name,
                      backend->info().device, rows);
