@@ -241,6 +241,13 @@ def down_of_odd_size() -> tuple[LayerCall, tuple[torch.Tensor, ...], tuple[int, 
     return _layer_calls.MLP_DOWN, tensors, (0, 0)
 
 
+def down_of_ones(*shape: int) -> tuple[torch.Tensor, ...]:
+    """Tensors of `mlp_down` with an input of this shape; its results are 35."""
+    hidden = shape[-1]
+    shapes = (shape, (1, hidden), (32,), (hidden, 32), (hidden,))
+    return tuple(torch.ones(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU takes no such size")
 def test_fake_results():
     """A mode that makes other tensors of the results."""
@@ -256,9 +263,7 @@ def test_no_fake_results_stay_in_stock():
     """What a mode made is not given to those who call when it is over."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    hidden = 1472  # of no other test
-    shapes = ((1, hidden), (1, hidden), (32,), (hidden, 32), (hidden,))
-    tensors = tuple(torch.ones(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
+    tensors = down_of_ones(1, 3072)  # of no other test
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert _layer_calls.MLP_DOWN.eager(tensors, (0, 0), None) is None
     (result,) = _layer_calls.MLP_DOWN.eager(tensors, (0, 0), None)
@@ -347,12 +352,15 @@ def test_inference_tensors_are_told_apart():
 
 def test_many_shapes():
     """More than there are kept blocks for."""
-    for hidden in (*range(32, 32 * 45, 32), 32):
-        shapes = ((1, hidden), (1, hidden), (32,), (hidden, 32), (hidden,))
-        tensors = tuple(torch.ones(shape, dtype=torch.float16, device=DEVICE) for shape in shapes)
+    # Those that a GPU's kernels take.
+    sizes = sorted({count * step for step in (32, 64, 128, 256) for count in range(1, 11)})
+    shapes = [shape for hidden in sizes for shape in ((1, hidden), (1, 1, hidden))]
+    assert len(shapes) > 32
+    for shape in (*shapes, shapes[0]):
+        tensors = down_of_ones(*shape)
         for _ in range(2):
             (result,) = _layer_calls.MLP_DOWN.eager(tensors, (0, 0), None)
-            assert result.shape == (1, hidden)
+            assert result.shape == shape
             assert (result == 35).all()
 
 
