@@ -59,9 +59,8 @@ MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns
   for (const std::int32_t iterations : {kGoodIterations, kMaxIterations})
     if (const auto plan = cut(rows, columns, iterations, target_bytes)) return *plan;
   fail(ErrorKind::unsupported,
-       "the streaming decode kernel cannot cut {} [{}, {}]: the number of columns must be a "
-       "multiple of 32 (of 256 above 2560) and at most 20480; run this model on the CPU (device "
-       "\"cpu\")",
+       "the streaming decode kernel cannot cut {} [{}, {}]: the number of columns must be one to "
+       "ten times a power of two of 32 to 2048; run this model on the CPU (device \"cpu\")",
        name, rows, columns);
 }
 
