@@ -164,12 +164,36 @@ GRAPH_CONTEXT = LayerCall(
 Run: TypeAlias = Callable[
     [LayerCall, tuple[Tensor, ...], tuple[Any, ...], Sequence[Tensor] | None], Any
 ]
-# How a call is made, by the type of its first tensor; run_subclass() where that is not here.
+# How a call is made that was left to the other way, by the type of its first tensor;
+# _run_subclass() where that is not here.
 FRAMEWORKS: dict[type, Run] = {}
 SUBCLASSES: dict[type, Run] = {}
 
 
-def run_subclass(
+def _never() -> bool:
+    return False
+
+
+# Whether torch.compile traces, which cannot see into an eager function. torch's own, once it is
+# there.
+is_compiling: Callable[[], bool] = _never
+
+
+def run(
+    call: LayerCall,
+    tensors: tuple[Tensor, ...],
+    settings: tuple[Any, ...],
+    out: Sequence[Tensor] | None,
+) -> Any:
+    """Makes a call: in the short way if it is as usual."""
+    if not is_compiling():
+        results = call.eager(tensors, settings, out)
+        if results is not None:
+            return results
+    return FRAMEWORKS.get(type(tensors[0]), _run_subclass)(call, tensors, settings, out)
+
+
+def _run_subclass(
     call: LayerCall,
     tensors: tuple[Tensor, ...],
     settings: tuple[Any, ...],

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from clusterfusion import _layer_calls
 from clusterfusion._layer_calls import (
     ATTENTION_MLP_UP,
     CACHES,
@@ -38,22 +39,15 @@ _SETTING_TYPES = {
 }
 
 
-_is_compiling = torch.compiler.is_dynamo_compiling
-_is_grad_enabled = torch.is_grad_enabled
-
-
 def _run(
     call: LayerCall,
     tensors: tuple[Any, ...],
     settings: tuple[Any, ...],
     out: Sequence[torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:
-    if _is_compiling():
+    if _layer_calls.is_compiling():
         return _dispatch(call, tensors, settings, out)
-    results = call.eager(tensors, settings, out)
-    if results is not None:
-        return results
-    if _is_grad_enabled() and _wants_gradient(tensors):
+    if torch.is_grad_enabled() and _wants_gradient(tensors):
         check(call, tensors, settings)  # whose errors say more than the dispatcher's
         return _dispatch(call, tensors, settings, out)
     return _run_native(call, tensors, settings, out)
@@ -177,6 +171,7 @@ def _register(call: LayerCall) -> None:
 for _call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER):
     _register(_call)
 
+_layer_calls.is_compiling = torch.compiler.is_dynamo_compiling
 set_up_eager(torch, torch.nn.Parameter)
 FRAMEWORKS[torch.Tensor] = FRAMEWORKS[torch.nn.Parameter] = _run
 SUBCLASSES[torch.Tensor] = _dispatch

@@ -28,10 +28,9 @@ from collections.abc import Sequence
 from clusterfusion._layer_calls import (
     ATTENTION_MLP_UP,
     DECODER_LAYER,
-    FRAMEWORKS,
     MLP_DOWN,
     Tensor,
-    run_subclass,
+    run,
 )
 
 # apache-tvm-ffi imports torch wherever there is one. Before 2.4 torch.library has no custom_op.
@@ -121,7 +120,7 @@ def attention_mlp_up(
         mlp_up_bias,
     )
     settings = (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, 0, 0)
-    return FRAMEWORKS.get(type(input), run_subclass)(ATTENTION_MLP_UP, tensors, settings, out)
+    return run(ATTENTION_MLP_UP, tensors, settings, out)
 
 
 def mlp_down(
@@ -147,7 +146,6 @@ def mlp_down(
         hidden_states + attn_output + the MLP's output, in the shape of `hidden_states`.
     """
     tensors = (hidden_states, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias)
-    run = FRAMEWORKS.get(type(hidden_states), run_subclass)
     return run(MLP_DOWN, tensors, (0, 0), None if out is None else (out,))[0]
 
 
@@ -208,4 +206,4 @@ def decoder_layer(
         mlp_down_bias,
     )
     settings = (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, split, 0, 0)
-    return FRAMEWORKS.get(type(input), run_subclass)(DECODER_LAYER, tensors, settings, out)
+    return run(DECODER_LAYER, tensors, settings, out)

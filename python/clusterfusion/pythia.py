@@ -17,12 +17,11 @@ from clusterfusion._arguments import integer
 from clusterfusion._layer_calls import (
     ATTENTION_MLP_UP,
     DECODER_LAYER,
-    FRAMEWORKS,
     GRAPH_CONTEXT,
     MLP_DOWN,
     Tensor,
     check,
-    run_subclass,
+    run,
 )
 
 
@@ -76,7 +75,6 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         sizes: Of the layers; tensors of other sizes raise.
     """
     hidden, intermediate, num_heads, rotary_dim = sizes
-    options = (num_heads, rotary_dim, _EPS, _ACTIVATION)
     contexts: dict[int, _GraphContext] = {}
 
     def attention_only(
@@ -142,8 +140,8 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             mlp_up_weight,
             mlp_up_bias,
         )
-        settings = (current_seq_len, *options, hidden, intermediate)
-        return FRAMEWORKS.get(type(input), run_subclass)(ATTENTION_MLP_UP, tensors, settings, None)
+        settings = (current_seq_len, num_heads, rotary_dim, _EPS, _ACTIVATION, hidden, intermediate)
+        return run(ATTENTION_MLP_UP, tensors, settings, None)
 
     def mlp_only(
         hidden_states: Tensor,
@@ -165,12 +163,19 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             hidden_states + attn_output + the MLP's output, in the shape of hidden_states.
         """
         tensors = (hidden_states, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias)
-        run = FRAMEWORKS.get(type(hidden_states), run_subclass)
         return run(MLP_DOWN, tensors, (hidden, intermediate), None)[0]
 
     def run_layer(tensors: tuple[Tensor, ...], current_seq_len: int | Tensor, split: bool) -> Any:
-        settings = (current_seq_len, *options, split, hidden, intermediate)
-        run = FRAMEWORKS.get(type(tensors[0]), run_subclass)
+        settings = (
+            current_seq_len,
+            num_heads,
+            rotary_dim,
+            _EPS,
+            _ACTIVATION,
+            split,
+            hidden,
+            intermediate,
+        )
         return run(DECODER_LAYER, tensors, settings, None)
 
     def make_decoder_layer(split: bool) -> Callable[..., Any]:

@@ -143,7 +143,7 @@ class Reader {
 };
 
 void refuse_gradients(PyObject* tensors) {
-  const Owned enabled = own(PyObject_CallFunctionObjArgs(torch.is_grad_enabled, nullptr));
+  const Owned enabled = own(PyObject_CallNoArgs(torch.is_grad_enabled));
   if (!is_true(enabled.get())) return;
   for (Py_ssize_t i = 0; i < PyTuple_Size(tensors); ++i) {
     PyObject* tensor = PyTuple_GetItem(tensors, i);
@@ -159,8 +159,7 @@ class Results {
   Results(PyObject* like, const DLTensor& like_view, void* stream) : like_(like) {
     // What is captured must be allocated anew, in the graph's own memory.
     from_stock_ = !library->is_capturing(like_view.device, stream);
-    const Owned inference =
-        own(PyObject_CallFunctionObjArgs(torch.is_inference_mode_enabled, nullptr));
+    const Owned inference = own(PyObject_CallNoArgs(torch.is_inference_mode_enabled));
     kind_.thread = PyThread_get_thread_ident();
     kind_.stream = stream;
     kind_.device = like_view.device;
@@ -279,10 +278,18 @@ PyObject* leave_it() {
   return share(Py_None).release();
 }
 
+// Calls on arrays of NumPy come here too, and are not to pay for an exception.
+bool begins_with_plain_tensor(PyObject* tensors) {
+  return PyTuple_Check(tensors) && PyTuple_Size(tensors) != 0 &&
+         is_plain_tensor(PyTuple_GetItem(tensors, 0));
+}
+
 template <auto function>
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3 || library == nullptr || !begins_with_plain_tensor(arguments[0])) {
+    return leave_it();
+  }
   try {
-    if (count != 3 || library == nullptr) throw Unusual{};
     return run(arguments[0], arguments[1], arguments[2], library->*function).release();
   } catch (const std::exception&) {  // Unusual, or no memory
     return leave_it();
