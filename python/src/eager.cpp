@@ -327,8 +327,7 @@ PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     found.exchange = find_exchange(found.tensor);
     found.make.tensor = found.tensor;
     found.make.new_empty = attribute(found.tensor, "new_empty");
-    found.make.unbind = attribute(package, "unbind");
-    found.make.unsafe_split = attribute(package, "unsafe_split");
+    found.make.split = attribute(package, "unsafe_split_with_sizes");
     found.is_grad_enabled = attribute(package, "is_grad_enabled");
     found.is_inference_mode_enabled = attribute(package, "is_inference_mode_enabled");
     found.requires_grad = own(PyUnicode_InternFromString("requires_grad")).release();
