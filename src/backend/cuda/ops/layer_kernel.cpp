@@ -2,6 +2,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
+#include "backend/cuda/ops/driver_function.hpp"
 #include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
@@ -25,25 +26,30 @@ const void* find_layer_kernel(DType dtype, int iterations, int head_dim) {
        name_of(dtype), head_dim, iterations);
 }
 
-void launch_layer(const void* kernel, const LayerParams& params, int sm_count,
+void launch_layer(CUfunction kernel, const LayerParams& params, int sm_count,
                   std::int64_t shared_bytes, cudaStream_t stream) {
+  static const auto launch = driver_function<decltype(cuLaunchKernelEx)>("cuLaunchKernelEx");
   void* arguments[] = {const_cast<LayerParams*>(&params)};
   // The launch before may still be ending: the kernel waits for that itself. The first half's
   // blocks wait for each other, so all of them must be resident.
-  cudaLaunchAttribute attributes[2]{};
+  CUlaunchAttribute attributes[2]{};
   const bool together = params.attention_and_up;
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = together ? 1 : 0;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(sm_count);
-  config.blockDim = dim3(kDecodeBlockThreads);
-  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-  config.stream = stream;
+  attributes[0].id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+  attributes[0].value.cooperative = together ? 1 : 0;
+  attributes[1].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  attributes[1].value.programmaticStreamSerializationAllowed = 1;
+  CUlaunchConfig config{};
+  config.gridDimX = static_cast<unsigned>(sm_count);
+  config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = kDecodeBlockThreads;
+  config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = static_cast<unsigned>(shared_bytes);
+  config.hStream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  check(cudaLaunchKernelExC(&config, kernel, arguments), "starting the layer kernel");
+  // The driver's errors have the numbers of the runtime's.
+  const auto error = static_cast<cudaError_t>(launch(&config, kernel, arguments, nullptr));
+  check(error, "starting the layer kernel");
 }
 
 }  // namespace clusterfusion::cuda

@@ -1,6 +1,7 @@
 // Finding and launching the fused layer kernel.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include "backend/cuda/ops/layer_params.hpp"
@@ -11,10 +12,10 @@ namespace clusterfusion::cuda {
 // and this head size. Errors: unsupported if there is none.
 const void* find_layer_kernel(DType dtype, int iterations, int head_dim);
 
-// Launches on `stream`, one block on each of `sm_count` SMs; all resident together if there is a
-// first half, whose blocks wait for each other. Blocks may take their places while the launch
-// before ends.
-void launch_layer(const void* kernel, const LayerParams& params, int sm_count,
+// Launches `kernel`, as the driver knows it on the current device, on `stream`, one block on each
+// of `sm_count` SMs; all resident together if there is a first half, whose blocks wait for each
+// other. Blocks may take their places while the launch before ends.
+void launch_layer(CUfunction kernel, const LayerParams& params, int sm_count,
                   std::int64_t shared_bytes, cudaStream_t stream);
 
 }  // namespace clusterfusion::cuda

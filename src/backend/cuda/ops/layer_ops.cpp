@@ -12,6 +12,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
+#include "backend/cuda/ops/driver_function.hpp"
 #include "backend/cuda/ops/layer_kernel.hpp"
 #include "backend/cuda/ops/layer_scratch.hpp"
 #include "backend/cuda/ops/relaxed_capture.hpp"
@@ -64,7 +65,7 @@ struct ShapeKey {
 struct LayerPlan {
   plan::DecodePlan plan;
   DecodeParams stream;
-  const void* kernel = nullptr;
+  CUfunction kernel = nullptr;  // of the device's primary context
   int sm_count = 0;
 };
 
@@ -94,9 +95,10 @@ std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
                static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)});
   result->stream = stream_params(config, result->plan, result->sm_count,
                                  /*half_the_products=*/false);
-  result->kernel = find_layer_kernel(key.dtype, fragments_needed(config, result->plan),
-                                     static_cast<int>(config.head_dim));
-  prepare_kernel(result->kernel, result->plan, properties);
+  const void* kernel = find_layer_kernel(key.dtype, fragments_needed(config, result->plan),
+                                         static_cast<int>(config.head_dim));
+  prepare_kernel(kernel, result->plan, properties);
+  check(cudaGetFuncBySymbol(&result->kernel, kernel), "looking for the layer kernel");
   return result;
 }
 
@@ -121,22 +123,6 @@ const LayerPlan& plan_for(const ShapeKey& key) {
   return *last_plan;
 }
 
-decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
-  static const auto encoder = [] {
-    const RelaxedCapture relaxed;
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                           cudaEnableDefault, &status),
-          "looking for cuTensorMapEncodeTiled");
-    require(
-        status == cudaDriverEntryPointSuccess, ErrorKind::unsupported,
-        "the NVIDIA driver has no cuTensorMapEncodeTiled; install a driver for CUDA 12 or later");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  return encoder;
-}
-
 // A cache [max_positions, hidden] of which one head's columns of `box_rows` rows are copied at
 // once: all that its tensor map says.
 struct CacheKey {
@@ -156,13 +142,15 @@ CUtensorMap make_cache_map(const CacheKey& key) {
   const cuuint32_t box[] = {static_cast<cuuint32_t>(key.head_dim),
                             static_cast<cuuint32_t>(key.box_rows)};
   const cuuint32_t steps[] = {1, 1};
+  static const auto encode =
+      driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
   const CUresult result =
-      tensor_map_encoder()(&map,
-                           key.dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                       : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                           2, key.cache, sizes, row_bytes, box, steps,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+      encode(&map,
+             key.dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+             2, key.cache, sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   require(result == CUDA_SUCCESS, ErrorKind::unsupported,
           "the driver cannot describe a cache [{}, {}] with heads of {} (error {})",
           key.max_positions, key.hidden, key.head_dim, static_cast<int>(result));
