@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <ranges>
 #include <utility>
 
 #include "base/fail.hpp"
@@ -204,13 +205,11 @@ void read_special_tokens(const JsonObject& root, ModelConfig& config) {
 }  // namespace
 
 Activation parse_activation(std::string_view name, std::string_view where) {
-  std::vector<std::string_view> known;
   for (const auto& [spelling, activation] : kActivations) {
     if (spelling == name) return activation;
-    known.push_back(spelling);
   }
   fail(ErrorKind::unsupported, "{} {} is not supported; expected one of {}", where, quote(name),
-       fmt::join(known, ", "));
+       fmt::join(std::views::keys(kActivations), ", "));
 }
 
 ModelConfig parse_config(std::string_view json, const std::string& file) {
