@@ -2,6 +2,7 @@
 //
 // CLUSTERFUSION_LAYER_REPEATS says how often the tests of repeats repeat (10000): few under
 // compute-sanitizer.
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
@@ -23,6 +24,7 @@
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/cuda_backend.hpp"
 #include "backend/cuda/memory.hpp"
+#include "backend/cuda/ops/driver_function.hpp"
 #include "clusterfusion/error.hpp"
 #include "ops/reference_layer.hpp"
 
@@ -673,6 +675,29 @@ TEST_F(LayerTest, ShapesTakeTurns) {
               << "shape " << i << ", turn " << turn;
       }
     }
+}
+
+// Other code may take a thread's context away. The CUDA runtime finds it again by itself.
+TEST_F(LayerTest, RunWithoutACurrentContext) {
+  const auto set_context = cuda::driver_function<decltype(cuCtxSetCurrent)>("cuCtxSetCurrent");
+  LayerFixture host({128, 4, 512, 8, 70});
+  for (const bool new_thread : {false, true}) {
+    DeviceLayer layer(host);
+    layer.at(69);
+    for (const Call call : kAllCalls) {
+      const Bytes expected = layer.run(call, 69);
+      const auto again = [&] {
+        layer.fill_caches(69);
+        EXPECT_EQ(set_context(nullptr), CUDA_SUCCESS);
+        layer.enqueue(call);
+      };
+      if (new_thread)
+        std::thread(again).join();
+      else
+        again();
+      EXPECT_TRUE(layer.download(call) == expected);
+    }
+  }
 }
 
 TEST_F(LayerTest, RefusesShapesWithoutAKernel) {

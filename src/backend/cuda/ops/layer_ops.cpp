@@ -34,13 +34,19 @@ class CurrentDevice {
         "the tensors are on cuda:{}, and the CUDA runtime finds {} GPUs; move the tensors to the "
         "CPU",
         device, devices);
+    // Nothing to do in most calls: the context of this device is the thread's since the last one.
+    // Without a context, as in a new thread, the driver's own functions fail.
+    static const auto get_context = driver_function<decltype(cuCtxGetCurrent)>("cuCtxGetCurrent");
+    thread_local int last_device = -1;
+    thread_local CUcontext last_context = nullptr;
+    CUcontext context = nullptr;
+    get_context(&context);
+    if (context != nullptr && context == last_context && device == last_device) return;
     check(cudaGetDevice(&before_), "asking for the current device");
     changed_ = device != before_;
-    // The driver's own functions need what only choosing a device gives to a new thread.
-    thread_local int chosen_before = -1;
-    if (!changed_ && chosen_before == device) return;
     check(cudaSetDevice(device), "choosing the device");
-    chosen_before = device;
+    get_context(&last_context);
+    last_device = device;
   }
   ~CurrentDevice() {
     if (changed_) cudaSetDevice(before_);
