@@ -2,15 +2,17 @@
 
 The plain call on torch tensors is the short way: one C function (python/src/eager.cpp) makes the
 results and calls the library with all tensors, on torch's current stream. It leaves whatever is not
-as usual to the other way: results from the caller's framework, then one call of the library through
-apache-tvm-ffi. Nothing is looked at in Python unless something went wrong. torch's dispatcher is
-gone through only where it is needed: under torch.compile, with fake tensors, and where a gradient
-is asked for (there is none).
+as usual to the other way, make_call(): results from the caller's framework, then one call of the
+library through apache-tvm-ffi. Nothing is looked at in Python unless something went wrong. torch's
+dispatcher is gone through only where it is needed: under torch.compile, with fake tensors, and
+where a gradient is asked for (there is none).
 """
 
 from __future__ import annotations
 
+import functools
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -41,22 +43,6 @@ class LayerCall(NamedTuple):
     results: tuple[str, ...]
     # New results from an allocator, the tensors and the settings.
     allocate: Callable[[Allocate, Sequence[Tensor], Sequence[Any]], tuple[Tensor, ...]]
-    # The whole call on plain torch tensors, from tensors, settings and `out`. Returns the results,
-    # or None: then nothing has happened, and the call is to be made in the other way.
-    eager: Callable[..., tuple[Tensor, ...] | None]
-
-
-def _eager_function(name: str) -> Callable[..., tuple[Tensor, ...] | None]:
-    if _eager is None:
-        return lambda tensors, settings, out: None
-    function: Callable[..., tuple[Tensor, ...] | None] = getattr(_eager, name)
-    return function
-
-
-def set_up_eager(*torch: Any) -> None:
-    """Lets the eager functions know torch and its nn.Parameter."""
-    if _eager is not None:
-        _eager.set_up(_native.ops_eager_calls(), *torch)
 
 
 POSITION = "current_seq_len"
@@ -130,7 +116,6 @@ ATTENTION_MLP_UP = LayerCall(
     (*_LAYER_SETTINGS, *_SIZES),
     ("attn_output", "mlp_intermediate", "k_new", "v_new"),
     _attention_mlp_up_results,
-    _eager_function("attention_mlp_up"),
 )
 MLP_DOWN = LayerCall(
     "mlp_down",
@@ -139,7 +124,6 @@ MLP_DOWN = LayerCall(
     _SIZES,
     ("output",),
     _mlp_down_results,
-    _eager_function("mlp_down"),
 )
 DECODER_LAYER = LayerCall(
     "decoder_layer",
@@ -148,7 +132,6 @@ DECODER_LAYER = LayerCall(
     (*_LAYER_SETTINGS, "split", *_SIZES),
     ("output", "k_new", "v_new"),
     _decoder_layer_results,
-    _eager_function("decoder_layer"),
 )
 GRAPH_CONTEXT = LayerCall(
     "check_graph_context",
@@ -157,40 +140,59 @@ GRAPH_CONTEXT = LayerCall(
     _SIZES,
     (),
     lambda allocate, tensors, settings: (),
-    lambda tensors, settings, out: None,
 )
 
 
 Run: TypeAlias = Callable[
     [LayerCall, tuple[Tensor, ...], tuple[Any, ...], Sequence[Tensor] | None], Any
 ]
-# How a call is made that was left to the other way, by the type of its first tensor;
-# _run_subclass() where that is not here.
+# How a call is made in the other way, by the type of its first tensor; _run_subclass() where that
+# is not here.
 FRAMEWORKS: dict[type, Run] = {}
 SUBCLASSES: dict[type, Run] = {}
+
+_CALLS = {call.name: call for call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER)}
+
+
+def make_call(name: str, *arguments: Any) -> Any:
+    """Makes the call of this name in the other way. Its arguments: tensors, settings, `out`."""
+    call = _CALLS[name]
+    count = len(call.tensors)
+    tensors, settings, out = arguments[:count], arguments[count:-1], arguments[-1]
+    return FRAMEWORKS.get(type(tensors[0]), _run_subclass)(call, tensors, settings, out)
+
+
+# apache-tvm-ffi imports torch wherever there is one. Before 2.4 torch.library has no custom_op.
+_torch: Any = sys.modules.get("torch")
+HAS_TORCH = hasattr(getattr(_torch, "library", None), "custom_op")
 
 
 def _never() -> bool:
     return False
 
 
-# Whether torch.compile traces, which cannot see into an eager function. torch's own, once it is
-# there.
-is_compiling: Callable[[], bool] = _never
+# Whether torch.compile traces, which cannot see into the extension.
+is_compiling: Callable[[], bool] = _torch.compiler.is_dynamo_compiling if HAS_TORCH else _never
 
 
-def run(
-    call: LayerCall,
-    tensors: tuple[Tensor, ...],
-    settings: tuple[Any, ...],
-    out: Sequence[Tensor] | None,
-) -> Any:
-    """Makes a call: in the short way if it is as usual."""
-    if not is_compiling():
-        results = call.eager(tensors, settings, out)
-        if results is not None:
-            return results
-    return FRAMEWORKS.get(type(tensors[0]), _run_subclass)(call, tensors, settings, out)
+def _eager_function(call: LayerCall) -> Callable[..., Any] | None:
+    function: Callable[..., Any] | None = getattr(_eager, call.name, None) if HAS_TORCH else None
+    return function
+
+
+# What makes a call from its tensors, settings and `out`: where is_compiling(), and elsewhere.
+TRACED_ATTENTION_MLP_UP = functools.partial(make_call, ATTENTION_MLP_UP.name)
+TRACED_MLP_DOWN = functools.partial(make_call, MLP_DOWN.name)
+TRACED_DECODER_LAYER = functools.partial(make_call, DECODER_LAYER.name)
+EAGER_ATTENTION_MLP_UP = _eager_function(ATTENTION_MLP_UP) or TRACED_ATTENTION_MLP_UP
+EAGER_MLP_DOWN = _eager_function(MLP_DOWN) or TRACED_MLP_DOWN
+EAGER_DECODER_LAYER = _eager_function(DECODER_LAYER) or TRACED_DECODER_LAYER
+
+
+def set_up_eager(other_way: Callable[..., Any] = make_call) -> None:
+    """Lets the extension know torch, and what to call with a name and arguments for the rest."""
+    if _eager is not None:
+        _eager.set_up(_native.ops_eager_calls(), other_way, _torch, _torch.nn.Parameter)
 
 
 def _run_subclass(

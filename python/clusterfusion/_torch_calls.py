@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from clusterfusion import _layer_calls
 from clusterfusion._layer_calls import (
     ATTENTION_MLP_UP,
     CACHES,
@@ -25,6 +24,7 @@ from clusterfusion._layer_calls import (
     check,
     check_out,
     explain,
+    is_compiling,
     set_up_eager,
 )
 
@@ -45,7 +45,7 @@ def _run(
     settings: tuple[Any, ...],
     out: Sequence[torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:
-    if _layer_calls.is_compiling():
+    if is_compiling():
         return _dispatch(call, tensors, settings, out)
     if torch.is_grad_enabled() and _wants_gradient(tensors):
         check(call, tensors, settings)  # whose errors say more than the dispatcher's
@@ -171,7 +171,6 @@ def _register(call: LayerCall) -> None:
 for _call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER):
     _register(_call)
 
-_layer_calls.is_compiling = torch.compiler.is_dynamo_compiling
-set_up_eager(torch, torch.nn.Parameter)
+set_up_eager()
 FRAMEWORKS[torch.Tensor] = FRAMEWORKS[torch.nn.Parameter] = _run
 SUBCLASSES[torch.Tensor] = _dispatch

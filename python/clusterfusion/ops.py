@@ -22,19 +22,21 @@ kernel).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from clusterfusion._layer_calls import (
-    ATTENTION_MLP_UP,
-    DECODER_LAYER,
-    MLP_DOWN,
+    EAGER_ATTENTION_MLP_UP,
+    EAGER_DECODER_LAYER,
+    EAGER_MLP_DOWN,
+    HAS_TORCH,
+    TRACED_ATTENTION_MLP_UP,
+    TRACED_DECODER_LAYER,
+    TRACED_MLP_DOWN,
     Tensor,
-    run,
+    is_compiling,
 )
 
-# apache-tvm-ffi imports torch wherever there is one. Before 2.4 torch.library has no custom_op.
-if hasattr(getattr(sys.modules.get("torch"), "library", None), "custom_op"):
+if HAS_TORCH:
     from clusterfusion import _torch_calls  # noqa: F401
 
 __all__ = ["attention_mlp_up", "decoder_layer", "mlp_down"]
@@ -102,7 +104,8 @@ def attention_mlp_up(
         attn_output [1, hidden] (with bias, without residual), mlp_intermediate [intermediate]
         (after the activation), k_new and v_new [1, num_heads, head_dim] (what the caches got).
     """
-    tensors = (
+    call = TRACED_ATTENTION_MLP_UP if is_compiling() else EAGER_ATTENTION_MLP_UP
+    return call(
         input,
         weight_qkv,
         bias_qkv,
@@ -118,9 +121,15 @@ def attention_mlp_up(
         post_ln_bias,
         mlp_up_weight,
         mlp_up_bias,
+        current_seq_len,
+        num_heads,
+        rotary_dim,
+        layer_norm_eps,
+        activation,
+        0,
+        0,
+        out,
     )
-    settings = (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, 0, 0)
-    return run(ATTENTION_MLP_UP, tensors, settings, out)
 
 
 def mlp_down(
@@ -145,8 +154,18 @@ def mlp_down(
     Returns:
         hidden_states + attn_output + the MLP's output, in the shape of `hidden_states`.
     """
-    tensors = (hidden_states, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias)
-    return run(MLP_DOWN, tensors, (0, 0), None if out is None else (out,))[0]
+    call = TRACED_MLP_DOWN if is_compiling() else EAGER_MLP_DOWN
+    results = call(
+        hidden_states,
+        attn_output,
+        mlp_intermediate,
+        mlp_down_weight,
+        mlp_down_bias,
+        0,
+        0,
+        None if out is None else (out,),
+    )
+    return results[0]
 
 
 def decoder_layer(
@@ -186,7 +205,8 @@ def decoder_layer(
         output (the layer's, in the shape of `input`), k_new and v_new [1, num_heads, head_dim]
         (what the caches got).
     """
-    tensors = (
+    call = TRACED_DECODER_LAYER if is_compiling() else EAGER_DECODER_LAYER
+    return call(
         input,
         weight_qkv,
         bias_qkv,
@@ -204,6 +224,13 @@ def decoder_layer(
         mlp_up_bias,
         mlp_down_weight,
         mlp_down_bias,
+        current_seq_len,
+        num_heads,
+        rotary_dim,
+        layer_norm_eps,
+        activation,
+        split,
+        0,
+        0,
+        out,
     )
-    settings = (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, split, 0, 0)
-    return run(DECODER_LAYER, tensors, settings, out)

@@ -15,13 +15,16 @@ import numpy as np
 
 from clusterfusion._arguments import integer
 from clusterfusion._layer_calls import (
-    ATTENTION_MLP_UP,
-    DECODER_LAYER,
+    EAGER_ATTENTION_MLP_UP,
+    EAGER_DECODER_LAYER,
+    EAGER_MLP_DOWN,
     GRAPH_CONTEXT,
-    MLP_DOWN,
+    TRACED_ATTENTION_MLP_UP,
+    TRACED_DECODER_LAYER,
+    TRACED_MLP_DOWN,
     Tensor,
     check,
-    run,
+    is_compiling,
 )
 
 
@@ -123,7 +126,8 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             [{intermediate}] (after GELU), k_new (after RoPE) and v_new
             [1, {num_heads}, {head_dim}].
         """
-        tensors = (
+        call = TRACED_ATTENTION_MLP_UP if is_compiling() else EAGER_ATTENTION_MLP_UP
+        return call(
             input,
             weight_qkv,
             bias_qkv,
@@ -139,9 +143,15 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             post_ln_bias,
             mlp_up_weight,
             mlp_up_bias,
+            current_seq_len,
+            num_heads,
+            rotary_dim,
+            _EPS,
+            _ACTIVATION,
+            hidden,
+            intermediate,
+            None,
         )
-        settings = (current_seq_len, num_heads, rotary_dim, _EPS, _ACTIVATION, hidden, intermediate)
-        return run(ATTENTION_MLP_UP, tensors, settings, None)
 
     def mlp_only(
         hidden_states: Tensor,
@@ -162,11 +172,23 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         Returns:
             hidden_states + attn_output + the MLP's output, in the shape of hidden_states.
         """
-        tensors = (hidden_states, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias)
-        return run(MLP_DOWN, tensors, (hidden, intermediate), None)[0]
+        call = TRACED_MLP_DOWN if is_compiling() else EAGER_MLP_DOWN
+        results = call(
+            hidden_states,
+            attn_output,
+            mlp_intermediate,
+            mlp_down_weight,
+            mlp_down_bias,
+            hidden,
+            intermediate,
+            None,
+        )
+        return results[0]
 
     def run_layer(tensors: tuple[Tensor, ...], current_seq_len: int | Tensor, split: bool) -> Any:
-        settings = (
+        call = TRACED_DECODER_LAYER if is_compiling() else EAGER_DECODER_LAYER
+        return call(
+            *tensors,
             current_seq_len,
             num_heads,
             rotary_dim,
@@ -175,8 +197,8 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             split,
             hidden,
             intermediate,
+            None,
         )
-        return run(DECODER_LAYER, tensors, settings, None)
 
     def make_decoder_layer(split: bool) -> Callable[..., Any]:
         def decoder_layer(

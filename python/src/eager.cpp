@@ -2,17 +2,19 @@
 //
 // It takes tensors by PyTorch's DLPack exchange API, without owning them, and new results from a
 // stock of them (result_stock.hpp). Whatever is not as usual, errors too, it leaves to the other
-// way: then a function returns None, and nothing was written. It keeps to Python's stable ABI,
-// knows nothing of PyTorch's, and does not hold the library but calls it.
+// way, a function of Python's, before anything is written. It keeps to Python's stable ABI, knows
+// nothing of PyTorch's, and does not hold the library but calls it.
 #include "python_objects.hpp"
 // Python.h comes first.
 #include <dlpack/dlpack.h>
 
+#include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <initializer_list>
 #include <optional>
+#include <span>
 #include <utility>
 
 #include "eager.hpp"
@@ -33,6 +35,7 @@ struct Torch {
 };
 Torch torch;
 const EagerCalls* library = nullptr;
+PyObject* other_way = nullptr;  // takes a call's name and its arguments
 
 bool is_true(PyObject* object) { return object == Py_True; }
 
@@ -52,6 +55,11 @@ DLTensor view_of(PyObject* object) {
   return view;
 }
 
+std::byte* data_of(PyObject* tensor) {
+  const DLTensor view = view_of(tensor);
+  return static_cast<std::byte*>(view.data) + view.byte_offset;
+}
+
 // The stream that torch works on.
 void* stream_of(const DLTensor& tensor) {
   const DLDevice device = tensor.device;
@@ -63,12 +71,14 @@ void* stream_of(const DLTensor& tensor) {
   return stream;
 }
 
-// Reads the arguments of one tuple, then of another. None is a tensor that is not there.
+using Arguments = std::span<PyObject* const>;
+
+// Reads one argument after the other. None is a tensor that is not there.
 class Reader {
  public:
-  explicit Reader(PyObject* tuple, PyObject* second = nullptr) : second_(second) { begin(tuple); }
+  explicit Reader(Arguments arguments) : arguments_(arguments) {}
 
-  bool at_end() const { return next_ == size_ && second_ == nullptr; }
+  bool at_end() const { return arguments_.empty(); }
 
   DLTensor tensor(const char*) {
     PyObject* object = next();
@@ -115,17 +125,10 @@ class Reader {
   }
 
  private:
-  void begin(PyObject* tuple) {
-    if (tuple == nullptr || !PyTuple_Check(tuple)) throw Unusual{};
-    tuple_ = tuple;
-    size_ = PyTuple_Size(tuple);
-    next_ = 0;
-  }
-
   PyObject* next() {
-    if (next_ == size_) begin(std::exchange(second_, nullptr));
-    PyObject* object = PyTuple_GetItem(tuple_, next_++);
-    if (object == nullptr) throw Unusual{};  // an empty tuple
+    if (arguments_.empty()) throw Unusual{};
+    PyObject* object = arguments_.front();
+    arguments_ = arguments_.subspan(1);
     return object;
   }
 
@@ -136,74 +139,30 @@ class Reader {
     return value;
   }
 
-  PyObject* tuple_ = nullptr;
-  PyObject* second_;
-  Py_ssize_t size_ = 0;
-  Py_ssize_t next_ = 0;
+  Arguments arguments_;
 };
 
-void refuse_gradients(PyObject* tensors) {
-  const Owned enabled = own(PyObject_CallNoArgs(torch.is_grad_enabled));
-  if (!is_true(enabled.get())) return;
-  for (Py_ssize_t i = 0; i < PyTuple_Size(tensors); ++i) {
-    PyObject* tensor = PyTuple_GetItem(tensors, i);
-    if (tensor == Py_None) continue;
-    const Owned wanted = own(PyObject_GetAttr(tensor, torch.requires_grad));
+// Whether a function of torch returns True.
+bool answers_yes(PyObject* function) {
+  const Owned answer = own(PyObject_CallNoArgs(function));
+  return is_true(answer.get());
+}
+
+void refuse_gradients(Arguments arguments) {
+  if (!answers_yes(torch.is_grad_enabled)) return;
+  for (PyObject* argument : arguments) {
+    if (!is_plain_tensor(argument)) continue;
+    const Owned wanted = own(PyObject_GetAttr(argument, torch.requires_grad));
     if (is_true(wanted.get())) throw Unusual{};
   }
 }
 
-// Makes the new results of one call.
-class Results {
- public:
-  Results(PyObject* like, const DLTensor& like_view, void* stream) : like_(like) {
-    // What is captured must be allocated anew, in the graph's own memory.
-    from_stock_ = !library->is_capturing(like_view.device, stream);
-    const Owned inference = own(PyObject_CallNoArgs(torch.is_inference_mode_enabled));
-    kind_.thread = PyThread_get_thread_ident();
-    kind_.stream = stream;
-    kind_.device = like_view.device;
-    kind_.dtype = like_view.dtype;
-    kind_.inference = is_true(inference.get());
-  }
-
-  Owned make(std::initializer_list<std::int64_t> shape) const {
-    return make(std::span(shape.begin(), shape.size()));
-  }
-
-  Owned make(std::span<const std::int64_t> shape) const {
-    if (shape.size() > ResultKind::kMaxDimensions) throw Unusual{};
-    if (!from_stock_) return new_empty(torch.make, like_, shape);
-    static auto& stock = *new ResultStock;  // Python is gone before static objects are
-    ResultKind kind = kind_;
-    kind.dimensions = shape.size();
-    std::copy(shape.begin(), shape.end(), kind.sizes.begin());
-    return stock.take(torch.make, kind, like_);
-  }
-
- private:
-  PyObject* like_;
-  bool from_stock_;
-  ResultKind kind_{};
-};
-
-template <typename... Objects>
-Owned tuple_of(Objects... objects) {
-  Owned tuple = own(PyTuple_New(sizeof...(objects)));
-  Py_ssize_t next = 0;
-  (PyTuple_SetItem(tuple.get(), next++, objects.release()), ...);
-  return tuple;
-}
-
-Owned new_key_or_value(const Results& results, std::int64_t hidden,
-                       const ops::LayerOptions& options) {
-  const std::int64_t heads = options.num_heads;
-  if (heads < 1 || hidden % heads != 0) throw Unusual{};
-  return results.make({1, heads, hidden / heads});
-}
-
-Owned new_like(const Results& results, const DLTensor& tensor) {
-  return results.make(std::span<const std::int64_t>(tensor.shape, tensor.ndim));
+ResultShape shape_of(const DLTensor& tensor) {
+  const auto dimensions = static_cast<std::size_t>(tensor.ndim);
+  if (dimensions < 1 || dimensions > ResultShape::kMaxDimensions) throw Unusual{};
+  ResultShape shape{dimensions};
+  std::copy_n(tensor.shape, dimensions, shape.sizes.begin());
+  return shape;
 }
 
 std::int64_t hidden_of(const ops::LayerTensors& tensors) {
@@ -211,88 +170,158 @@ std::int64_t hidden_of(const ops::LayerTensors& tensors) {
   return tensors.input.shape[tensors.input.ndim - 1];
 }
 
-Owned new_results(const Results& results, const AttentionMlpUpArguments& given) {
-  const std::int64_t hidden = hidden_of(given.tensors);
+void add_new_key_and_value(ResultKind& kind, const ops::LayerTensors& tensors,
+                           const ops::LayerOptions& options) {
+  const std::int64_t hidden = hidden_of(tensors);
+  const std::int64_t heads = options.num_heads;
+  if (heads < 1 || hidden % heads != 0) throw Unusual{};
+  const ResultShape shape{3, {1, heads, hidden / heads}};
+  kind.add(shape);
+  kind.add(shape);
+}
+
+void add_results(ResultKind& kind, const AttentionMlpUpArguments& given) {
   if (given.tensors.mlp_up_weight.ndim < 1) throw Unusual{};
-  return tuple_of(results.make({1, hidden}), results.make({given.tensors.mlp_up_weight.shape[0]}),
-                  new_key_or_value(results, hidden, given.options),
-                  new_key_or_value(results, hidden, given.options));
+  kind.add({2, {1, hidden_of(given.tensors)}});
+  kind.add({1, {given.tensors.mlp_up_weight.shape[0]}});
+  add_new_key_and_value(kind, given.tensors, given.options);
 }
 
-Owned new_results(const Results& results, const MlpDownArguments& given) {
-  return tuple_of(new_like(results, given.tensors.hidden_states));
+void add_results(ResultKind& kind, const MlpDownArguments& given) {
+  kind.add(shape_of(given.tensors.hidden_states));
 }
 
-Owned new_results(const Results& results, const DecoderLayerArguments& given) {
-  const std::int64_t hidden = hidden_of(given.tensors);
-  return tuple_of(new_like(results, given.tensors.input),
-                  new_key_or_value(results, hidden, given.options),
-                  new_key_or_value(results, hidden, given.options));
+void add_results(ResultKind& kind, const DecoderLayerArguments& given) {
+  kind.add(shape_of(given.tensors.input));
+  add_new_key_and_value(kind, given.tensors, given.options);
 }
+
+// The new results of one call.
+class NewResults {
+ public:
+  template <typename Given>
+  NewResults(const Given& given, PyObject* like, const DLTensor& like_view, void* stream,
+             bool inference) {
+    kind_.thread = PyThread_get_thread_ident();
+    kind_.stream = stream;
+    kind_.device = like_view.device;
+    kind_.dtype = like_view.dtype;
+    kind_.inference = inference;
+    add_results(kind_, given);
+    static auto& stock = *new ResultStock;  // Python is gone before static objects are
+    // What is captured must be allocated anew, in the graph's own memory.
+    set_ = library->is_capturing(like_view.device, stream) ? new_results(torch.make, kind_, like)
+                                                           : stock.take(torch.make, kind_, like);
+  }
+
+  // The results one after the other, as a Reader gives them.
+  DLTensor tensor(const char*) { return set_.view(kind_, next_++); }
+  Owned take_tuple() { return std::move(set_.tuple); }
+
+ private:
+  ResultKind kind_{};
+  ResultSet set_;
+  std::size_t next_ = 0;
+};
 
 const DLTensor& first_of(const MlpDownArguments& given) { return given.tensors.hidden_states; }
-template <typename Arguments>
-const DLTensor& first_of(const Arguments& given) {
+template <typename Given>
+const DLTensor& first_of(const Given& given) {
   return given.tensors.input;
 }
 
-Owned given_results(PyObject* out) {
+// The results that the caller has given, as a tuple.
+template <typename Views>
+Owned take_given(PyObject* out, Views& views) {
   if (!PyTuple_Check(out) && !PyList_Check(out)) throw Unusual{};
-  return own(PySequence_Tuple(out));
+  Owned tuple = own(PySequence_Tuple(out));
+  std::array<PyObject*, ResultKind::kMaxResults> results{};
+  const auto count = static_cast<std::size_t>(PyTuple_Size(tuple.get()));
+  if (count > results.size()) throw Unusual{};
+  for (std::size_t i = 0; i < count; ++i) {
+    results[i] = PyTuple_GetItem(tuple.get(), static_cast<Py_ssize_t>(i));
+  }
+  Reader in({results.data(), count});
+  read(in, views);
+  if (!in.at_end()) throw Unusual{};
+  return tuple;
 }
 
-// A call with its tensors, its settings, and either the results' sequence or None.
-template <typename Arguments, typename Views>
-Owned run(PyObject* tensors, PyObject* settings, PyObject* out,
-          bool (*function)(const Arguments&, const Views&, void*) noexcept) {
-  Reader in(tensors, settings);
-  Arguments given;
+// A call with its tensors and settings, and then either the results' sequence or None.
+template <typename Given, typename Views>
+Owned run(Arguments arguments, bool (*function)(const Given&, const Views&, void*) noexcept) {
+  PyObject* const out = arguments.back();
+  arguments = arguments.first(arguments.size() - 1);
+  Reader in(arguments);
+  Given given;
   read(in, given);
-  refuse_gradients(tensors);
+  if (!in.at_end()) throw Unusual{};
+  const bool inference = answers_yes(torch.is_inference_mode_enabled);
+  if (!inference) refuse_gradients(arguments);  // there are none in that mode
   const DLTensor& first = first_of(given);
   void* stream = stream_of(first);
-  Owned tuple = out == Py_None
-                    ? new_results(Results(PyTuple_GetItem(tensors, 0), first, stream), given)
-                    : given_results(out);
-  Reader in_results(tuple.get());
-  Views results;
-  read(in_results, results);
-  if (!in_results.at_end()) throw Unusual{};
+  Views views;
+  Owned tuple;
+  std::optional<NewResults> made;
+  if (out == Py_None) {
+    made.emplace(given, arguments.front(), first, stream, inference);
+    read(*made, views);
+    tuple = made->take_tuple();
+  } else {
+    tuple = take_given(out, views);
+  }
   // No destructor may run without the GIL: a thread that Python ends does not come back from
   // waiting for it.
   PyObject* kept = tuple.release();
   PyThreadState* state = PyEval_SaveThread();
-  const bool done = function(given, results, stream);
+  const bool done = function(given, views, stream);
   PyEval_RestoreThread(state);
   tuple.reset(kept);
   if (!done) throw Unusual{};
   return tuple;
 }
 
-// None, unless Python is to stop.
-PyObject* leave_it() {
-  if (PyErr_Occurred() != nullptr) {
-    if (!PyErr_ExceptionMatches(PyExc_Exception)) return nullptr;
-    PyErr_Clear();
-  }
-  return share(Py_None).release();
+// Forgets an error of Python's, unless Python is to stop: then this returns false.
+bool forget_error() {
+  if (PyErr_Occurred() == nullptr) return true;
+  if (!PyErr_ExceptionMatches(PyExc_Exception)) return false;
+  PyErr_Clear();
+  return true;
 }
 
-// Calls on arrays of NumPy come here too, and are not to pay for an exception.
-bool begins_with_plain_tensor(PyObject* tensors) {
-  return PyTuple_Check(tensors) && PyTuple_Size(tensors) != 0 &&
-         is_plain_tensor(PyTuple_GetItem(tensors, 0));
+PyObject* call_other_way(const char* name, Arguments arguments) {
+  if (other_way == nullptr) {
+    PyErr_SetString(PyExc_RuntimeError, "clusterfusion._eager has not been set up");
+    return nullptr;
+  }
+  const auto count = static_cast<Py_ssize_t>(arguments.size());
+  const Owned all = own(PyTuple_New(count + 1));
+  PyTuple_SetItem(all.get(), 0, own(PyUnicode_FromString(name)).release());
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyTuple_SetItem(all.get(), i + 1, share(arguments[static_cast<std::size_t>(i)]).release());
+  }
+  return PyObject_CallObject(other_way, all.get());
 }
 
-template <auto function>
-PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 3 || library == nullptr || !begins_with_plain_tensor(arguments[0])) {
-    return leave_it();
-  }
+constexpr char kAttentionMlpUp[] = "attention_mlp_up";
+constexpr char kMlpDown[] = "mlp_down";
+constexpr char kDecoderLayer[] = "decoder_layer";
+
+template <const char* name, auto function>
+PyObject* call(PyObject*, PyObject* const* first, Py_ssize_t count) {
+  const Arguments arguments(first, static_cast<std::size_t>(count));
   try {
-    return run(arguments[0], arguments[1], arguments[2], library->*function).release();
-  } catch (const std::exception&) {  // Unusual, or no memory
-    return leave_it();
+    // Calls on arrays of NumPy come here too, and are not to pay for an exception.
+    if (library != nullptr && count > 1 && is_plain_tensor(arguments.front())) {
+      try {
+        return run(arguments, library->*function).release();
+      } catch (const std::exception&) {  // Unusual, or no memory
+        if (!forget_error()) return nullptr;
+      }
+    }
+    return call_other_way(name, arguments);
+  } catch (const std::exception&) {
+    return PyErr_Occurred() != nullptr ? nullptr : PyErr_NoMemory();
   }
 }
 
@@ -314,29 +343,34 @@ PyObject* attribute(PyObject* object, const char* name) {
   return own(PyObject_GetAttrString(object, name)).release();
 }
 
-// set_up(address of EagerCalls, torch, torch.nn.Parameter). Until it has been called with a torch
-// that has what is needed, every call returns None.
+// set_up(address of EagerCalls, the other way, torch, torch.nn.Parameter). With a torch that has
+// not what is needed, every call goes the other way.
 PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 4) {
+    PyErr_SetString(PyExc_TypeError, "set_up() takes 4 arguments");
+    return nullptr;
+  }
   try {
-    if (count != 3) throw Unusual{};
+    library = nullptr;
+    other_way = share(arguments[1]).release();
     const long long address = PyLong_AsLongLong(arguments[0]);
-    PyObject* package = arguments[1];
+    PyObject* package = arguments[2];
     Torch found;
     found.tensor = attribute(package, "Tensor");
-    found.parameter = share(arguments[2]).release();
+    found.parameter = share(arguments[3]).release();
     found.exchange = find_exchange(found.tensor);
-    found.make.tensor = found.tensor;
     found.make.new_empty = attribute(found.tensor, "new_empty");
     found.make.split = attribute(package, "unsafe_split_with_sizes");
+    found.make.data_of = data_of;
     found.is_grad_enabled = attribute(package, "is_grad_enabled");
     found.is_inference_mode_enabled = attribute(package, "is_inference_mode_enabled");
     found.requires_grad = own(PyUnicode_InternFromString("requires_grad")).release();
     torch = found;
     library = reinterpret_cast<const EagerCalls*>(static_cast<std::intptr_t>(address));
-    return share(Py_None).release();
   } catch (const std::exception&) {
-    return leave_it();
+    if (!forget_error()) return nullptr;
   }
+  return share(Py_None).release();
 }
 
 // Functions of METH_FASTCALL hide behind another type.
@@ -347,9 +381,11 @@ PyCFunction as_method(Function function) {
 
 PyMethodDef methods[] = {
     {"set_up", as_method(set_up), METH_FASTCALL, nullptr},
-    {"attention_mlp_up", as_method(call<&EagerCalls::attention_mlp_up>), METH_FASTCALL, nullptr},
-    {"mlp_down", as_method(call<&EagerCalls::mlp_down>), METH_FASTCALL, nullptr},
-    {"decoder_layer", as_method(call<&EagerCalls::decoder_layer>), METH_FASTCALL, nullptr},
+    {kAttentionMlpUp, as_method(call<kAttentionMlpUp, &EagerCalls::attention_mlp_up>),
+     METH_FASTCALL, nullptr},
+    {kMlpDown, as_method(call<kMlpDown, &EagerCalls::mlp_down>), METH_FASTCALL, nullptr},
+    {kDecoderLayer, as_method(call<kDecoderLayer, &EagerCalls::decoder_layer>), METH_FASTCALL,
+     nullptr},
     {},
 };
 

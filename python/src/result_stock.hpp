@@ -1,8 +1,9 @@
 // Results of the layer calls, of which torch makes many at once.
 //
-// A tensor with memory of its own costs torch several times as much as a part of another one,
-// so a block for many results is made and cut up. Each result has its own version counter, but the
-// memory of a block lives as long as any of its results.
+// A tensor with memory of its own costs torch several times as much as a part of another one, so
+// for each result of a kind of call a block for many is made and cut up, and the parts wait in the
+// tuples that calls return. Each result has its own version counter, but the memory of a block
+// lives as long as any of its results.
 #pragma once
 
 #include "python_objects.hpp"
@@ -13,83 +14,126 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <initializer_list>
 #include <span>
 #include <utility>
 #include <vector>
 
 namespace clusterfusion::python {
 
-// What results must have in common to be of one block. A shape may have up to three dimensions.
-struct ResultKind {
+// The shape of a result, of one to three dimensions.
+struct ResultShape {
   static constexpr std::size_t kMaxDimensions = 3;
 
-  unsigned long thread;
-  void* stream;  // on which the block's memory may be used at once
-  DLDevice device;
-  DLDataType dtype;
-  bool inference;  // made in torch's inference mode
   std::size_t dimensions = 0;
   std::array<std::int64_t, kMaxDimensions> sizes{};
 
+  bool operator==(const ResultShape&) const = default;
+};
+
+// What calls must have in common for their results to be of the same blocks.
+struct ResultKind {
+  static constexpr std::size_t kMaxResults = 4;
+
+  unsigned long thread;
+  void* stream;  // on which the blocks' memory may be used at once
+  DLDevice device;
+  DLDataType dtype;
+  bool inference;  // made in torch's inference mode
+  std::size_t count = 0;
+  std::array<ResultShape, kMaxResults> shapes{};
+
   bool operator==(const ResultKind& other) const {
-    return sizes == other.sizes && dimensions == other.dimensions && thread == other.thread &&
+    return shapes == other.shapes && count == other.count && thread == other.thread &&
            stream == other.stream && device.device_type == other.device.device_type &&
            device.device_id == other.device.device_id && dtype.code == other.dtype.code &&
            dtype.bits == other.dtype.bits && dtype.lanes == other.dtype.lanes &&
            inference == other.inference;
   }
 
-  std::span<const std::int64_t> shape() const { return {sizes.data(), dimensions}; }
+  void add(const ResultShape& shape) { shapes.at(count++) = shape; }
 
-  std::int64_t bytes() const {
-    std::int64_t bytes = dtype.bits / 8 * dtype.lanes;
-    for (const std::int64_t size : shape()) bytes *= size;
+  std::size_t bytes(std::size_t result) const {
+    std::size_t bytes = dtype.bits / 8u * dtype.lanes;
+    const ResultShape& shape = shapes.at(result);
+    for (std::size_t i = 0; i < shape.dimensions; ++i) {
+      bytes *= static_cast<std::size_t>(shape.sizes[i]);
+    }
     return bytes;
   }
 };
 
-// The functions of torch that make tensors.
+// The results of one call.
+struct ResultSet {
+  Owned tuple;
+  std::array<std::byte*, ResultKind::kMaxResults> data{};
+
+  // Valid as long as the set and `kind`.
+  DLTensor view(ResultKind& kind, std::size_t result) const {
+    ResultShape& shape = kind.shapes.at(result);
+    DLTensor view{};
+    view.data = data.at(result);
+    view.device = kind.device;
+    view.dtype = kind.dtype;
+    view.ndim = static_cast<int>(shape.dimensions);
+    view.shape = shape.sizes.data();
+    return view;
+  }
+};
+
+// What makes tensors and looks at them.
 struct TensorMakers {
-  PyObject* tensor = nullptr;     // torch.Tensor, their type
   PyObject* new_empty = nullptr;  // torch.Tensor.new_empty
   PyObject* split = nullptr;      // torch.unsafe_split_with_sizes
+  // Where a plain tensor's elements lie; Unusual for any other object.
+  std::byte* (*data_of)(PyObject* tensor) = nullptr;
 };
 
 // like.new_empty(*shape)
-inline Owned new_empty(const TensorMakers& make, PyObject* like,
-                       std::span<const std::int64_t> shape) {
-  std::array<Owned, ResultKind::kMaxDimensions> sizes;  // null ends the list of arguments
-  for (std::size_t i = 0; i < shape.size(); ++i) sizes.at(i) = own(PyLong_FromLongLong(shape[i]));
+inline Owned new_empty(const TensorMakers& make, PyObject* like, const ResultShape& shape) {
+  std::array<Owned, ResultShape::kMaxDimensions> sizes;  // null ends the list of arguments
+  for (std::size_t i = 0; i < shape.dimensions; ++i) {
+    sizes.at(i) = own(PyLong_FromLongLong(shape.sizes[i]));
+  }
   return own(PyObject_CallFunctionObjArgs(make.new_empty, like, sizes[0].get(), sizes[1].get(),
                                           sizes[2].get(), nullptr));
+}
+
+// Results with memory of their own, of the dtype and on the device of `like`.
+inline ResultSet new_results(const TensorMakers& make, const ResultKind& kind, PyObject* like) {
+  ResultSet set{own(PyTuple_New(static_cast<Py_ssize_t>(kind.count)))};
+  for (std::size_t i = 0; i < kind.count; ++i) {
+    Owned result = new_empty(make, like, kind.shapes.at(i));
+    set.data.at(i) = make.data_of(result.get());
+    PyTuple_SetItem(set.tuple.get(), static_cast<Py_ssize_t>(i), result.release());
+  }
+  return set;
 }
 
 // To be used, and kept until the process ends, under the GIL. While torch makes tensors, other
 // threads may use it too.
 class ResultStock {
  public:
-  // A result of this kind, of the dtype and on the device of `like`.
-  Owned take(const TensorMakers& make, const ResultKind& kind, PyObject* like) {
-    // Each begins as a tensor of its own would for all who load vectors.
-    constexpr std::int64_t kAlignment = 64;
-    if (kind.bytes() == 0 || kind.bytes() % kAlignment != 0) {
-      return new_empty(make, like, kind.shape());
+  // Results of this kind, of the dtype and on the device of `like`.
+  ResultSet take(const TensorMakers& make, const ResultKind& kind, PyObject* like) {
+    if (Shelf* shelf = find(kind); shelf != nullptr && !shelf->sets.empty()) {
+      ResultSet set = std::move(shelf->sets.back());
+      shelf->sets.pop_back();
+      return set;
     }
-    if (Shelf* shelf = find(kind); shelf != nullptr && !shelf->results.empty()) {
-      return take_from(*shelf);
-    }
-    std::vector<Owned> results = make_block(make, kind, like);
-    Owned first = std::move(results.back());
-    results.pop_back();
-    put(kind, results);  // `results` may now be others, which go when the stock is in order
+    if (!can_be_cut(kind)) return new_results(make, kind, like);
+    std::vector<ResultSet> sets = make_sets(make, kind, like);
+    ResultSet first = std::move(sets.back());
+    sets.pop_back();
+    put(kind, sets);  // `sets` may now be others, which go when the stock is in order
     return first;
   }
 
  private:
+  static constexpr std::size_t kSets = 32;
+
   struct Shelf {
     ResultKind kind;
-    std::vector<Owned> results;
+    std::vector<ResultSet> sets;
   };
 
   Shelf* find(const ResultKind& kind) {
@@ -98,14 +142,17 @@ class ResultStock {
     return found == shelves_.end() ? nullptr : &*found;
   }
 
-  static Owned take_from(Shelf& shelf) {
-    Owned result = std::move(shelf.results.back());
-    shelf.results.pop_back();
-    return result;
+  // Whether each result begins as a tensor of its own would for all who load vectors.
+  static bool can_be_cut(const ResultKind& kind) {
+    constexpr std::size_t kAlignment = 64;
+    for (std::size_t i = 0; i < kind.count; ++i) {
+      if (kind.bytes(i) == 0 || kind.bytes(i) % kAlignment != 0) return false;
+    }
+    return true;
   }
 
-  // Puts the results on their shelf in exchange for what there is. The oldest shelf makes room.
-  void put(const ResultKind& kind, std::vector<Owned>& results) {
+  // Puts the sets on their shelf in exchange for what there is. The oldest shelf makes room.
+  void put(const ResultKind& kind, std::vector<ResultSet>& sets) {
     constexpr std::size_t kMostShelves = 32;
     Shelf* shelf = find(kind);
     if (shelf == nullptr && shelves_.size() < kMostShelves) {
@@ -115,31 +162,44 @@ class ResultStock {
       shelf = &shelves_.back();
       shelf->kind = kind;
     }
-    std::swap(shelf->results, results);
+    std::swap(shelf->sets, sets);
   }
 
-  static std::vector<Owned> make_block(const TensorMakers& make, const ResultKind& kind,
-                                       PyObject* like) {
-    constexpr std::int64_t kResults = 32;
-    std::vector<std::int64_t> shape(kind.shape().begin(), kind.shape().end());
-    const Owned rows = own(PyLong_FromLongLong(shape[0]));
-    const Owned sizes = own(PyTuple_New(kResults));
-    for (Py_ssize_t i = 0; i < kResults; ++i) {
-      PyTuple_SetItem(sizes.get(), i, share(rows.get()).release());
+  static std::vector<ResultSet> make_sets(const TensorMakers& make, const ResultKind& kind,
+                                          PyObject* like) {
+    std::vector<ResultSet> sets(kSets);
+    for (ResultSet& set : sets) set.tuple = own(PyTuple_New(static_cast<Py_ssize_t>(kind.count)));
+    for (std::size_t result = 0; result < kind.count; ++result) {
+      const Owned parts = make_parts(make, kind.shapes.at(result), like);
+      const auto part = [&](std::size_t i) {
+        return own(PySequence_GetItem(parts.get(), static_cast<Py_ssize_t>(i)));
+      };
+      // A mode of torch may have made other tensors, which must not stay in stock.
+      std::byte* const begin = make.data_of(part(0).get());
+      const std::size_t bytes = kind.bytes(result);
+      if (PySequence_Size(parts.get()) != static_cast<Py_ssize_t>(kSets) ||
+          make.data_of(part(kSets - 1).get()) != begin + (kSets - 1) * bytes) {
+        throw Unusual{};
+      }
+      for (std::size_t i = 0; i < kSets; ++i) {
+        sets[i].data.at(result) = begin + i * bytes;
+        PyTuple_SetItem(sets[i].tuple.get(), static_cast<Py_ssize_t>(result), part(i).release());
+      }
     }
-    shape[0] *= kResults;
+    return sets;
+  }
+
+  // A sequence of kSets tensors that lie one behind the other.
+  static Owned make_parts(const TensorMakers& make, ResultShape shape, PyObject* like) {
+    const Owned rows = own(PyLong_FromLongLong(shape.sizes[0]));
+    const Owned sizes = own(PyTuple_New(kSets));
+    for (std::size_t i = 0; i < kSets; ++i) {
+      PyTuple_SetItem(sizes.get(), static_cast<Py_ssize_t>(i), share(rows.get()).release());
+    }
+    shape.sizes[0] *= static_cast<std::int64_t>(kSets);
     const Owned block = new_empty(make, like, shape);
     // What this makes are no views for autograd. torch.unsafe_split takes half as long again.
-    const Owned parts =
-        own(PyObject_CallFunctionObjArgs(make.split, block.get(), sizes.get(), nullptr));
-    std::vector<Owned> results;
-    for (Py_ssize_t i = 0; i < PyTuple_Size(parts.get()); ++i) {
-      results.push_back(share(PyTuple_GetItem(parts.get(), i)));
-    }
-    if (results.size() != kResults) throw Unusual{};
-    // A mode of torch may have made others, which must not stay in stock.
-    if (reinterpret_cast<PyObject*>(Py_TYPE(results.front().get())) != make.tensor) throw Unusual{};
-    return results;
+    return own(PyObject_CallFunctionObjArgs(make.split, block.get(), sizes.get(), nullptr));
   }
 
   std::vector<Shelf> shelves_;
