@@ -55,11 +55,6 @@ DLTensor view_of(PyObject* object) {
   return view;
 }
 
-std::byte* data_of(PyObject* tensor) {
-  const DLTensor view = view_of(tensor);
-  return static_cast<std::byte*>(view.data) + view.byte_offset;
-}
-
 // The stream that torch works on.
 void* stream_of(const DLTensor& tensor) {
   const DLDevice device = tensor.device;
@@ -196,6 +191,11 @@ void add_results(ResultKind& kind, const DecoderLayerArguments& given) {
   add_new_key_and_value(kind, given.tensors, given.options);
 }
 
+ResultStock& stock() {
+  static auto& stock = *new ResultStock;  // Python is gone before static objects are
+  return stock;
+}
+
 // The new results of one call.
 class NewResults {
  public:
@@ -208,10 +208,9 @@ class NewResults {
     kind_.dtype = like_view.dtype;
     kind_.inference = inference;
     add_results(kind_, given);
-    static auto& stock = *new ResultStock;  // Python is gone before static objects are
     // What is captured must be allocated anew, in the graph's own memory.
     set_ = library->is_capturing(like_view.device, stream) ? new_results(torch.make, kind_, like)
-                                                           : stock.take(torch.make, kind_, like);
+                                                           : stock().take(torch.make, kind_, like);
   }
 
   // The results one after the other, as a Reader gives them.
@@ -296,10 +295,8 @@ PyObject* call_other_way(const char* name, Arguments arguments) {
   }
   const auto count = static_cast<Py_ssize_t>(arguments.size());
   const Owned all = own(PyTuple_New(count + 1));
-  PyTuple_SetItem(all.get(), 0, own(PyUnicode_FromString(name)).release());
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    PyTuple_SetItem(all.get(), i + 1, share(arguments[static_cast<std::size_t>(i)]).release());
-  }
+  put_into(all, 0, own(PyUnicode_FromString(name)));
+  for (std::size_t i = 0; i < arguments.size(); ++i) put_into(all, i + 1, share(arguments[i]));
   return PyObject_CallObject(other_way, all.get());
 }
 
@@ -354,6 +351,7 @@ PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     library = nullptr;
     other_way = share(arguments[1]).release();
     const long long address = PyLong_AsLongLong(arguments[0]);
+    if (PyErr_Occurred() != nullptr) throw Unusual{};
     PyObject* package = arguments[2];
     Torch found;
     found.tensor = attribute(package, "Tensor");
@@ -361,7 +359,7 @@ PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     found.exchange = find_exchange(found.tensor);
     found.make.new_empty = attribute(found.tensor, "new_empty");
     found.make.split = attribute(package, "unsafe_split_with_sizes");
-    found.make.data_of = data_of;
+    found.make.view = view_of;
     found.is_grad_enabled = attribute(package, "is_grad_enabled");
     found.is_inference_mode_enabled = attribute(package, "is_inference_mode_enabled");
     found.requires_grad = own(PyUnicode_InternFromString("requires_grad")).release();

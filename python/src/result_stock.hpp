@@ -52,13 +52,36 @@ struct ResultKind {
 
   void add(const ResultShape& shape) { shapes.at(count++) = shape; }
 
+  // Of one result. Only for sizes that may be in stock: those of others may not fit.
   std::size_t bytes(std::size_t result) const {
     std::size_t bytes = dtype.bits / 8u * dtype.lanes;
-    const ResultShape& shape = shapes.at(result);
-    for (std::size_t i = 0; i < shape.dimensions; ++i) {
-      bytes *= static_cast<std::size_t>(shape.sizes[i]);
-    }
+    for (const std::int64_t size : sizes(result)) bytes *= static_cast<std::size_t>(size);
     return bytes;
+  }
+
+  std::span<const std::int64_t> sizes(std::size_t result) const {
+    const ResultShape& shape = shapes.at(result);
+    return {shape.sizes.data(), shape.dimensions};
+  }
+
+  // Whether a tensor is a contiguous one such as this result, wherever it lies.
+  bool fits(const DLTensor& tensor, std::size_t result) const {
+    if (tensor.device.device_type != device.device_type ||
+        tensor.device.device_id != device.device_id || tensor.dtype.code != dtype.code ||
+        tensor.dtype.bits != dtype.bits || tensor.dtype.lanes != dtype.lanes) {
+      return false;
+    }
+    const std::span expected = sizes(result);
+    const std::span found(tensor.shape, static_cast<std::size_t>(tensor.ndim));
+    if (!std::equal(found.begin(), found.end(), expected.begin(), expected.end())) return false;
+    std::int64_t step = 1;
+    for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
+      if (tensor.strides != nullptr && tensor.shape[axis] != 1 && tensor.strides[axis] != step) {
+        return false;
+      }
+      step *= tensor.shape[axis];
+    }
+    return true;
   }
 };
 
@@ -82,11 +105,25 @@ struct ResultSet {
 
 // What makes tensors and looks at them.
 struct TensorMakers {
-  PyObject* new_empty = nullptr;  // torch.Tensor.new_empty
-  PyObject* split = nullptr;      // torch.unsafe_split_with_sizes
-  // Where a plain tensor's elements lie; Unusual for any other object.
-  std::byte* (*data_of)(PyObject* tensor) = nullptr;
+  PyObject* new_empty = nullptr;                 // torch.Tensor.new_empty
+  PyObject* split = nullptr;                     // torch.unsafe_split_with_sizes
+  DLTensor (*view)(PyObject* tensor) = nullptr;  // of a plain tensor; Unusual for other objects
 };
+
+// Where a result lies that torch has made. A mode of torch may have made something else of it.
+inline std::byte* data_of(const TensorMakers& make, const ResultKind& kind, std::size_t result,
+                          PyObject* tensor) {
+  const DLTensor view = make.view(tensor);
+  if (!kind.fits(view, result)) throw Unusual{};
+  return static_cast<std::byte*>(view.data) + view.byte_offset;
+}
+
+// Puts an object into a tuple that nobody else has yet.
+inline void put_into(const Owned& tuple, std::size_t index, Owned object) {
+  if (PyTuple_SetItem(tuple.get(), static_cast<Py_ssize_t>(index), object.release()) != 0) {
+    throw Unusual{};
+  }
+}
 
 // like.new_empty(*shape)
 inline Owned new_empty(const TensorMakers& make, PyObject* like, const ResultShape& shape) {
@@ -100,17 +137,19 @@ inline Owned new_empty(const TensorMakers& make, PyObject* like, const ResultSha
 
 // Results with memory of their own, of the dtype and on the device of `like`.
 inline ResultSet new_results(const TensorMakers& make, const ResultKind& kind, PyObject* like) {
-  ResultSet set{own(PyTuple_New(static_cast<Py_ssize_t>(kind.count)))};
+  ResultSet set;
+  std::array<Owned, ResultKind::kMaxResults> results;
   for (std::size_t i = 0; i < kind.count; ++i) {
-    Owned result = new_empty(make, like, kind.shapes.at(i));
-    set.data.at(i) = make.data_of(result.get());
-    PyTuple_SetItem(set.tuple.get(), static_cast<Py_ssize_t>(i), result.release());
+    results.at(i) = new_empty(make, like, kind.shapes.at(i));
+    set.data.at(i) = data_of(make, kind, i, results.at(i).get());
   }
+  set.tuple = own(PyTuple_New(static_cast<Py_ssize_t>(kind.count)));
+  for (std::size_t i = 0; i < kind.count; ++i) put_into(set.tuple, i, std::move(results.at(i)));
   return set;
 }
 
 // To be used, and kept until the process ends, under the GIL. While torch makes tensors, other
-// threads may use it too.
+// threads may use it too. Nothing of it stays where a mode of torch made something else.
 class ResultStock {
  public:
   // Results of this kind, of the dtype and on the device of `like`.
@@ -142,11 +181,18 @@ class ResultStock {
     return found == shelves_.end() ? nullptr : &*found;
   }
 
-  // Whether each result begins as a tensor of its own would for all who load vectors.
+  // Whether each result begins as a tensor of its own would for all who load vectors, and is not so
+  // large that its block would be a burden: such sizes are mistakes, which the library finds later.
   static bool can_be_cut(const ResultKind& kind) {
+    constexpr std::int64_t kMostElements = 1 << 20;
     constexpr std::size_t kAlignment = 64;
     for (std::size_t i = 0; i < kind.count; ++i) {
-      if (kind.bytes(i) == 0 || kind.bytes(i) % kAlignment != 0) return false;
+      std::int64_t elements = 1;
+      for (const std::int64_t size : kind.sizes(i)) {
+        if (size < 1 || size > kMostElements / elements) return false;
+        elements *= size;
+      }
+      if (kind.bytes(i) % kAlignment != 0) return false;
     }
     return true;
   }
@@ -167,34 +213,36 @@ class ResultStock {
 
   static std::vector<ResultSet> make_sets(const TensorMakers& make, const ResultKind& kind,
                                           PyObject* like) {
+    std::array<Owned, ResultKind::kMaxResults> parts;
+    std::array<std::byte*, ResultKind::kMaxResults> begin{};
+    for (std::size_t i = 0; i < kind.count; ++i) {
+      parts.at(i) = make_parts(make, kind.shapes.at(i), like);
+      begin.at(i) = data_of(make, kind, i, part(parts.at(i), 0).get());
+      // A mode of torch treats all parts alike: with the last one, all lie where they should.
+      const std::byte* last = data_of(make, kind, i, part(parts.at(i), kSets - 1).get());
+      if (last != begin.at(i) + (kSets - 1) * kind.bytes(i)) throw Unusual{};
+    }
     std::vector<ResultSet> sets(kSets);
-    for (ResultSet& set : sets) set.tuple = own(PyTuple_New(static_cast<Py_ssize_t>(kind.count)));
-    for (std::size_t result = 0; result < kind.count; ++result) {
-      const Owned parts = make_parts(make, kind.shapes.at(result), like);
-      const auto part = [&](std::size_t i) {
-        return own(PySequence_GetItem(parts.get(), static_cast<Py_ssize_t>(i)));
-      };
-      // A mode of torch may have made other tensors, which must not stay in stock.
-      std::byte* const begin = make.data_of(part(0).get());
-      const std::size_t bytes = kind.bytes(result);
-      if (PySequence_Size(parts.get()) != static_cast<Py_ssize_t>(kSets) ||
-          make.data_of(part(kSets - 1).get()) != begin + (kSets - 1) * bytes) {
-        throw Unusual{};
-      }
-      for (std::size_t i = 0; i < kSets; ++i) {
-        sets[i].data.at(result) = begin + i * bytes;
-        PyTuple_SetItem(sets[i].tuple.get(), static_cast<Py_ssize_t>(result), part(i).release());
+    for (std::size_t n = 0; n < kSets; ++n) {
+      sets[n].tuple = own(PyTuple_New(static_cast<Py_ssize_t>(kind.count)));
+      for (std::size_t i = 0; i < kind.count; ++i) {
+        put_into(sets[n].tuple, i, part(parts.at(i), n));
+        sets[n].data.at(i) = begin.at(i) + n * kind.bytes(i);
       }
     }
     return sets;
   }
 
-  // A sequence of kSets tensors that lie one behind the other.
+  static Owned part(const Owned& parts, std::size_t n) {
+    return own(PySequence_GetItem(parts.get(), static_cast<Py_ssize_t>(n)));
+  }
+
+  // A sequence of kSets tensors, parts of one.
   static Owned make_parts(const TensorMakers& make, ResultShape shape, PyObject* like) {
     const Owned rows = own(PyLong_FromLongLong(shape.sizes[0]));
     const Owned sizes = own(PyTuple_New(kSets));
     for (std::size_t i = 0; i < kSets; ++i) {
-      PyTuple_SetItem(sizes.get(), static_cast<Py_ssize_t>(i), share(rows.get()).release());
+      put_into(sizes, i, share(rows.get()));
     }
     shape.sizes[0] *= static_cast<std::int64_t>(kSets);
     const Owned block = new_empty(make, like, shape);

@@ -5,12 +5,15 @@ On the CPU, or on the device that CLUSTERFUSION_TEST_DEVICE names.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
 import torch_layer  # noqa: E402
 from clusterfusion import _torch_calls  # noqa: E402
 from clusterfusion._layer_calls import LayerCall  # noqa: E402
+from clusterfusion.pythia import LayerSizes, layer_calls  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("CLUSTERFUSION_TEST_DEVICE", "cpu"))
 SIZES = torch_layer.TINY
@@ -305,6 +309,75 @@ def test_no_fake_results_stay_in_stock():
     (result,) = eager(_layer_calls.MLP_DOWN, tensors, (0, 0), None)
     assert type(result) is torch.Tensor
     assert (result == 35).all()
+
+
+# Sizes of no other test: results by themselves, and in blocks.
+@pytest.mark.parametrize("hidden", [40, None])
+@pytest.mark.parametrize(
+    ("dtype", "multiple"), [(torch.int8, 1536), (torch.bfloat16, 1792), (torch.float32, 2304)]
+)
+def test_no_other_results_stay_in_stock(dtype, multiple, hidden):
+    """The same of a mode whose results are plain tensors, but not those that were asked for."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Other(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            is_new = function is torch.ops.aten.new_empty.default
+            return result.to(dtype) if is_new else result
+
+    if hidden == 40 and DEVICE.type != "cpu":
+        pytest.skip("a GPU takes no such size")
+    tensors = down_of_ones(1, hidden or multiple)
+    with Other():
+        assert eager(_layer_calls.MLP_DOWN, tensors, (0, 0), None) is None
+        with pytest.raises(TypeError, match="output: expected dtype float16"):
+            ops.mlp_down(*tensors)
+    for _ in range(40):
+        result = ops.mlp_down(*tensors)
+        assert result.dtype == torch.float16
+        assert (result == 35).all()
+
+
+def test_public_calls_take_the_short_way(monkeypatch):
+    def fail(*arguments: Any) -> None:
+        raise AssertionError(arguments[0])
+
+    monkeypatch.setitem(_layer_calls.FRAMEWORKS, torch.Tensor, fail)
+    values = tuple(torch_layer.random_tensors(SIZES, torch.float16, DEVICE, 8).values())
+    options = {"num_heads": SIZES.num_heads, "rotary_dim": SIZES.rotary_dim}
+    parts = ops.attention_mlp_up(*values[:15], 3, **options)
+    ops.mlp_down(values[0], *parts[:2], *values[15:])
+    out = ops.decoder_layer(*values, 3, **options)
+    ops.decoder_layer(*values, 3, **options, split=True, out=out)
+    sizes = LayerSizes(SIZES.hidden, SIZES.intermediate, SIZES.num_heads, SIZES.rotary_dim)
+    calls = layer_calls("tiny", sizes)
+    parts = calls.attention_only(*values[:15], 3)
+    calls.mlp_only(values[0], *parts[:2], *values[15:])
+    calls.decoder_layer(*values, 3)
+    calls.decoder_layer_split(*values, 3)
+    named = torch_layer.random_tensors(SIZES, torch.float16, DEVICE, 8)
+    kept = ("k_cache", "v_cache", "weight_qkv", "weight_o", "mlp_up_weight", "mlp_down_weight")
+    calls.create_graph_context(1, *(named[name] for name in kept), 8)
+    given = inspect.signature(calls.graph_decode_step).parameters
+    calls.graph_decode_step(1, *(named[name] for name in given if name in named), 3)
+    with pytest.raises(AssertionError, match="LayerCall"):
+        ops.decoder_layer(values[0].float(), *values[1:], 3, **options)
+
+
+def test_large_results_are_no_blocks():
+    """Such sizes are mistakes, which would leave blocks of gigabytes behind."""
+
+    def held() -> int:
+        if DEVICE.type == "cuda":
+            return torch.cuda.memory_allocated()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"VmSize:\s+(\d+) kB", status)[1]) << 10
+
+    tensors = down_of_ones(1024, 4096)  # a block would be 256 MiB
+    before = held()
+    assert eager(_layer_calls.MLP_DOWN, tensors, (0, 0), None) is None
+    assert held() - before < 128 << 20
 
 
 @pytest.mark.parametrize(
