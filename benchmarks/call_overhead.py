@@ -50,8 +50,8 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
     options = {"num_heads": num_heads, "rotary_dim": rotary_dim}
     parts = ops.attention_mlp_up(*layer[:15], 3, **options)
     out = ops.decoder_layer(*layer, 3, **options)
-    down = (layer[0], *parts[:2], *layer[15:])
-    one = ops.mlp_down(*down)
+    attn_output, mlp_intermediate, *_ = parts
+    one = ops.mlp_down(layer[0], *parts[:2], *layer[15:])
     operator = torch.ops.clusterfusion.decoder_layer
     settings = (3, None, *options.values(), 1e-5, "gelu", False, 0, 0)
     # The parts of one call, and those of the other way, through apache-tvm-ffi.
@@ -164,8 +164,12 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
             rotary_dim=rotary_dim,
             out=parts,
         ),
-        "mlp_down": lambda: ops.mlp_down(*down),
-        "mlp_down, out": lambda: ops.mlp_down(*down, out=one),
+        "mlp_down": lambda: ops.mlp_down(
+            input, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias
+        ),
+        "mlp_down, out": lambda: ops.mlp_down(
+            input, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias, out=one
+        ),
         "decoder_layer by torch's dispatcher": lambda: operator(*layer, *settings),
         "decoder_layer, its C function": lambda: eager(*given, *plain, None),
         "decoder_layer, its C function, out": lambda: eager(*given, *plain, out),

@@ -14,6 +14,8 @@ namespace {
 constexpr std::int64_t kTargetChunkBytes = 20480;
 // A ring stage has room for this much of a KV page, or for all of it.
 constexpr std::int64_t kMinKvBlockBytes = 16384;
+constexpr std::int64_t kMaxHeadDim = 256;
+static_assert(kMinKvBlockBytes >= kMinKvBlockPositions * kMaxHeadDim * 4);
 // Registers: a lane holds `iterations` 16-byte fragments of activations for a matrix.
 constexpr std::int32_t kGoodIterations = 5;
 constexpr std::int32_t kMaxIterations = 10;
@@ -65,10 +67,10 @@ MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns
 }
 
 KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
-  require(config.head_dim % 16 == 0 && config.head_dim <= 256, ErrorKind::unsupported,
-          "the streaming decode kernel needs a head size that is a multiple of 16 and at most 256, "
+  require(config.head_dim % 16 == 0 && config.head_dim <= kMaxHeadDim, ErrorKind::unsupported,
+          "the streaming decode kernel needs a head size that is a multiple of 16 and at most {}, "
           "found {}; run this model on the CPU (device \"cpu\")",
-          config.head_dim);
+          kMaxHeadDim, config.head_dim);
   KvPlan kv;
   kv.block_positions = kKvPagePositions;
   while (kv.block_positions * config.head_dim * 4 > stage_bytes) kv.block_positions /= 2;

@@ -68,6 +68,9 @@ struct MatrixPlan {
   std::int32_t sums_per_chunk() const noexcept { return rows_per_chunk * segments * slices(); }
 };
 
+// Positions of a block of the KV cache that one warp attends to at once; no block has fewer.
+inline constexpr std::int32_t kMinKvBlockPositions = 16;
+
 // How one (layer, head) of the KV cache is streamed. A page holds, for each layer and head, blocks
 // of `block_positions` keys followed by as many values: [blocks][2][block_positions][head_dim].
 struct KvPlan {

@@ -220,6 +220,8 @@ std::vector<LayerCase> layer_cases() {
       {"head_64_all_rotated", {128, 2, 512, 64, 5}},  // a cache shorter than a block of it
       {"head_80", {160, 2, 640, 20, 200}},
       {"head_128", {256, 2, 1024, 32, 300}},
+      {"head_112", {224, 2, 1024, 28, 150}},
+      {"head_224", {448, 2, 2048, 56, 150}},
       {"head_256", {512, 2, 2048, 64, 300}},
       {"long_context", {256, 4, 1024, 16, 2048}},
       {"pythia_410m", {1024, 16, 4096, 16, 1100}},
@@ -239,7 +241,7 @@ std::vector<LayerCase> layer_cases() {
 
 std::vector<std::int64_t> positions_of(const LayerSizes& sizes) {
   std::vector<std::int64_t> positions;
-  for (const std::int64_t position : {0, 1, 7, 8, 63, 64, 65, 129, 1000, 2047})
+  for (const std::int64_t position : {0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 65, 129, 1000, 2047})
     if (position < sizes.max_positions - 1) positions.push_back(position);
   positions.push_back(sizes.max_positions - 1);
   return positions;
@@ -687,9 +689,11 @@ TEST_F(LayerTest, RunWithoutACurrentContext) {
     for (const Call call : kAllCalls) {
       const Bytes expected = layer.run(call, 69);
       const auto again = [&] {
-        layer.fill_caches(69);
-        EXPECT_EQ(set_context(nullptr), CUDA_SUCCESS);
-        layer.enqueue(call);
+        for (int repeat = 0; repeat < 2; ++repeat) {
+          layer.fill_caches(69);
+          EXPECT_EQ(set_context(nullptr), CUDA_SUCCESS);
+          layer.enqueue(call);
+        }
       };
       if (new_thread)
         std::thread(again).join();

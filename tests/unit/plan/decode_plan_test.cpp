@@ -216,7 +216,7 @@ TEST_P(EveryShape, KeepsAPageTogether) {
   const ModelConfig config = config_of(GetParam());
   const KvPlan kv = make_decode_plan(config, kHopper).kv;
   EXPECT_EQ(kKvPagePositions % kv.block_positions, 0);
-  EXPECT_GE(kv.block_positions, 16);  // as many as a warp takes at once
+  EXPECT_GE(kv.block_positions, kMinKvBlockPositions);
   EXPECT_EQ(kv.block_bytes * (kKvPagePositions / kv.block_positions), kv.head_bytes);
   EXPECT_EQ(kv.head_bytes, kKvPagePositions * config.head_dim * 2 * 2);
   EXPECT_EQ(kv.page_bytes, kv.head_bytes * config.num_heads * config.num_layers);

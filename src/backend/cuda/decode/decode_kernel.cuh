@@ -971,8 +971,9 @@ class DecodeStep {
     return isinf(first) ? first : first + second;
   }
 
-  // Positions that a warp takes at once; the smallest block of the cache has as many.
-  static constexpr int kGroup = 16;
+  // Positions that a warp takes at once, in two halves of 8.
+  static constexpr int kGroup = plan::kMinKvBlockPositions;
+  static_assert(kGroup == 16);
   // Steps of a head whose keys, or values, are under way together. What is behind the head's end is
   // zero: no branch keeps loads and products apart.
   static constexpr int kStepsAtOnce = kMaxHeadSteps <= 5 ? kMaxHeadSteps : 4;
@@ -1056,7 +1057,7 @@ class DecodeStep {
     const int half_bytes = 8 * p.head_dim * 2;
 #pragma unroll
     for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
-      uint2 part[kStepsAtOnce], key[kStepsAtOnce][2] = {};
+      uint2 part[kStepsAtOnce], key[kStepsAtOnce][2];
 #pragma unroll
       for (int i = 0; i < kStepsAtOnce; ++i) {
         const int t = begin + i;

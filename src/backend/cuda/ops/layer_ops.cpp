@@ -21,7 +21,8 @@
 namespace clusterfusion::cuda {
 namespace {
 
-// Makes a device current for a launch.
+// Makes a device current for a launch. What the calls keep of a device (plans, scratch) does not
+// outlive cudaDeviceReset().
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {
