@@ -180,6 +180,9 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
         "decoder_layer, arguments taken and checked": lambda: whole.native(*layer, *plain),
         "decoder_layer, the library's call": lambda: whole.native(*layer, *plain, *out),
         "one empty tensor of torch": lambda: layer[0].new_empty(1, SIZES.hidden),
+        # How fast the host is: about the least that torch does.
+        "torch.add, out": lambda: torch.add(input, attn_output, out=one),
+        "nothing": lambda: None,
     }
     end = time.monotonic() + WARM_UP_SECONDS
     while time.monotonic() < end:
