@@ -25,7 +25,6 @@ from clusterfusion.pythia import LayerCalls, LayerSizes, layer_calls
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
-import call_overhead
 import layer_timing as timing
 import torch_layer
 from torch_layer import Sizes, Tensors
@@ -205,7 +204,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "mode": "CUDA graph" if args.device.type == "cuda" else "eager",
         "ceiling": ceiling,
         "models": models,
-        "eager_us_per_call": call_overhead.measure(args.device),
     }
 
 

@@ -51,19 +51,42 @@ def layer_calls_table(result: Result | None) -> str:
                 ]
             )
     layers = ", ".join(f"{m['layers']} layers of {m['model']}" for m in result["models"])
-    eager = result["eager_us_per_call"]
-    calls = ", ".join(
-        f"`{name}` {eager[name]['median']:.1f}"
-        for name in ("attention_mlp_up", "mlp_down", "decoder_layer")
-    )
     return (
         f"Each call beside PyTorch's functional layers, {result['mode']}, {result['dtype']}: "
         f"{machine_text(result)}. {layers}, each with random weights of its own, so that nothing "
         f"is found in the cache; {result['rounds']} rounds of both in turns, medians with smallest "
         "and largest. Errors are those of the worst result against float64.\n\n"
-        f"{markdown_parts.table(lines)}\n"
-        f"From Python an eager call keeps its thread busy for so many µs: {calls}.\n"
+        f"{markdown_parts.table(lines)}"
     )
+
+
+def call_overhead_table(*results: Result | None) -> str:
+    """What a call costs from Python, reading by reading."""
+    columns = {
+        "decoder_layer": "`decoder_layer`",
+        "decoder_layer, out": "`out=`",
+        "attention_mlp_up": "`attention_mlp_up`",
+        "attention_mlp_up, out": "`out=`",
+        "mlp_down": "`mlp_down`",
+        "mlp_down, out": "`out=`",
+        "decoder_layer, the other way": "`decoder_layer` by apache-tvm-ffi",
+        "torch.add, out": "`torch.add(out=)`",
+    }
+    readings = [reading for result in results if result for reading in result["readings"]]
+    if not readings:
+        return ""
+
+    def cell(reading: Result, name: str) -> str:
+        times = reading["microseconds_per_call"].get(name)
+        return f"{times['median']:.1f} ({times['smallest']:.1f})" if times else ""
+
+    lines = [["µs a call, median (smallest)", *columns.values()]]
+    for reading in readings:
+        device = reading["machine"]["device"].removeprefix("NVIDIA ").partition(" ")[0]
+        lines.append(
+            [f"{device}, host {reading['host']}", *(cell(reading, name) for name in columns)]
+        )
+    return markdown_parts.table(lines)
 
 
 def ablation_table(rows: list[dict[str, Any]], mode: str) -> str:

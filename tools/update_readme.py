@@ -269,7 +269,10 @@ def layer_calls(text: str) -> str:
         layer_tables.layer_calls_table(load("layer_calls_h100.json")),
         layer_tables.ablation_tables(load("ablation_h100.json")),
     ]
-    return with_tables(text, "measured", tables, "## Measured\n")
+    text = with_tables(text, "measured", tables, "## Measured\n")
+    chips = ("h100", "h200")
+    costs = [layer_tables.call_overhead_table(*(load(f"call_overhead_{c}.json") for c in chips))]
+    return with_tables(text, "cost", costs, "")
 
 
 def cluster_primitives(text: str) -> str:
