@@ -137,13 +137,20 @@ def test_each_call_beside_pytorch():
     text = layer_tables.layer_calls_table(layer_calls())
     assert "32 layers of pythia_2b8" in text and "driver 580.1" in text
     assert "3.21 TB/s, as torch.sum measures it" in text
-    assert text.endswith("`attention_mlp_up` 7.0, `mlp_down` 5.0, `decoder_layer` 7.5.\n")
     _, _, down, whole = cells(text)
     assert down == [
         *("`pythia_2b8_mlp_only`", "any", "**18.0 (17.9 to 18.2)**", "27.0 (26.9 to 27.2)"),
         *("1.50", "87.7 %", "2.0e-04", "3.0e-04"),
     ]
     assert whole[:2] == ["`pythia_2b8_decoder_layer`", "2047"]
+
+
+def test_call_overhead():
+    _, _, row = cells(layer_tables.call_overhead_table(call_overhead(), None))
+    assert row[0] == "H100, host A"
+    assert row[1:3] == ["7.5 (7.2)", "7.5 (7.2)"]
+    assert row[3].strip() == "", "not measured"
+    assert layer_tables.call_overhead_table(None, None) == ""
 
 
 def test_ablation_by_mode():
