@@ -21,12 +21,13 @@ TEMPLATES = {
 }
 # As src/backend/cuda/CMakeLists.txt makes them.
 ITERATIONS, HEAD_STEPS = (5, 10), (5, 8, 16)
-# Bytes that an instance of the decode kernel may store and load again, by its iterations and head
-# steps; the layer kernel none. On sm_120, ptxas ignores setmaxnreg, so there are fewer registers.
-SPILLS = {
+# Bytes that an instance may store and load again, by its iterations and head steps. On sm_120,
+# ptxas ignores setmaxnreg, so there are fewer registers.
+DECODE_SPILLS = {
     "90a": {(5, 5): 0, (5, 8): 0, (5, 16): 0, (10, 5): 0, (10, 8): 0, (10, 16): 500},
     "120a": {(5, 5): 0, (5, 8): 232, (5, 16): 592, (10, 5): 636, (10, 8): 788, (10, 16): 1264},
 }
+LAYER_SPILLS = {"90a": {}, "120a": {(5, 16): 32, (10, 16): 24}}  # others none
 INSTANCES = [(i, h, "__half") for i in ITERATIONS for h in HEAD_STEPS] + [(5, 5, "__nv_bfloat16")]
 
 
@@ -38,7 +39,7 @@ def nvcc() -> list[str]:
     return [*filter(None, [shutil.which("ccache")]), compiler]
 
 
-@pytest.mark.parametrize("arch", SPILLS)
+@pytest.mark.parametrize("arch", DECODE_SPILLS)
 @pytest.mark.parametrize("instance", INSTANCES, ids=lambda i: "-".join(map(str, i)))
 @pytest.mark.parametrize("kernel", TEMPLATES)
 def test_spills_no_more_than_it_may(nvcc, tmp_path, kernel, instance, arch):
@@ -65,5 +66,5 @@ def test_spills_no_more_than_it_may(nvcc, tmp_path, kernel, instance, arch):
     assert done.returncode == 0, done.stderr
     report = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert len(report) == 1, f"expected a report of one kernel, found {done.stderr}"
-    allowed = SPILLS[arch][iterations, head_steps] if kernel == "decode" else 0
-    assert sum(map(int, report[0])) <= allowed
+    allowed = DECODE_SPILLS if kernel == "decode" else LAYER_SPILLS
+    assert sum(map(int, report[0])) <= allowed[arch].get((iterations, head_steps), 0)
