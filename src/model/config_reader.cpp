@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <array>
 #include <optional>
-#include <ranges>
 #include <utility>
 
 #include "base/fail.hpp"
@@ -208,8 +207,10 @@ Activation parse_activation(std::string_view name, std::string_view where) {
   for (const auto& [spelling, activation] : kActivations) {
     if (spelling == name) return activation;
   }
+  std::vector<std::string_view> known;
+  for (const auto& entry : kActivations) known.push_back(entry.first);
   fail(ErrorKind::unsupported, "{} {} is not supported; expected one of {}", where, quote(name),
-       fmt::join(std::views::keys(kActivations), ", "));
+       fmt::join(known, ", "));
 }
 
 ModelConfig parse_config(std::string_view json, const std::string& file) {
