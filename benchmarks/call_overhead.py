@@ -15,6 +15,7 @@ import time
 import timeit
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from clusterfusion import _layer_calls, _torch_calls, ops
@@ -29,6 +30,14 @@ SIZES = torch_layer.TINY
 CALLS = 400
 ROUNDS = 50
 WARM_UP_SECONDS = 1.0
+
+
+def caller(function: Callable[..., object], *given: object, **options: object) -> Any:
+    """A call whose arguments are variables, as users have them: unpacking a list costs time too."""
+    names = [f"argument_{i}" for i in range(len(given))]
+    passed = ", ".join([*names, *(f"{name}={name}" for name in options)])
+    make = eval(f"lambda function, {', '.join([*names, *options])}: lambda: function({passed})")
+    return make(function, *given, **options)
 
 
 def move_to_quietest_cpu(cpus: set[int]) -> None:
@@ -61,130 +70,23 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
     """Time the calls with new results, with given ones, and by torch's dispatcher."""
     tensors = torch_layer.random_tensors(SIZES, torch.float16, device, 8)
     layer = list(tensors.values())
-    num_heads, rotary_dim = SIZES.num_heads, SIZES.rotary_dim
-    options = {"num_heads": num_heads, "rotary_dim": rotary_dim}
+    options = {"num_heads": SIZES.num_heads, "rotary_dim": SIZES.rotary_dim}
     parts = ops.attention_mlp_up(*layer[:15], 3, **options)
     out = ops.decoder_layer(*layer, 3, **options)
-    attn_output, mlp_intermediate, *_ = parts
-    one = ops.mlp_down(layer[0], *parts[:2], *layer[15:])
     operator = torch.ops.clusterfusion.decoder_layer
     settings = (3, None, *options.values(), 1e-5, "gelu", False, 0, 0)
     # The parts of one call, and those of the other way, through apache-tvm-ffi.
     whole, plain = _layer_calls.DECODER_LAYER, (3, *settings[2:])
     eager, given = _layer_calls.EAGER_DECODER_LAYER, tuple(layer)
-    # Named, as users have them: unpacking a list is no part of the call.
-    (
-        input,
-        weight_qkv,
-        bias_qkv,
-        weight_o,
-        bias_o,
-        k_cache,
-        v_cache,
-        ln_weight,
-        ln_bias,
-        cos,
-        sin,
-        post_ln_weight,
-        post_ln_bias,
-        mlp_up_weight,
-        mlp_up_bias,
-        mlp_down_weight,
-        mlp_down_bias,
-    ) = layer
+    down = (layer[0], *parts[:2], *layer[15:])
+    one = ops.mlp_down(*down)
     calls: dict[str, Callable[[], object]] = {
-        "decoder_layer": lambda: ops.decoder_layer(
-            input,
-            weight_qkv,
-            bias_qkv,
-            weight_o,
-            bias_o,
-            k_cache,
-            v_cache,
-            ln_weight,
-            ln_bias,
-            cos,
-            sin,
-            post_ln_weight,
-            post_ln_bias,
-            mlp_up_weight,
-            mlp_up_bias,
-            mlp_down_weight,
-            mlp_down_bias,
-            3,
-            num_heads=num_heads,
-            rotary_dim=rotary_dim,
-        ),
-        "decoder_layer, out": lambda: ops.decoder_layer(
-            input,
-            weight_qkv,
-            bias_qkv,
-            weight_o,
-            bias_o,
-            k_cache,
-            v_cache,
-            ln_weight,
-            ln_bias,
-            cos,
-            sin,
-            post_ln_weight,
-            post_ln_bias,
-            mlp_up_weight,
-            mlp_up_bias,
-            mlp_down_weight,
-            mlp_down_bias,
-            3,
-            num_heads=num_heads,
-            rotary_dim=rotary_dim,
-            out=out,
-        ),
-        "attention_mlp_up": lambda: ops.attention_mlp_up(
-            input,
-            weight_qkv,
-            bias_qkv,
-            weight_o,
-            bias_o,
-            k_cache,
-            v_cache,
-            ln_weight,
-            ln_bias,
-            cos,
-            sin,
-            post_ln_weight,
-            post_ln_bias,
-            mlp_up_weight,
-            mlp_up_bias,
-            3,
-            num_heads=num_heads,
-            rotary_dim=rotary_dim,
-        ),
-        "attention_mlp_up, out": lambda: ops.attention_mlp_up(
-            input,
-            weight_qkv,
-            bias_qkv,
-            weight_o,
-            bias_o,
-            k_cache,
-            v_cache,
-            ln_weight,
-            ln_bias,
-            cos,
-            sin,
-            post_ln_weight,
-            post_ln_bias,
-            mlp_up_weight,
-            mlp_up_bias,
-            3,
-            num_heads=num_heads,
-            rotary_dim=rotary_dim,
-            out=parts,
-        ),
-        "mlp_down": lambda: ops.mlp_down(
-            input, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias
-        ),
-        "mlp_down, out": lambda: ops.mlp_down(
-            input, attn_output, mlp_intermediate, mlp_down_weight, mlp_down_bias, out=one
-        ),
+        "decoder_layer": caller(ops.decoder_layer, *layer, 3, **options),
+        "decoder_layer, out": caller(ops.decoder_layer, *layer, 3, **options, out=out),
+        "attention_mlp_up": caller(ops.attention_mlp_up, *layer[:15], 3, **options),
+        "attention_mlp_up, out": caller(ops.attention_mlp_up, *layer[:15], 3, **options, out=parts),
+        "mlp_down": caller(ops.mlp_down, *down),
+        "mlp_down, out": caller(ops.mlp_down, *down, out=one),
         "decoder_layer by torch's dispatcher": lambda: operator(*layer, *settings),
         "decoder_layer, its C function": lambda: eager(*given, *plain, None),
         "decoder_layer, its C function, out": lambda: eager(*given, *plain, out),
@@ -196,7 +98,7 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
         "decoder_layer, the library's call": lambda: whole.native(*layer, *plain, *out),
         "one empty tensor of torch": lambda: layer[0].new_empty(1, SIZES.hidden),
         # How fast the host is: about the least that torch does.
-        "torch.add, out": lambda: torch.add(input, attn_output, out=one),
+        "torch.add, out": lambda: torch.add(down[0], down[1], out=one),
         "nothing": lambda: None,
     }
     end = time.monotonic() + WARM_UP_SECONDS

@@ -192,8 +192,8 @@ void add_results(ResultKind& kind, const DecoderLayerArguments& given) {
 }
 
 ResultStock& stock() {
-  static auto& stock = *new ResultStock;  // Python is gone before static objects are
-  return stock;
+  static auto& kept = *new ResultStock;  // Python is gone before static objects are
+  return kept;
 }
 
 // The new results of one call.

@@ -18,6 +18,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/tensor_view.hpp"
+
 namespace clusterfusion::python {
 
 // The shape of a result, of one to three dimensions.
@@ -44,10 +46,8 @@ struct ResultKind {
 
   bool operator==(const ResultKind& other) const {
     return shapes == other.shapes && count == other.count && thread == other.thread &&
-           stream == other.stream && device.device_type == other.device.device_type &&
-           device.device_id == other.device.device_id && dtype.code == other.dtype.code &&
-           dtype.bits == other.dtype.bits && dtype.lanes == other.dtype.lanes &&
-           inference == other.inference;
+           stream == other.stream && same_device(device, other.device) &&
+           same_dtype(dtype, other.dtype) && inference == other.inference;
   }
 
   void add(const ResultShape& shape) { shapes.at(count++) = shape; }
@@ -66,35 +66,24 @@ struct ResultKind {
 
   // Whether a tensor is a contiguous one such as this result, wherever it lies.
   bool fits(const DLTensor& tensor, std::size_t result) const {
-    if (tensor.device.device_type != device.device_type ||
-        tensor.device.device_id != device.device_id || tensor.dtype.code != dtype.code ||
-        tensor.dtype.bits != dtype.bits || tensor.dtype.lanes != dtype.lanes) {
-      return false;
-    }
     const std::span expected = sizes(result);
     const std::span found(tensor.shape, static_cast<std::size_t>(tensor.ndim));
-    if (!std::equal(found.begin(), found.end(), expected.begin(), expected.end())) return false;
-    std::int64_t step = 1;
-    for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
-      if (tensor.strides != nullptr && tensor.shape[axis] != 1 && tensor.strides[axis] != step) {
-        return false;
-      }
-      step *= tensor.shape[axis];
-    }
-    return true;
+    return same_device(tensor.device, device) && same_dtype(tensor.dtype, dtype) &&
+           std::equal(found.begin(), found.end(), expected.begin(), expected.end()) &&
+           is_contiguous(tensor);
   }
 };
 
 // The results of one call.
 struct ResultSet {
   Owned tuple;
-  std::array<std::byte*, ResultKind::kMaxResults> data{};
+  std::array<const std::byte*, ResultKind::kMaxResults> data{};
 
   // Valid as long as the set and `kind`.
   DLTensor view(ResultKind& kind, std::size_t result) const {
     ResultShape& shape = kind.shapes.at(result);
     DLTensor view{};
-    view.data = data.at(result);
+    view.data = const_cast<std::byte*>(data.at(result));
     view.device = kind.device;
     view.dtype = kind.dtype;
     view.ndim = static_cast<int>(shape.dimensions);
@@ -111,11 +100,11 @@ struct TensorMakers {
 };
 
 // Where a result lies that torch has made. A mode of torch may have made something else of it.
-inline std::byte* data_of(const TensorMakers& make, const ResultKind& kind, std::size_t result,
-                          PyObject* tensor) {
+inline const std::byte* data_of(const TensorMakers& make, const ResultKind& kind,
+                                std::size_t result, PyObject* tensor) {
   const DLTensor view = make.view(tensor);
   if (!kind.fits(view, result)) throw Unusual{};
-  return static_cast<std::byte*>(view.data) + view.byte_offset;
+  return clusterfusion::data_of(view);
 }
 
 // Puts an object into a tuple that nobody else has yet.
@@ -214,7 +203,7 @@ class ResultStock {
   static std::vector<ResultSet> make_sets(const TensorMakers& make, const ResultKind& kind,
                                           PyObject* like) {
     std::array<Owned, ResultKind::kMaxResults> parts;
-    std::array<std::byte*, ResultKind::kMaxResults> begin{};
+    std::array<const std::byte*, ResultKind::kMaxResults> begin{};
     for (std::size_t i = 0; i < kind.count; ++i) {
       parts.at(i) = make_parts(make, kind.shapes.at(i), like);
       begin.at(i) = data_of(make, kind, i, part(parts.at(i), 0).get());

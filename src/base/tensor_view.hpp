@@ -43,6 +43,27 @@ inline const std::byte* data_of(const DLTensor& tensor) noexcept {
   return static_cast<const std::byte*>(tensor.data) + tensor.byte_offset;
 }
 
+inline bool same_device(DLDevice a, DLDevice b) noexcept {
+  return a.device_type == b.device_type && (a.device_type == kDLCPU || a.device_id == b.device_id);
+}
+
+inline bool same_dtype(DLDataType a, DLDataType b) noexcept {
+  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
+}
+
+// Row-major, without gaps.
+inline bool is_contiguous(const DLTensor& tensor) noexcept {
+  if (tensor.strides == nullptr) return true;
+  std::int64_t step = 1;
+  bool contiguous = true;
+  for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
+    if (tensor.shape[axis] == 0) return true;
+    if (tensor.shape[axis] != 1 && tensor.strides[axis] != step) contiguous = false;
+    step *= tensor.shape[axis];
+  }
+  return contiguous;
+}
+
 inline bool is_present(const DLTensor& tensor) noexcept { return tensor.data != nullptr; }
 
 }  // namespace clusterfusion

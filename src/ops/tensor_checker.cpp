@@ -30,26 +30,6 @@ std::string dtype_text(DLDataType type) {
                      type.lanes == 1 ? "" : fmt::format("x{}", type.lanes));
 }
 
-bool same_device(DLDevice a, DLDevice b) {
-  return a.device_type == b.device_type && (a.device_type == kDLCPU || a.device_id == b.device_id);
-}
-
-bool same_dtype(DLDataType a, DLDataType b) {
-  return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes;
-}
-
-bool is_contiguous(const DLTensor& tensor) {
-  if (tensor.strides == nullptr) return true;
-  std::int64_t step = 1;
-  bool contiguous = true;
-  for (int axis = tensor.ndim - 1; axis >= 0; --axis) {
-    if (tensor.shape[axis] == 0) return true;
-    if (tensor.shape[axis] != 1 && tensor.strides[axis] != step) contiguous = false;
-    step *= tensor.shape[axis];
-  }
-  return contiguous;
-}
-
 bool has_shape(const DLTensor& tensor, Shape shape, Leading leading) {
   const int extra = tensor.ndim - static_cast<int>(shape.size());
   if (extra < 0 || (extra > 0 && leading == Leading::none)) return false;

@@ -47,7 +47,7 @@ void launch_layer(CUfunction kernel, const LayerParams& params, int sm_count,
   config.hStream = stream;
   config.attrs = attributes;
   config.numAttrs = 2;
-  // The driver's errors have the numbers of the runtime's.
+  // What a launch may return has the same number in the driver and in the runtime.
   const auto error = static_cast<cudaError_t>(launch(&config, kernel, arguments, nullptr));
   check(error, "starting the layer kernel");
 }
