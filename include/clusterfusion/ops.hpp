@@ -12,7 +12,7 @@
 // was found:
 //   invalid_argument  shape, layout, alignment, device, overlap, a full cache, an option
 //   wrong_type        dtype; a tensor that is not there
-//   unsupported       a device that this build does not run on, a shape without a GPU kernel
+//   unsupported       a device that this build does not run on
 //
 // They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0. There
 // they only enqueue work on `stream`; docs/layer-calls.md says what holds for streams and captures.
@@ -104,8 +104,8 @@ void mlp_down(const MlpDownTensors& tensors, const DLTensor& output, void* strea
               const ExpectedSizes& expected = {});
 
 enum class DecoderLayerVariant {
-  fused,  // one kernel
-  split,  // two kernels, without a grid-wide barrier
+  fused,  // one kernel, where the shape is one that can be streamed
+  split,  // two then, without a grid-wide barrier; the same as fused for other shapes
 };
 
 void decoder_layer(const LayerTensors& tensors, const DLTensor& mlp_down_weight,

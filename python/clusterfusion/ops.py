@@ -9,15 +9,15 @@ results are of the same kind. All but `cos`, `sin` and the position have one dty
 bfloat16. Each is contiguous and starts at a multiple of 16 bytes. What is written (caches, results)
 overlaps nothing else. Sums, LayerNorm and softmax are float32.
 
-They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0, in one
-kernel on torch's current stream; docs/layer-calls.md says what holds for streams and CUDA graphs.
-They may be called from several threads. The same functions are operators of torch
-(`torch.ops.clusterfusion`), which `torch.compile` goes through. They compute no gradients.
+They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0, on
+torch's current stream; docs/layer-calls.md says which shapes are one kernel there, and what holds
+for streams and CUDA graphs. They may be called from several threads. The same functions are
+operators of torch (`torch.ops.clusterfusion`), which `torch.compile` goes through. They compute no
+gradients.
 
 Errors come before anything runs and name the argument, what was expected and what was found:
 `TypeError` (dtypes, things that are no tensors), `ValueError` (shapes, layout, devices, overlap, a
-full cache), `NotImplementedError` (devices that this build does not run on, shapes without a GPU
-kernel).
+full cache), `NotImplementedError` (devices that this build does not run on).
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ constexpr std::int32_t kMaxIterations = 10;
 // added.
 constexpr std::int64_t kMinSumSlots = 2048;
 constexpr std::int64_t kMaxSumSlots = 8192;
+// Of the ring: one is filled while another is read.
+constexpr std::int32_t kMinStages = 2;
 
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -66,8 +68,14 @@ MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns
        name, rows, columns);
 }
 
+bool can_cut(std::int64_t columns) {
+  return cut(1, columns, kMaxIterations, kTargetChunkBytes).has_value();
+}
+
+bool can_attend(std::int64_t head_dim) { return head_dim % 16 == 0 && head_dim <= kMaxHeadDim; }
+
 KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
-  require(config.head_dim % 16 == 0 && config.head_dim <= kMaxHeadDim, ErrorKind::unsupported,
+  require(can_attend(config.head_dim), ErrorKind::unsupported,
           "the streaming decode kernel needs a head size that is a multiple of 16 and at most {}, "
           "found {}; run this model on the CPU (device \"cpu\")",
           kMaxHeadDim, config.head_dim);
@@ -80,26 +88,14 @@ KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
   return kv;
 }
 
-}  // namespace
-
-MatrixPlan with_half_the_products(MatrixPlan plan) {
-  const bool one_unit = plan.units_per_chunk() * plan.segments == kConsumerWarps;
-  // The kernel has code for these.
-  const bool known = plan.iterations == 4 || plan.iterations == 5;
-  if (plan.tile != Tile::slices || plan.unit_rows != 1 || !one_unit || !known) return plan;
-  if (plan.rows_per_chunk % 2 == 0) {
-    // A half of the columns of two rows, or a quarter of those of four.
-    plan.tile = Tile::halves;
-    plan.unit_rows = plan.rows_per_chunk % 4 == 0 ? 4 : 2;
-    plan.segments *= plan.unit_rows;
-  } else if (plan.rows_per_chunk == 1) {
-    plan.tile = Tile::chunk_pairs;
-    plan.iterations *= 2;
-  }
-  return plan;
+// Shared memory beside the sums and the ring.
+std::int64_t fixed_bytes(const ModelConfig& config) {
+  return kControlBytes + round_up(config.hidden_size * 4, 128);
 }
 
-DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits) {
+// All but the share of the sums in what the ring leaves over: with the fewest of them, and as many
+// stages as fit then, which may be too few.
+DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   const std::int64_t hidden = config.hidden_size;
   const std::int64_t widest_row = std::max(hidden, config.intermediate_size) * 2;
   const auto cut_matrix = [&](const char* name, std::int64_t rows, std::int64_t columns) {
@@ -132,19 +128,51 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
   for (const MatrixPlan* matrix :
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head})
     sum_slots = std::max<std::int64_t>(sum_slots, matrix->sums_per_chunk());
-  sum_slots = round_up(sum_slots, 32);
-  const std::int64_t fixed = kControlBytes + round_up(hidden * 4, 128);
-  const std::int64_t room = limits.shared_bytes_per_block - fixed;
-  plan.stages = static_cast<std::int32_t>(
-      std::min<std::int64_t>(16, (room - sum_slots * 4) / plan.stage_bytes));
-  require(plan.stages >= 2, ErrorKind::unsupported,
+  plan.sum_slots = static_cast<std::int32_t>(round_up(sum_slots, 32));
+  const std::int64_t room =
+      limits.shared_bytes_per_block - fixed_bytes(config) - plan.sum_slots * 4;
+  plan.stages = static_cast<std::int32_t>(std::min<std::int64_t>(16, room / plan.stage_bytes));
+  return plan;
+}
+
+}  // namespace
+
+MatrixPlan with_half_the_products(MatrixPlan plan) {
+  const bool one_unit = plan.units_per_chunk() * plan.segments == kConsumerWarps;
+  // The kernel has code for these.
+  const bool known = plan.iterations == 4 || plan.iterations == 5;
+  if (plan.tile != Tile::slices || plan.unit_rows != 1 || !one_unit || !known) return plan;
+  if (plan.rows_per_chunk % 2 == 0) {
+    // A half of the columns of two rows, or a quarter of those of four.
+    plan.tile = Tile::halves;
+    plan.unit_rows = plan.rows_per_chunk % 4 == 0 ? 4 : 2;
+    plan.segments *= plan.unit_rows;
+  } else if (plan.rows_per_chunk == 1) {
+    plan.tile = Tile::chunk_pairs;
+    plan.iterations *= 2;
+  }
+  return plan;
+}
+
+DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits) {
+  DecodePlan plan = draft_plan(config, limits);
+  const std::int64_t fixed = fixed_bytes(config);
+  require(plan.stages >= kMinStages, ErrorKind::unsupported,
           "the streaming decode kernel needs {} bytes of shared memory a block for hidden size {}, "
           "the device has {}; run this model on the CPU (device \"cpu\")",
-          fixed + sum_slots * 4 + 2 * plan.stage_bytes, hidden, limits.shared_bytes_per_block);
-  const std::int64_t left = (room - plan.stages * plan.stage_bytes) / 128 * 32;
-  plan.sum_slots = static_cast<std::int32_t>(std::clamp(left, sum_slots, kMaxSumSlots));
+          fixed + plan.sum_slots * 4 + kMinStages * plan.stage_bytes, config.hidden_size,
+          limits.shared_bytes_per_block);
+  const std::int64_t left =
+      (limits.shared_bytes_per_block - fixed - plan.stages * plan.stage_bytes) / 128 * 32;
+  plan.sum_slots =
+      static_cast<std::int32_t>(std::clamp<std::int64_t>(left, plan.sum_slots, kMaxSumSlots));
   plan.shared_bytes = fixed + plan.sum_slots * 4 + plan.stages * plan.stage_bytes;
   return plan;
+}
+
+bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {
+  return can_cut(config.hidden_size) && can_cut(config.intermediate_size) &&
+         can_attend(config.head_dim) && draft_plan(config, limits).stages >= kMinStages;
 }
 
 }  // namespace clusterfusion::plan

@@ -151,6 +151,9 @@ struct DecodePlan {
 // does not fit) or the device's shared memory is too small for two stages.
 DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits);
 
+// Whether make_decode_plan() gives a plan, for callers that have another way.
+bool can_stream(const ModelConfig& config, const DeviceLimits& limits);
+
 // The same matrix with half as many products, where a warp has one unit of a chunk; else as it is.
 MatrixPlan with_half_the_products(MatrixPlan plan);
 

@@ -25,6 +25,7 @@
 #include "backend/cuda/cuda_backend.hpp"
 #include "backend/cuda/memory.hpp"
 #include "backend/cuda/ops/driver_function.hpp"
+#include "backend/cuda/ops/plain_params.hpp"
 #include "clusterfusion/error.hpp"
 #include "ops/reference_layer.hpp"
 
@@ -228,6 +229,26 @@ std::vector<LayerCase> layer_cases() {
       {"pythia_1b", {2048, 8, 8192, 64, 1100}},
       {"pythia_2b8", {2560, 32, 10240, 20, 2048}},
       {"pythia_6b9", {4096, 32, 16384, 32, 2048}},
+      // Those that cannot be streamed: by their heads, their hidden size, their intermediate size.
+      {"head_8", {128, 16, 512, 8, 130}},
+      {"hidden_144", {144, 3, 512, 8, 130}},
+      {"intermediate_500", {128, 4, 500, 8, 130}},
+      {"tiny_head_1", {7, 7, 3, 0, 70}},
+      {"tiny_head_10", {20, 2, 36, 4, 130}},
+      {"tiny_head_11", {33, 3, 77, 2, 300}},
+      {"tiny_head_11_tanh", {33, 3, 77, 2, 9}, DType::float16, Activation::gelu_tanh},
+      {"tiny_head_11_without_biases",
+       {33, 3, 77, 2, 9},
+       DType::float16,
+       Activation::gelu_erf,
+       false},
+      {"head_48_of_96", {96, 2, 352, 12, 300}},
+      {"head_88", {352, 4, 1472, 22, 1100}},
+      {"head_260", {1040, 4, 4160, 66, 1100}},
+      {"head_512", {1024, 2, 4096, 128, 300}},
+      {"head_2056_all_rotated", {2056, 1, 64, 2056, 300}},
+      {"hidden_2816", {2816, 22, 11264, 128, 2048}},
+      {"gpt_neox_20b", {6144, 64, 24576, 24, 2048}},
   };
   const std::size_t count = cases.size();
   for (std::size_t i = 0; i < count; ++i) {
@@ -240,6 +261,8 @@ std::vector<LayerCase> layer_cases() {
 }
 
 std::vector<std::int64_t> positions_of(const LayerSizes& sizes) {
+  // In float64 the largest shape takes its time.
+  if (sizes.hidden > 5120) return {0, 64, 1000, sizes.max_positions - 1};
   std::vector<std::int64_t> positions;
   for (const std::int64_t position : {0, 1, 7, 8, 15, 16, 31, 32, 63, 64, 65, 129, 1000, 2047})
     if (position < sizes.max_positions - 1) positions.push_back(position);
@@ -359,14 +382,16 @@ struct NamedSizes {
 };
 std::ostream& operator<<(std::ostream& out, const NamedSizes& s) { return out << s.name; }
 
-// What does not depend on the shape, on a small one and on a full one.
+// What does not depend on the shape, on small ones and on full ones, streamed and not.
 class LayerRuns : public LayerTest, public testing::WithParamInterface<NamedSizes> {
  protected:
   std::int64_t last() const { return GetParam().sizes.max_positions - 1; }
 };
 INSTANTIATE_TEST_SUITE_P(Gpu, LayerRuns,
                          testing::Values(NamedSizes{"tiny", {128, 4, 512, 8, 300}},
-                                         NamedSizes{"pythia_2b8", {2560, 32, 10240, 20, 1001}}),
+                                         NamedSizes{"pythia_2b8", {2560, 32, 10240, 20, 1001}},
+                                         NamedSizes{"head_11", {33, 3, 77, 2, 300}},
+                                         NamedSizes{"hidden_2816", {2816, 22, 11264, 128, 1001}}),
                          [](const auto& info) { return info.param.name; });
 
 // Calls follow each other without a wait, and each leaves its results in a place of its own.
@@ -443,8 +468,8 @@ TEST_P(LayerRuns, ThreadsAndStreamsAtOnceGiveTheSameBits) {
   EXPECT_EQ(equal, kThreads * rounds * static_cast<int>(std::size(kAllCalls)));
 }
 
-// Two threads on one stream, each with tensors of its own: what a call hands from its first launch
-// to its second is not another's.
+// Two threads on one stream, each with tensors of its own: what a call hands from one launch to the
+// next is not another's.
 TEST_P(LayerRuns, ThreadsOnOneStreamGiveTheSameBits) {
   constexpr int kThreads = 2;
   std::vector<std::unique_ptr<LayerFixture>> hosts;
@@ -652,7 +677,7 @@ TEST_P(LayerRuns, NormalisesInputsWithALargeMean) {
 // Shapes that share a kernel, one after the other and back, on one stream.
 TEST_F(LayerTest, ShapesTakeTurns) {
   const LayerSizes shapes[] = {
-      {2560, 32, 10240, 20, 70}, {128, 4, 512, 8, 70}, {160, 2, 640, 20, 70}};
+      {2560, 32, 10240, 20, 70}, {128, 4, 512, 8, 70}, {33, 3, 77, 2, 70}, {160, 2, 640, 20, 70}};
   std::vector<std::unique_ptr<LayerFixture>> hosts;
   std::vector<std::unique_ptr<DeviceLayer>> layers;
   std::vector<std::vector<Bytes>> expected;
@@ -682,8 +707,11 @@ TEST_F(LayerTest, ShapesTakeTurns) {
 // Other code may take a thread's context away. The CUDA runtime finds it again by itself.
 TEST_F(LayerTest, RunWithoutACurrentContext) {
   const auto set_context = cuda::driver_function<decltype(cuCtxSetCurrent)>("cuCtxSetCurrent");
-  LayerFixture host({128, 4, 512, 8, 70});
-  for (const bool new_thread : {false, true}) {
+  for (const auto& [sizes, new_thread] : {std::pair{LayerSizes{128, 4, 512, 8, 70}, false},
+                                          {LayerSizes{128, 4, 512, 8, 70}, true},
+                                          {LayerSizes{33, 3, 77, 2, 70}, false},
+                                          {LayerSizes{33, 3, 77, 2, 70}, true}}) {
+    LayerFixture host(sizes);
     DeviceLayer layer(host);
     layer.at(69);
     for (const Call call : kAllCalls) {
@@ -705,20 +733,62 @@ TEST_F(LayerTest, RunWithoutACurrentContext) {
   }
 }
 
-TEST_F(LayerTest, RefusesShapesWithoutAKernel) {
+// The whole layer and both halves in one call are the same launches where nothing is streamed.
+TEST_F(LayerTest, SplitGivesTheBitsOfTheWholeWhereItIsNotStreamed) {
   for (const LayerSizes& sizes : {LayerSizes{128, 16, 512, 8, 70}, LayerSizes{144, 3, 512, 8, 70},
                                   LayerSizes{128, 4, 500, 8, 70}}) {
     LayerFixture host(sizes);
     DeviceLayer layer(host);
-    layer.at(3);
-    layer.fill_caches(3);
-    try {
-      layer.enqueue(Call::fused);
-      ADD_FAILURE() << "hidden " << sizes.hidden << " in " << sizes.num_heads << " heads ran";
-    } catch (const Error& error) {
-      EXPECT_EQ(error.kind(), ErrorKind::unsupported) << error.what();
+    layer.at(69);
+    EXPECT_TRUE(layer.run(Call::fused, 69) == layer.run(Call::split, 69))
+        << "hidden " << sizes.hidden << " in " << sizes.num_heads << " heads";
+  }
+}
+
+// What the plain kernels are told; this needs no GPU.
+
+LayerShape shape_of(const LayerSizes& sizes) {
+  return {DType::float16,   sizes.hidden,     sizes.intermediate, sizes.num_heads,
+          sizes.head_dim(), sizes.rotary_dim, sizes.max_positions};
+}
+
+TEST(PlainLayer, EverySplitHasAPlaceAndEveryPositionASplit) {
+  for (const LayerCase& c : layer_cases())
+    for (const int sms : {1, 3, 132, 170}) {
+      const LayerShape shape = shape_of(c.sizes);
+      const int most = cuda::most_plain_splits(shape, sms);
+      for (int positions = 1; positions <= shape.max_positions; ++positions) {
+        const plan::AttentionSplits cut = cuda::plain_splits(shape, positions, sms);
+        const int split_positions = cut.blocks_per_split * cuda::kTilePositions;
+        ASSERT_LE(cut.splits, most) << c.name << ", " << positions << " positions";
+        ASSERT_GE(cut.splits * split_positions, positions);
+        ASSERT_LT((cut.splits - 1) * split_positions, positions);  // none is empty
+      }
     }
-    EXPECT_TRUE(layer.download("k_cache") == layer.cache_before("k_cache", 3));
+}
+
+TEST(PlainLayer, PartsOfTheScratchAreAlignedAndDoNotOverlap) {
+  for (const LayerCase& c : layer_cases()) {
+    SCOPED_TRACE(c.name);
+    const LayerShape shape = shape_of(c.sizes);
+    const int splits = cuda::most_plain_splits(shape, 132);
+    const cuda::PlainLayout layout = cuda::plain_layout(shape, splits);
+    const std::int64_t hidden = shape.hidden_size, partials = shape.num_heads * splits;
+    std::int64_t end = 0;
+    for (const auto& [begin, elements] : {std::pair{layout.normed, hidden},
+                                          {layout.post_normed, hidden},
+                                          {layout.qkv, 3 * hidden},
+                                          {layout.query, hidden},
+                                          {layout.intermediate, shape.intermediate_size},
+                                          {layout.maxima, partials},
+                                          {layout.sums, partials},
+                                          {layout.outputs, partials * shape.head_dim},
+                                          {layout.attention, hidden}}) {
+      EXPECT_GE(begin, end);
+      EXPECT_EQ(begin * 4 % 16, 0);
+      end = begin + elements;
+    }
+    EXPECT_GE(layout.size, end);
   }
 }
 

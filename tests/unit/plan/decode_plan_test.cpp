@@ -309,6 +309,35 @@ TEST(LayerPhases, SomeStayWhereOthersLeaveForAttention) {
   }
 }
 
+// Sizes that can be streamed and others, on devices with much and little shared memory.
+TEST(CanStream, SaysWhetherThereIsAPlan) {
+  int plans = 0, refusals = 0;
+  for (const std::int64_t hidden : {1, 33, 96, 128, 352, 1040, 2560, 2816, 5120, 6144})
+    for (const std::int64_t heads : {1, 2, 3, 8, 16, 32, 40, 64})
+      for (const std::int64_t intermediate : {1, 77, 352, 512, 10240, 20480, 24576, 65536})
+        for (const DeviceLimits& limits : {kHopper, DeviceLimits{132, 48 * 1024}}) {
+          if (hidden % heads != 0) continue;
+          ModelConfig config;
+          config.num_layers = 1;
+          config.hidden_size = config.vocab_size = hidden;
+          config.num_heads = heads;
+          config.head_dim = hidden / heads;
+          config.intermediate_size = intermediate;
+          bool planned = true;
+          try {
+            make_decode_plan(config, limits);
+          } catch (const Error& error) {
+            EXPECT_EQ(error.kind(), ErrorKind::unsupported);
+            planned = false;
+          }
+          EXPECT_EQ(can_stream(config, limits), planned)
+              << hidden << " in " << heads << " heads, " << intermediate;
+          ++(planned ? plans : refusals);
+        }
+  EXPECT_GT(plans, 20);
+  EXPECT_GT(refusals, 20);
+}
+
 TEST(MakeDecodePlan, RefusesWhatItCannotStream) {
   const auto message = [](const ModelConfig& config, const DeviceLimits& limits) -> std::string {
     try {

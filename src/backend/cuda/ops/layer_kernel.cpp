@@ -3,7 +3,6 @@
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "backend/cuda/ops/driver_function.hpp"
-#include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
 
@@ -20,10 +19,7 @@ const void* find_layer_kernel(DType dtype, int iterations, int head_dim) {
     return layer_kernel_##type##_##max_iterations##_##head_steps();
 #include "stream_instances.inc"
 #undef STREAM_INSTANCE
-  fail(ErrorKind::unsupported,
-       "no layer kernel for {} tensors with head size {} and {} fragments a lane; move the tensors "
-       "to the CPU",
-       name_of(dtype), head_dim, iterations);
+  return nullptr;
 }
 
 void launch_layer(CUfunction kernel, const LayerParams& params, int sm_count,

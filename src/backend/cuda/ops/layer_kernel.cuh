@@ -7,6 +7,7 @@
 #include "backend/cuda/device/grid_dependency.cuh"
 #include "backend/cuda/device/tensor_copy.cuh"
 #include "backend/cuda/ops/layer_params.hpp"
+#include "backend/cuda/ops/position.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -59,13 +60,6 @@ struct RowCache {
 // that before all have.
 __device__ __forceinline__ int scratch_half(const LayerParams& layer) {
   return *static_cast<volatile const std::uint32_t*>(layer.ended) < gridDim.x ? 0 : 1;
-}
-__device__ __forceinline__ int position_of(const LayerParams& layer) {
-  if (layer.device_position == nullptr) return layer.position;
-  return *static_cast<volatile const std::int32_t*>(layer.device_position);
-}
-__device__ __forceinline__ bool is_position(const LayerParams& layer, int position) {
-  return position >= 0 && position < layer.max_positions;
 }
 
 // By one thread of each block: brings into L2 what its producer will read first. Where attention

@@ -9,7 +9,7 @@
 namespace clusterfusion::cuda {
 
 // The kernel for weights of `dtype` (float16 or bfloat16), at most `iterations` fragments a matrix,
-// and this head size. Errors: unsupported if there is none.
+// and this head size; null if there is none.
 const void* find_layer_kernel(DType dtype, int iterations, int head_dim);
 
 // Launches `kernel`, as the driver knows it on the current device, on `stream`, one block on each

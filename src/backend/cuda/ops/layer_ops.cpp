@@ -15,6 +15,7 @@
 #include "backend/cuda/ops/driver_function.hpp"
 #include "backend/cuda/ops/layer_kernel.hpp"
 #include "backend/cuda/ops/layer_scratch.hpp"
+#include "backend/cuda/ops/plain_layer.hpp"
 #include "backend/cuda/ops/relaxed_capture.hpp"
 #include "base/fail.hpp"
 
@@ -70,11 +71,29 @@ struct ShapeKey {
 
 // What depends on device and shape alone.
 struct LayerPlan {
+  int sm_count = 0;
+  // The streaming kernel, in the device's primary context. Null for a shape that it does not take,
+  // which the plain kernels compute: then nothing below counts.
+  CUfunction kernel = nullptr;
   plan::DecodePlan plan;
   DecodeParams stream;
-  CUfunction kernel = nullptr;  // of the device's primary context
-  int sm_count = 0;
+
+  bool streams() const noexcept { return kernel != nullptr; }
 };
+
+// The streaming kernel for `config`, if there is one.
+void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, LayerPlan& result) {
+  const plan::DeviceLimits limits{properties.multiProcessorCount,
+                                  static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
+  if (!plan::can_stream(config, limits)) return;
+  result.plan = plan::make_decode_plan(config, limits);
+  const void* kernel = find_layer_kernel(config.dtype, fragments_needed(config, result.plan),
+                                         static_cast<int>(config.head_dim));
+  if (kernel == nullptr) return;
+  result.stream = stream_params(config, result.plan, result.sm_count, /*half_the_products=*/false);
+  prepare_kernel(kernel, result.plan, properties);
+  check(cudaGetFuncBySymbol(&result.kernel, kernel), "looking for the layer kernel");
+}
 
 std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
   const RelaxedCapture relaxed;  // the first look at a kernel loads it
@@ -97,15 +116,8 @@ std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
   config.parallel_residual = true;
   auto result = std::make_unique<LayerPlan>();
   result->sm_count = properties.multiProcessorCount;
-  result->plan = plan::make_decode_plan(
-      config, {properties.multiProcessorCount,
-               static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)});
-  result->stream = stream_params(config, result->plan, result->sm_count,
-                                 /*half_the_products=*/false);
-  const void* kernel = find_layer_kernel(key.dtype, fragments_needed(config, result->plan),
-                                         static_cast<int>(config.head_dim));
-  prepare_kernel(kernel, result->plan, properties);
-  check(cudaGetFuncBySymbol(&result->kernel, kernel), "looking for the layer kernel");
+  find_stream(config, properties, *result);
+  if (!result->streams()) load_plain_kernels(key.dtype);
   return result;
 }
 
@@ -234,6 +246,17 @@ void launch(const LayerPlan& plan, const LayerParams& params, cudaStream_t strea
   launch_layer(plan.kernel, params, plan.sm_count, plan.plan.shared_bytes, stream);
 }
 
+// Where the plain kernels run, on caches of so many rows if there are any.
+PlainPlace plain_place(const LayerPlan& plan, const LayerStream& where,
+                       std::int64_t max_positions) {
+  require(
+      max_positions <= kMaxPlainPositions, ErrorKind::unsupported,
+      "the caches have {} positions, and this shape takes at most {} on a GPU; move the tensors "
+      "to the CPU",
+      max_positions, kMaxPlainPositions);
+  return {where.device_id, plan.sm_count, static_cast<cudaStream_t>(where.stream)};
+}
+
 std::int64_t between_bytes(std::int64_t hidden, std::int64_t intermediate) {
   return (hidden + intermediate) * 2;
 }
@@ -263,6 +286,8 @@ void attention_mlp_up(const AttentionMlpUpTask& task, const LayerStream& where) 
   const LayerShape& shape = task.inputs.shape;
   const auto stream = static_cast<cudaStream_t>(where.stream);
   const LayerPlan& plan = plan_for(shape, where.device_id);
+  if (!plan.streams())
+    return plain_attention_mlp_up(task, plain_place(plan, where, shape.max_positions));
   LayerParams params =
       params_for(plan, layer_scratch(where.device_id, stream, plan.stream.layout.bytes,
                                      between_bytes(shape.hidden_size, shape.intermediate_size)));
@@ -275,10 +300,12 @@ void attention_mlp_up(const AttentionMlpUpTask& task, const LayerStream& where) 
 void mlp_down(const MlpDownTask& task, const LayerStream& where) {
   const CurrentDevice device(where.device_id);
   const auto stream = static_cast<cudaStream_t>(where.stream);
-  // Heads do not matter here: any head size that the kernel has.
+  // Heads do not matter here: any head size that the streaming kernel has.
   constexpr std::int64_t kHeadDim = 16;
-  const LayerPlan& plan = plan_for({where.device_id, task.dtype, task.hidden_size,
-                                    task.intermediate_size, task.hidden_size / kHeadDim, 0});
+  const std::int64_t heads = std::max<std::int64_t>(task.hidden_size / kHeadDim, 1);
+  const LayerPlan& plan =
+      plan_for({where.device_id, task.dtype, task.hidden_size, task.intermediate_size, heads, 0});
+  if (!plan.streams()) return plain_mlp_down(task, plain_place(plan, where, 0));
   const auto scratch = layer_scratch(where.device_id, stream, plan.stream.layout.bytes,
                                      between_bytes(task.hidden_size, task.intermediate_size));
   down_alone(plan, scratch, task, stream);
@@ -289,6 +316,8 @@ void decoder_layer(const DecoderLayerTask& task, const LayerStream& where) {
   const LayerShape& shape = task.inputs.shape;
   const auto stream = static_cast<cudaStream_t>(where.stream);
   const LayerPlan& plan = plan_for(shape, where.device_id);
+  if (!plan.streams())
+    return plain_decoder_layer(task, plain_place(plan, where, shape.max_positions));
   const auto scratch = layer_scratch(where.device_id, stream, plan.stream.layout.bytes,
                                      between_bytes(shape.hidden_size, shape.intermediate_size));
   LayerParams params = params_for(plan, scratch);

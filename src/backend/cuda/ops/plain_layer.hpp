@@ -1,0 +1,31 @@
+// The layer calls as a handful of ordinary launches: every shape, at less speed than the streaming
+// kernel. Activations stay float32 between the launches.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "backend/layer_ops.hpp"
+
+namespace clusterfusion::cuda {
+
+// Where the plain kernels run: on the current device.
+struct PlainPlace {
+  int device = 0;
+  int sm_count = 0;
+  cudaStream_t stream = nullptr;
+};
+
+// Loads the kernels for tensors of `dtype` (float16 or bfloat16) on the current device. Before the
+// first call: loading would spoil a capture.
+void load_plain_kernels(DType dtype);
+
+// The caches may have so many rows: sums of positions have 32 bits.
+inline constexpr std::int64_t kMaxPlainPositions = std::int64_t{1} << 30;
+
+// They enqueue and return; several threads may call at once, on one stream too.
+void plain_attention_mlp_up(const AttentionMlpUpTask& task, const PlainPlace& place);
+void plain_mlp_down(const MlpDownTask& task, const PlainPlace& place);
+// `task.split` makes no difference.
+void plain_decoder_layer(const DecoderLayerTask& task, const PlainPlace& place);
+
+}  // namespace clusterfusion::cuda
