@@ -189,10 +189,23 @@ EAGER_MLP_DOWN = _eager_function(MLP_DOWN) or TRACED_MLP_DOWN
 EAGER_DECODER_LAYER = _eager_function(DECODER_LAYER) or TRACED_DECODER_LAYER
 
 
-def set_up_eager(other_way: Callable[..., Any] = make_call) -> None:
-    """Lets the extension know torch, and what to call with a name and arguments for the rest."""
-    if _eager is not None:
-        _eager.set_up(_native.ops_eager_calls(), other_way, _torch, _torch.nn.Parameter)
+def set_up_eager(other_way: Callable[..., Any] = make_call) -> bool:
+    """Lets the extension know torch, and what to call with a name and arguments for the rest.
+
+    Returns whether it makes calls by itself, which it does with a torch on which it can look at
+    tensors: it tries that on some.
+    """
+    if _eager is None:
+        return False
+    parameter = _torch.nn.Parameter
+    samples = (
+        _torch.empty(2, 3, 4, dtype=_torch.float16, device="cpu"),
+        _torch.empty(6, 8, dtype=_torch.bfloat16, device="cpu")[1:, ::2],
+        parameter(_torch.empty(5, dtype=_torch.float32, device="cpu"), requires_grad=False),
+        _torch.empty((), dtype=_torch.int32, device="cpu"),
+    )
+    made: bool = _eager.set_up(_native.ops_eager_calls(), other_way, _torch, parameter, samples)
+    return made
 
 
 def _run_subclass(

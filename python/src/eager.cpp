@@ -1,9 +1,9 @@
 // The extension clusterfusion._eager: each layer call on plain torch tensors as one C function.
 //
-// It takes tensors by PyTorch's DLPack exchange API, without owning them, and new results from a
-// stock of them (result_stock.hpp). Whatever is not as usual, errors too, it leaves to the other
-// way, a function of Python's, before anything is written. It keeps to Python's stable ABI, knows
-// nothing of PyTorch's, and does not hold the library but calls it.
+// It looks at tensors by PyTorch's C functions, without owning them (torch_api.hpp), and takes
+// new results from blocks (result_blocks.hpp). Whatever is not as usual, errors too, it leaves to
+// the other way, a function of Python's, before anything is written. It keeps to Python's stable
+// ABI, includes nothing of PyTorch's, and does not hold the library but calls it.
 #include "python_objects.hpp"
 // Python.h comes first.
 #include <dlpack/dlpack.h>
@@ -16,55 +16,21 @@
 #include <optional>
 #include <span>
 #include <utility>
+#include <vector>
 
 #include "eager.hpp"
-#include "result_stock.hpp"
+#include "result_blocks.hpp"
+#include "torch_api.hpp"
 
 namespace clusterfusion::python {
 namespace {
 
 // What set_up() was told. Kept until the process ends; the GIL guards it.
-struct Torch {
-  const DLPackExchangeAPI* exchange = nullptr;
-  PyObject* tensor = nullptr;     // torch.Tensor
-  PyObject* parameter = nullptr;  // torch.nn.Parameter
-  TensorMakers make;
-  PyObject* is_grad_enabled = nullptr;
-  PyObject* is_inference_mode_enabled = nullptr;
-  PyObject* requires_grad = nullptr;  // that name
-};
-Torch torch;
+TorchApi torch;
 const EagerCalls* library = nullptr;
 PyObject* other_way = nullptr;  // takes a call's name and its arguments
 
-bool is_true(PyObject* object) { return object == Py_True; }
-
 bool is_type(PyObject* object, PyTypeObject& type) { return Py_TYPE(object) == &type; }
-
-// Neither a subclass, whose meaning is not known here, nor anything else.
-bool is_plain_tensor(PyObject* object) {
-  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  return type == torch.tensor || type == torch.parameter;
-}
-
-// The view lasts as long as nobody changes the tensor, which PyTorch's own operators assume too.
-DLTensor view_of(PyObject* object) {
-  DLTensor view;
-  if (!is_plain_tensor(object)) throw Unusual{};
-  if (torch.exchange->dltensor_from_py_object_no_sync(object, &view) != 0) throw Unusual{};
-  return view;
-}
-
-// The stream that torch works on.
-void* stream_of(const DLTensor& tensor) {
-  const DLDevice device = tensor.device;
-  void* stream = nullptr;
-  if (device.device_type == kDLCPU) return stream;
-  if (torch.exchange->current_work_stream(device.device_type, device.device_id, &stream) != 0) {
-    throw Unusual{};
-  }
-  return stream;
-}
 
 using Arguments = std::span<PyObject* const>;
 
@@ -77,13 +43,13 @@ class Reader {
 
   DLTensor tensor(const char*) {
     PyObject* object = next();
-    return object == Py_None ? DLTensor{} : view_of(object);
+    return object == Py_None ? DLTensor{} : torch.view(object);
   }
 
   ops::Position position(const char*) {
     PyObject* object = next();
     if (is_type(object, PyLong_Type)) return {integer_of(object), {}};
-    return {0, view_of(object)};
+    return {0, torch.view(object)};
   }
 
   std::int64_t integer(const char*) { return integer_of(next()); }
@@ -103,7 +69,7 @@ class Reader {
   bool boolean(const char*) {
     PyObject* object = next();
     if (!is_type(object, PyBool_Type)) throw Unusual{};
-    return is_true(object);
+    return object == Py_True;
   }
 
   Activation activation(const char*) {
@@ -137,18 +103,9 @@ class Reader {
   Arguments arguments_;
 };
 
-// Whether a function of torch returns True.
-bool answers_yes(PyObject* function) {
-  const Owned answer = own(PyObject_CallNoArgs(function));
-  return is_true(answer.get());
-}
-
 void refuse_gradients(Arguments arguments) {
-  if (!answers_yes(torch.is_grad_enabled)) return;
   for (PyObject* argument : arguments) {
-    if (!is_plain_tensor(argument)) continue;
-    const Owned wanted = own(PyObject_GetAttr(argument, torch.requires_grad));
-    if (is_true(wanted.get())) throw Unusual{};
+    if (torch.is_plain(argument) && torch.requires_grad(argument)) throw Unusual{};
   }
 }
 
@@ -191,8 +148,8 @@ void add_results(ResultKind& kind, const DecoderLayerArguments& given) {
   add_new_key_and_value(kind, given.tensors, given.options);
 }
 
-ResultStock& stock() {
-  static auto& kept = *new ResultStock;  // Python is gone before static objects are
+ResultBlocks& blocks() {
+  static auto& kept = *new ResultBlocks;  // Python is gone before static objects are
   return kept;
 }
 
@@ -200,17 +157,16 @@ ResultStock& stock() {
 class NewResults {
  public:
   template <typename Given>
-  NewResults(const Given& given, PyObject* like, const DLTensor& like_view, void* stream,
-             bool inference) {
+  NewResults(const Given& given, PyObject* like, const DLTensor& like_view, void* stream) {
     kind_.thread = PyThread_get_thread_ident();
     kind_.stream = stream;
     kind_.device = like_view.device;
     kind_.dtype = like_view.dtype;
-    kind_.inference = inference;
+    kind_.inference = torch.is_inference_mode();
     add_results(kind_, given);
     // What is captured must be allocated anew, in the graph's own memory.
-    set_ = library->is_capturing(like_view.device, stream) ? new_results(torch.make, kind_, like)
-                                                           : stock().take(torch.make, kind_, like);
+    set_ = library->is_capturing(like_view.device, stream) ? new_results(torch, kind_, like)
+                                                           : blocks().take(torch, kind_, like);
   }
 
   // The results one after the other, as a Reader gives them.
@@ -255,15 +211,14 @@ Owned run(Arguments arguments, bool (*function)(const Given&, const Views&, void
   Given given;
   read(in, given);
   if (!in.at_end()) throw Unusual{};
-  const bool inference = answers_yes(torch.is_inference_mode_enabled);
-  if (!inference) refuse_gradients(arguments);  // there are none in that mode
+  if (torch.is_grad_enabled()) refuse_gradients(arguments);
   const DLTensor& first = first_of(given);
-  void* stream = stream_of(first);
+  void* stream = torch.stream(first.device);
   Views views;
   Owned tuple;
   std::optional<NewResults> made;
   if (out == Py_None) {
-    made.emplace(given, arguments.front(), first, stream, inference);
+    made.emplace(given, arguments.front(), first, stream);
     read(*made, views);
     tuple = made->take_tuple();
   } else {
@@ -309,7 +264,7 @@ PyObject* call(PyObject*, PyObject* const* first, Py_ssize_t count) {
   const Arguments arguments(first, static_cast<std::size_t>(count));
   try {
     // Calls on arrays of NumPy come here too, and are not to pay for an exception.
-    if (library != nullptr && count > 1 && is_plain_tensor(arguments.front())) {
+    if (library != nullptr && count > 1 && torch.is_plain(arguments.front())) {
       try {
         return run(arguments, library->*function).release();
       } catch (const std::exception&) {  // Unusual, or no memory
@@ -322,29 +277,13 @@ PyObject* call(PyObject*, PyObject* const* first, Py_ssize_t count) {
   }
 }
 
-// The newest version of the exchange API that this code knows.
-const DLPackExchangeAPI* find_exchange(PyObject* tensor_type) {
-  const Owned capsule = own(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
-  const auto* header = static_cast<const DLPackExchangeAPIHeader*>(
-      PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api"));
-  while (header != nullptr && header->version.major != DLPACK_MAJOR_VERSION) {
-    header = header->prev_api;
-  }
-  if (header == nullptr) throw Unusual{};
-  const auto* exchange = reinterpret_cast<const DLPackExchangeAPI*>(header);
-  if (exchange->dltensor_from_py_object_no_sync == nullptr) throw Unusual{};
-  return exchange;
-}
-
-PyObject* attribute(PyObject* object, const char* name) {
-  return own(PyObject_GetAttrString(object, name)).release();
-}
-
-// set_up(address of EagerCalls, the other way, torch, torch.nn.Parameter). With a torch that has
-// not what is needed, every call goes the other way.
+// set_up(address of EagerCalls, the other way, torch, torch.nn.Parameter, a tuple of sample
+// tensors)
+// -> whether calls can be made here. With a torch that has not what is needed, every call goes the
+// other way.
 PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 4) {
-    PyErr_SetString(PyExc_TypeError, "set_up() takes 4 arguments");
+  if (count != 5) {
+    PyErr_SetString(PyExc_TypeError, "set_up() takes 5 arguments");
     return nullptr;
   }
   try {
@@ -352,23 +291,16 @@ PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     other_way = share(arguments[1]).release();
     const long long address = PyLong_AsLongLong(arguments[0]);
     if (PyErr_Occurred() != nullptr) throw Unusual{};
-    PyObject* package = arguments[2];
-    Torch found;
-    found.tensor = attribute(package, "Tensor");
-    found.parameter = share(arguments[3]).release();
-    found.exchange = find_exchange(found.tensor);
-    found.make.new_empty = attribute(found.tensor, "new_empty");
-    found.make.split = attribute(package, "unsafe_split_with_sizes");
-    found.make.view = view_of;
-    found.is_grad_enabled = attribute(package, "is_grad_enabled");
-    found.is_inference_mode_enabled = attribute(package, "is_inference_mode_enabled");
-    found.requires_grad = own(PyUnicode_InternFromString("requires_grad")).release();
-    torch = found;
+    std::vector<PyObject*> samples;
+    for (Py_ssize_t i = 0; i < PyTuple_Size(arguments[4]); ++i) {
+      samples.push_back(PyTuple_GetItem(arguments[4], i));
+    }
+    torch = TorchApi(arguments[2], arguments[3], samples);
     library = reinterpret_cast<const EagerCalls*>(static_cast<std::intptr_t>(address));
   } catch (const std::exception&) {
     if (!forget_error()) return nullptr;
   }
-  return share(Py_None).release();
+  return PyBool_FromLong(library != nullptr);
 }
 
 // Functions of METH_FASTCALL hide behind another type.

@@ -5,6 +5,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 // Python.h comes first.
+#include <cstddef>
 #include <exception>
 #include <memory>
 
@@ -30,6 +31,13 @@ inline Owned own(PyObject* object) {
 inline Owned share(PyObject* object) {
   Py_IncRef(object);
   return own(object);
+}
+
+// Puts an object into a tuple that nobody else has yet.
+inline void put_into(const Owned& tuple, std::size_t index, Owned object) {
+  if (PyTuple_SetItem(tuple.get(), static_cast<Py_ssize_t>(index), object.release()) != 0) {
+    throw Unusual{};
+  }
 }
 
 }  // namespace clusterfusion::python

@@ -11,8 +11,6 @@
 namespace clusterfusion::ops {
 namespace {
 
-// Every call passes here: messages are made only when they are needed.
-
 // Bulk copies and vector loads of the kernels; a power of two, as all alignments.
 constexpr std::uintptr_t kAlignment = 16;
 
@@ -55,6 +53,30 @@ void require_shape(const DLTensor& tensor, const char* name, Shape shape, Leadin
        fmt::join(sizes, ", "), fmt::join(meanings, ", "), shape_text(tensor));
 }
 
+// How many elements a row-major tensor of this shape has; 0 for any other. In one pass: each call
+// has twenty tensors.
+std::int64_t count_row_major(const DLTensor& tensor, Shape shape, Leading leading) {
+  int axis = tensor.ndim;
+  if (axis < static_cast<int>(shape.size())) return 0;
+  std::int64_t count = 1;
+  for (const Dimension* dimension = shape.end(); dimension != shape.begin();) {
+    const std::int64_t size = tensor.shape[--axis];
+    const bool is_next = tensor.strides == nullptr || tensor.strides[axis] == count || size == 1;
+    if (size != (--dimension)->size || !is_next) return 0;
+    count *= size;
+  }
+  if (axis > 0 && leading == Leading::none) return 0;
+  while (axis > 0) {
+    if (tensor.shape[--axis] != 1) return 0;
+  }
+  return count;
+}
+
+// Bytes past the last multiple of `alignment`.
+std::uintptr_t misalignment(const std::byte* address, std::uintptr_t alignment) {
+  return reinterpret_cast<std::uintptr_t>(address) & (alignment - 1);
+}
+
 void require_present(const DLTensor& tensor, const char* name) {
   require(tensor.data != nullptr || (tensor.ndim > 0 && num_elements(tensor) == 0),
           ErrorKind::wrong_type, "{}: expected a tensor, found none", name);
@@ -89,6 +111,19 @@ TensorChecker::TensorChecker(const DLTensor& first, const char* name, std::int64
 const std::byte* TensorChecker::add(const DLTensor& tensor, const char* name, DLDataType dtype,
                                     std::uintptr_t alignment, Shape shape, Leading leading,
                                     bool written) {
+  const std::byte* begin = data_of(tensor);
+  const std::int64_t elements = count_row_major(tensor, shape, leading);
+  if (tensor.data == nullptr || !same_device(tensor.device, device_) ||
+      !same_dtype(tensor.dtype, dtype) || elements == 0 || misalignment(begin, alignment) != 0 ||
+      count_ == kMaxTensors) {
+    require_all(tensor, name, dtype, alignment, shape, leading);
+  }
+  spans_[count_++] = {begin, begin + elements * (dtype.bits / 8), name, written};
+  return begin;
+}
+
+void TensorChecker::require_all(const DLTensor& tensor, const char* name, DLDataType dtype,
+                                std::uintptr_t alignment, Shape shape, Leading leading) const {
   require_present(tensor, name);
   if (!same_device(tensor.device, device_)) {
     fail(ErrorKind::invalid_argument, "{}: expected device {}, as {} has, found {}", name,
@@ -106,16 +141,13 @@ const std::byte* TensorChecker::add(const DLTensor& tensor, const char* name, DL
          "contiguous copy",
          name, fmt::join(std::span(tensor.strides, tensor.ndim), ", "), shape_text(tensor));
   }
-  const std::byte* begin = data_of(tensor);
-  const std::uintptr_t off = reinterpret_cast<std::uintptr_t>(begin) & (alignment - 1);
+  const std::uintptr_t off = misalignment(data_of(tensor), alignment);
   require(off == 0, ErrorKind::invalid_argument,
           "{}: expected an address that is a multiple of {} bytes, found one {} bytes past it; "
           "pass a copy",
           name, alignment, off);
   require(count_ < kMaxTensors, ErrorKind::internal, "more than {} tensors in one call",
           kMaxTensors);
-  spans_[count_++] = {begin, begin + num_bytes(tensor), name, written};
-  return begin;
 }
 
 const void* TensorChecker::read(const DLTensor& tensor, const char* name, Shape shape,

@@ -65,6 +65,10 @@ class TensorChecker {
   const std::byte* add(const DLTensor& tensor, const char* name, DLDataType dtype,
                        std::uintptr_t alignment, Shape shape, Leading leading, bool written);
 
+  // For a tensor that looks wrong at first sight: says what is wrong with it, if anything is.
+  void require_all(const DLTensor& tensor, const char* name, DLDataType dtype,
+                   std::uintptr_t alignment, Shape shape, Leading leading) const;
+
   DLDevice device_{};
   DType dtype_ = DType::float16;
   std::int64_t hidden_size_ = 0;
