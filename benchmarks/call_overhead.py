@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from clusterfusion import _layer_calls, _torch_calls, ops
+from clusterfusion.pythia import LayerSizes, layer_calls
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 
@@ -27,8 +28,8 @@ import torch_layer
 
 SIZES = torch_layer.TINY
 # Fewer than the launches that wait in a GPU's queue: behind these the thread would be held up.
-CALLS = 400
-ROUNDS = 50
+CALLS = 200
+ROUNDS = 200
 WARM_UP_SECONDS = 1.0
 
 
@@ -50,20 +51,35 @@ def move_to_quietest_cpu(cpus: set[int]) -> None:
 
 
 def microseconds(
-    call: Callable[[], object], device: torch.device, cpus: set[int]
-) -> dict[str, float]:
-    """Time the calling thread, which waits for a GPU only between rounds."""
-    if device.type == "cuda":
-        move_to_quietest_cpu(cpus)
-    rounds = []
-    for _ in range(ROUNDS):
-        start = time.thread_time()
-        for _ in range(CALLS):
-            call()
-        rounds.append((time.thread_time() - start) / CALLS * 1e6)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    return {"median": statistics.median(rounds), "smallest": min(rounds)}
+    calls: dict[str, Callable[[], object]], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Time the calling thread for each call, in turns: what slows a host down meets them all.
+
+    The thread waits for a GPU only between rounds.
+    """
+    cpus = os.sched_getaffinity(0)
+    rounds: dict[str, list[float]] = {name: [] for name in calls}
+    try:
+        for _ in range(ROUNDS):
+            if device.type == "cuda":
+                move_to_quietest_cpu(cpus)
+            for name, call in calls.items():
+                start = time.thread_time()
+                for _ in range(CALLS):
+                    call()
+                rounds[name].append((time.thread_time() - start) / CALLS * 1e6)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+    finally:
+        os.sched_setaffinity(0, cpus)
+    return {
+        name: {
+            "median": statistics.median(times),
+            "quarter": statistics.quantiles(times, n=4)[0],  # the fastest quarter took less
+            "smallest": min(times),
+        }
+        for name, times in rounds.items()
+    }
 
 
 def measure(device: torch.device) -> dict[str, dict[str, float]]:
@@ -80,6 +96,8 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
     eager, given = _layer_calls.EAGER_DECODER_LAYER, tuple(layer)
     down = (layer[0], *parts[:2], *layer[15:])
     one = ops.mlp_down(*down)
+    sizes = LayerSizes(SIZES.hidden, SIZES.intermediate, SIZES.num_heads, SIZES.rotary_dim)
+    named = layer_calls("tiny", sizes)
     calls: dict[str, Callable[[], object]] = {
         "decoder_layer": caller(ops.decoder_layer, *layer, 3, **options),
         "decoder_layer, out": caller(ops.decoder_layer, *layer, 3, **options, out=out),
@@ -87,6 +105,10 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
         "attention_mlp_up, out": caller(ops.attention_mlp_up, *layer[:15], 3, **options, out=parts),
         "mlp_down": caller(ops.mlp_down, *down),
         "mlp_down, out": caller(ops.mlp_down, *down, out=one),
+        # As pythia_2b8_decoder_layer and its siblings.
+        "a model's decoder_layer": caller(named.decoder_layer, *layer, 3),
+        "a model's attention_only": caller(named.attention_only, *layer[:15], 3),
+        "a model's mlp_only": caller(named.mlp_only, *down),
         "decoder_layer by torch's dispatcher": lambda: operator(*layer, *settings),
         "decoder_layer, its C function": lambda: eager(*given, *plain, None),
         "decoder_layer, its C function, out": lambda: eager(*given, *plain, out),
@@ -104,11 +126,7 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
     end = time.monotonic() + WARM_UP_SECONDS
     while time.monotonic() < end:
         calls["decoder_layer"]()
-    cpus = os.sched_getaffinity(0)
-    try:
-        return {name: microseconds(call, device, cpus) for name, call in calls.items()}
-    finally:
-        os.sched_setaffinity(0, cpus)
+    return microseconds(calls, device)
 
 
 def main() -> None:

@@ -29,7 +29,9 @@ import layer_timing as timing
 import torch_layer
 from torch_layer import Sizes, Tensors
 
-MODELS = torch_layer.MODELS | {"tiny": torch_layer.TINY}
+# Of a hidden size that is not streamed.
+NOT_STREAMED = {"gpt_neox_20b": Sizes(6144, 24576, 64, 24)}
+MODELS = torch_layer.MODELS | NOT_STREAMED | {"tiny": torch_layer.TINY}
 FULL_SIZES = list(torch_layer.MODELS)
 CONTEXTS = [128, 2047]
 # What other tensors and PyTorch itself may take of a GPU's memory.

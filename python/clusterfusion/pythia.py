@@ -185,21 +185,6 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         )
         return results[0]
 
-    def run_layer(tensors: tuple[Tensor, ...], current_seq_len: int | Tensor, split: bool) -> Any:
-        call = TRACED_DECODER_LAYER if is_compiling() else EAGER_DECODER_LAYER
-        return call(
-            *tensors,
-            current_seq_len,
-            num_heads,
-            rotary_dim,
-            _EPS,
-            _ACTIVATION,
-            split,
-            hidden,
-            intermediate,
-            None,
-        )
-
     def make_decoder_layer(split: bool) -> Callable[..., Any]:
         def decoder_layer(
             input: Tensor,
@@ -229,7 +214,8 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
                 output (the layer's, in the shape of input), k_new (after RoPE) and v_new
                 [1, {num_heads}, {head_dim}].
             """
-            tensors = (
+            call = TRACED_DECODER_LAYER if is_compiling() else EAGER_DECODER_LAYER
+            return call(
                 input,
                 weight_qkv,
                 bias_qkv,
@@ -247,8 +233,16 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
                 mlp_up_bias,
                 mlp_down_weight,
                 mlp_down_bias,
+                current_seq_len,
+                num_heads,
+                rotary_dim,
+                _EPS,
+                _ACTIVATION,
+                split,
+                hidden,
+                intermediate,
+                None,
             )
-            return run_layer(tensors, current_seq_len, split)
 
         return decoder_layer
 
@@ -354,7 +348,8 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             _require_same("k_cache", k_cache, context.k_cache, ctx_id)
         if v_cache is not context.v_cache:
             _require_same("v_cache", v_cache, context.v_cache, ctx_id)
-        tensors = (
+        call = TRACED_DECODER_LAYER if is_compiling() else EAGER_DECODER_LAYER
+        return call(
             input,
             context.weight_qkv,
             bias_qkv,
@@ -372,8 +367,16 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             mlp_up_bias,
             context.mlp_down_weight,
             mlp_down_bias,
+            current_seq_len,
+            num_heads,
+            rotary_dim,
+            _EPS,
+            _ACTIVATION,
+            False,
+            hidden,
+            intermediate,
+            None,
         )
-        return run_layer(tensors, current_seq_len, False)
 
     def destroy_graph_context(ctx_id: int) -> None:
         """Forgets a context of `{prefix}_create_graph_context`.
