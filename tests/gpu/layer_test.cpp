@@ -27,6 +27,7 @@
 #include "backend/cuda/ops/driver_function.hpp"
 #include "backend/cuda/ops/plain_params.hpp"
 #include "clusterfusion/error.hpp"
+#include "held_sms.hpp"
 #include "ops/reference_layer.hpp"
 
 namespace clusterfusion::test {
@@ -393,6 +394,39 @@ INSTANTIATE_TEST_SUITE_P(Gpu, LayerRuns,
                                          NamedSizes{"head_11", {33, 3, 77, 2, 300}},
                                          NamedSizes{"hidden_2816", {2816, 22, 11264, 128, 1001}}),
                          [](const auto& info) { return info.param.name; });
+
+int count_sms() {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "counting SMs");
+  return count;
+}
+
+// While a kernel of another stream holds SMs for ever, calls end on the others: what their missing
+// blocks would do is done by those that run. With the same bits.
+TEST_P(LayerRuns, EndOnTheSmsThatThereAre) {
+  LayerFixture host(GetParam().sizes);
+  DeviceLayer layer(host);
+  const int sms = count_sms();
+  for (const std::int64_t position : {std::int64_t{0}, last()}) {
+    std::map<Call, Bytes> expected;
+    layer.at(position);
+    for (const Call call : kAllCalls) expected[call] = layer.run(call, position);
+    for (const int count : {1, sms / 2, sms - 2, sms - 1}) {
+      SCOPED_TRACE("position " + std::to_string(position) + ", " + std::to_string(count) + " held");
+      HeldSms held(count);
+      for (const Call call : kAllCalls) {
+        SCOPED_TRACE(kCallNames[static_cast<int>(call)]);
+        EXPECT_TRUE(layer.run(call, position) == expected[call]);
+      }
+      EXPECT_TRUE(held.held()) << "the calls waited for the SMs";
+      // And with some of them coming back amid launches.
+      for (int i = 0; i < 20; ++i)
+        for (const Call call : kAllCalls) layer.enqueue(call);
+      held.end();
+      for (const Call call : kAllCalls) EXPECT_TRUE(layer.run(call, position) == expected[call]);
+    }
+  }
+}
 
 // Calls follow each other without a wait, and each leaves its results in a place of its own.
 TEST_P(LayerRuns, RepeatsGiveOneBitPattern) {

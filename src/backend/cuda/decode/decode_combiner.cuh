@@ -22,16 +22,15 @@ class SplitCombiner {
       for (int layer = 0; layer < p.num_layers; ++layer, ++epoch) {
         if (splits == 1) continue;
         block_counter_wait(&control->swept, epoch, kNap);
-        combine(epoch, splits);
+        combine(epoch, splits, static_cast<int>(blockIdx.x));
       }
     }
   }
 
-  // This block's share, when the splits' results come.
-  __device__ __forceinline__ void combine(int epoch, int splits) const {
+  // The share of block `number`, when the splits' results come.
+  __device__ __forceinline__ void combine(int epoch, int splits, int number) const {
     const int parts = (p.head_dim + 31) / 32;
-    for (int task = static_cast<int>(blockIdx.x); task < p.num_heads * parts;
-         task += static_cast<int>(gridDim.x))
+    for (int task = number; task < p.num_heads * parts; task += static_cast<int>(gridDim.x))
       combine(flow_set(p, epoch), task / parts, task % parts * 32 + lane, splits);
   }
 

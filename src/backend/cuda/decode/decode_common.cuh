@@ -57,6 +57,10 @@ struct SharedControl {
   // Epochs e that all blocks have begun, as this block knows: the flow set of epoch e + 1 is empty
   // and may be used, and KV entries of the epochs before e may be streamed.
   std::uint32_t swept;
+  // Of the layer kernel, which says what they are (ops/layer_kernel.cuh): numbers that do not
+  // change, and flags that rise.
+  int block_number, scratch_half;
+  std::uint32_t all_started, attended;
 };
 static_assert(sizeof(SharedControl) <= plan::kControlBytes);
 
@@ -124,6 +128,9 @@ __device__ __forceinline__ const char* pointer_to(std::uint64_t address) {
 struct PagedCache {
   static constexpr bool kManyLayers = true;  // follow each other in a launch
   const DecodeParams& p;
+
+  // Which of the grid's blocks this is, by which work is shared out.
+  __device__ __forceinline__ int block_number() const { return static_cast<int>(blockIdx.x); }
 
   __device__ __forceinline__ char* block(int layer, int head, int block) const {
     const int first = block * p.kv_block_positions;

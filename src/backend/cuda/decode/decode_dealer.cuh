@@ -125,7 +125,7 @@ class DecodeDealer {
   __device__ __forceinline__ int leaves_first_phase_from(
       const plan::AttentionSplits& splits) const {
     const int tasks = p.num_heads * splits.splits;
-    const bool leaves = p.parallel_residual && static_cast<int>(blockIdx.x) < tasks &&
+    const bool leaves = p.parallel_residual && cache.block_number() < tasks &&
                         plan::leaves_for_attention(tasks, p.head_dim, static_cast<int>(gridDim.x));
     return leaves ? plan::leave_for_attention_from(p.qkv.chunks, p.mlp_up.chunks) : kNever;
   }
@@ -133,7 +133,8 @@ class DecodeDealer {
   // What a caller of deal() may put in between.
   struct NoHooks {
     __device__ __forceinline__ void before_chunk(int) const {}
-    __device__ __forceinline__ void before_ticket() const {}
+    // Whether to deal the turns of another block, `number`, too.
+    __device__ __forceinline__ bool next_late(int& number) const { return false; }
   };
 
   // One phase: this block's chunks of one matrix, or of two, one after the other. A ticket of chunk
@@ -147,7 +148,7 @@ class DecodeDealer {
     const Stream second = phase.second;
     int before = 0;  // chunks of the phase before the current matrix
     int next_from = second == Stream::none ? kNever : current.chunks;
-    int begin = static_cast<int>(blockIdx.x), end = first_by_ticket;
+    int begin = cache.block_number(), end = first_by_ticket;
     int stride = static_cast<int>(gridDim.x);
     bool leaves = false;
     while (true) {
@@ -163,7 +164,7 @@ class DecodeDealer {
                    chunk < phase.late_from ? p.max_in_flight : p.late_in_flight);
       }
       if (leaves) break;
-      hooks.before_ticket();
+      if (hooks.next_late(begin)) continue;  // `end` and `stride` are still those of turns
       begin = first_by_ticket + static_cast<int>(atomicAdd(counter, p.ticket_chunks));
       if (begin >= chunks) break;
       end = min(begin + static_cast<int>(p.ticket_chunks), chunks);
@@ -177,9 +178,13 @@ class DecodeDealer {
 
   __device__ __forceinline__ void deal_attention(int layer, int epoch,
                                                  const plan::AttentionSplits& splits) {
+    deal_attention(layer, epoch, splits, cache.block_number());
+  }
+  // The tasks of block `number`.
+  __device__ __forceinline__ void deal_attention(int layer, int epoch,
+                                                 const plan::AttentionSplits& splits, int number) {
     const int tasks = p.num_heads * splits.splits;
-    for (int task = static_cast<int>(blockIdx.x); task < tasks;
-         task += static_cast<int>(gridDim.x)) {
+    for (int task = number; task < tasks; task += static_cast<int>(gridDim.x)) {
       const int head = task / splits.splits;
       const int first = task % splits.splits * splits.blocks_per_split;
       const int end = min(first + splits.blocks_per_split, splits.blocks);

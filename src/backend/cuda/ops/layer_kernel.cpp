@@ -26,14 +26,10 @@ void launch_layer(CUfunction kernel, const LayerParams& params, int sm_count,
                   std::int64_t shared_bytes, cudaStream_t stream) {
   static const auto launch = driver_function<decltype(cuLaunchKernelEx)>("cuLaunchKernelEx");
   void* arguments[] = {const_cast<LayerParams*>(&params)};
-  // The launch before may still be ending: the kernel waits for that itself. The first half's
-  // blocks wait for each other, so all of them must be resident.
-  CUlaunchAttribute attributes[2]{};
-  const bool together = params.attention_and_up;
-  attributes[0].id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
-  attributes[0].value.cooperative = together ? 1 : 0;
-  attributes[1].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-  attributes[1].value.programmaticStreamSerializationAllowed = 1;
+  // The launch before may still be ending: the kernel waits for that itself.
+  CUlaunchAttribute attribute{};
+  attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  attribute.value.programmaticStreamSerializationAllowed = 1;
   CUlaunchConfig config{};
   config.gridDimX = static_cast<unsigned>(sm_count);
   config.gridDimY = config.gridDimZ = 1;
@@ -41,8 +37,8 @@ void launch_layer(CUfunction kernel, const LayerParams& params, int sm_count,
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = static_cast<unsigned>(shared_bytes);
   config.hStream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 2;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   // What a launch may return has the same number in the driver and in the runtime.
   const auto error = static_cast<cudaError_t>(launch(&config, kernel, arguments, nullptr));
   check(error, "starting the layer kernel");

@@ -15,6 +15,9 @@ namespace clusterfusion::cuda {
 struct RowCache {
   static constexpr bool kManyLayers = false;
   const LayerParams& p;
+  const SharedControl* control;
+
+  __device__ __forceinline__ int block_number() const { return control->block_number; }
 
   class Reader {
    public:
@@ -53,13 +56,61 @@ struct RowCache {
   }
 };
 
-// What a launch must know that lies in global memory: whoever needs it loads it for himself, so
-// that nobody waits who does not need it yet.
+// Nobody promises that all blocks of a launch are resident together: kernels of other streams may
+// hold SMs, and a launch that makes sure of it costs the calling thread a third more. So blocks are
+// numbered in the order in which they start, and what is shared out by number to blocks that have
+// not started, those that have do as well. A block that starts later does it again: the same bits
+// in the same places. So none waits for anything but what blocks do that have started.
 
-// Which half of the scratch this launch uses. Blocks of this launch that have ended do not change
-// that before all have.
-__device__ __forceinline__ int scratch_half(const LayerParams& layer) {
-  return *static_cast<volatile const std::uint32_t*>(layer.ended) < gridDim.x ? 0 : 1;
+// Counts this block's start, by one thread, before a block barrier. All blocks of a launch start
+// before any of the next one does: that may be made resident only from here on.
+__device__ __forceinline__ void start_block(const LayerParams& layer, SharedControl* control) {
+  const std::uint32_t blocks = gridDim.x;
+  const std::uint32_t before = atomicInc(layer.started, 2 * blocks - 1);
+  const std::uint32_t half = before < blocks ? 0 : 1;
+  control->scratch_half = static_cast<int>(half);
+  control->block_number = static_cast<int>(before - half * blocks);
+  control->all_started = control->attended = 0;
+  if (before < 2 * blocks) start_dependents();  // always, but not before the count is known
+}
+
+// How many blocks of this launch have started.
+__device__ __forceinline__ int blocks_started(const LayerParams& layer, int half) {
+  const auto blocks = static_cast<int>(gridDim.x);
+  const auto count = static_cast<int>(*static_cast<volatile const std::uint32_t*>(layer.started));
+  const int started = count - half * blocks;
+  return started > 0 && started < blocks ? started : blocks;  // else the next launch is counted
+}
+
+// By one thread of each block: tells the others when all blocks have started, which the last ones
+// mostly do a few microseconds after the first. Does not look for ever, because this block has to
+// end where others wait for its SM.
+__device__ __forceinline__ void watch_starts(const LayerParams& layer, SharedControl* control) {
+  constexpr int kLooks = 40;
+  constexpr unsigned kNap = 250;  // nanoseconds
+  for (int look = 0; look < kLooks; ++look) {
+    if (blocks_started(layer, control->scratch_half) == static_cast<int>(gridDim.x)) {
+      block_counter_store(&control->all_started, 1);
+      return;
+    }
+    __nanosleep(kNap);
+  }
+}
+
+// What is shared out by block number.
+enum class Share { first_phase, attention, second_phase, combination };
+
+// The number of a block whose share is to be done here too, or -1 if no more are late. Each late
+// block's is given to one.
+__device__ __forceinline__ int next_late(const LayerParams& layer, SharedControl* control,
+                                         Share share) {
+  if (block_counter_load(&control->all_started) != 0) return -1;
+  const int half = control->scratch_half;
+  std::uint32_t* given = layer.stream.tickets + half * kLayerCounters + kLayerPhases;
+  const int number = static_cast<int>(gridDim.x) - 1 -
+                     static_cast<int>(atomicAdd(given + static_cast<int>(share), 1u));
+  // Blocks of lower numbers have started too then.
+  return number >= blocks_started(layer, half) ? number : -1;
 }
 
 // By one thread of each block: brings into L2 what its producer will read first. Where attention
@@ -77,17 +128,18 @@ __device__ __forceinline__ void prefetch_first_chunks(const LayerParams& layer) 
   }
 }
 
-// Streams before it knows its half of the scratch, which only tickets need, and the position.
+// Streams before it knows the position.
 class LayerDealer : public DecodeDealer<RowCache> {
  public:
   __device__ __forceinline__ LayerDealer(const LayerParams& params, const RowCache& kv_cache,
                                          SharedControl* shared)
-      : DecodeDealer(params.stream, kv_cache, shared), layer(params) {}
+      : DecodeDealer(params.stream, kv_cache, shared), layer(params) {
+    counter += control->scratch_half * kLayerCounters;
+  }
 
   __device__ __forceinline__ void run() {
-    const int half = scratch_half(layer);
     const int position = layer.attention_and_up ? position_of(layer) : 0;
-    Hooks hooks{*this, half, position};
+    Hooks hooks{*this, position};
     // Alone, the first half has attention between the rows of the MLP's matrix, late enough that
     // QKV is there, so that it does not come last; with the second half, that hides it.
     // The loop is one copy of the code for both phases: it must fit into few registers.
@@ -98,34 +150,56 @@ class LayerDealer : public DecodeDealer<RowCache> {
       if (index == 1 && layer.attention_and_up) {
         if (!is_position(layer, position)) break;
         hooks.attend();
+        block_counter_store(&control->attended, 1);
         if (!layer.down) phase = {Stream::attention_out};
+        hooks.share = Share::second_phase;
       } else if (index == 1) {
         phase = {Stream::mlp_down};
       }
-      deal(0, 0, dealt(phase), hooks);
+      deal(0, 0, turns_in_first_matrix(dealt(phase)), hooks);
     }
     end();
   }
 
  private:
+  // The turns of several blocks may come one after the other, so none of them may reach into a
+  // phase's second matrix.
+  __device__ __forceinline__ SharedControl::DealtPhase turns_in_first_matrix(
+      SharedControl::DealtPhase phase) const {
+    const auto blocks = static_cast<int>(gridDim.x);
+    const int chunks = control->matrices[static_cast<int>(phase.first)].chunks;
+    phase.first_by_ticket = min(phase.first_by_ticket, chunks / blocks * blocks);
+    return phase;
+  }
+
   struct Hooks {
     LayerDealer& dealer;
-    int half;
     int position;
     int attention_from = kNever;  // the first chunk behind attention
-    bool attended = false, counting = false;
+    Share share = Share::first_phase;
+    bool attended = false;
 
+    // Attention waits for QKV's rows, so with late blocks it comes behind all of a phase.
     __device__ __forceinline__ void before_chunk(int chunk) {
-      if (chunk >= attention_from) attend();
+      if (chunk >= attention_from && !attended &&
+          block_counter_load(&dealer.control->all_started) != 0)
+        attend();
     }
     __device__ __forceinline__ void attend() {
       if (attended || !is_position(dealer.layer, position)) return;
-      dealer.deal_attention(0, 0, splits_at(dealer.p, position));
       attended = true;
+      const plan::AttentionSplits splits = splits_at(dealer.p, position);
+      int number = dealer.cache.block_number();
+#pragma unroll 1
+      do {
+        dealer.deal_attention(0, 0, splits, number);
+        number = cuda::next_late(dealer.layer, dealer.control, Share::attention);
+      } while (number >= 0);
     }
-    __device__ __forceinline__ void before_ticket() {
-      if (!counting) dealer.counter += half * kLayerPhases;
-      counting = true;
+    __device__ __forceinline__ bool next_late(int& number) {
+      const int late = cuda::next_late(dealer.layer, dealer.control, share);
+      if (late >= 0) number = late;
+      return late >= 0;
     }
   };
 
@@ -135,7 +209,7 @@ class LayerDealer : public DecodeDealer<RowCache> {
 template <typename T, int kMaxIterations, int kMaxHeadSteps>
 class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, T> {
   using Base = DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, T>;
-  using Base::next_id, Base::p, Base::ring, Base::set_shift, Base::thread, Base::x;
+  using Base::control, Base::next_id, Base::p, Base::ring, Base::set_shift, Base::thread, Base::x;
   using typename Base::Frag;
   using typename Base::Moments;
 
@@ -150,7 +224,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
       down_only();
       return;
     }
-    set_shift = scratch_half(layer);
+    set_shift = control->scratch_half;
     const int position = position_of(layer);
     const bool valid = is_position(layer, position);
     this->load_norms(0);
@@ -177,7 +251,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
 
   __device__ __forceinline__ void fill_nan(void* vector, int count) const {
     if (vector == nullptr) return;
-    for (int i = static_cast<int>(blockIdx.x) * kConsumerThreads + thread; i < count;
+    for (int i = control->block_number * kConsumerThreads + thread; i < count;
          i += static_cast<int>(gridDim.x) * kConsumerThreads)
       static_cast<T*>(vector)[i] = static_cast<T>(NAN);
   }
@@ -247,7 +321,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     // The sum, each element by one thread: to each block a piece.
     const int piece =
         (p.hidden_size + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-    const int begin = static_cast<int>(blockIdx.x) * piece;
+    const int begin = control->block_number * piece;
     for (int i = begin + thread; i < min(begin + piece, p.hidden_size); i += kConsumerThreads) {
       const float input = static_cast<float>(typed(layer.input)[i]);
       const float sum = input + flow_wait(attention + i) + flow_wait(mlp + i);
@@ -294,35 +368,38 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
 
 // The combiner's part, if there are splits.
 template <typename T>
-__device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedControl* control) {
+__device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedControl* control,
+                                              int lane) {
   if (!layer.attention_and_up) return;
   const int position = position_of(layer);
   if (!is_position(layer, position)) return;
   const int splits = splits_at(layer.stream, position).splits;
   if (splits == 1) return;
-  SplitCombiner<T>(layer.stream, control).combine(scratch_half(layer), splits);
+  const SplitCombiner<T> combiner(layer.stream, control);
+  const int half = control->scratch_half;
+  combiner.combine(half, splits, control->block_number);
+  // Whose share comes late is known when attention is over: then this waits for nothing else.
+  block_counter_wait(&control->attended, 1, /*nanoseconds=*/100);
+  int number = 0;
+  while (true) {
+    if (lane == 0) number = next_late(layer, control, Share::combination);
+    number = __shfl_sync(kAllLanes, number, 0);
+    if (number < 0) return;
+    combiner.combine(half, splits, number);
+  }
 }
 
 // Empties the half of the scratch that the launch before has used.
-__device__ __forceinline__ void sweep_layer(const LayerParams& p, int lane) {
-  const int before = 1 - scratch_half(p);
+__device__ __forceinline__ void sweep_layer(const LayerParams& p, const SharedControl* control,
+                                            int lane) {
+  const int before = 1 - control->scratch_half;
   char* set = flow_set(p.stream, before);
   const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
-  for (int offset = (static_cast<int>(blockIdx.x) * 32 + lane) * 16; offset < p.stream.layout.bytes;
+  for (int offset = (control->block_number * 32 + lane) * 16; offset < p.stream.layout.bytes;
        offset += static_cast<int>(gridDim.x) * 32 * 16)
     *reinterpret_cast<uint4*>(set + offset) = empty;
-  if (blockIdx.x == 0 && lane < kLayerPhases) p.stream.tickets[before * kLayerPhases + lane] = 0;
-}
-
-// A block has ended when nobody asks for its half of the scratch any more. The producer and the
-// combiner know it before consumers can end; consumers and the sweeper meet here. Nothing comes
-// back from the count, so the block does not wait for it.
-__device__ __forceinline__ void consumers_end() {
-  asm volatile("bar.arrive 2, %0;" ::"n"(kConsumerThreads + 32) : "memory");
-}
-__device__ __forceinline__ void end_block(const LayerParams& p, int lane) {
-  asm volatile("bar.sync 2, %0;" ::"n"(kConsumerThreads + 32) : "memory");
-  if (lane == 0) atomicInc(p.ended, 2 * gridDim.x - 1);
+  if (control->block_number == 0 && lane < kLayerCounters)
+    p.stream.tickets[before * kLayerCounters + lane] = 0;
 }
 
 template <typename T, int kMaxIterations, int kMaxHeadSteps>
@@ -333,16 +410,15 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   if (threadIdx.x == 0) init_shared(params.stream, shared);
   if (threadIdx.x == 32) init_sources(params.stream, control);
   // A launch that may begin before this one has ended waits there, as this one does here.
-  start_dependents();
+  if (threadIdx.x == 64) start_block(params, control);
   if (threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
   __syncthreads();
-  const RowCache cache{params};
+  const RowCache cache{params, control};
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < plan::kConsumerWarps) {
     take_registers<kConsumerRegisters>();
     wait_for_dependencies();
     LayerStep<T, kMaxIterations, kMaxHeadSteps>(params, cache, shared).consume();
-    consumers_end();
     return;
   }
   give_up_registers<kProducerRegisters>();
@@ -353,10 +429,11 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
       if (elect_one()) produce(params.stream, cache, control);
       break;
     case 1:
-      sweep_layer(params, lane);
-      end_block(params, lane);
+      if (lane == 0) watch_starts(params, control);
+      __syncwarp();
+      sweep_layer(params, control, lane);
       break;
-    case 2: combine_layer<T>(params, control); break;
+    case 2: combine_layer<T>(params, control, lane); break;
     default:
       if (elect_one()) LayerDealer(params, cache, control).run();
   }

@@ -12,9 +12,9 @@ namespace clusterfusion::cuda {
 // and this head size; null if there is none.
 const void* find_layer_kernel(DType dtype, int iterations, int head_dim);
 
-// Launches `kernel`, as the driver knows it on the current device, on `stream`, one block on each
-// of `sm_count` SMs; all resident together if there is a first half, whose blocks wait for each
-// other. Blocks may take their places while the launch before ends.
+// Launches `kernel`, as the driver knows it on the current device, on `stream`: a block for each of
+// `sm_count` SMs, of which any number may be had. Blocks may take their places while the launch
+// before ends.
 void launch_layer(CUfunction kernel, const LayerParams& params, int sm_count,
                   std::int64_t shared_bytes, cudaStream_t stream);
 

@@ -233,7 +233,7 @@ LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch) {
   params.stream.bias_element_bytes = 2;
   params.stream.flow = scratch.flow;
   params.stream.tickets = scratch.tickets;
-  params.ended = scratch.ended;
+  params.started = scratch.started;
   return params;
 }
 

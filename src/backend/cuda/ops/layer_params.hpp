@@ -11,12 +11,12 @@ namespace clusterfusion::cuda {
 
 struct LayerParams {
   // Matrices, shape, ring and scratch as for a whole model of one layer. `flow` has two sets,
-  // `tickets` two times kLayerPhases counters; everything of the engine is unused.
+  // `tickets` two times kLayerCounters; everything of the engine is unused.
   DecodeParams stream;
   // Scratch is for one launch at a time. Of its two halves, a launch uses one and empties the
-  // other, which the launch before has used. Blocks of this and the launch before that have ended,
-  // modulo twice the blocks of a launch: so that tells which half is whose.
-  std::uint32_t* ended;
+  // other, which the launch before has used. Blocks of this launch and of the one before that have
+  // started, modulo twice the blocks of a launch: so that tells which half is whose.
+  std::uint32_t* started;
 
   bool attention_and_up;  // the first half: attention, its output projection, and the MLP's first
   bool down;              // the second half: the MLP's second matrix and the sum of all
@@ -44,6 +44,10 @@ struct LayerParams {
   CUtensorMap value_map;
 };
 
+// Counters of a half of the scratch: tickets of each phase, and shares of late blocks that have
+// been given to others.
 inline constexpr int kLayerPhases = 3;
+inline constexpr int kLateShares = 4;
+inline constexpr int kLayerCounters = kLayerPhases + kLateShares;
 
 }  // namespace clusterfusion::cuda

@@ -27,6 +27,7 @@ struct Key {
 constexpr unsigned long long kDefaultStream = ~0ull;
 
 constexpr std::int64_t kCounterBytes = 256;
+static_assert((1 + 2 * kLayerCounters) * sizeof(std::uint32_t) <= kCounterBytes);
 
 DeviceMemory cleared_scratch(const Key& key) {
   DeviceMemory memory(kCounterBytes + 2 * key.flow_bytes + key.between_bytes,

@@ -11,9 +11,9 @@
 namespace clusterfusion::cuda {
 
 struct LayerScratchView {
-  std::uint32_t* ended;    // see LayerParams
+  std::uint32_t* started;  // see LayerParams
   char* flow;              // two sets of `flow_bytes`
-  std::uint32_t* tickets;  // [2, kLayerPhases]
+  std::uint32_t* tickets;  // [2, kLayerCounters]
   void* between;           // `between_bytes` for what two launches hand over
 };
 
