@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -227,6 +228,7 @@ std::vector<LayerCase> layer_cases() {
       {"head_256", {512, 2, 2048, 64, 300}},
       {"long_context", {256, 4, 1024, 16, 2048}},
       {"pythia_410m", {1024, 16, 4096, 16, 1100}},
+      {"wide_mlp", {1024, 16, 20480, 16, 130}},
       {"pythia_1b", {2048, 8, 8192, 64, 1100}},
       {"pythia_2b8", {2560, 32, 10240, 20, 2048}},
       {"pythia_6b9", {4096, 32, 16384, 32, 2048}},
@@ -391,6 +393,7 @@ class LayerRuns : public LayerTest, public testing::WithParamInterface<NamedSize
 INSTANTIATE_TEST_SUITE_P(Gpu, LayerRuns,
                          testing::Values(NamedSizes{"tiny", {128, 4, 512, 8, 300}},
                                          NamedSizes{"pythia_2b8", {2560, 32, 10240, 20, 1001}},
+                                         NamedSizes{"wide_mlp", {1024, 16, 20480, 16, 300}},
                                          NamedSizes{"head_11", {33, 3, 77, 2, 300}},
                                          NamedSizes{"hidden_2816", {2816, 22, 11264, 128, 1001}}),
                          [](const auto& info) { return info.param.name; });
@@ -418,12 +421,37 @@ TEST_P(LayerRuns, EndOnTheSmsThatThereAre) {
         SCOPED_TRACE(kCallNames[static_cast<int>(call)]);
         EXPECT_TRUE(layer.run(call, position) == expected[call]);
       }
+      layer.at_device(last() + 1);  // no position
+      layer.run(Call::fused, position);
+      layer.run(Call::attention_mlp_up, position);
+      layer.at(position);
       EXPECT_TRUE(held.held()) << "the calls waited for the SMs";
-      // And with some of them coming back amid launches.
-      for (int i = 0; i < 20; ++i)
-        for (const Call call : kAllCalls) layer.enqueue(call);
-      held.end();
-      for (const Call call : kAllCalls) EXPECT_TRUE(layer.run(call, position) == expected[call]);
+    }
+  }
+}
+
+// The same while SMs come back one after the other, so that blocks start late amid a launch.
+TEST_P(LayerRuns, TakeInBlocksThatStartLate) {
+  LayerFixture host(GetParam().sizes);
+  DeviceLayer layer(host);
+  layer.at(last());
+  std::map<Call, Bytes> expected;
+  for (const Call call : kAllCalls) expected[call] = layer.run(call, last());
+  constexpr int kGroups = 6;
+  for (int round = 0; round < 6; ++round) {
+    for (const Call call : kAllCalls) {
+      SCOPED_TRACE(kCallNames[static_cast<int>(call)]);
+      std::vector<std::unique_ptr<HeldSms>> groups;
+      for (int i = 0; i < kGroups; ++i)
+        groups.push_back(std::make_unique<HeldSms>((count_sms() - 1) / kGroups));
+      std::thread releases([&] {
+        for (const auto& group : groups) {
+          std::this_thread::sleep_for(std::chrono::microseconds(40 << round));
+          group->end();
+        }
+      });
+      EXPECT_TRUE(layer.run(call, last()) == expected[call]);
+      releases.join();
     }
   }
 }

@@ -262,6 +262,35 @@ def test_wanted_gradients():
     assert eager(call, tensors, settings, None) is not None
 
 
+def test_is_used_with_this_torch():
+    assert _layer_calls.set_up_eager(other_way)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        (),
+        (1.0,),
+        (torch.zeros(2).as_subclass(Subclass),),
+        (torch.zeros(2), torch.zeros(2).to_sparse()),
+        (torch.zeros(2, dtype=torch.complex64),),
+        (torch.zeros(2, device="meta"),),
+    ],
+    ids=["none", "no tensor", "subclass", "sparse", "complex", "meta"],
+)
+def test_is_not_used_where_tensors_look_otherwise(samples):
+    """What the samples do not show to be right is not relied on."""
+    call, tensors, settings = arguments("decoder_layer")
+    others = (_layer_calls._native.ops_eager_calls(), other_way, torch, torch.nn.Parameter)
+    try:
+        assert _layer_calls._eager.set_up(*others, samples) is False
+        assert eager(call, tensors, settings, None) is None
+        assert public(call, tensors, settings, None) is not None
+    finally:
+        _layer_calls.set_up_eager(other_way)
+    assert eager(call, tensors, settings, None) is not None
+
+
 def test_under_vmap():
     """Its tensors are plain ones by their type, but have no memory of their own."""
     call, tensors, settings = arguments("mlp_down")

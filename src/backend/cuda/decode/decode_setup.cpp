@@ -139,7 +139,7 @@ void prepare_kernel(const void* kernel, const plan::DecodePlan& plan,
         "asking how many blocks fit");
   require(blocks >= 1, ErrorKind::unsupported,
           "a block of the streaming kernel ({} threads, {} bytes of shared memory) does not fit on "
-          "an SM of this GPU, and all of them have to run together; use device \"cpu\"",
+          "an SM of this GPU; use device \"cpu\"",
           kDecodeBlockThreads, plan.shared_bytes);
 }
 

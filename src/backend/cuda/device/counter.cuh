@@ -1,6 +1,6 @@
 // Counters on which threads wait for each other: in global memory for blocks, in shared memory
 // within one. They only grow within a launch, so none needs a reset while anybody may look at it.
-// Blocks that wait for each other must all be resident together.
+// Blocks that wait for each other must all be resident together, or do each other's work.
 #pragma once
 
 #include <cstdint>

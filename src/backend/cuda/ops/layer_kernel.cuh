@@ -63,7 +63,8 @@ struct RowCache {
 // in the same places. So none waits for anything but what blocks do that have started.
 
 // Counts this block's start, by one thread, before a block barrier. All blocks of a launch start
-// before any of the next one does: that may be made resident only from here on.
+// before any of the next one does: that may be made resident only from here on, and waits there for
+// the end of this one.
 __device__ __forceinline__ void start_block(const LayerParams& layer, SharedControl* control) {
   const std::uint32_t blocks = gridDim.x;
   const std::uint32_t before = atomicInc(layer.started, 2 * blocks - 1);
@@ -107,10 +108,12 @@ __device__ __forceinline__ int next_late(const LayerParams& layer, SharedControl
   if (block_counter_load(&control->all_started) != 0) return -1;
   const int half = control->scratch_half;
   std::uint32_t* given = layer.stream.tickets + half * kLayerCounters + kLayerPhases;
-  const int number = static_cast<int>(gridDim.x) - 1 -
-                     static_cast<int>(atomicAdd(given + static_cast<int>(share), 1u));
+  const auto blocks = static_cast<int>(gridDim.x);
+  const int number = blocks - 1 - static_cast<int>(atomicAdd(given + static_cast<int>(share), 1u));
+  const int started = blocks_started(layer, half);
+  if (started == blocks) block_counter_store(&control->all_started, 1);
   // Blocks of lower numbers have started too then.
-  return number >= blocks_started(layer, half) ? number : -1;
+  return number >= started ? number : -1;
 }
 
 // By one thread of each block: brings into L2 what its producer will read first. Where attention
@@ -153,8 +156,10 @@ class LayerDealer : public DecodeDealer<RowCache> {
         block_counter_store(&control->attended, 1);
         if (!layer.down) phase = {Stream::attention_out};
         hooks.share = Share::second_phase;
+        hooks.none_late = !layer.down;
       } else if (index == 1) {
         phase = {Stream::mlp_down};
+        hooks.none_late = true;
       }
       deal(0, 0, turns_in_first_matrix(dealt(phase)), hooks);
     }
@@ -178,6 +183,7 @@ class LayerDealer : public DecodeDealer<RowCache> {
     int attention_from = kNever;  // the first chunk behind attention
     Share share = Share::first_phase;
     bool attended = false;
+    bool none_late = false;  // in this phase, or nobody waits for them
 
     // Attention waits for QKV's rows, so with late blocks it comes behind all of a phase.
     __device__ __forceinline__ void before_chunk(int chunk) {
@@ -197,9 +203,11 @@ class LayerDealer : public DecodeDealer<RowCache> {
       } while (number >= 0);
     }
     __device__ __forceinline__ bool next_late(int& number) {
+      if (none_late) return false;
       const int late = cuda::next_late(dealer.layer, dealer.control, share);
-      if (late >= 0) number = late;
-      return late >= 0;
+      none_late = late < 0;
+      if (!none_late) number = late;
+      return !none_late;
     }
   };
 
@@ -409,7 +417,6 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   SharedControl* control = shared_control(shared);
   if (threadIdx.x == 0) init_shared(params.stream, shared);
   if (threadIdx.x == 32) init_sources(params.stream, control);
-  // A launch that may begin before this one has ended waits there, as this one does here.
   if (threadIdx.x == 64) start_block(params, control);
   if (threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
   __syncthreads();
@@ -429,7 +436,8 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
       if (elect_one()) produce(params.stream, cache, control);
       break;
     case 1:
-      if (lane == 0) watch_starts(params, control);
+      // Where only the second half runs, no block waits for another.
+      if (lane == 0 && params.attention_and_up) watch_starts(params, control);
       __syncwarp();
       sweep_layer(params, control, lane);
       break;
