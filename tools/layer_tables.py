@@ -30,6 +30,12 @@ def spread_text(times: dict[str, float]) -> str:
     return f"{times['us']:.1f} ({times['low']:.1f} to {times['high']:.1f})"
 
 
+def call_text(model: str, call: str) -> str:
+    """A call by its name, if it is a model's own."""
+    own = model in ("pythia_2b8", "pythia_6b9")
+    return f"`{model}_{call}`" if own else f"{model}: {call.replace('_', ' ')}"
+
+
 def layer_calls_table(result: Result | None) -> str:
     """Each call beside PyTorch."""
     if result is None:
@@ -41,7 +47,7 @@ def layer_calls_table(result: Result | None) -> str:
             ours, theirs = row["clusterfusion"], row["pytorch"]
             lines.append(
                 [
-                    f"`{model['model']}_{row['call']}`",
+                    call_text(model["model"], row["call"]),
                     "any" if row["context"] is None else str(row["context"]),
                     f"**{spread_text(ours)}**",
                     spread_text(theirs),
@@ -63,7 +69,10 @@ def layer_calls_table(result: Result | None) -> str:
 def call_overhead_table(*results: Result | None) -> str:
     """What a call costs from Python, reading by reading."""
     columns = {
-        "decoder_layer": "`decoder_layer`",
+        "a model's decoder_layer": "`pythia_…_decoder_layer`",
+        "a model's attention_only": "`…_attention_only`",
+        "a model's mlp_only": "`…_mlp_only`",
+        "decoder_layer": "`ops.decoder_layer`",
         "decoder_layer, out": "`out=`",
         "attention_mlp_up": "`attention_mlp_up`",
         "attention_mlp_up, out": "`out=`",

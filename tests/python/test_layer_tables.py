@@ -80,7 +80,7 @@ def layer_calls() -> dict:
 
 
 def call_overhead() -> dict:
-    names = ("decoder_layer", "decoder_layer, out", "mlp_down", "torch.add, out")
+    names = ("a model's decoder_layer", "a model's attention_only", "decoder_layer, out")
     times = {name: {"median": 7.46, "smallest": 7.24} for name in names}
     return {"readings": [{"host": "A", "machine": MACHINE, "microseconds_per_call": times}]}
 
@@ -143,6 +143,7 @@ def test_each_call_beside_pytorch():
         *("1.50", "87.7 %", "2.0e-04", "3.0e-04"),
     ]
     assert whole[:2] == ["`pythia_2b8_decoder_layer`", "2047"]
+    assert layer_tables.call_text("gpt_neox_20b", "mlp_only") == "gpt_neox_20b: mlp only"
 
 
 def test_call_overhead():
