@@ -277,9 +277,8 @@ PyObject* call(PyObject*, PyObject* const* first, Py_ssize_t count) {
   }
 }
 
-// set_up(address of EagerCalls, the other way, torch, torch.nn.Parameter, a tuple of sample
-// tensors)
-// -> whether calls can be made here. With a torch that has not what is needed, every call goes the
+// set_up(address of EagerCalls, the other way, torch, torch.nn.Parameter, a tuple of samples) ->
+// whether calls can be made here. With a torch that has not what is needed, every call goes the
 // other way.
 PyObject* set_up(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   if (count != 5) {

@@ -127,7 +127,7 @@ class ResultBlocks {
     if (!can_be_cut(kind)) return new_results(torch, kind, like);
     Shelf* shelf = find(kind);
     std::optional<Shelf> others;  // which go when all is in order
-    if (shelf == nullptr || shelf->used == kParts) {
+    if (shelf == nullptr || shelf->used == kParts || !is_where_it_was(torch, *shelf)) {
       others = make_blocks(torch, kind, like);
       shelf = &put(*others);
     }
@@ -161,6 +161,14 @@ class ResultBlocks {
     const auto found = std::find_if(shelves_.begin(), shelves_.end(),
                                     [&](const Shelf& shelf) { return shelf.kind == kind; });
     return found == shelves_.end() ? nullptr : &*found;
+  }
+
+  // Whoever has a result may have resized its storage, which is the block's.
+  static bool is_where_it_was(const TorchApi& torch, const Shelf& shelf) {
+    for (std::size_t i = 0; i < shelf.kind.count; ++i) {
+      if (torch.begin(shelf.blocks.at(i).get()) != shelf.begin.at(i)) return false;
+    }
+    return true;
   }
 
   // Whether each result begins as a tensor of its own would for all who load vectors, and is not so

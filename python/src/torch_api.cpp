@@ -187,6 +187,7 @@ DLTensor TorchApi::view(PyObject* object) const {
     throw Unusual{};
   }
   view.ndim = static_cast<std::int32_t>(dim);
+  // The address comes last: torch prints the error of a tensor without memory, under vmap say.
   if ((sizes_(tensor, &view.shape) | strides_(tensor, &view.strides) | data_(tensor, &view.data)) !=
       0) {
     throw Unusual{};

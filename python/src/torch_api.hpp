@@ -39,6 +39,12 @@ class TorchApi {
   // of the CPU or of CUDA, or of another dtype than float16, bfloat16, float32 and int32.
   DLTensor view(PyObject* object) const;
 
+  // Where a plain tensor begins, in the memory that its storage has now; null if it has none.
+  const std::byte* begin(PyObject* tensor) const {
+    void* data = nullptr;
+    return data_(handle_of(tensor), &data) == 0 ? static_cast<const std::byte*>(data) : nullptr;
+  }
+
   // like.new_empty(*sizes): modes of torch may make something else of it.
   Owned new_empty(PyObject* like, std::span<const std::int64_t> sizes) const;
 

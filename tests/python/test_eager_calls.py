@@ -480,6 +480,19 @@ def test_results_are_apart(mode):
             assert calls[2][0].requires_grad and not calls[3][0].requires_grad
 
 
+@pytest.mark.parametrize("elements", [0, 1 << 20])
+def test_blocks_whose_storage_was_resized(elements):
+    """As some free a tensor's memory: it is not written to any more."""
+    call, tensors, settings = arguments("decoder_layer")
+    expected = [result.clone() for result in eager(call, tensors, settings, None)]
+    for index in range(3):
+        results = eager(call, tensors, settings, None)
+        results[index].untyped_storage().resize_(2 * elements)
+        again = eager(call, tensors, settings, None)
+        assert equal(again, expected)
+        assert all(a.data_ptr() != r.data_ptr() for a, r in zip(again, results, strict=True))
+
+
 def test_inference_tensors_are_told_apart():
     call, tensors, settings = arguments("decoder_layer")
     for inference in (True, False) * 40:
