@@ -12,7 +12,8 @@
 // was found:
 //   invalid_argument  shape, layout, alignment, device, overlap, a full cache, an option
 //   wrong_type        dtype; a tensor that is not there
-//   unsupported       a device that this build does not run on
+//   unsupported       a device that this build does not run on; on a GPU, caches of more than 2^30
+//                     positions for a shape that is not streamed
 //
 // They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0. There
 // they only enqueue work on `stream`; docs/layer-calls.md says what holds for streams and captures.

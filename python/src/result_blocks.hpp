@@ -124,8 +124,8 @@ class ResultBlocks {
  public:
   // Results of this kind, of the dtype and on the device of `like`.
   ResultSet take(const TorchApi& torch, const ResultKind& kind, PyObject* like) {
-    if (!can_be_cut(kind)) return new_results(torch, kind, like);
     Shelf* shelf = find(kind);
+    if (shelf == nullptr && !can_be_cut(kind)) return new_results(torch, kind, like);
     std::optional<Shelf> others;  // which go when all is in order
     if (shelf == nullptr || shelf->used == kParts || !is_where_it_was(torch, *shelf)) {
       others = make_blocks(torch, kind, like);

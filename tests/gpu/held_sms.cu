@@ -48,15 +48,18 @@ HeldSms::HeldSms(int count) {
   const auto begin = steady_clock::now();
   while (flags_[0] < static_cast<std::uint32_t>(count)) {
     if (steady_clock::now() - begin > std::chrono::seconds(5)) {
-      end();
-      throw Error(ErrorKind::unsupported, std::to_string(count) + " SMs could not be held, but " +
-                                              std::to_string(flags_[0]));
+      const std::uint32_t found = flags_[0];
+      release();
+      throw Error(ErrorKind::unsupported,
+                  std::to_string(count) + " SMs could not be held, but " + std::to_string(found));
     }
     std::this_thread::sleep_for(std::chrono::microseconds(100));
   }
 }
 
-HeldSms::~HeldSms() {
+HeldSms::~HeldSms() { release(); }
+
+void HeldSms::release() {
   end();
   cudaStreamDestroy(stream_);
   cudaFreeHost(const_cast<std::uint32_t*>(flags_));

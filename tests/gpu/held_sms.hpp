@@ -21,6 +21,8 @@ class HeldSms {
   void end();
 
  private:
+  void release();
+
   cudaStream_t stream_ = nullptr;
   // In host memory that the GPU sees: how many blocks run, and whether they are to end.
   volatile std::uint32_t* flags_ = nullptr;

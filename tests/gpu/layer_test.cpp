@@ -398,6 +398,11 @@ INSTANTIATE_TEST_SUITE_P(Gpu, LayerRuns,
                                          NamedSizes{"hidden_2816", {2816, 22, 11264, 128, 1001}}),
                          [](const auto& info) { return info.param.name; });
 
+bool all_nan(const Bytes& bytes) {
+  const Values values = decoded(bytes, DType::float16);
+  return std::all_of(values.begin(), values.end(), [](double v) { return std::isnan(v); });
+}
+
 int count_sms() {
   int count = 0;
   check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "counting SMs");
@@ -422,8 +427,8 @@ TEST_P(LayerRuns, EndOnTheSmsThatThereAre) {
         EXPECT_TRUE(layer.run(call, position) == expected[call]);
       }
       layer.at_device(last() + 1);  // no position
-      layer.run(Call::fused, position);
-      layer.run(Call::attention_mlp_up, position);
+      EXPECT_TRUE(all_nan(layer.run(Call::fused, position)));
+      EXPECT_TRUE(all_nan(layer.run(Call::attention_mlp_up, position)));
       layer.at(position);
       EXPECT_TRUE(held.held()) << "the calls waited for the SMs";
     }
@@ -686,11 +691,6 @@ TEST_P(LayerRuns, BranchesOfAGraphGiveTheSameBits) {
       ASSERT_TRUE(other.download(call) == expected) << "replay " << replay;
     }
   }
-}
-
-bool all_nan(const Bytes& bytes) {
-  const Values values = decoded(bytes, DType::float16);
-  return std::all_of(values.begin(), values.end(), [](double v) { return std::isnan(v); });
 }
 
 TEST_P(LayerRuns, APositionOutsideGivesNaN) {

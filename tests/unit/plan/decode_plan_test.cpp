@@ -309,6 +309,8 @@ TEST(LayerPhases, SomeStayWhereOthersLeaveForAttention) {
   }
 }
 
+TEST_P(EveryShape, CanBeStreamed) { EXPECT_TRUE(can_stream(config_of(GetParam()), kHopper)); }
+
 // Sizes that can be streamed and others, on devices with much and little shared memory.
 TEST(CanStream, SaysWhetherThereIsAPlan) {
   int plans = 0, refusals = 0;

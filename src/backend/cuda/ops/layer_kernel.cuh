@@ -57,7 +57,7 @@ struct RowCache {
 };
 
 // Nobody promises that all blocks of a launch are resident together: kernels of other streams may
-// hold SMs, and a launch that makes sure of it costs the calling thread a third more. So blocks are
+// hold SMs, and a launch that makes sure of it costs the calling thread 1 us more. So blocks are
 // numbered in the order in which they start, and what is shared out by number to blocks that have
 // not started, those that have do as well. A block that starts later does it again: the same bits
 // in the same places. So none waits for anything but what blocks do that have started.

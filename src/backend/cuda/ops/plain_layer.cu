@@ -6,21 +6,13 @@
 #include "backend/cuda/ops/plain_attention.cuh"
 #include "backend/cuda/ops/plain_layer.hpp"
 #include "backend/cuda/ops/plain_products.cuh"
+#include "backend/cuda/with_type.cuh"
 
 namespace clusterfusion::cuda {
 namespace {
 
 template <typename T>
 using Kernel = void (*)(T);
-
-// Calls `use` with a value of the 16-bit type.
-template <typename Use>
-void with_type(DType dtype, Use&& use) {
-  if (dtype == DType::float16)
-    use(__half{});
-  else
-    use(__nv_bfloat16{});
-}
 
 // Each kernel waits by itself for the one before it.
 template <typename Params>
@@ -50,19 +42,6 @@ dim3 attention_grid(const PlainParams& p) {
               static_cast<unsigned>(slabs));
 }
 
-// All that both halves of a layer need: attention, not yet projected, and the MLP's activations.
-template <typename T>
-void enqueue_first_half(const PlainParams& p, cudaStream_t stream) {
-  const LayerShape& shape = p.inputs.shape;
-  const dim3 elements(blocks_of_elements(shape.hidden_size));
-  launch(normalise_input<T>, elements, stream, p);
-  launch(multiply_normed<T>,
-         dim3(row_blocks(3 * shape.hidden_size) + row_blocks(shape.intermediate_size)), stream, p);
-  launch(rotate_and_store_new<T>, elements, stream, p);
-  launch(attention_kernel<T>(shape), attention_grid(p), stream, p);
-  launch(combine_splits, elements, stream, p);
-}
-
 // What one call hands from launch to launch must not be overwritten by another thread's on the same
 // stream, so the launches of a call follow each other.
 std::mutex& launches() {
@@ -80,6 +59,27 @@ PlainParams params_for(const LayerInputs& inputs, const PlainPlace& place) {
   const auto bytes = p.layout.size * static_cast<std::int64_t>(sizeof(float));
   p.scratch = static_cast<float*>(layer_scratch(place.device, place.stream, 0, bytes).between);
   return p;
+}
+
+// The launches of a call. From the last one the caller gets the projected attention, or the output
+// of the whole layer.
+template <typename T>
+void enqueue(const PlainParams& p, cudaStream_t stream) {
+  const LayerShape& shape = p.inputs.shape;
+  const dim3 elements(blocks_of_elements(shape.hidden_size));
+  launch(normalise_input<T>, elements, stream, p);
+  launch(multiply_normed<T>,
+         dim3(row_blocks(3 * shape.hidden_size) + row_blocks(shape.intermediate_size)), stream, p);
+  launch(rotate_and_store_new<T>, elements, stream, p);
+  launch(attention_kernel<T>(shape), attention_grid(p), stream, p);
+  launch(combine_splits, elements, stream, p);
+  const Kernel<PlainParams> last = p.output == nullptr ? project_attention<T> : add_halves<T>;
+  launch(last, dim3(row_blocks(shape.hidden_size)), stream, p);
+}
+
+void enqueue_all(const PlainParams& p, cudaStream_t stream) {
+  const std::lock_guard lock(launches());
+  with_type(p.inputs.shape.dtype, [&](auto type) { enqueue<decltype(type)>(p, stream); });
 }
 
 }  // namespace
@@ -107,13 +107,7 @@ void plain_attention_mlp_up(const AttentionMlpUpTask& task, const PlainPlace& pl
   PlainParams p = params_for(task.inputs, place);
   p.attn_output = task.attn_output;
   p.mlp_intermediate = task.mlp_intermediate;
-  const LayerShape& shape = task.inputs.shape;
-  const std::lock_guard lock(launches());
-  with_type(shape.dtype, [&](auto type) {
-    using T = decltype(type);
-    enqueue_first_half<T>(p, place.stream);
-    launch(project_attention<T>, dim3(row_blocks(shape.hidden_size)), place.stream, p);
-  });
+  enqueue_all(p, place.stream);
 }
 
 void plain_decoder_layer(const DecoderLayerTask& task, const PlainPlace& place) {
@@ -121,13 +115,7 @@ void plain_decoder_layer(const DecoderLayerTask& task, const PlainPlace& place) 
   p.mlp_down_weight = task.mlp_down_weight;
   p.mlp_down_bias = task.mlp_down_bias;
   p.output = task.output;
-  const LayerShape& shape = task.inputs.shape;
-  const std::lock_guard lock(launches());
-  with_type(shape.dtype, [&](auto type) {
-    using T = decltype(type);
-    enqueue_first_half<T>(p, place.stream);
-    launch(add_halves<T>, dim3(row_blocks(shape.hidden_size)), place.stream, p);
-  });
+  enqueue_all(p, place.stream);
 }
 
 void plain_mlp_down(const MlpDownTask& task, const PlainPlace& place) {

@@ -7,6 +7,7 @@
 #include "backend/cuda/device/grid_dependency.cuh"
 #include "backend/cuda/device/reduce.cuh"
 #include "backend/cuda/prefill/row_kernels.hpp"
+#include "backend/cuda/with_type.cuh"
 #include "plan/decode_plan.hpp"
 
 namespace clusterfusion::cuda {
@@ -24,13 +25,10 @@ unsigned blocks_for(std::int64_t items) {
   return static_cast<unsigned>((items + kThreads - 1) / kThreads);
 }
 
-// Calls `launch` with a value of the 16-bit type.
+// Calls `launch` with a value of the 16-bit type, and looks at the last error.
 template <typename Launch>
 void with_type(DType dtype, const char* doing, Launch&& launch) {
-  if (dtype == DType::float16)
-    launch(__half{});
-  else
-    launch(__nv_bfloat16{});
+  cuda::with_type(dtype, launch);
   check(cudaGetLastError(), doing);
 }
 
