@@ -4,11 +4,12 @@
 // paged KV are part of the contract; so is sampling, because a device that had to send logits to
 // the host for each token would wait for the host.
 //
-// Numbers: the result for a sequence depends on its own tokens only, alone or in a batch with
-// others, and the same calls give the same bits from run to run. On the CPU the calls do not matter
-// either: prefilling n tokens in any number of pieces, or decoding them one by one, with any number
-// of threads, gives the same bits. On a GPU a prefill is summed in another order than decode steps,
-// and in another for other numbers of tokens, so these agree up to rounding.
+// Numbers: the result for a sequence depends on its own tokens and the backend's mode only, alone
+// or in a batch with others, and the same calls give the same bits from run to run. On the CPU the
+// calls do not matter either: prefilling n tokens in any number of pieces, or decoding them one by
+// one, with any number of threads, gives the same bits. On a GPU a prefill is summed in another
+// order than decode steps, and in another for other numbers of tokens, so these agree up to
+// rounding.
 //
 // Threads: calls on one Backend must not overlap; the engine sees to it.
 #pragma once
@@ -21,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "clusterfusion/decode_mode.hpp"
 #include "clusterfusion/error.hpp"
 #include "clusterfusion/model.hpp"
 #include "clusterfusion/sampling.hpp"
@@ -38,6 +40,7 @@ struct BackendOptions {
   std::int64_t max_positions = 0;  // the longest context a sequence may reach; 0: the model's
   // Type of the KV cache. Nothing: float32 on the CPU, the weights' type on a GPU.
   std::optional<DType> kv_dtype;
+  DecodeMode mode = DecodeMode::latency;
   // EngineOptions::load_progress.
   std::function<void(std::int64_t done, std::int64_t total)> load_progress = {};
 };

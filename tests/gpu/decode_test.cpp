@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -41,6 +42,12 @@ std::vector<float> logits_in_pieces(Backend& backend, std::int64_t vocab,
   return logits;
 }
 
+std::unique_ptr<Backend> backend_in(DecodeMode mode, const std::shared_ptr<const Model>& model) {
+  BackendOptions options;
+  options.mode = mode;
+  return make_cuda_backend(model, options);
+}
+
 class DecodeKernel : public GpuTest, public testing::WithParamInterface<Shape> {};
 
 TEST_P(DecodeKernel, MatchesFloat64AtEveryPosition) {
@@ -55,12 +62,16 @@ TEST_P(DecodeKernel, MatchesFloat64AtEveryPosition) {
   const double prefill = error_of(all_logits);
   const double pieces = error_of(logits_in_pieces);
   const double decode = error_of(decoded_logits);
-  std::printf("%-20s relative error: prefill %.2e, in pieces %.2e, decode %.2e\n",
-              GetParam().name.c_str(), prefill, pieces, decode);
+  const double rows = relative_error(
+      decoded_logits(*backend_in(DecodeMode::throughput, model), config.vocab_size, tokens),
+      expected);
+  std::printf("%-20s relative error: prefill %.2e, in pieces %.2e, decode %.2e, of rows %.2e\n",
+              GetParam().name.c_str(), prefill, pieces, decode, rows);
   const double allowed = config.dtype == DType::float16 ? 2e-3 : 1.5e-2;
   EXPECT_LT(prefill, allowed);
   EXPECT_LT(pieces, allowed);
   EXPECT_LT(decode, allowed);
+  EXPECT_LT(rows, allowed);
 }
 
 TEST_P(DecodeKernel, IsBitIdenticalFromRunToRun) {
@@ -74,6 +85,10 @@ TEST_P(DecodeKernel, IsBitIdenticalFromRunToRun) {
     ASSERT_EQ(all_logits(*backend, config.vocab_size, tokens), prefilled) << "repeat " << repeat;
     ASSERT_EQ(decoded_logits(*backend, config.vocab_size, tokens), decoded) << "repeat " << repeat;
   }
+  const auto rows = backend_in(DecodeMode::throughput, model);
+  const auto of_rows = decoded_logits(*rows, config.vocab_size, tokens);
+  for (int repeat = 0; repeat < 3; ++repeat)
+    ASSERT_EQ(decoded_logits(*rows, config.vocab_size, tokens), of_rows) << "repeat " << repeat;
   const auto other = make_cuda_backend(model, {});
   ASSERT_EQ(decoded_logits(*other, config.vocab_size, tokens), decoded) << "another backend";
 }

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <limits>
 #include <map>
+#include <optional>
 #include <vector>
 
 #include "backend/cuda/check.hpp"
@@ -16,6 +18,7 @@
 #include "backend/cuda/prefill/prefill.hpp"
 #include "backend/cuda/read_ceiling.hpp"
 #include "backend/cuda/sampling/device_sampler.hpp"
+#include "backend/cuda/stream/stream_decoder.hpp"
 #include "base/fail.hpp"
 #include "plan/decode_plan.hpp"
 #include "sampling/sampler.hpp"
@@ -74,6 +77,7 @@ class CudaBackend final : public Backend {
             model_->config(), {properties_.multiProcessorCount,
                                static_cast<std::int64_t>(properties_.sharedMemPerBlockOptin)})),
         max_positions_(longest_context(model_->config(), options)),
+        mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
         pool_(plan_.kv.page_bytes),
         prefill_(model_->config(), weights_, plan_.kv, max_positions_),
@@ -155,17 +159,13 @@ class CudaBackend final : public Backend {
               std::int32_t steps, std::span<SampledToken> sampled,
               std::span<float> logits) override {
     check_decode(sequences, inputs, steps, sampled, logits);
-    const std::size_t batch = sequences.size();
-    const std::int64_t vocab = model_->config().vocab_size;
-    for (std::size_t b = 0; b < batch; ++b) {
-      Sequence& sequence = find(sequences[b]);
-      reserve(sequences[b], sequence.length + steps);
-      const std::span<float> wanted = logits.empty() ? logits : logits.subspan(b * vocab, vocab);
-      if (needs_sampler(sequence.sampling))
-        decode_with_sampler(sequence, inputs[b], steps, sampled, b, batch, wanted);
-      else
-        decode_in_one_launch(sequence, inputs[b], steps, sampled, b, batch, wanted);
-    }
+    for (std::size_t b = 0; b < sequences.size(); ++b)
+      reserve(sequences[b], find(sequences[b]).length + steps);
+    if (!stream_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
+    constexpr auto most = static_cast<std::size_t>(plan::kMaxRows);
+    for (std::size_t first = 0; first < sequences.size(); first += most)
+      decode_rows({sequences, inputs, sampled, logits, first,
+                   std::min(most, sequences.size() - first), steps});
   }
 
   std::vector<TimelineEvent> record_timeline(SequenceId id, TokenId input) override {
@@ -173,23 +173,31 @@ class CudaBackend final : public Backend {
     Sequence& sequence = find(id);
     reserve(id, sequence.length + 1);
     const auto sms = static_cast<std::size_t>(properties_.multiProcessorCount);
+    const bool of_rows = stream_decoder_.has_value();
     std::vector<std::uint64_t> times(sms * (model_->config().num_layers + 1) *
-                                     static_cast<std::size_t>(TimelinePoint::count));
+                                     timeline_points(of_rows));
     const auto bytes = static_cast<std::int64_t>(times.size() * sizeof(times[0]));
     const DeviceMemory memory(bytes, "the timeline");
     check(cudaMemsetAsync(memory.as<>(), 0, bytes, stream_), "clearing the timeline");
-    params_.timeline = memory.as<std::uint64_t>();
+    const auto record = [&](std::uint64_t* to) {
+      params_.timeline = to;
+      if (of_rows) stream_decoder_->record_timeline(to);
+    };
+    record(memory.as<std::uint64_t>());
     try {
-      run(sequence, std::span(&input, 1), 1, 0, false, 0.0f);
+      if (of_rows)
+        decode_rows({std::span(&id, 1), std::span(&input, 1), {}, {}, 0, 1, 1});
+      else
+        run(sequence, std::span(&input, 1), 1, 0, false, 0.0f);
     } catch (...) {
-      params_.timeline = nullptr;
+      record(nullptr);
       throw;
     }
-    params_.timeline = nullptr;
+    record(nullptr);
     check(cudaMemcpy(times.data(), memory.as<>(), bytes, cudaMemcpyDeviceToHost),
           "fetching the timeline");
     return timeline_events(times, properties_.multiProcessorCount,
-                           static_cast<std::int32_t>(model_->config().num_layers));
+                           static_cast<std::int32_t>(model_->config().num_layers), of_rows);
   }
 
   double measure_read_ceiling() override {
@@ -199,6 +207,9 @@ class CudaBackend final : public Backend {
  private:
   void prepare() {
     const ModelConfig& config = model_->config();
+    if (mode_ == DecodeMode::throughput && StreamDecoder::supports(config, plan_.kv, properties_))
+      stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_,
+                              kDecodeAhead);
     const int fragments = fragments_needed(config, plan_);
     kernel_ = find_decode_kernel(config.dtype, fragments, static_cast<int>(config.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
@@ -216,8 +227,8 @@ class CudaBackend final : public Backend {
     counters_ = DeviceMemory((kMaxSteps * phases + 1) * 4, "counters");
     params_.tickets = counters_.as<std::uint32_t>();
     params_.arrivals = params_.tickets + kMaxSteps * phases;
-    flow_ = DeviceMemory(std::int64_t{kFlowSets} * params_.layout.bytes, "flow vectors");
-    params_.flow = flow_.as<>();
+    lamport_ = DeviceMemory(std::int64_t{kLamportSets} * params_.layout.bytes, "Lamport buffers");
+    params_.lamport = lamport_.as<>();
     logits_ = DeviceMemory(kMaxSteps * config.vocab_size * 4, "logits");
     host_logits_.resize(config.vocab_size);
     tokens_ = DeviceMemory(kMaxSteps * 4 * 2, "tokens");
@@ -385,7 +396,8 @@ class CudaBackend final : public Backend {
 
   void launch(const DecodeParams& params) {
     check(cudaMemsetAsync(counters_.as<>(), 0, counters_.bytes(), stream_), "clearing counters");
-    check(cudaMemsetAsync(flow_.as<>(), 0xff, flow_.bytes(), stream_), "clearing flow vectors");
+    check(cudaMemsetAsync(lamport_.as<>(), 0xff, lamport_.bytes(), stream_),
+          "clearing Lamport buffers");
     launch_decode(kernel_, params, properties_.multiProcessorCount, plan_.shared_bytes, stream_);
   }
 
@@ -411,6 +423,121 @@ class CudaBackend final : public Backend {
     check(cudaMemcpy(to.data(), logits_.as<float>() + row * static_cast<std::int64_t>(to.size()),
                      to.size_bytes(), cudaMemcpyDeviceToHost),
           "fetching logits");
+  }
+
+  // Some sequences of a decode(): `count` from `first` on.
+  struct DecodeCall {
+    std::span<const SequenceId> sequences;
+    std::span<const TokenId> inputs;
+    std::span<SampledToken> sampled;
+    std::span<float> logits;
+    std::size_t first, count;
+    std::int32_t steps;
+    SequenceId sequence(std::size_t row) const { return sequences[first + row]; }
+    TokenId input(std::size_t row) const { return inputs[first + row]; }
+    SampledToken* room(std::int32_t step, std::size_t row) const {
+      return sampled.empty() ? nullptr : &sampled[step * sequences.size() + first + row];
+    }
+  };
+
+  // All in the same launches. Errors: non_finite, with the sequences as they were.
+  void decode_rows(const DecodeCall& call) {
+    std::vector<DecodeRow> rows;
+    std::vector<std::size_t> filtered;  // rows whose tokens the sampler chooses
+    for (std::size_t row = 0; row < call.count; ++row) {
+      const Sequence& sequence = find(call.sequence(row));
+      const bool filters = needs_sampler(sequence.sampling);
+      if (filters) filtered.push_back(row);
+      rows.push_back({.position = sequence.length,
+                      .input = call.input(row),
+                      .temperature = filters ? 0.0f : sequence.sampling.temperature,
+                      .seed = sequence.sampling.seed,
+                      .pages = sequence.pages});
+    }
+    if (filtered.empty())
+      stream_decoder_->enqueue(rows, call.steps, !call.logits.empty(), stream_);
+    else
+      enqueue_with_samplers(call, rows, filtered);
+    take_chosen(call, filtered);
+    const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
+    for (std::size_t row = 0; row < call.count && !call.logits.empty(); ++row)
+      check(cudaMemcpy(call.logits.data() + (call.first + row) * vocab,
+                       stream_decoder_->logits(row), vocab * sizeof(float), cudaMemcpyDeviceToHost),
+            "fetching logits");
+  }
+
+  // A launch for each step, and behind it the samplers of the rows that have one, which leave the
+  // next step's inputs.
+  void enqueue_with_samplers(const DecodeCall& call, std::vector<DecodeRow> rows,
+                             std::span<const std::size_t> filtered) {
+    while (row_samplers_.size() < filtered.size())
+      row_samplers_.emplace_back(model_->config().vocab_size, kDecodeAhead);
+    for (std::size_t i = 0; i < filtered.size(); ++i) {
+      const Sequence& sequence = find(call.sequence(filtered[i]));
+      const std::span<const TokenId> before = sequence.sampler.tokens();
+      std::vector<TokenId> tokens(before.begin(), before.end());
+      tokens.push_back(call.input(filtered[i]));
+      row_samplers_[i].begin(sequence.sampling, tokens, sequence.length + 1, stream_);
+    }
+    std::vector<const TokenId*> inputs(call.count, nullptr);
+    for (std::int32_t step = 0; step < call.steps; ++step) {
+      stream_decoder_->enqueue_step(rows, step, inputs, stream_);
+      for (std::size_t row = 0; row < call.count; ++row) {
+        inputs[row] = stream_decoder_->chosen(step) + row;
+        ++rows[row].position;
+      }
+      for (std::size_t i = 0; i < filtered.size(); ++i)
+        inputs[filtered[i]] =
+            row_samplers_[i].choose(stream_decoder_->logits(filtered[i]), stream_);
+    }
+    for (std::size_t i = 0; i < filtered.size(); ++i) row_samplers_[i].fetch(stream_);
+  }
+
+  // Waits for what was enqueued and appends it to the sequences. Errors: non_finite.
+  void take_chosen(const DecodeCall& call, std::span<const std::size_t> filtered) {
+    const bool in_series = !filtered.empty();
+    const std::size_t stride = in_series ? plan::kMaxRows : call.count;
+    std::vector<std::int32_t> chosen(call.steps * stride);
+    check(cudaMemcpyAsync(chosen.data(), stream_decoder_->chosen(),
+                          chosen.size() * sizeof(std::int32_t), cudaMemcpyDeviceToHost, stream_),
+          "fetching tokens");
+    check(cudaStreamSynchronize(stream_), "running the streaming kernel");
+    for (std::int32_t step = 0; step < call.steps; ++step)
+      for (std::size_t row = 0; row < call.count; ++row)
+        require(chosen[step * stride + row] >= 0, ErrorKind::non_finite,
+                "the logits after position {} are not finite: the checkpoint holds NaN or "
+                "infinity, or an activation overflowed",
+                find(call.sequence(row)).length + step);
+    std::size_t sampler = 0;
+    for (std::size_t row = 0; row < call.count; ++row) {
+      const bool filters = sampler < filtered.size() && filtered[sampler] == row;
+      Sequence& sequence = find(call.sequence(row));
+      TokenId input = call.input(row);
+      for (std::int32_t step = 0; step < call.steps; ++step) {
+        append(sequence, std::span(&input, 1));
+        SampledToken token{chosen[step * stride + row], 0.0f, {}};
+        if (filters) token = row_samplers_[sampler].chosen(step);
+        input = token.token;
+        if (SampledToken* room = call.room(step, row)) *room = std::move(token);
+      }
+      sampler += filters;
+    }
+  }
+
+  // Where the streaming kernel has only one row.
+  void decode_one_by_one(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
+                         std::int32_t steps, std::span<SampledToken> sampled,
+                         std::span<float> logits) {
+    const std::size_t batch = sequences.size();
+    const std::int64_t vocab = model_->config().vocab_size;
+    for (std::size_t b = 0; b < batch; ++b) {
+      Sequence& sequence = find(sequences[b]);
+      const std::span<float> wanted = logits.empty() ? logits : logits.subspan(b * vocab, vocab);
+      if (needs_sampler(sequence.sampling))
+        decode_with_sampler(sequence, inputs[b], steps, sampled, b, batch, wanted);
+      else
+        decode_in_one_launch(sequence, inputs[b], steps, sampled, b, batch, wanted);
+    }
   }
 
   void decode_in_one_launch(Sequence& sequence, TokenId input, std::int32_t steps,
@@ -459,12 +586,15 @@ class CudaBackend final : public Backend {
   cudaDeviceProp properties_;
   plan::DecodePlan plan_;
   std::int64_t max_positions_;
+  DecodeMode mode_;
   DeviceModel weights_;
   KvPool pool_;
   Prefill prefill_;
   DeviceSampler sampler_;
+  std::deque<DeviceSampler> row_samplers_;
+  std::optional<StreamDecoder> stream_decoder_;
   BackendInfo info_;
-  DeviceMemory counters_, flow_, logits_, tokens_, page_table_;
+  DeviceMemory counters_, lamport_, logits_, tokens_, page_table_;
   std::vector<float> host_logits_;
   std::vector<std::int32_t> host_chosen_;
   DecodeParams params_{};

@@ -31,7 +31,7 @@ class SplitCombiner {
   __device__ __forceinline__ void combine(int epoch, int splits, int number) const {
     const int parts = (p.head_dim + 31) / 32;
     for (int task = number; task < p.num_heads * parts; task += static_cast<int>(gridDim.x))
-      combine(flow_set(p, epoch), task / parts, task % parts * 32 + lane, splits);
+      combine(lamport_set(p, epoch), task / parts, task % parts * 32 + lane, splits);
   }
 
  private:
@@ -42,8 +42,8 @@ class SplitCombiner {
         reinterpret_cast<const float*>(set + p.layout.partials) + head * splits * stride;
     float maximum = -INFINITY, sum = 0.0f;
     if (lane < splits) {
-      sum = flow_wait(partials + lane * stride + 1);
-      maximum = flow_wait(partials + lane * stride);
+      sum = lamport_wait(partials + lane * stride + 1);
+      maximum = lamport_wait(partials + lane * stride);
     }
     const float factor = exp2f(maximum - warp_max(maximum));  // 0 in lanes without a split
     const float total = warp_sum(sum * factor);
@@ -51,7 +51,7 @@ class SplitCombiner {
         weighted_sum(partials + 2 + min(dim, p.head_dim - 1), stride, splits, factor);
     if (dim >= p.head_dim) return;
     T* output = reinterpret_cast<T*>(set + p.layout.attention);
-    flow_store(output + operand_order(head * p.head_dim + dim), static_cast<T>(value / total));
+    lamport_store(output + operand_order(head * p.head_dim + dim), static_cast<T>(value / total));
   }
 
   // The sum over splits of value[split * stride] times the factor that lane `split` holds.
@@ -66,9 +66,9 @@ class SplitCombiner {
         missing = false;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
-          bits[i] = first + i < splits ? flow_load(value + (first + i) * stride) : 0;
+          bits[i] = first + i < splits ? lamport_load(value + (first + i) * stride) : 0;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) missing |= bits[i] == kEmpty;
+        for (int i = 0; i < kBatch; ++i) missing |= bits[i] == kNotReady;
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)

@@ -5,7 +5,7 @@
 #include "backend/cuda/decode/decode_params.hpp"
 #include "backend/cuda/device/counter.cuh"
 #include "backend/cuda/device/elect.cuh"
-#include "backend/cuda/device/flow.cuh"
+#include "backend/cuda/device/lamport_buffer.cuh"
 #include "backend/cuda/device/reduce.cuh"
 #include "backend/cuda/device/ring.cuh"
 
@@ -54,8 +54,8 @@ struct SharedControl {
   std::uint32_t zero;
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;
-  // Epochs e that all blocks have begun, as this block knows: the flow set of epoch e + 1 is empty
-  // and may be used, and KV entries of the epochs before e may be streamed.
+  // Epochs e that all blocks have begun, as this block knows: the Lamport set of epoch e + 1 is
+  // empty and may be used, and KV entries of the epochs before e may be streamed.
   std::uint32_t swept;
   // Of the layer kernel, which says what they are (ops/layer_kernel.cuh): numbers that do not
   // change, and flags that rise.
@@ -208,8 +208,8 @@ __device__ __forceinline__ int operand_order(int index) {
   return (index & ~6) | (index & 2) << 1 | (index & 4) >> 1;
 }
 
-__device__ __forceinline__ char* flow_set(const DecodeParams& p, int epoch) {
-  return p.flow + static_cast<std::int64_t>(epoch % kFlowSets) * p.layout.bytes;
+__device__ __forceinline__ char* lamport_set(const DecodeParams& p, int epoch) {
+  return p.lamport + static_cast<std::int64_t>(epoch % kLamportSets) * p.layout.bytes;
 }
 
 }  // namespace clusterfusion::cuda

@@ -133,10 +133,10 @@ class DecodeStep {
                static_cast<int>(point)] = now;
   }
 
-  // A flow vector of this epoch.
+  // A Lamport buffer of this epoch.
   template <typename Element>
-  __device__ __forceinline__ Element* flow(std::int32_t offset) const {
-    return reinterpret_cast<Element*>(flow_set(p, epoch + set_shift) + offset);
+  __device__ __forceinline__ Element* lamport(std::int32_t offset) const {
+    return reinterpret_cast<Element*>(lamport_set(p, epoch + set_shift) + offset);
   }
 
   // To be called when this block has read all that it needs of earlier epochs, by all threads, with
@@ -185,17 +185,17 @@ class DecodeStep {
       }
     }
   }
-  // Fragment i of a flow vector, of which `first` are this lane's first values: of one iteration,
-  // or of two where a tile's rows are those of two chunks.
+  // Fragment i of a Lamport buffer, of which `first` are this lane's first values: of one
+  // iteration, or of two where a tile's rows are those of two chunks.
   template <bool kChunkPairs>
   __device__ __forceinline__ static uint4 load_fragment(const T* first, int swap, int i) {
-    if constexpr (!kChunkPairs) return flow_load_4(first + i * 32 + (i % 2 == 0 ? swap : -swap));
-    const uint2 even = flow_load_2(first + 64 * i + swap);
-    const uint2 odd = flow_load_2(first + 64 * i + 32 - swap);
+    if constexpr (!kChunkPairs) return lamport_load_4(first + i * 32 + (i % 2 == 0 ? swap : -swap));
+    const uint2 even = lamport_load_2(first + 64 * i + swap);
+    const uint2 odd = lamport_load_2(first + 64 * i + 32 - swap);
     return make_uint4(even.x, even.y, odd.x, odd.y);
   }
 
-  // A flow vector of 16-bit activations as fragments: asks for them once ...
+  // A Lamport buffer of 16-bit activations as fragments: asks for them once ...
   __device__ __forceinline__ void ask_activations(const StreamedMatrix& matrix, std::int32_t offset,
                                                   Frag& fragments) const {
     if (kHalfProducts && matrix.tile == Tile::chunk_pairs)
@@ -206,7 +206,7 @@ class DecodeStep {
   template <bool kChunkPairs>
   __device__ __forceinline__ void ask_activations(const StreamedMatrix& matrix, std::int32_t offset,
                                                   Frag& fragments) const {
-    const T* first = flow<const T>(offset) + activation_column(matrix);
+    const T* first = lamport<const T>(offset) + activation_column(matrix);
     const int swap = activation_swap(matrix);
 #pragma unroll
     for (int i = 0; i < kMaxIterations; ++i) {
@@ -218,7 +218,7 @@ class DecodeStep {
   // ... and again until all that this lane needs are there.
   __device__ __forceinline__ void wait_activations(const StreamedMatrix& matrix,
                                                    std::int32_t offset, Frag& fragments) {
-    const T* first = flow<const T>(offset) + activation_column(matrix);
+    const T* first = lamport<const T>(offset) + activation_column(matrix);
     const int swap = activation_swap(matrix);
     bool missing = true;
     while (__any_sync(kAllLanes, missing)) {
@@ -226,7 +226,7 @@ class DecodeStep {
       missing = false;
 #pragma unroll
       for (int i = 0; i < kMaxIterations; ++i) {
-        if (!any_empty_half(fragments.value[i])) continue;
+        if (!any_half_not_ready(fragments.value[i])) continue;
         missing = true;
         if (kHalfProducts && matrix.tile == Tile::chunk_pairs)
           fragments.value[i] = load_fragment<true>(first, swap, i);
@@ -343,8 +343,8 @@ class DecodeStep {
     pick_half(matrix, fragments);
   }
 
-  // x += one or two flow vectors; all loads of a batch first, and again only for what is missing:
-  // the SMs' loads of results share the way from L2 with the weights.
+  // x += one or two Lamport buffers; all loads of a batch first, and again only for what is
+  // missing: the SMs' loads of results share the way from L2 with the weights.
   __device__ __forceinline__ void add_deltas(const float* first, const float* second) {
 #pragma unroll
     for (int begin = 0; begin < kMaxIterations; begin += kBatch) {
@@ -353,8 +353,8 @@ class DecodeStep {
       for (int i = 0; i < kBatch; ++i) {
         delta[i] = other[i] = make_uint2(0, 0);
         if (!holds(begin + i)) continue;
-        delta[i] = flow_load_2(first + element(begin + i));
-        if (second != nullptr) other[i] = flow_load_2(second + element(begin + i));
+        delta[i] = lamport_load_2(first + element(begin + i));
+        if (second != nullptr) other[i] = lamport_load_2(second + element(begin + i));
       }
       bool missing = true;
       while (__any_sync(kAllLanes, missing)) {
@@ -362,13 +362,13 @@ class DecodeStep {
         missing = false;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (any_empty(delta[i])) {
+          if (any_not_ready(delta[i])) {
             missing = true;
-            delta[i] = flow_load_2(first + element(begin + i));
+            delta[i] = lamport_load_2(first + element(begin + i));
           }
-          if (any_empty(other[i])) {
+          if (any_not_ready(other[i])) {
             missing = true;
-            other[i] = flow_load_2(second + element(begin + i));
+            other[i] = lamport_load_2(second + element(begin + i));
           }
         }
       }
@@ -873,7 +873,7 @@ class DecodeStep {
   // All threads: one trip to global memory, two barriers.
   __device__ __forceinline__ void prepare_head(int head, int position) {
     const HeadInputs inputs = head_inputs();
-    const float* qkv = flow<const float>(p.layout.qkv) + head * 3 * p.head_dim;
+    const float* qkv = lamport<const float>(p.layout.qkv) + head * 3 * p.head_dim;
     const int half = p.rotary_dim / 2;
     constexpr int kRounds = (3 * 16 * kMaxHeadSteps + kConsumerThreads - 1) / kConsumerThreads;
     float2 angle[kRounds];
@@ -887,7 +887,7 @@ class DecodeStep {
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       const int i = thread + round * kConsumerThreads;
-      if (i < 3 * p.head_dim) inputs.raw[i] = flow_wait(qkv + i);
+      if (i < 3 * p.head_dim) inputs.raw[i] = lamport_wait(qkv + i);
     }
     consumer_barrier();
     // Scores come out as base-2 logarithms.
@@ -1131,18 +1131,19 @@ class DecodeStep {
     float total = 0.0f;
     for (int w = 0; w < plan::kConsumerWarps; ++w)
       total += sums[w * stride + 1] * exp2f(sums[w * stride] - maximum);
-    float* partial = flow<float>(p.layout.partials) + task * stride;
+    float* partial = lamport<float>(p.layout.partials) + task * stride;
     for (int dim = thread; dim < p.head_dim; dim += kConsumerThreads) {
       float value = 0.0f;
       for (int w = 0; w < plan::kConsumerWarps; ++w)
         value += sums[w * stride + 2 + dim] * exp2f(sums[w * stride] - maximum);
       if (num_splits == 1)
-        flow_store(flow<T>(p.layout.attention) + operand_order(head * p.head_dim + dim),
-                   static_cast<T>(value / total));
+        lamport_store(lamport<T>(p.layout.attention) + operand_order(head * p.head_dim + dim),
+                      static_cast<T>(value / total));
       else
-        flow_store(partial + 2 + dim, value);
+        lamport_store(partial + 2 + dim, value);
     }
-    if (num_splits > 1 && thread < 2) flow_store(partial + thread, thread == 0 ? maximum : total);
+    if (num_splits > 1 && thread < 2)
+      lamport_store(partial + thread, thread == 0 ? maximum : total);
     consumer_barrier();
   }
 
@@ -1215,7 +1216,7 @@ class DecodeStep {
     forget_indices();
     if (!norms_loaded) load_norms(index);
     if (index > 0 || part > 0) {
-      char* set = flow_set(p, part == 0 ? epoch - 1 : epoch);
+      char* set = lamport_set(p, part == 0 ? epoch - 1 : epoch);
       const auto* attention = reinterpret_cast<const float*>(set + p.layout.delta_attention);
       const auto* mlp = reinterpret_cast<const float*>(set + p.layout.delta_mlp);
       add_deltas(part == 0 ? mlp : attention,
@@ -1235,8 +1236,8 @@ class DecodeStep {
                                                   Frag& fragments, bool& asked) {
     forget_indices();
     const StreamedMatrix& matrix = control->matrices[static_cast<int>(stream)];
-    const bool from_flow = stream == Stream::mlp_down || stream == Stream::attention_out;
-    if (from_flow) {
+    const bool from_buffer = stream == Stream::mlp_down || stream == Stream::attention_out;
+    if (from_buffer) {
       const std::int32_t source = stream == Stream::mlp_down ? p.layout.mlp : p.layout.attention;
       if (!asked) ask_activations(matrix, source, fragments);
       wait_activations(matrix, source, fragments);
@@ -1248,14 +1249,14 @@ class DecodeStep {
     float* result = nullptr;
     TimelinePoint done = TimelinePoint::qkv;
     switch (stream) {
-      case Stream::qkv: result = flow<float>(p.layout.qkv); break;
+      case Stream::qkv: result = lamport<float>(p.layout.qkv); break;
       case Stream::mlp_up: done = TimelinePoint::mlp_up; break;
       case Stream::mlp_down:
-        result = flow<float>(p.layout.delta_mlp);
+        result = lamport<float>(p.layout.delta_mlp);
         done = TimelinePoint::mlp_down;
         break;
       case Stream::attention_out:
-        result = flow<float>(p.layout.delta_attention);
+        result = lamport<float>(p.layout.delta_attention);
         done = TimelinePoint::attention_out;
         break;
       default:
@@ -1266,11 +1267,11 @@ class DecodeStep {
         stream, matrix, fragments,
         [&](int row, float value) {
           if (stream == Stream::mlp_up) {
-            flow_store(flow<T>(p.layout.mlp) + operand_order(row),
-                       static_cast<T>(activate(p.activation, value)));
+            lamport_store(lamport<T>(p.layout.mlp) + operand_order(row),
+                          static_cast<T>(activate(p.activation, value)));
             return;
           }
-          if (result != nullptr) flow_store(result + row, value);
+          if (result != nullptr) lamport_store(result + row, value);
           if (stream != Stream::lm_head) return;
           const Candidate here = candidate(row, value, position);
           if (better(here, best)) best = here;
@@ -1324,9 +1325,9 @@ class DecodeStep {
   __device__ __forceinline__ Candidate best_of_blocks(const std::uint64_t* candidates) const {
     Candidate best = worst_candidate();
     for (int i = lane; i < static_cast<int>(gridDim.x); i += 32) {
-      const auto score = static_cast<long long>(flow_wait(candidates + 2 * i));
+      const auto score = static_cast<long long>(lamport_wait(candidates + 2 * i));
       const Candidate other{__longlong_as_double(score),
-                            static_cast<std::int64_t>(flow_wait(candidates + 2 * i + 1))};
+                            static_cast<std::int64_t>(lamport_wait(candidates + 2 * i + 1))};
       if (better(other, best)) best = other;
     }
     return best_of_warp(best);
@@ -1345,14 +1346,14 @@ class DecodeStep {
     best = best_of_warp(best);
     if (lane == 0) control->candidate[warp] = best;
     consumer_barrier();
-    auto* candidates = flow<std::uint64_t>(p.layout.candidates);
+    auto* candidates = lamport<std::uint64_t>(p.layout.candidates);
     if (warp == 0) {
       if (lane == 0) {
         for (int w = 1; w < plan::kConsumerWarps; ++w)
           if (better(control->candidate[w], best)) best = control->candidate[w];
         auto* own = candidates + 2 * blockIdx.x;
-        flow_store(own, static_cast<std::uint64_t>(__double_as_longlong(best.score)));
-        flow_store(own + 1, static_cast<std::uint64_t>(best.token));
+        lamport_store(own, static_cast<std::uint64_t>(__double_as_longlong(best.score)));
+        lamport_store(own + 1, static_cast<std::uint64_t>(best.token));
       }
       best = best_of_blocks(candidates);
       if (lane == 0) control->token = static_cast<int>(best.token);  // kNoToken: -1
@@ -1373,7 +1374,7 @@ class DecodeStep {
   LayerNorms norms;  // of the next LayerNorm
   bool norms_loaded = false;
   int epoch = 0;
-  int set_shift = 0;  // flow sets begin with this one
+  int set_shift = 0;  // Lamport sets begin with this one
   // The residual stream, the same in every block: this thread's pairs of elements.
   float2 x[kMaxIterations];
   float mean_before = 0.0f;  // of x, at the last LayerNorm

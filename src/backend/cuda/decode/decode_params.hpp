@@ -65,12 +65,13 @@ struct StreamedLayer {
 // The best token that one SM has seen, with its score: the logit, or noisy_score() if sampled.
 struct alignas(16) Candidate {
   double score;
-  std::int64_t token;  // of 32 bits: never "empty" as an element of a flow vector
+  std::int64_t token;  // of 32 bits: never "empty" as an element of a Lamport buffer
 };
 
-// What the SMs tell each other within one epoch, a layer or the LM head of one step: flow vectors
-// (device/flow.cuh), at these byte offsets of a set. Epoch e uses set e % kFlowSets.
-struct FlowLayout {
+// What the SMs tell each other within one epoch, a layer or the LM head of one step: Lamport
+// buffers (device/lamport_buffer.cuh), at these byte offsets of a set. Epoch e uses set e %
+// kLamportSets.
+struct LamportLayout {
   std::int32_t qkv;              // float32 [3 hidden], with bias, before the rotation
   std::int32_t mlp;              // 16-bit [intermediate], in operand_order
   std::int32_t attention;        // 16-bit [hidden], in operand_order
@@ -81,7 +82,7 @@ struct FlowLayout {
   std::int32_t candidates;  // Candidate [SMs]
   std::int32_t bytes;       // of a set, a multiple of 16
 };
-inline constexpr std::int32_t kFlowSets = 3;
+inline constexpr std::int32_t kLamportSets = 3;
 
 // Points of an epoch at which thread 0 of each SM notes the time, if asked to.
 enum class TimelinePoint : int {
@@ -139,8 +140,8 @@ struct DecodeParams {
   float temperature;     // 0: greedy
   std::uint64_t seed;
 
-  char* flow;  // kFlowSets sets, all bits one when a launch begins
-  FlowLayout layout;
+  char* lamport;  // kLamportSets sets, all bits one when a launch begins
+  LamportLayout layout;
   // Counters; all zero when a launch begins.
   std::uint32_t* tickets;   // [steps, phases of a step]
   std::uint32_t* arrivals;  // of blocks at epochs

@@ -49,9 +49,9 @@ StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, bool half
   return matrix;
 }
 
-FlowLayout flow_layout(const ModelConfig& config, std::int32_t sm_count) {
+LamportLayout lamport_layout(const ModelConfig& config, std::int32_t sm_count) {
   const auto tasks = std::max<std::int64_t>(sm_count, config.num_heads);
-  FlowLayout layout{};
+  LamportLayout layout{};
   const auto take = [&](std::int64_t bytes) {
     const std::int32_t offset = layout.bytes;
     layout.bytes += static_cast<std::int32_t>((bytes + 255) / 256 * 256);
@@ -105,7 +105,7 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.kv_head_bytes = static_cast<std::int32_t>(plan.kv.head_bytes);
   p.kv_block_bytes = static_cast<std::int32_t>(plan.kv.block_bytes);
   p.kv_block_positions = plan.kv.block_positions;
-  p.layout = flow_layout(config, sm_count);
+  p.layout = lamport_layout(config, sm_count);
   return p;
 }
 

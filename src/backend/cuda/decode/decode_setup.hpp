@@ -9,7 +9,7 @@
 
 namespace clusterfusion::cuda {
 
-// Shape, matrices, ring and the layout of flow vectors; pointers stay null. `half_the_products`:
+// Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `half_the_products`:
 // whether the kernel knows tiles of plan::with_half_the_products.
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
                            std::int32_t sm_count, bool half_the_products);

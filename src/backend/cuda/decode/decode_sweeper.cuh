@@ -1,4 +1,4 @@
-// The sweeper of the streaming decode kernel: one warp of each block that makes flow sets usable
+// The sweeper of the streaming decode kernel: one warp of each block that makes Lamport sets usable
 // again, off the path of the computation, and looks after what the next epoch needs.
 //
 // A block begins epoch e when it has read all that earlier epochs left it. When all blocks have
@@ -29,7 +29,7 @@ __device__ __forceinline__ void prefetch_norms(const DecodeParams& p, int epoch)
 }
 
 __device__ __forceinline__ void sweep(const DecodeParams& p, SharedControl* control, int lane) {
-  static_assert(kFlowSets == 3);
+  static_assert(kLamportSets == 3);
   constexpr unsigned kNap = 100;
   const int epochs = p.steps * epochs_per_step(p);
   for (int epoch = 0; epoch < epochs; ++epoch) {
@@ -42,8 +42,8 @@ __device__ __forceinline__ void sweep(const DecodeParams& p, SharedControl* cont
     }
     __syncwarp();
     if (epoch == 0) continue;
-    char* set = flow_set(p, epoch - 1);
-    const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+    char* set = lamport_set(p, epoch - 1);
+    const uint4 empty = make_uint4(kNotReady, kNotReady, kNotReady, kNotReady);
     for (int offset = (static_cast<int>(blockIdx.x) * 32 + lane) * 16; offset < p.layout.bytes;
          offset += static_cast<int>(gridDim.x) * 32 * 16)
       *reinterpret_cast<uint4*>(set + offset) = empty;

@@ -1,6 +1,7 @@
-// From the times that the decode kernel noted to events with names.
+// From the times that a kernel has noted to the phases of its SMs.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -9,10 +10,13 @@
 
 namespace clusterfusion::cuda {
 
-// `times`: nanoseconds [sm_count, num_layers + 1, TimelinePoint::count] of one step, 0 where a
-// point was not passed; the last epoch is the LM head's. An event ends at the point that it is
-// named after.
+// Points of an epoch at which an SM notes the time: TimelinePoint, or StreamPoint of the kernel for
+// many rows.
+std::size_t timeline_points(bool of_rows);
+
+// `times` of one step: [SMs, layers + 1, timeline_points(of_rows)]; 0 where a point was not passed.
 std::vector<TimelineEvent> timeline_events(std::span<const std::uint64_t> times,
-                                           std::int32_t sm_count, std::int32_t num_layers);
+                                           std::int32_t sm_count, std::int32_t num_layers,
+                                           bool of_rows);
 
 }  // namespace clusterfusion::cuda

@@ -278,10 +278,10 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     this->consumer_barrier();
     Frag fragments;
     this->load_normed(p.qkv, 0, fragments);
-    float* qkv = this->template flow<float>(p.layout.qkv);
+    float* qkv = this->template lamport<float>(p.layout.qkv);
     this->multiply(Stream::qkv, p.qkv, fragments,
-                   [&](int row, float value) { flow_store(qkv + row, value); });
-    T* mlp = this->template flow<T>(p.layout.mlp);
+                   [&](int row, float value) { lamport_store(qkv + row, value); });
+    T* mlp = this->template lamport<T>(p.layout.mlp);
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
       if (this->comes(Stream::mlp_up)) {
@@ -289,7 +289,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
         this->multiply(Stream::mlp_up, p.mlp_up, fragments, [&](int row, float value) {
           const T rounded = static_cast<T>(valid ? activate(p.activation, value) : NAN);
           if (layer.down)
-            flow_store(mlp + operand_order(row), rounded);
+            lamport_store(mlp + operand_order(row), rounded);
           else
             static_cast<T*>(layer.mlp_intermediate)[row] = rounded;
         });
@@ -311,20 +311,20 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
 
   __device__ __forceinline__ void second_half() {
     Frag next;
-    float* mlp = this->template flow<float>(p.layout.delta_mlp);
-    float* attention = this->template flow<float>(p.layout.delta_attention);
+    float* mlp = this->template lamport<float>(p.layout.delta_mlp);
+    float* attention = this->template lamport<float>(p.layout.delta_attention);
     if (this->comes(Stream::mlp_down)) {
       Frag fragments;
       this->ask_activations(p.mlp_down, p.layout.mlp, fragments);
       this->wait_activations(p.mlp_down, p.layout.mlp, fragments);
       this->multiply(Stream::mlp_down, p.mlp_down, fragments,
-                     [&](int row, float value) { flow_store(mlp + row, value); });
+                     [&](int row, float value) { lamport_store(mlp + row, value); });
     }
     if (this->comes(Stream::attention_out)) {
       this->ask_activations(p.attention_out, p.layout.attention, next);
       this->wait_activations(p.attention_out, p.layout.attention, next);
       this->multiply(Stream::attention_out, p.attention_out, next,
-                     [&](int row, float value) { flow_store(attention + row, value); });
+                     [&](int row, float value) { lamport_store(attention + row, value); });
     }
     // The sum, each element by one thread: to each block a piece.
     const int piece =
@@ -332,7 +332,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     const int begin = control->block_number * piece;
     for (int i = begin + thread; i < min(begin + piece, p.hidden_size); i += kConsumerThreads) {
       const float input = static_cast<float>(typed(layer.input)[i]);
-      const float sum = input + flow_wait(attention + i) + flow_wait(mlp + i);
+      const float sum = input + lamport_wait(attention + i) + lamport_wait(mlp + i);
       static_cast<T*>(layer.output)[i] = static_cast<T>(sum);
     }
   }
@@ -401,8 +401,8 @@ __device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedCo
 __device__ __forceinline__ void sweep_layer(const LayerParams& p, const SharedControl* control,
                                             int lane) {
   const int before = 1 - control->scratch_half;
-  char* set = flow_set(p.stream, before);
-  const uint4 empty = make_uint4(kEmpty, kEmpty, kEmpty, kEmpty);
+  char* set = lamport_set(p.stream, before);
+  const uint4 empty = make_uint4(kNotReady, kNotReady, kNotReady, kNotReady);
   for (int offset = (control->block_number * 32 + lane) * 16; offset < p.stream.layout.bytes;
        offset += static_cast<int>(gridDim.x) * 32 * 16)
     *reinterpret_cast<uint4*>(set + offset) = empty;

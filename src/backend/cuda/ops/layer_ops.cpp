@@ -231,7 +231,7 @@ LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch) {
   LayerParams params{};
   params.stream = plan.stream;
   params.stream.bias_element_bytes = 2;
-  params.stream.flow = scratch.flow;
+  params.stream.lamport = scratch.lamport;
   params.stream.tickets = scratch.tickets;
   params.started = scratch.started;
   return params;

@@ -10,7 +10,7 @@
 namespace clusterfusion::cuda {
 
 struct LayerParams {
-  // Matrices, shape, ring and scratch as for a whole model of one layer. `flow` has two sets,
+  // Matrices, shape, ring and scratch as for a whole model of one layer. `lamport` has two sets,
   // `tickets` two times kLayerCounters; everything of the engine is unused.
   DecodeParams stream;
   // Scratch is for one launch at a time. Of its two halves, a launch uses one and empties the

@@ -12,7 +12,7 @@ namespace clusterfusion::cuda {
 
 struct LayerScratchView {
   std::uint32_t* started;  // see LayerParams
-  char* flow;              // two sets of `flow_bytes`
+  char* lamport;           // two sets of `lamport_bytes`
   std::uint32_t* tickets;  // [2, kLayerCounters]
   void* between;           // `between_bytes` for what two launches hand over
 };
@@ -21,7 +21,7 @@ struct LayerScratchView {
 // first call with them (then it waits for the memory to be cleared, on a stream of its own), also
 // while `stream` is captured; kept until the process ends. May be called from several threads.
 // Errors: out_of_memory.
-LayerScratchView layer_scratch(int device, cudaStream_t stream, std::int64_t flow_bytes,
+LayerScratchView layer_scratch(int device, cudaStream_t stream, std::int64_t lamport_bytes,
                                std::int64_t between_bytes);
 
 }  // namespace clusterfusion::cuda

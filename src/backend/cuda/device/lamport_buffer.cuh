@@ -1,4 +1,4 @@
-// Flow vectors: results in global memory that carry their own readiness.
+// Lamport buffers: results in global memory that carry their own readiness.
 //
 // An element whose bits are all ones is empty: not written yet. (As a float that is a NaN which no
 // arithmetic yields; a store turns it into another NaN.) Readers load what they need and load again
@@ -12,17 +12,17 @@
 
 namespace clusterfusion::device {
 
-inline constexpr std::uint32_t kEmpty = 0xffffffffu;
+inline constexpr std::uint32_t kNotReady = 0xffffffffu;
 
-__device__ __forceinline__ void flow_store(float* element, float value) {
+__device__ __forceinline__ void lamport_store(float* element, float value) {
   std::uint32_t bits = __float_as_uint(value);
-  if (bits == kEmpty) bits = 0x7fffffffu;
+  if (bits == kNotReady) bits = 0x7fffffffu;
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(element), "r"(bits) : "memory");
 }
 
 // A 16-bit float of either type.
 template <typename T>
-__device__ __forceinline__ void flow_store(T* element, T value) {
+__device__ __forceinline__ void lamport_store(T* element, T value) {
   static_assert(sizeof(T) == 2);
   std::uint16_t bits;
   std::memcpy(&bits, &value, 2);
@@ -30,23 +30,30 @@ __device__ __forceinline__ void flow_store(T* element, T value) {
   asm volatile("st.relaxed.gpu.global.u16 [%0], %1;" ::"l"(element), "h"(bits) : "memory");
 }
 
+// Two of them, the first in the low half.
+__device__ __forceinline__ void lamport_store_pair(std::uint32_t* elements, std::uint32_t pair) {
+  if ((pair & 0xffffu) == 0xffffu) pair ^= 0x8000u;
+  if (pair >> 16 == 0xffffu) pair ^= 0x80000000u;
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(elements), "r"(pair) : "memory");
+}
+
 // The value must not be all ones.
-__device__ __forceinline__ void flow_store(std::uint64_t* element, std::uint64_t value) {
+__device__ __forceinline__ void lamport_store(std::uint64_t* element, std::uint64_t value) {
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(element), "l"(value) : "memory");
 }
 
 // Loads, from L2: another SM may have written.
-__device__ __forceinline__ std::uint32_t flow_load(const float* element) {
+__device__ __forceinline__ std::uint32_t lamport_load(const float* element) {
   std::uint32_t bits;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(bits) : "l"(element) : "memory");
   return bits;
 }
-__device__ __forceinline__ std::uint64_t flow_load(const std::uint64_t* element) {
+__device__ __forceinline__ std::uint64_t lamport_load(const std::uint64_t* element) {
   std::uint64_t bits;
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(bits) : "l"(element) : "memory");
   return bits;
 }
-__device__ __forceinline__ uint2 flow_load_2(const void* elements) {
+__device__ __forceinline__ uint2 lamport_load_2(const void* elements) {
   uint2 bits;
   asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
                : "=r"(bits.x), "=r"(bits.y)
@@ -54,7 +61,7 @@ __device__ __forceinline__ uint2 flow_load_2(const void* elements) {
                : "memory");
   return bits;
 }
-__device__ __forceinline__ uint4 flow_load_4(const void* elements) {
+__device__ __forceinline__ uint4 lamport_load_4(const void* elements) {
   uint4 bits;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
@@ -63,29 +70,29 @@ __device__ __forceinline__ uint4 flow_load_4(const void* elements) {
   return bits;
 }
 
-__device__ __forceinline__ bool any_empty(const uint2& elements) {
-  return elements.x == kEmpty || elements.y == kEmpty;
+__device__ __forceinline__ bool any_not_ready(const uint2& elements) {
+  return elements.x == kNotReady || elements.y == kNotReady;
 }
 
 // Whether a half of a word is empty: as "has a zero half" of its complement.
-__device__ __forceinline__ std::uint32_t empty_half(std::uint32_t word) {
+__device__ __forceinline__ std::uint32_t half_not_ready(std::uint32_t word) {
   return (~word - 0x00010001u) & word & 0x80008000u;
 }
-__device__ __forceinline__ bool any_empty_half(const uint4& words) {
-  return (empty_half(words.x) | empty_half(words.y) | empty_half(words.z) | empty_half(words.w)) !=
-         0;
+__device__ __forceinline__ bool any_half_not_ready(const uint4& words) {
+  return (half_not_ready(words.x) | half_not_ready(words.y) | half_not_ready(words.z) |
+          half_not_ready(words.w)) != 0;
 }
 
 // Waits for one element.
-__device__ __forceinline__ float flow_wait(const float* element) {
+__device__ __forceinline__ float lamport_wait(const float* element) {
   std::uint32_t bits;
-  do bits = flow_load(element);
-  while (bits == kEmpty);
+  do bits = lamport_load(element);
+  while (bits == kNotReady);
   return __uint_as_float(bits);
 }
-__device__ __forceinline__ std::uint64_t flow_wait(const std::uint64_t* element) {
+__device__ __forceinline__ std::uint64_t lamport_wait(const std::uint64_t* element) {
   std::uint64_t bits;
-  do bits = flow_load(element);
+  do bits = lamport_load(element);
   while (bits == ~std::uint64_t{0});
   return bits;
 }

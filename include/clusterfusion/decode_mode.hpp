@@ -1,0 +1,18 @@
+// How a GPU decodes several sequences.
+#pragma once
+
+#include <cstdint>
+
+namespace clusterfusion {
+
+// Within a mode a text depends on its request alone, bit for bit: on no other sequence beside it.
+// The two modes add up numbers in different orders, so between them texts may differ in a last bit.
+// On the CPU, and on a GPU that has no kernel for many rows, they are the same.
+enum class DecodeMode : std::int32_t {
+  // One sequence after the other, each by the kernel for a single row: the shortest time a token.
+  latency,
+  // Up to 16 sequences in one launch, which reads the weights once for all of them.
+  throughput,
+};
+
+}  // namespace clusterfusion

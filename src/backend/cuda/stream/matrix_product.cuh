@@ -1,0 +1,252 @@
+// The products of a phase, by the consumer warps: weights as operand B as they land, the rows'
+// input vectors as operand A, from registers. The warps share the columns of each chunk; the
+// reducers add up what the warps have.
+#pragma once
+
+#include <type_traits>
+
+#include "backend/cuda/device/mma.cuh"
+#include "backend/cuda/device/shared_memory.cuh"
+#include "backend/cuda/stream/activations.cuh"
+#include "backend/cuda/stream/consumer.cuh"
+#include "backend/cuda/stream/partial_sums.cuh"
+
+namespace clusterfusion::cuda::stream {
+
+template <typename T, int kOperandRows, int kPieces>
+class MatrixProduct {
+ public:
+  using Inputs = Activations<kOperandRows, kPieces>;
+
+  __device__ __forceinline__ explicit MatrixProduct(Consumer& consumer)
+      : c(consumer), partials(consumer.control, consumer.scratch) {
+    slots = kOperandRows / c.p.rows;
+  }
+
+  // Multiplies all chunks of phase `index` that come next.
+  __device__ __forceinline__ void run(int index, StreamPoint first_input) {
+    c.forget_indices();
+    inputs.clear();
+    held = kNothing;
+    const StreamPhase& phase = c.control->phases[index];
+    const int id = phase_id(c.epoch, index);
+    fits = phase.slots <= slots;
+    if (phase.normalizes && keeps_residual_everywhere(c.p)) load_normalised(index);
+    bool first = true;
+#pragma unroll 1
+    while (phase_id_of(c.next.id) == id) {
+      const int ring_id = c.next.id, number = operand_of(ring_id);
+      if (!holds(number)) load(index, number);
+      if (first) c.mark(first_input);
+      first = false;
+      const Shape shape(c, c.control->operands[index][number], slot_of(index, number) * c.p.rows);
+      with_steps(shape.steps, [&](auto constant) {
+        constexpr int kWarpSteps = constant;
+#pragma unroll 1
+        do multiply<kWarpSteps>(shape);
+        while (c.next.id == ring_id);
+      });
+    }
+  }
+
+  PartialWriter partials;
+
+ private:
+  // What a lane must know of an operand to multiply its chunks, all that can be known before.
+  struct Shape {
+    static constexpr int kNone = -1;
+    int offset;  // in a stage, of this lane's first values
+    int pieces;
+    int steps;  // of a piece, this warp's
+    // Where this lane's results of a chunk go among the warp's sums, or kNone: of operand row 8 t +
+    // g, and rows 2 q and 2 q + 1 of the chunk.
+    int sum[Inputs::kTiles][2];
+    // In a stage, of the biases of rows 2 q and 2 q + 1, or kNone: the first warp adds them, those
+    // of folded rows to the first part.
+    int bias[2];
+
+    // `first_row`: of the operand's first slot.
+    __device__ __forceinline__ Shape(const Consumer& c, const Operand& operand, int first_row)
+        : offset(c.g * operand.copy.row_pitch +
+                 c.warp * operand.iterations * (plan::kStepColumns * 2) + c.q * 16),
+          pieces(operand.pieces),
+          steps(steps_of(c, operand)) {
+      const int fold = operand.slots - 1, slots_log2 = operand.slots >> 1;  // of 1, 2 and 4
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int n = 2 * c.q + column;
+#pragma unroll
+        for (int t = 0; t < Inputs::kTiles; ++t) {
+          const int row = 8 * t + c.g - first_row - (n & fold) * c.p.rows;
+          const bool counts = row >= 0 && row < c.p.rows;
+          sum[t][column] = counts ? row * plan::kChunkRows + n : kNone;
+        }
+        const bool adds = c.warp == 0 && operand.biases != nullptr && (n & fold) == 0;
+        bias[column] = adds ? c.p.bias_offset + (n >> slots_log2) * 4 : kNone;
+      }
+    }
+  };
+  __device__ __forceinline__ static int steps_of(const Consumer& c, const Operand& operand) {
+    return max(0, min(operand.iterations, operand.piece_steps - c.warp * operand.iterations));
+  }
+
+  // Calls `run` with the number of steps as a constant, where it is one that Pythia's sizes have.
+  // 0 stands for any other.
+  template <typename Run>
+  __device__ __forceinline__ static void with_steps(int steps, Run&& run) {
+    if (steps == 5) return run(std::integral_constant<int, 5>{});
+    if (steps == 4) return run(std::integral_constant<int, 4>{});
+    run(std::integral_constant<int, 0>{});
+  }
+
+  // ---------------------------------------------------------------- which inputs are held
+
+  static constexpr unsigned kNothing = 0xffffffffu;  // four bits a place: the operand in it
+  // Where operands take turns there is a place for each slot, else one for each operand.
+  __device__ __forceinline__ int place_of(int operand) const {
+    return fits ? operand : operand % slots;
+  }
+  __device__ __forceinline__ int slot_of(int index, int operand) const {
+    return fits ? c.control->operands[index][operand].first_slot : operand % slots;
+  }
+  __device__ __forceinline__ bool holds(int operand) const {
+    return (held >> 4 * place_of(operand) & 15) == static_cast<unsigned>(operand);
+  }
+  __device__ __forceinline__ void now_holds(int operand) {
+    const int shift = 4 * place_of(operand);
+    held = (held & ~(15u << shift)) | static_cast<unsigned>(operand) << shift;
+  }
+
+  // Where this lane's share of operand row `row` lies, from the beginning of a Lamport set; if it
+  // belongs to operand `wanted` or, where all operands fit, to another part of the same vector.
+  __device__ __forceinline__ int offset_of(int row, int index, int wanted) const {
+    const int slot = row / c.p.rows;
+    const int second = c.control->phases[index].second_product;
+    const int loaded = !fits ? wanted : wanted < second ? 0 : second;
+    const Operand& operand = c.control->operands[index][loaded];
+    // The slots of a vector's parts lie side by side.
+    const int part = slot - slot_of(index, loaded);
+    if (part < 0 || part >= (fits ? operand.parts * operand.slots : 1))
+      return Inputs::Sources::kNone;
+    return operand.source + part * operand.part_bytes +
+           (row - slot * c.p.rows) * operand.source_row_bytes;
+  }
+  __device__ __forceinline__ typename Inputs::Sources sources_of(const Operand& operand,
+                                                                 const char* base) const {
+    typename Inputs::Sources sources;
+    sources.base = base + c.warp * operand.iterations * (plan::kStepColumns * 2) + c.q * 16;
+    sources.pieces = operand.pieces;
+    sources.piece_bytes = operand.copy.bytes;
+    sources.steps = steps_of(c, operand);
+    return sources;
+  }
+
+  // Brings operand `wanted` from its Lamport buffer, and all others of the same vector that fit.
+  __device__ __forceinline__ void load(int index, int wanted) {
+    const Operand* operands = c.control->operands[index];
+    auto sources = sources_of(operands[wanted], lamport_set(c.p, c.epoch));
+#pragma unroll
+    for (int t = 0; t < Inputs::kTiles; ++t)
+      sources.offset[t] = offset_of(8 * t + c.g, index, wanted);
+    inputs.await(sources, c.p.rows > 1);
+    if (!fits) return now_holds(wanted);
+    for (int number = 0; number < c.control->phases[index].operands; ++number)
+      if (operands[number].stream == operands[wanted].stream) now_holds(number);
+  }
+
+  // Where the residual stream is kept in every block, the normalised inputs lie in scratch, which
+  // partial sums will overwrite: vector after vector, one row of each.
+  __device__ __forceinline__ void load_normalised(int index) {
+    const int count = c.control->phases[index].operands;
+    auto sources = sources_of(c.control->operands[index][0], c.scratch);
+#pragma unroll
+    for (int t = 0; t < Inputs::kTiles; ++t) {
+      const int row = 8 * t + c.g;
+      sources.offset[t] = row < count ? row * c.p.hidden_size * 2 : Inputs::Sources::kNone;
+    }
+    inputs.load(sources, [](const char* from) { return *reinterpret_cast<const uint4*>(from); });
+    for (int number = 0; number < count; ++number) now_holds(number);
+    c.barrier();
+  }
+
+  // ---------------------------------------------------------------- multiplying
+
+  // Steps whose weights are under way together, as far as there are registers.
+  static constexpr int kBatch = kOperandRows * kPieces > 32 ? 2 : Inputs::kSteps;
+
+  // Of a chunk: of the products with a weight's first two words, of which rows 0 to 7 count, and
+  // of those with its last two, of which rows 8 to 15 do.
+  struct Sums {
+    float value[Inputs::kTiles][2][4] = {};
+  };
+
+  // The chunk that comes next, of which this warp has kWarpSteps steps of each piece, or
+  // shape.steps if that is 0.
+  template <int kWarpSteps>
+  __device__ __forceinline__ void multiply(const Shape& shape) {
+    constexpr int kSteps = kWarpSteps > 0 ? kWarpSteps : Inputs::kSteps;
+    Sums sums;
+    const RingAnnouncement chunk = c.next;
+    float2 bias = make_float2(0.0f, 0.0f);
+#pragma unroll
+    for (int piece = 0; piece < kPieces; ++piece) {
+      if (piece >= shape.pieces) break;
+      c.ring.wait_landed();
+      const std::uint32_t data = c.ring.data();
+#pragma unroll
+      for (int first = 0; first < kSteps; first += kBatch) {
+        uint4 weight[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch && first + i < kSteps; ++i) {
+          const std::uint32_t address =
+              data + shape.offset + (first + i) * (plan::kStepColumns * 2);
+          weight[i] = make_uint4(0, 0, 0, 0);
+          if (kWarpSteps > 0 || first + i < shape.steps) weight[i] = load_shared_4(address);
+        }
+        if (first + kBatch >= kSteps) {
+          if (piece + 1 == shape.pieces)
+            bias = make_float2(load_bias(data, shape.bias[0], chunk.label.second),
+                               load_bias(data, shape.bias[1], chunk.label.second));
+          c.ring.release(c.lane);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch && first + i < kSteps; ++i)
+#pragma unroll
+          for (int t = 0; t < Inputs::kTiles; ++t) {
+            const uint4& operand = inputs.operand[t][piece][first + i];
+            mma_16x8x16<T>(sums.value[t][0], operand, weight[i].x, weight[i].y);
+            mma_16x8x16<T>(sums.value[t][1], operand, weight[i].z, weight[i].w);
+          }
+      }
+    }
+    store(shape, sums, bias, chunk);
+    c.look();
+  }
+
+  __device__ __forceinline__ static float load_bias(std::uint32_t data, int offset, int label) {
+    return load_shared_if(data + offset + (label >> 1), offset != Shape::kNone, 0.0f);
+  }
+
+  // Gives the reducers this warp's sums of the chunk.
+  __device__ __forceinline__ void store(const Shape& shape, const Sums& sums, const float2& bias,
+                                        const RingAnnouncement& chunk) {
+    float* to = partials.begin(c.warp, c.p.rows);
+#pragma unroll
+    for (int t = 0; t < Inputs::kTiles; ++t) {
+      const int(&place)[2] = shape.sum[t];
+      const float* first = sums.value[t][0];
+      const float* second = sums.value[t][1] + 2;
+      if (place[0] != Shape::kNone) to[place[0]] = first[0] + second[0] + bias.x;
+      if (place[1] != Shape::kNone) to[place[1]] = first[1] + second[1] + bias.y;
+    }
+    partials.end(c.warp, c.lane, chunk.id, chunk.label.first);
+  }
+
+  Consumer& c;
+  Inputs inputs;
+  int slots;          // input vectors that fit side by side
+  bool fits = false;  // all of the phase's
+  unsigned held = kNothing;
+};
+
+}  // namespace clusterfusion::cuda::stream

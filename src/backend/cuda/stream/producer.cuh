@@ -1,0 +1,58 @@
+// The producer: one thread of each block that copies into the ring what the scheduler has
+// announced. The rows of a chunk's piece are copied one by one, so that they lie a little apart in
+// shared memory and the consumers' loads hit different banks.
+#pragma once
+
+#include "backend/cuda/stream/shared.cuh"
+
+namespace clusterfusion::cuda::stream {
+
+__device__ __forceinline__ void copy_piece(const Operand::Copy& copy, const RingTask& task,
+                                           std::uint32_t barrier) {
+  const std::uint32_t row_bytes = copy.bytes;
+  const char* source = pointer_to(task.order.source);
+  std::uint32_t target = task.target;
+  if (task.order.bytes == plan::kChunkRows * row_bytes) {
+#pragma unroll
+    for (int row = 0; row < plan::kChunkRows; ++row)
+      bulk_copy_to_shared(target + row * copy.row_pitch,
+                          source + static_cast<std::int64_t>(row) * copy.row_bytes, row_bytes,
+                          barrier);
+    return;
+  }
+  for (std::uint32_t done = 0; done < task.order.bytes; done += row_bytes) {
+    bulk_copy_to_shared(target, source, row_bytes, barrier);
+    target += copy.row_pitch;
+    source += copy.row_bytes;
+  }
+}
+
+__device__ __forceinline__ void produce(const StreamParams& p, StreamShared* control) {
+  RingProducer ring(&control->ring, p.stages);
+  int attention_id = kRingEnd;  // of the attention that may be copied
+  while (true) {
+    const RingTask task = ring.next();
+    const int id = task.order.id;
+    if (id == kRingEnd) return;
+    if (phase_of(id) != kAttentionPhase) {
+      // Looked up before the wait for an earlier copy.
+      const Operand::Copy copy = control->operands[phase_of(id)][operand_of(id)].copy;
+      ring.copy(task.order, [&](std::uint32_t barrier) { copy_piece(copy, task, barrier); });
+      continue;
+    }
+    if (id != attention_id) {
+      attention_id = id;
+      // What earlier steps of this launch have written must be there before it is copied.
+      const int written = epoch_of(id) - epochs_per_step(p);
+      if (written >= 0) {
+        block_counter_wait(&control->cleared, written + 2);
+        fence_before_bulk_copy();
+      }
+    }
+    ring.copy(task.order, [&](std::uint32_t barrier) {
+      bulk_copy_to_shared(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
+    });
+  }
+}
+
+}  // namespace clusterfusion::cuda::stream

@@ -1,0 +1,34 @@
+#include "backend/cuda/stream/stream_kernel.hpp"
+
+#include "backend/cuda/check.hpp"
+
+namespace clusterfusion::cuda {
+
+// The instances that the build has made, those for narrow heads first: ROWS_INSTANCE(dtype, operand
+// rows, pieces, head steps) for each.
+#define ROWS_INSTANCE(dtype, operand_rows, pieces, head_steps) \
+  const void* stream_kernel_##dtype##_##operand_rows##_##pieces##_##head_steps();
+#include "rows_instances.inc"
+#undef ROWS_INSTANCE
+
+const void* find_stream_kernel(DType dtype, std::int32_t operand_rows, std::int32_t pieces,
+                               std::int64_t head_dim) {
+#define ROWS_INSTANCE(type, its_rows, its_pieces, head_steps)                     \
+  if (dtype == DType::type && operand_rows == its_rows && pieces == its_pieces && \
+      head_dim <= 16 * (head_steps))                                              \
+    return stream_kernel_##type##_##its_rows##_##its_pieces##_##head_steps();
+#include "rows_instances.inc"
+#undef ROWS_INSTANCE
+  return nullptr;
+}
+
+void launch_stream(const void* kernel, const StreamParams& params, int sm_count,
+                   std::int64_t shared_bytes, cudaStream_t stream) {
+  StreamParams copy = params;
+  void* arguments[] = {&copy};
+  check(cudaLaunchCooperativeKernel(kernel, dim3(sm_count), dim3(kStreamBlockThreads), arguments,
+                                    static_cast<std::size_t>(shared_bytes), stream),
+        "starting the streaming kernel");
+}
+
+}  // namespace clusterfusion::cuda

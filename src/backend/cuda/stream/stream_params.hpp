@@ -1,0 +1,126 @@
+// Everything the streaming kernel for many rows is told: plain data, filled by the host.
+#pragma once
+
+#include <vector_types.h>
+
+#include <cstdint>
+
+#include "backend/cuda/decode/decode_params.hpp"
+#include "plan/stream_plan.hpp"
+
+namespace clusterfusion::cuda {
+
+// Warps that add up the consumers' partial sums and run the epilogue.
+inline constexpr int kReducerWarps = 4;
+inline constexpr int kStreamBlockThreads = (plan::kConsumerWarps + 4 + kReducerWarps) * 32;
+
+// A ProductCut, with what the device would otherwise compute again.
+struct StreamedProduct {
+  std::int32_t rows, parts;
+  std::int32_t chunks;  // of one part
+  std::int32_t pieces, iterations, piece_steps;
+  std::int32_t piece_bytes, part_bytes, row_bytes;  // in memory
+  std::int32_t row_pitch;                           // in a stage
+};
+
+// One token of one sequence at one position.
+struct StreamedRow {
+  std::int32_t position;  // of the first step
+  std::int32_t token;     // the first step's input
+  float temperature;      // 0: greedy
+  std::int32_t padding;
+  std::uint64_t seed;
+  char* const* kv_pages;  // of its sequence: the page of each 64 positions
+};
+
+// Rows of one sequence, at consecutive positions, that share their attention tasks.
+struct RowGroup {
+  std::int32_t first_row;
+  std::int32_t rows;            // at most plan::kTaskQueries
+  std::int32_t sequence_first;  // first row of the step that is of the same sequence
+};
+
+// What the SMs tell each other within one epoch (a layer or the LM head of one step) about `rows`
+// rows: Lamport buffers (device/lamport_buffer.cuh) at these byte offsets of a set. Epoch e uses
+// set e % kLamportSets.
+struct RowsLayout {
+  std::int32_t input_norm, post_norm;  // 16-bit [rows, hidden]; not used if one row stays in place
+  std::int32_t qkv;                    // float32 [rows, 3 hidden], with bias, before the rotation
+  std::int32_t mlp;                    // 16-bit [rows, intermediate]
+  std::int32_t attention;              // 16-bit [rows, hidden]
+  // float32 [parts, rows, hidden]: what is to be added to the residual stream, biases included;
+  // first the parts of the second MLP matrix, then attention's.
+  std::int32_t residual;
+  // float32 [rows, heads, max_splits, 2 + head_dim]: maximum (base 2), sum, output not normalised.
+  std::int32_t partials;
+  std::int32_t candidates;  // Candidate [rows, SMs, kReducerWarps]
+  std::int32_t bytes;       // of a set, a multiple of 16
+};
+
+struct StreamParams {
+  StreamedProduct qkv, mlp_up, mlp_down, attention_out, lm_head;
+  // Layer i's pointers are those of the first layer plus i strides.
+  StreamedLayer first_layer;
+  std::int64_t layer_stride;
+  const void* embedding;
+  const char* lm_head_weight;
+  const void* final_norm_weight;
+  const void* final_norm_bias;
+  const float2* rotary;  // [positions, rotary_dim / 2]: cosine and sine
+  std::int32_t num_layers, hidden_size, intermediate_size, num_heads, head_dim, rotary_dim;
+  std::int32_t vocab_size;
+  float layer_norm_eps;
+  float inverse_hidden_size;
+  Activation activation;
+  bool parallel_residual;
+  bool folds_parts;  // of the second MLP matrix: one SM has all parts of a row
+
+  std::int32_t stages, stage_bytes, scratch_bytes;
+  std::int32_t bias_offset;      // in a stage, of the biases
+  std::int32_t max_in_flight;    // copies under way for each SM
+  std::int32_t announced_ahead;  // stages of the ring, beside those with copies in flight
+  // Copies that may be under way where so many percent of a long phase's chunks are dealt.
+  std::int32_t late_in_flight, late_percent;
+  std::int32_t static_percent;  // of a phase's chunks that are dealt round-robin; then by ticket
+  std::int32_t ticket_bytes;    // of weights that one ticket stands for, about
+
+  std::int32_t kv_head_bytes, kv_block_bytes, kv_block_positions, max_splits;
+
+  std::int32_t rows, groups, steps;
+  const StreamedRow* row_table;  // [rows]
+  const RowGroup* group_table;   // [groups], in order of rows
+
+  // float32 [rows, logits_stride] of the last step, or null; a multiple of 4, so that each row
+  // begins at a multiple of 16 bytes.
+  float* logits;
+  std::int32_t logits_stride;
+  std::int32_t* chosen;  // [steps, rows]: -1 where a logit was not finite
+
+  float2* residual;  // float32 [SMs, hidden]: the residual stream of the row that each SM holds
+  char* lamport;     // kLamportSets sets, all bits one when a launch begins
+  RowsLayout layout;
+  // Counters; all zero when a launch begins.
+  std::uint32_t* tickets;   // [steps, phases of a step, plan::kMaxResidualParts]
+  std::uint32_t* arrivals;  // of blocks at epochs
+
+  std::uint64_t* timeline;  // [SMs, epochs, StreamPoint::count] nanoseconds, or null
+};
+
+// Points of an epoch at which thread 0 of each SM notes the time, if asked to.
+enum class StreamPoint : int {
+  begin,
+  residual,      // what earlier products owe is added, where this SM owns a row
+  normalised,    // and published
+  first_input,   // this SM has the first product's input
+  first_phase,   // and has multiplied its share of the first phase
+  attention,     // its share of attention is done
+  second_input,  // it has the first input of the second phase
+  second_phase,  // and has multiplied its share
+  count
+};
+
+constexpr std::int64_t stream_tickets(std::int64_t num_layers, bool parallel_residual) {
+  return num_phases(num_layers, parallel_residual) * plan::kMaxResidualParts;
+}
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,115 @@
+#include "plan/stream_plan.hpp"
+
+#include <algorithm>
+
+#include "base/fail.hpp"
+
+namespace clusterfusion::plan {
+namespace {
+
+// A part has at most so many columns, or as many as the hidden size: two pieces of five steps a
+// warp, or four.
+constexpr std::int64_t kPartColumns = 2560;
+constexpr std::int64_t kWidePartColumns = 5120;
+constexpr std::int64_t kMaxPieceColumns =
+    std::int64_t{kConsumerWarps} * kMaxPieceIterations * kStepColumns;
+constexpr std::int32_t kMinStages = 4;
+constexpr std::int32_t kMostStages = 16;
+
+constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The fewest equal shares of `steps`, at most `most` each.
+std::int64_t shares(std::int64_t steps, std::int64_t most) {
+  std::int64_t count = (steps + most - 1) / most;
+  while (steps % count != 0) ++count;
+  return count;
+}
+
+ProductCut cut(const char* name, std::int64_t rows, std::int64_t columns, std::int64_t part_columns,
+               std::int64_t max_parts) {
+  require(columns % kStepColumns == 0, ErrorKind::unsupported,
+          "the streaming kernel cannot cut {} [{}, {}]: the number of columns must be a multiple "
+          "of {}; run this model on the CPU (device \"cpu\")",
+          name, rows, columns, kStepColumns);
+  ProductCut result;
+  result.rows = rows;
+  result.columns = columns;
+  result.parts =
+      static_cast<std::int32_t>(shares(columns / kStepColumns, part_columns / kStepColumns));
+  require(result.parts <= max_parts, ErrorKind::unsupported,
+          "the streaming kernel cannot cut {} [{}, {}]: it needs {} parts of at most {} columns, "
+          "at most {} are possible; run this model on the CPU (device \"cpu\")",
+          name, rows, columns, result.parts, part_columns, max_parts);
+  result.pieces = static_cast<std::int32_t>(
+      shares(result.part_columns() / kStepColumns, kMaxPieceColumns / kStepColumns));
+  result.iterations = (result.piece_steps() + kConsumerWarps - 1) / kConsumerWarps;
+  result.chunks = static_cast<std::int32_t>((rows + kChunkRows - 1) / kChunkRows);
+  return result;
+}
+
+// Of attention: the warps' states of one query, queries, and the keys and values of a step's rows
+// of one sequence.
+std::int64_t attention_bytes(const ModelConfig& config, std::int32_t rows) {
+  const std::int64_t states = kConsumerWarps * (config.head_dim + 2) * 4;
+  const std::int64_t queries = std::int64_t{kTaskQueries} * 2 * config.head_dim * 2;
+  const std::int64_t keys_and_values =
+      std::int64_t{std::min(rows, kMaxSequenceRows)} * 2 * config.head_dim * 2;
+  return states + queries + keys_and_values;
+}
+
+}  // namespace
+
+StreamPlan make_stream_plan(const ModelConfig& config, const KvPlan& kv,
+                            const DeviceLimits& limits) {
+  const std::int64_t hidden = config.hidden_size;
+  const std::int64_t part = hidden <= kPartColumns ? kPartColumns : kWidePartColumns;
+  StreamPlan plan;
+  plan.qkv = cut("the QKV matrix", 3 * hidden, hidden, part, 1);
+  plan.mlp_up = cut("the first MLP matrix", config.intermediate_size, hidden, part, 1);
+  plan.attention_out = cut("the attention output matrix", hidden, hidden, part, 1);
+  // Parts as wide as the other matrices where that is possible.
+  const bool even = hidden >= 1024 && config.intermediate_size % hidden == 0;
+  plan.mlp_down = cut("the second MLP matrix", hidden, config.intermediate_size,
+                      even ? hidden : part, kMaxResidualParts - 1);
+  plan.lm_head = cut("the LM head", config.vocab_size, hidden, part, 1);
+  plan.kv = kv;
+  std::int32_t pieces = 0;
+  for (const ProductCut* product :
+       {&plan.qkv, &plan.mlp_up, &plan.attention_out, &plan.mlp_down, &plan.lm_head}) {
+    plan.data_bytes = std::max(plan.data_bytes, round_up(product->stage_bytes(), 128));
+    pieces = std::max(pieces, product->pieces);
+  }
+  plan.pieces = pieces <= 2 ? 2 : 4;
+  require(pieces <= 4, ErrorKind::unsupported,
+          "the streaming kernel takes {} ring stages for a row of this model, at most 4 are "
+          "possible; run this model on the CPU (device \"cpu\")",
+          pieces);
+  plan.data_bytes = std::max(plan.data_bytes, round_up(kv.block_bytes, 128));
+  plan.stage_bytes = plan.data_bytes + 128;
+  stream_memory(plan, config, limits, kMaxRows);
+  return plan;
+}
+
+StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
+                           const DeviceLimits& limits, std::int32_t rows) {
+  StreamMemory memory;
+  const std::int64_t partials =
+      std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4;
+  const std::int64_t normalised = rows == 1 ? 2 * config.hidden_size * 2 : 0;
+  memory.scratch_bytes =
+      round_up(std::max({partials, normalised, attention_bytes(config, rows)}), 128);
+  const std::int64_t fixed = kStreamControlBytes + memory.scratch_bytes;
+  const std::int64_t room = limits.shared_bytes_per_block - fixed;
+  memory.stages =
+      static_cast<std::int32_t>(std::min<std::int64_t>(kMostStages, room / plan.stage_bytes));
+  require(memory.stages >= kMinStages, ErrorKind::unsupported,
+          "the streaming kernel needs {} bytes of shared memory a block for hidden size {}, the "
+          "device has {}; run this model on the CPU (device \"cpu\")",
+          fixed + kMinStages * plan.stage_bytes, config.hidden_size, limits.shared_bytes_per_block);
+  memory.shared_bytes = fixed + memory.stages * plan.stage_bytes;
+  return memory;
+}
+
+}  // namespace clusterfusion::plan

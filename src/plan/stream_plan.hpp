@@ -1,0 +1,100 @@
+// How a decode step of 1 to 16 rows streams through one SM's ring, as data: how each matrix is cut
+// for the tensor cores, what a stage of the ring holds, and what must fit where. A row is one token
+// of one sequence at one position. Plain C++: no CUDA here, so every promise is tested on any
+// machine.
+//
+// Terms
+//   part     a share of a matrix's columns, summed by itself; the results of parts are added in
+//            order. Several SMs can work on a wide row of the matrix that way.
+//   chunk    8 consecutive rows of the matrix, of one part: operand B of m16n8k16. Drawn from the
+//            scheduler as one.
+//   piece    a chunk's share of one ring stage: 8 rows x piece_columns, each row one bulk copy
+//   step     32 consecutive columns: 16 bytes of each lane, two products
+//
+// A piece's steps are shared out among the consumer warps in consecutive runs of `iterations`. The
+// sums of the warps are added in order of the warps. So a row's arithmetic does not depend on how
+// many rows are computed beside it, nor on which SM computes what.
+#pragma once
+
+#include <cstdint>
+
+#include "clusterfusion/model.hpp"
+#include "plan/decode_plan.hpp"
+
+namespace clusterfusion::plan {
+
+// Rows of a matrix in a chunk.
+inline constexpr std::int32_t kChunkRows = 8;
+// Columns of a step.
+inline constexpr std::int32_t kStepColumns = 32;
+// Steps of a piece that one warp multiplies, at most.
+inline constexpr std::int32_t kMaxPieceIterations = 5;
+// Rows that one launch can take: of more, the activations do not fit into registers.
+inline constexpr std::int32_t kMaxRows = 16;
+// Parts of all matrices whose results are added to the residual stream together, at most.
+inline constexpr std::int32_t kMaxResidualParts = 5;
+// Queries of one attention task: rows of one sequence that share what has landed.
+inline constexpr std::int32_t kTaskQueries = 4;
+// Rows of one sequence in a step, at most.
+inline constexpr std::int32_t kMaxSequenceRows = 16;
+// Shared memory for barriers, labels, tables and small reductions.
+inline constexpr std::int64_t kStreamControlBytes = 8704;
+// Buffers through which the reducers get the consumer warps' sums of a chunk.
+inline constexpr std::int32_t kPartialBuffers = 4;
+
+// How a row-major [rows, columns] matrix of 2-byte elements is streamed.
+struct ProductCut {
+  std::int64_t rows = 0;
+  std::int64_t columns = 0;
+  std::int32_t parts = 0;
+  std::int32_t pieces = 0;      // of a part's chunk
+  std::int32_t iterations = 0;  // steps of a piece that one warp multiplies; the last warps fewer
+  std::int32_t chunks = 0;      // of one part; the last may hold fewer rows
+
+  std::int64_t part_columns() const noexcept { return columns / parts; }
+  std::int64_t piece_columns() const noexcept { return part_columns() / pieces; }
+  std::int32_t piece_steps() const noexcept {
+    return static_cast<std::int32_t>(piece_columns() / kStepColumns);
+  }
+  // From one row of a piece to the next in shared memory: two rows are 64 bytes apart modulo 128,
+  // so that the eight lanes that load together hit different banks.
+  std::int64_t row_pitch() const noexcept {
+    const std::int64_t bytes = piece_columns() * 2;
+    return bytes % 128 == 0 ? bytes + 64 : bytes;
+  }
+  std::int64_t stage_bytes() const noexcept { return kChunkRows * row_pitch(); }
+};
+
+struct StreamPlan {
+  ProductCut qkv, attention_out, mlp_up, mlp_down, lm_head;
+  KvPlan kv;
+  std::int32_t pieces = 0;  // of any matrix, at most: 2 or 4
+  // A ring stage: a piece or KV block, and behind it the biases of the chunk's rows. Multiples of
+  // 128.
+  std::int64_t data_bytes = 0;
+  std::int64_t stage_bytes = 0;
+};
+
+// The shared memory of a block that computes so many rows.
+struct StreamMemory {
+  // What the reducers' partial sums, the normalised input and attention use in turn.
+  std::int64_t scratch_bytes = 0;
+  std::int32_t stages = 0;
+  std::int64_t shared_bytes = 0;  // of the whole block
+};
+
+// `kv` is how the cache is laid out; it is the same for every kernel of a backend.
+// Errors: unsupported if the model's shape cannot be streamed (names the number that does not fit)
+// or the device's shared memory is too small for the ring.
+StreamPlan make_stream_plan(const ModelConfig& config, const KvPlan& kv,
+                            const DeviceLimits& limits);
+
+// Errors: unsupported if the device's shared memory is too small for the ring.
+StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
+                           const DeviceLimits& limits, std::int32_t rows);
+
+// Rows of the activations that a kernel for `rows` rows holds: 8 or 16. More of them than rows hold
+// several input vectors at once: of one row all that a phase needs.
+constexpr std::int32_t operand_rows(std::int32_t rows) { return rows <= 8 ? 8 : 16; }
+
+}  // namespace clusterfusion::plan

@@ -1,0 +1,145 @@
+// The plan of the streaming kernel for many rows: every weight once, and everything fits.
+#include "plan/stream_plan.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "clusterfusion/error.hpp"
+#include "plan/decode_plan.hpp"
+
+namespace clusterfusion::plan {
+namespace {
+
+constexpr DeviceLimits kHopper{132, 232448};
+
+struct Size {
+  const char* name;
+  std::int64_t hidden, heads, vocab;
+};
+const std::vector<Size> kSizes = {
+    {"14m", 128, 4, 50304},    {"31m", 256, 8, 50304},    {"70m", 512, 8, 50304},
+    {"160m", 768, 12, 50304},  {"410m", 1024, 16, 50304}, {"1b", 2048, 8, 50304},
+    {"1.4b", 2048, 16, 50304}, {"2.8b", 2560, 32, 50304}, {"6.9b", 4096, 32, 50432},
+    {"12b", 5120, 40, 50688},
+};
+
+ModelConfig config_of(const Size& size) {
+  ModelConfig config;
+  config.hidden_size = size.hidden;
+  config.num_heads = size.heads;
+  config.head_dim = size.hidden / size.heads;
+  config.intermediate_size = 4 * size.hidden;
+  config.num_layers = 2;
+  config.vocab_size = size.vocab;
+  return config;
+}
+
+// How often each step (32 columns) of a row is multiplied, by the warps in their runs of steps.
+std::vector<int> times_multiplied(const ProductCut& cut) {
+  std::vector<int> times(cut.columns / kStepColumns, 0);
+  for (std::int64_t part = 0; part < cut.parts; ++part)
+    for (std::int64_t piece = 0; piece < cut.pieces; ++piece)
+      for (std::int32_t warp = 0; warp < kConsumerWarps; ++warp)
+        for (std::int32_t i = 0; i < cut.iterations; ++i) {
+          const std::int32_t step = warp * cut.iterations + i;
+          if (step >= cut.piece_steps()) continue;
+          const std::int64_t column =
+              part * cut.part_columns() + piece * cut.piece_columns() + step * kStepColumns;
+          ++times.at(column / kStepColumns);
+        }
+  return times;
+}
+
+class StreamPlanOfSize : public testing::TestWithParam<Size> {
+ protected:
+  ModelConfig config = config_of(GetParam());
+  StreamPlan plan = make_stream_plan(config, make_decode_plan(config, kHopper).kv, kHopper);
+  std::vector<const ProductCut*> products() const {
+    return {&plan.qkv, &plan.mlp_up, &plan.mlp_down, &plan.attention_out, &plan.lm_head};
+  }
+};
+
+TEST_P(StreamPlanOfSize, MultipliesEveryColumnOnce) {
+  for (const ProductCut* cut : products()) {
+    const auto times = times_multiplied(*cut);
+    EXPECT_EQ(std::count(times.begin(), times.end(), 1), std::ssize(times));
+    EXPECT_LE(cut->iterations, kMaxPieceIterations);
+    EXPECT_LE(cut->pieces, plan.pieces);
+  }
+}
+
+TEST_P(StreamPlanOfSize, HasEveryRowInOneChunk) {
+  for (const ProductCut* cut : products()) {
+    EXPECT_GE(std::int64_t{cut->chunks} * kChunkRows, cut->rows);
+    EXPECT_LT(std::int64_t{cut->chunks - 1} * kChunkRows, cut->rows);
+  }
+}
+
+TEST_P(StreamPlanOfSize, CopiesByMultiplesOfSixteenBytes) {
+  for (const ProductCut* cut : products()) {
+    EXPECT_EQ(cut->piece_columns() * 2 % 16, 0);
+    EXPECT_EQ(cut->row_pitch() % 16, 0);
+    EXPECT_GE(cut->row_pitch(), cut->piece_columns() * 2);
+    // Lanes 8 j to 8 j + 7 load 64 bytes of each of two rows, in one go if all banks differ.
+    EXPECT_EQ(cut->row_pitch() % 128, 64);
+  }
+}
+
+TEST_P(StreamPlanOfSize, FitsForEveryNumberOfRows) {
+  EXPECT_LE(plan.mlp_down.parts + plan.attention_out.parts, kMaxResidualParts);
+  EXPECT_EQ(plan.qkv.parts, 1);
+  EXPECT_EQ(plan.mlp_up.parts, 1);
+  EXPECT_EQ(plan.lm_head.parts, 1);
+  for (const ProductCut* cut : products()) EXPECT_LE(cut->stage_bytes(), plan.data_bytes);
+  EXPECT_LE(plan.kv.block_bytes, plan.data_bytes);
+  for (std::int32_t rows = 1; rows <= kMaxRows; ++rows) {
+    const StreamMemory memory = stream_memory(plan, config, kHopper, rows);
+    EXPECT_LE(memory.shared_bytes, kHopper.shared_bytes_per_block);
+    EXPECT_EQ(memory.shared_bytes,
+              kStreamControlBytes + memory.scratch_bytes + memory.stages * plan.stage_bytes);
+    EXPECT_GT(memory.stages, plan.pieces) << "a chunk is read while another one lands";
+    EXPECT_GE(operand_rows(rows), rows);
+    EXPECT_GE(memory.scratch_bytes,
+              std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, StreamPlanOfSize, testing::ValuesIn(kSizes), [](const auto& info) {
+  std::string name = info.param.name;
+  std::replace(name.begin(), name.end(), '.', '_');
+  return name;
+});
+
+TEST(StreamPlan, RefusesColumnsThatAreNoMultipleOf32) {
+  const ModelConfig good = config_of(kSizes[0]);
+  const KvPlan kv = make_decode_plan(good, kHopper).kv;
+  ModelConfig config = good;
+  config.intermediate_size = 520;
+  try {
+    make_stream_plan(config, kv, kHopper);
+    FAIL() << "made a plan";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::unsupported);
+    EXPECT_NE(std::string(error.what()).find("the second MLP matrix [128, 520]"), std::string::npos)
+        << error.what();
+  }
+}
+
+TEST(StreamPlan, RefusesTooLittleSharedMemory) {
+  const ModelConfig config = config_of(kSizes[7]);
+  const KvPlan kv = make_decode_plan(config, kHopper).kv;
+  try {
+    make_stream_plan(config, kv, {132, 64 * 1024});
+    FAIL() << "made a plan";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::unsupported);
+    EXPECT_NE(std::string(error.what()).find("the device has 65536"), std::string::npos)
+        << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace clusterfusion::plan
