@@ -39,10 +39,12 @@ deps:
 .PHONY: deps
 
 build: deps  ## all targets; with a CUDA toolkit the CUDA targets too
+	$(call stage,the release build with its tests,6 minutes; with CUDA 13 an hour)
 	cmake --preset release $(CMAKE_ARGS)
 	cmake --build --preset release -j $(JOBS)
 
 unit: build  ## C++ tests
+	$(call stage,C++ tests,2 minutes)
 	ctest --preset release
 
 # CPU only, to save the time: the release build has compiled the CUDA code already.
@@ -67,27 +69,33 @@ wheel:  ## dist/*.whl, for every Linux with a C library that is not older than t
 .PHONY: wheel
 
 python-test: build python-package  ## Python tests, on the installed package and the built program
+	$(call stage,Python tests,3 minutes)
 	CLUSTERFUSION_BIN=$(CURDIR)/$(BIN)/clusterfusion CLUSTERFUSION_BUILD_DIR=$(CURDIR)/build/release \
 	  $(PYTHON) -m pytest
 
 asan-build: deps
+	$(call stage,the build with AddressSanitizer and UndefinedBehaviorSanitizer,4 minutes)
 	cmake --preset asan
 	cmake --build --preset asan -j $(JOBS)
 .PHONY: asan-build
 
 asan: asan-build  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call stage,C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer,3 minutes)
 	ctest --preset asan
 
 tsan: deps  ## C++ tests under ThreadSanitizer
+	$(call stage,ThreadSanitizer: build and C++ tests,6 minutes)
 	cmake --preset tsan
 	cmake --build --preset tsan -j $(JOBS)
 	ctest --preset tsan
 
 FUZZ_SECONDS ?= 20
 fuzz: asan-build  ## each fuzzer for FUZZ_SECONDS
+	$(call stage,each fuzzer for $(FUZZ_SECONDS) s,2 minutes)
 	tests/fuzz/run.sh build/asan $(FUZZ_SECONDS)
 
 lint: deps  ## formatting and lint
+	$(call stage,formatting and lint,10 s)
 	.venv/bin/clang-format --dry-run --Werror $(CPP_FILES)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .

@@ -24,8 +24,11 @@ if(CLUSTERFUSION_CXX_FOUND)
   find_package(Threads REQUIRED)
 else()
   list(APPEND missing "a C++20 compiler: GCC 12, Clang 14 or later (CXX or CMAKE_CXX_COMPILER names one)")
-  # Where Debian keeps libraries: CMake asks the compiler.
+  # To find libraries all the same: the folder where Debian keeps them, which CMake learns from the
+  # compiler, and the one dependency of theirs that only a compiler can find.
   set(CMAKE_LIBRARY_ARCHITECTURE ${CMAKE_HOST_SYSTEM_PROCESSOR}-linux-gnu)
+  file(WRITE ${CMAKE_BINARY_DIR}/without_compiler/FindThreads.cmake "set(Threads_FOUND TRUE)\n")
+  list(PREPEND CMAKE_MODULE_PATH ${CMAKE_BINARY_DIR}/without_compiler)
 endif()
 
 cf_find(fmt "fmt, https://github.com/fmtlib/fmt")

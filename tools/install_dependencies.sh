@@ -34,10 +34,12 @@ is_installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" 
 
 # The sanitizers' runtime has the version of clang in its name, and each release has its own.
 clang_runtime() {
-  local version
-  version=$({ dpkg-query -W -f '${Depends}' clang || apt-cache show --no-all-versions clang; } 2>/dev/null |
-    grep -oE 'clang-[0-9]+' | head -1)
-  [ -z "$version" ] || echo "libclang-rt-${version#clang-}-dev"
+  local fields='s/^Depends:.*\bclang-\([0-9]\+\).*/libclang-rt-\1-dev/p'
+  if is_installed clang; then
+    dpkg-query -W -f 'Depends: ${Depends}\n' clang | sed -n "$fields"
+  else
+    apt-cache show --no-all-versions clang 2>/dev/null | sed -n "$fields"
+  fi
 }
 
 find_missing() {
