@@ -16,6 +16,7 @@ if(CMAKE_CXX_COMPILER)
   find_program(CLUSTERFUSION_CXX_FOUND ${CMAKE_CXX_COMPILER})
   mark_as_advanced(CLUSTERFUSION_CXX_FOUND)
 else()
+  unset(CMAKE_CXX_COMPILER CACHE)  # what was not found before may be there now
   check_language(CXX)
   set(CLUSTERFUSION_CXX_FOUND ${CMAKE_CXX_COMPILER})
 endif()

@@ -2,7 +2,8 @@
 # Tries out what README promises on machines with nothing on them: Debian roots made by debootstrap
 # from the mirror that this machine's apt uses.
 #   tools/test_bare_machine.sh [STEP ...]   without arguments: bookworm trixie wheel
-# bookworm, trixie: `make generate` (as a user with sudo; as root), `cmake --install`, the C++ example.
+# bookworm, trixie: `make generate` (as a user with sudo; as root), `cmake --install`, the C++ example;
+#   where this machine has a CUDA toolkit, a part of the CUDA code.
 # wheel: what is said where packages are missing; `make wheel` on Debian 12; the wheel, the program in
 #   it and README's Python example on Debian 12 and 13 with nothing but Python.
 # test_bookworm, test_trixie: `make test` from zero; half an hour each, so not without being named.
@@ -90,6 +91,7 @@ run_in() {
     mount -t proc proc "$root/proc"
     mount -t devpts -o newinstance,ptmxmode=0666 devpts "$root/dev/pts"
     mount -t tmpfs tmpfs "$root/dev/shm"
+    [ ! -d "$root/usr/local/cuda" ] || mount --bind -o ro /usr/local/cuda "$root/usr/local/cuda"
     exec chroot "$root" setpriv --reuid "$user" --regid "$user" --init-groups \
       bash -c "cd /'"$home"' && exec \"\$@\"" bash "$@"' bash "$root" "$user" "$@" </dev/null
 }
@@ -114,6 +116,11 @@ test_build() {  # SUITE USER
   run_in "build_$1" "$2" make generate
   heading "make generate again, install, C++ example on $1"
   run_in "build_$1" "$2" tools/bare_machine/install_and_use.sh
+  [ -d /usr/local/cuda ] || return 0
+  heading "with a CUDA toolkit on $1"
+  mkdir "$folder/build_$1/usr/local/cuda"
+  run_in "build_$1" "$2" tools/bare_machine/compile_cuda.sh
+  rmdir "$folder/build_$1/usr/local/cuda"
 }
 
 test_messages() {  # ROOT, with Python alone

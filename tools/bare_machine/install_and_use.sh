@@ -9,13 +9,8 @@ cat /tmp/text
 grep -qF "ninja: no work to do" /tmp/rerun
 [[ $(cat /tmp/text) == "$prompt"?* ]]
 
-as_root=()
-[ "$(id -u)" = 0 ] || as_root=(sudo)
-"${as_root[@]}" cmake --install build/release
-"${as_root[@]}" ldconfig
+# README's commands, as they are there.
+sed -n '/^sudo cmake --install/,/^```/{/^```/!p}' README.md >/tmp/commands
+grep -qF build/example/generate /tmp/commands
+bash -ex /tmp/commands
 /usr/local/bin/clusterfusion --version
-/usr/local/bin/clusterfusion generate models/demo -p "The old house" --max-new-tokens 8 --seed 3
-
-cmake -S examples/cpp -B /tmp/example
-cmake --build /tmp/example
-/tmp/example/generate models/demo "The old house"

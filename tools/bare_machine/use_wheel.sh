@@ -7,16 +7,23 @@ python3 -m venv ~/venv
 PATH=$HOME/venv/bin:$PATH
 
 clusterfusion --version
-clusterfusion generate models/demo --echo -p "The old house" --max-new-tokens 8 --seed 3
-clusterfusion info models/demo
-cd /tmp  # not beside the sources
-text=$(python ~/clusterfusion/examples/python/generate.py ~/clusterfusion/models/demo "The old house")
+grep '^clusterfusion [a-z]* models/demo' README.md >/tmp/commands
+[ "$(wc -l </tmp/commands)" -ge 6 ]
+bash -ex /tmp/commands
+
+project=$PWD
+cd /tmp # not beside the sources
+text=$(python "$project/examples/python/generate.py" "$project/models/demo" "The old house")
 [ -n "$text" ] && echo "$text"
-python - <<'PYTHON'
+PROJECT=$project python - <<'PYTHON'
+import os
+
 import clusterfusion
 import numpy as np
 
-assert clusterfusion.ops  # the layer calls are there
-tokens = clusterfusion.Tokenizer(f"{__import__('os').path.expanduser('~')}/clusterfusion/models/demo")
-print(clusterfusion.__version__, tokens.encode("The old house"), np.__version__)
+tokenizer = clusterfusion.Tokenizer(os.environ["PROJECT"] + "/models/demo")
+print(clusterfusion.__version__, tokenizer.encode("The old house"))
+mlp = np.ones((1, 8), np.float16), np.ones((1, 8), np.float16), np.ones(32, np.float16)
+weights = np.ones((8, 32), np.float16), np.zeros(8, np.float16)
+assert (clusterfusion.ops.mlp_down(*mlp, *weights) == 34).all()  # 1 + 1 + 32
 PYTHON
