@@ -27,7 +27,7 @@ stage = @echo "== $(1) (about $(2) on two cores, less what ccache has)" >&2
 
 generate:  ## build the program and the library, and stream text from the demo model
 	@tools/install_dependencies.sh build
-	$(call stage,building in build/release,2 minutes; with a GPU and CUDA 13 an hour)
+	$(call stage,building in build/release,2 minutes; with a GPU and CUDA 13 4 minutes)
 	@cmake $(CONFIGURE_PROGRAM) $(CMAKE_ARGS) >&2
 	@cmake --build --preset program -j $(JOBS) >&2
 	@$(BIN)/clusterfusion generate models/demo --echo --prompt="$$GENERATE_PROMPT" $(GENERATE_OPTIONS)
@@ -39,7 +39,7 @@ deps:
 .PHONY: deps
 
 build: deps  ## all targets; with a CUDA toolkit the CUDA targets too
-	$(call stage,the release build with its tests,6 minutes; with CUDA 13 an hour)
+	$(call stage,the release build with its tests,4 minutes; with CUDA 13 6 minutes)
 	cmake --preset release $(CMAKE_ARGS)
 	cmake --build --preset release -j $(JOBS)
 
@@ -60,7 +60,7 @@ python-package: deps  ## the Python package, into .venv
 # With the CUDA code where there is a toolkit. libtvm_ffi.so comes with apache-tvm-ffi.
 wheel:  ## dist/*.whl, for every Linux with a C library that is not older than this one's
 	@tools/install_dependencies.sh wheel
-	$(call stage,the wheel,3 minutes; with CUDA 13 an hour)
+	$(call stage,the wheel,2 minutes; with CUDA 13 4 minutes)
 	@rm -rf build/unrepaired && mkdir -p build/unrepaired dist
 	@$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/unrepaired \
 	  $(WHEEL_OPTIONS) .
