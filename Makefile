@@ -58,7 +58,7 @@ python-package: deps  ## the Python package, into .venv
 	$(PYTHON) -m pip install --quiet --no-build-isolation $(PACKAGE_OPTIONS) .
 
 # With the CUDA code where there is a toolkit. libtvm_ffi.so comes with apache-tvm-ffi.
-wheel:  ## dist/*.whl, for every Linux with a C library that is not older than this one's
+wheel:  ## dist/*.whl: the package and the program, for other machines
 	@tools/install_dependencies.sh wheel
 	$(call stage,the wheel,2 minutes; with CUDA 13 4 minutes)
 	@rm -rf build/unrepaired && mkdir -p build/unrepaired dist
