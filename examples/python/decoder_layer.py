@@ -1,11 +1,21 @@
-"""decoder_layer.py FOLDER PROMPT: decode with a transformers model, each layer in one call."""
+"""decoder_layer.py FOLDER PROMPT: decode with a transformers model, each layer in one call.
+
+Needs torch and transformers: python -m pip install torch transformers
+"""
 
 import sys
 
 import clusterfusion
-import torch
-import transformers
 
+try:
+    import torch
+    import transformers
+except ImportError as error:
+    sys.exit(f"{error}\n{__doc__}")
+
+if len(sys.argv) != 3:
+    print(f"usage: {__doc__}", file=sys.stderr)
+    sys.exit(2)
 folder, prompt = sys.argv[1:]
 model = transformers.GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float16)
 tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

@@ -4,6 +4,9 @@ import sys
 
 import clusterfusion
 
+if len(sys.argv) != 3:
+    print(f"usage: {__doc__}", file=sys.stderr)
+    sys.exit(2)
 folder, prompt = sys.argv[1:]
 engine = clusterfusion.Engine(folder)
 stream = engine.stream(prompt, max_new_tokens=100, temperature=0.8, top_p=0.95, seed=1)

@@ -2,9 +2,10 @@
 // and again take turns (std::mutex lets one of them starve the others).
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
 #include <mutex>
+
+#include "base/condition_variable.hpp"
 
 namespace clusterfusion {
 

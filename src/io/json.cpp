@@ -29,6 +29,9 @@ std::string printable(std::string_view text) {
 // simdjson says what is wrong but not where; on the way out, a second parser finds the place.
 [[noreturn]] void fail_broken(std::string_view text, const std::string& file,
                               simdjson::error_code error) {
+  if (text.empty()) {
+    fail(ErrorKind::malformed, "{}: broken JSON at line 1, byte 0: unexpected end of input", file);
+  }
   try {
     const auto discard = [](int, nlohmann::json::parse_event_t, nlohmann::json&) { return false; };
     [[maybe_unused]] const auto nothing = nlohmann::json::parse(text.begin(), text.end(), discard);
@@ -145,6 +148,9 @@ JsonValue JsonObject::value_of(const Member& member) const {
 }
 
 JsonDocument::JsonDocument(std::string_view text, std::string file) : file_(std::move(file)) {
+  // Versions of simdjson differ here.
+  require(!text.starts_with("\xEF\xBB\xBF"), ErrorKind::malformed,
+          "{}: JSON must not begin with a byte order mark (bytes EF BB BF); remove it", file_);
   const simdjson::padded_string padded(text);
   const simdjson::error_code error = parser_.parse(padded).get(root_);
   if (error) fail_broken(text, file_, error);

@@ -37,8 +37,16 @@ def cpp_example(prefix, tmp_path_factory) -> Path:
     return build / "generate"
 
 
-def run(*command: object, status: int = 0) -> subprocess.CompletedProcess:
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+def run(
+    *command: object, status: int = 0, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    result = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | (environment or {}),
+    )
     assert result.returncode == status, result.stdout + result.stderr
     return result
 
@@ -47,6 +55,25 @@ def test_python_example(demo_model, expected):
     result = run(sys.executable, ROOT / "examples/python/generate.py", demo_model, PROMPT)
     assert result.stdout == expected
     assert "tokens/s" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["generate.py", "decoder_layer.py"])
+def test_examples_say_what_they_take(name):
+    """Without arguments: what they want, and no traceback."""
+    if name == "decoder_layer.py":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    result = run(sys.executable, ROOT / "examples/python" / name, status=2)
+    assert f"usage: {name} FOLDER PROMPT" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_decoder_layer_example_says_that_it_needs_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not here')\n")
+    example = ROOT / "examples/python/decoder_layer.py"
+    result = run(sys.executable, example, status=1, environment={"PYTHONPATH": str(tmp_path)})
+    assert "torch is not here" in result.stderr
+    assert "pip install torch transformers" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_decoder_layer_example(demo_model):

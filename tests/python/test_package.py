@@ -20,7 +20,7 @@ def test_one_version():
     assert clusterfusion.__version__ == version
     assert type(clusterfusion.__version__) is str
     try:
-        installed = metadata.version("clusterfusion")
+        installed = metadata.version("clusterfusion-lm")
     except metadata.PackageNotFoundError:
         pytest.skip("the package is not installed, but taken from a build folder")
     assert installed == version

@@ -58,7 +58,9 @@ HWY_INLINE Native widen(const T* from) {
 }
 HWY_INLINE Native widen(const float* from) { return hn::LoadU(FloatTag(), from); }
 
-#if HWY_TARGET == HWY_SSE4 || HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128
+// (Targets are numbered from the best: those of x86 after AVX2 are SSE4, SSSE3 and, newer in
+// Highway, SSE2.)
+#if (HWY_ARCH_X86 && HWY_TARGET > HWY_AVX2) || HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128
 // Machines without such an instruction: exponent and fraction move up by 13 bits, the exponent's
 // bias grows by 112; infinity and NaN, which Highway's emulation takes for numbers, keep all
 // exponent bits.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/cublas_library.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/decode/decode_timeline.hpp"
@@ -628,7 +629,7 @@ std::string cuda_unavailable_reason() {
     return fmt::format(
         "{} has compute capability {}.{}; this build runs on 9.0 (Hopper) and 12.0 (Blackwell)",
         properties.name, properties.major, properties.minor);
-  return {};
+  return cuda::cublas_unavailable_reason();
 }
 
 std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,

@@ -40,6 +40,8 @@ TEST(JsonDocument, SaysWhereJsonIsBroken) {
                [&] { parse("{\"a\": \"\xff\"}"); });
   expect_error(ErrorKind::malformed, {"line 1"}, [&] { parse("{\"a\": NaN}"); });
   expect_error(ErrorKind::malformed, {"dir/config.json"}, [&] { parse("{\"a\": 1e999}"); });
+  expect_error(ErrorKind::malformed, {"dir/config.json", "byte order mark"},
+               [&] { parse("\xEF\xBB\xBF{\"a\": 1}"); });
   expect_error(ErrorKind::malformed, {"dir/config.json"}, [&] { parse("{\"a\": 1} x"); });
   expect_error(ErrorKind::malformed, {"dir/config.json"},
                [&] { parse(std::string(100'000, '[') + std::string(100'000, ']')); });
