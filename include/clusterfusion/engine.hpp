@@ -28,6 +28,9 @@ struct EngineOptions {
   // in all: first with 0, last with all. Where weights are used in place it is called once, with
   // all. What it throws ends the loading and comes out of open().
   std::function<void(std::int64_t done, std::int64_t total)> load_progress = {};
+  // Asked every few hundredths of a second while a call of the engine computes, on the thread of
+  // that call: true ends the call with an Error of kind `interrupted`. For signals: Ctrl-C.
+  std::function<bool()> interrupted = {};
 };
 
 enum class FinishReason {
@@ -46,10 +49,12 @@ struct GenerateRequest {
   bool add_special_tokens = true;     // when encoding `prompt`
   std::int64_t max_new_tokens = 128;  // >= 0
   SamplingParams sampling;
-  std::vector<std::string> stop_strings;  // the text ends before the first of them; none empty
-  std::vector<TokenId> stop_tokens;       // besides the model's end-of-text tokens
-  bool ignore_eos = false;                // do not stop at the model's end-of-text tokens
-  bool skip_special_tokens = true;        // leave special tokens out of the text
+  // The text ends before the first of them, also where special tokens that the text leaves out are
+  // part of it; none empty.
+  std::vector<std::string> stop_strings;
+  std::vector<TokenId> stop_tokens;  // besides the model's end-of-text tokens
+  bool ignore_eos = false;           // do not stop at the model's end-of-text tokens
+  bool skip_special_tokens = true;   // leave special tokens out of the text
 };
 
 // Timing of one request. Times are host wall-clock seconds.
@@ -69,9 +74,9 @@ struct Statistics {
 struct GenerateResult {
   std::string text;  // without the prompt
   std::vector<TokenId> prompt_tokens;
-  std::vector<TokenId> tokens;        // new tokens, the stop token included
-  std::vector<SampledToken> sampled;  // with log-probabilities if asked for, else empty
-  FinishReason finish_reason = FinishReason::token_limit;
+  std::vector<TokenId> tokens;                // new tokens, the stop token included
+  std::vector<SampledToken> sampled;          // with log-probabilities if asked for, else empty
+  std::optional<FinishReason> finish_reason;  // nothing while it runs, or after an error
   Statistics statistics;
 };
 
@@ -89,10 +94,11 @@ class Generation {
  public:
   virtual ~Generation() = default;
   // The next event; nothing when all sequences have ended. The first calls do the prefill.
-  // Errors: those of the backend; after one the generation has ended.
+  // Errors: those of the backend; interrupted (then the results end with `cancelled`). After one
+  // the generation has ended.
   virtual std::optional<GenerateEvent> next() = 0;
-  // Ends all sequences with `cancelled` as soon as the running step is done. May be called from
-  // any thread and from a signal handler.
+  // Ends all sequences with `cancelled`, within a moment: a step that runs is given up where it
+  // takes long. May be called from any thread and from a signal handler.
   virtual void cancel() noexcept = 0;
   // Results so far, one for each request; final after next() has returned nothing.
   virtual const std::vector<GenerateResult>& results() const noexcept = 0;
@@ -105,9 +111,17 @@ struct ScoreResult {
   double total = 0;             // their sum
 };
 
+enum class PerplexityMethod {
+  each_token,        // every token but the text's first is scored once and counts once
+  transformers_docs  // the loop of huggingface.co/docs/transformers/perplexity, number for number:
+                     // windows weighted by their new tokens less one
+};
+
 struct PerplexityOptions {
   std::int64_t context = 0;  // window length in tokens, >= 2; 0: the longest the engine allows
-  std::int64_t stride = 0;   // tokens a window moves on, in [2, context]; 0: half the context
+  std::int64_t stride = 0;   // tokens a window moves on, in [1, context] (from 2 on for
+                             // transformers_docs); 0: half the context
+  PerplexityMethod method = PerplexityMethod::each_token;
   // Called after each window with tokens done and in all; returns false to cancel.
   std::function<bool(std::int64_t done, std::int64_t total)> progress;
 };
@@ -115,7 +129,8 @@ struct PerplexityOptions {
 struct PerplexityResult {
   double perplexity = 0;     // exp(mean negative log-likelihood a scored token)
   double mean_nll = 0;       // in nats
-  double bits_per_byte = 0;  // total NLL / ln 2 / bytes of the text; 0 for token input
+  double bits_per_byte = 0;  // NLL / ln 2 / bytes of the text of the scored tokens; 0 for token
+                             // input and for transformers_docs
   std::int64_t scored_tokens = 0;
   std::int64_t total_tokens = 0;
   double seconds = 0;
@@ -167,9 +182,14 @@ class Engine {
   // Logits at every position: float32 [tokens.size(), vocab_size] into `logits`.
   virtual void logits(std::span<const TokenId> tokens, std::span<float> logits) = 0;
   virtual ScoreResult score(std::span<const TokenId> tokens) = 0;
-  // `bytes`: length of the text that the tokens stand for, for bits_per_byte; 0 if unknown.
+  // `bytes`: length of the text that the scored tokens, all but the first, stand for, for
+  // bits_per_byte; 0 if unknown.
   virtual PerplexityResult perplexity(std::span<const TokenId> tokens, std::int64_t bytes,
                                       const PerplexityOptions& options) = 0;
+  // The same of a text. Of its bytes those of the first token are left out, unless that is one that
+  // the tokenizer puts before the text.
+  PerplexityResult perplexity(std::string_view text, bool add_special_tokens,
+                              const PerplexityOptions& options);
 
   // Reads the weights once with all threads, without computing, and returns bytes per second: what
   // decoding could reach at best. Measured once (the best of several passes) and remembered.

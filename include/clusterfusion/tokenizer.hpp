@@ -46,6 +46,8 @@ class Tokenizer {
   std::optional<TokenId> token_to_id(std::string_view token) const;
   // The token as tokenizer.json spells it. Errors: out_of_range.
   std::string_view id_to_token(TokenId token) const;
+  // How many tokens encode() puts before those of the text, with `add_special_tokens`.
+  std::size_t num_leading_tokens() const noexcept;
   // Whether decode() leaves the token out with `skip_special_tokens`.
   bool is_special(TokenId token) const noexcept;
   // The bytes that decode() gives for a token: for an added token with a character that is not of

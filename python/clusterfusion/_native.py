@@ -22,6 +22,7 @@ _LIBRARY = "libclusterfusion_ffi.so"
 for _exception in (
     ArithmeticError,
     FileNotFoundError,
+    InterruptedError,
     NotImplementedError,
     OSError,
     PermissionError,
@@ -107,6 +108,7 @@ engine_start = find_function(_library, "engine_start")
 engine_logits = find_function(_library, "engine_logits")
 engine_score = find_function(_library, "engine_score")
 engine_perplexity = find_function(_library, "engine_perplexity")
+engine_perplexity_of_text = find_function(_library, "engine_perplexity_of_text")
 engine_measure_read_ceiling = find_function(_library, "engine_measure_read_ceiling")
 
 generation_next = find_function(_library, "generation_next")

@@ -131,13 +131,13 @@ class Stream(Iterator[Event]):
             raise StopIteration
         try:
             event = _native.generation_next(self._handle)
+            if event is not None:
+                return Event._from_native(event, self._wants_logprobs)
         except BaseException:
-            self._ended = True
+            self.close()  # also for a KeyboardInterrupt that came up on the way back
             raise
-        if event is None:
-            self._ended = True
-            raise StopIteration
-        return Event._from_native(event, self._wants_logprobs)
+        self._ended = True
+        raise StopIteration
 
     def cancel(self) -> None:
         """Ends all texts as soon as the running step is done; the iteration sees their ends."""
@@ -146,7 +146,8 @@ class Stream(Iterator[Event]):
     def close(self) -> None:
         """Cancels what still runs. The results so far remain."""
         self.cancel()
-        for _ in self:
+        self._ended = True
+        while _native.generation_next(self._handle) is not None:
             pass
 
     @property
@@ -286,7 +287,7 @@ class Engine:
             ValueError: A prompt is empty, too long, or text where the checkpoint has no tokenizer;
                 or an option is outside its range.
             IndexError: A token id is not in the vocabulary.
-            KeyboardInterrupt: On Ctrl-C, between two steps; the prompt's prefill is one of them.
+            KeyboardInterrupt: On Ctrl-C, within a moment.
         """
         with self.stream(prompt, **options) as stream:
             for _ in stream:
@@ -365,28 +366,39 @@ class Engine:
         )
 
     def perplexity(
-        self, prompt: Prompt, *, context: int | None = None, stride: int | None = None
+        self,
+        prompt: Prompt,
+        *,
+        context: int | None = None,
+        stride: int | None = None,
+        method: str = "each_token",
     ) -> Perplexity:
         """Computes the perplexity of a text of any length with a sliding window.
+
+        Each token but the text's first is scored once, in the first window that holds it.
 
         Args:
             prompt: A text, or its token ids.
             context: The window's length in tokens, at least 2; None for the longest possible.
-            stride: Tokens that the window moves on, in [2, context]; None for half the context.
+            stride: Tokens that the window moves on, in [1, context]; None for half the context.
+            method: "each_token" counts each scored token once. "transformers_docs" is the loop of
+                https://huggingface.co/docs/transformers/perplexity, number for number, which
+                weighs a window by its new tokens less one; its stride is at least 2.
 
         Raises:
             ValueError: An option is outside its range, or there are fewer than two tokens.
-            KeyboardInterrupt: On Ctrl-C, between two windows.
+            KeyboardInterrupt: On Ctrl-C, within a moment.
         """
-        return Perplexity(
-            **_native.engine_perplexity(
-                self._handle,
-                self._token_ids(prompt),
-                len(utf8("prompt", prompt)) if is_text(prompt) else 0,
-                integer("context", context, 1) if context is not None else 0,
-                integer("stride", stride, 1) if stride is not None else 0,
-            )
+        options = (
+            integer("context", context, 1) if context is not None else 0,
+            integer("stride", stride, 1) if stride is not None else 0,
+            text_option("method", method),
         )
+        if is_text(prompt):
+            text = utf8("prompt", prompt)
+            return Perplexity(**_native.engine_perplexity_of_text(self._handle, text, *options))
+        tokens = prompt_tokens("prompt", prompt)
+        return Perplexity(**_native.engine_perplexity(self._handle, tokens, *options))
 
     def measure_read_ceiling(self) -> float:
         """Returns the bytes per second at which the device reads the weights and does no more.

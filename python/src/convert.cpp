@@ -130,12 +130,14 @@ Fields to_ffi(const Statistics& statistics) {
 Fields to_ffi(const GenerateResult& result) {
   ffi::Array<ffi::Any> sampled;
   for (const SampledToken& token : result.sampled) sampled.push_back(to_ffi(token));
+  ffi::Any reason;
+  if (result.finish_reason) reason = ffi::String(name_of(*result.finish_reason));
   return {
       {"text", ffi::String(result.text)},
       {"prompt_tokens", to_tensor(result.prompt_tokens)},
       {"tokens", to_tensor(result.tokens)},
       {"sampled", sampled},
-      {"finish_reason", ffi::String(name_of(result.finish_reason))},
+      {"finish_reason", reason},
       {"statistics", to_ffi(result.statistics)},
   };
 }

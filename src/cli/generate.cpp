@@ -183,9 +183,9 @@ ExitCode run(const Settings& settings) {
   writer.end(result);
   if (with_statistics) {
     write_stderr(fmt::format("device: {}\n{}", format_device(engine->info()),
-                             format_statistics(result.statistics, name_of(result.finish_reason))));
+                             format_statistics(result.statistics, name_of(*result.finish_reason))));
   }
-  return kDone;
+  return result.finish_reason == FinishReason::cancelled ? exit_code_of_signal() : kDone;
 }
 
 void add_sampling_options(CLI::App& app, SamplingParams& sampling) {
@@ -231,7 +231,7 @@ void add_generate_command(CLI::App& app, Command& selected) {
       &run,
       "The text goes to standard output, followed by a newline; statistics go to standard error.\n"
       "Of a prompt from a file or standard input one final newline is dropped.\n"
-      "Ctrl-C ends the text with its statistics and exit code 0; a second one kills.\n"
+      "Ctrl-C ends the text with its statistics and exit code 130; a second one kills.\n"
       "A folder without tokenizer.json takes --prompt-tokens and gives token ids.\n\n"
       "Keys of --json: text, prompt_tokens, tokens, finish_reason, logprobs, statistics.\n"
       "--json-lines prints {\"event\": \"token\", text, token, piece, ...} for each token and\n"

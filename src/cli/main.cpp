@@ -9,6 +9,7 @@
 
 #include "cli/commands.hpp"
 #include "cli/help_formatter.hpp"
+#include "cli/interrupt.hpp"
 #include "cli/standard_output.hpp"
 #include "cli/terminal.hpp"
 #include "clusterfusion/error.hpp"
@@ -29,7 +30,7 @@ void add_commands(CLI::App& app, Command& selected) {
   app.footer(
       "Each command's --help ends with an example.\n"
       "Exit codes: 0 done; 1 failed (a file, memory, the device, ...); 2 misused (an option, a\n"
-      "value, a prompt or a token id is wrong).\n\n"
+      "value, a prompt or a token id is wrong); 130 and 143 ended by SIGINT (Ctrl-C), SIGTERM.\n\n"
       "Example:\n  clusterfusion generate models/demo -p \"It was a dark night\"");
 }
 
@@ -77,7 +78,7 @@ ExitCode run_guarded(int argc, char** argv) noexcept {
     return kDone;
   } catch (const Error& error) {
     print_error(error.what());
-    return exit_code_of(error.kind());
+    return signal_noted() ? exit_code_of_signal() : exit_code_of(error.kind());
   } catch (const std::bad_alloc&) {
     print_error("out of memory; use a smaller model, text or --context");
   } catch (const std::exception& error) {

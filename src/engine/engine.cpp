@@ -48,7 +48,8 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
     tokenizer = Tokenizer::open(tokenizer_file);
   }
   std::unique_ptr<Backend> backend = make_backend(options.device, choice, model, backend_options);
-  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason));
+  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
+                     options.interrupted);
 }
 
 std::vector<GenerateResult> Engine::generate(std::vector<GenerateRequest> requests,
@@ -58,6 +59,20 @@ std::vector<GenerateResult> Engine::generate(std::vector<GenerateRequest> reques
     if (on_event && !on_event(*event)) generation->cancel();
   }
   return generation->results();
+}
+
+PerplexityResult Engine::perplexity(std::string_view text, bool add_special_tokens,
+                                    const PerplexityOptions& options) {
+  const std::vector<TokenId> tokens = tokenizer().encode(text, add_special_tokens);
+  std::size_t unscored = 0;
+  const bool starts_with_text = !add_special_tokens || tokenizer().num_leading_tokens() == 0;
+  if (!tokens.empty() && starts_with_text) {
+    const std::string_view first = tokenizer().bytes_of(tokens.front());
+    // The tokenizer may have put a space before the text.
+    unscored = text.starts_with(first) || !first.starts_with(' ') ? first.size() : first.size() - 1;
+  }
+  const std::size_t scored = text.size() - std::min(text.size(), unscored);
+  return perplexity(tokens, static_cast<std::int64_t>(scored), options);
 }
 
 GenerateResult Engine::generate(GenerateRequest request, const EventCallback& on_event) {

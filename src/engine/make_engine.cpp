@@ -24,11 +24,13 @@ PreparedRequest prepare_numbered(GenerateRequest request, const RequestLimits& l
 class BackendEngine final : public Engine {
  public:
   BackendEngine(std::shared_ptr<const Model> model, std::shared_ptr<const Tokenizer> tokenizer,
-                std::unique_ptr<Backend> backend, std::string device_reason)
+                std::unique_ptr<Backend> backend, std::string device_reason,
+                StopRequest interrupted)
       : model_(std::move(model)),
         tokenizer_(std::move(tokenizer)),
         device_reason_(std::move(device_reason)),
-        backend_(std::make_shared<SharedBackend>(model_, std::move(backend))) {}
+        backend_(
+            std::make_shared<SharedBackend>(model_, std::move(backend), std::move(interrupted))) {}
 
   const Model& model() const noexcept override { return *model_; }
   bool has_tokenizer() const noexcept override { return tokenizer_ != nullptr; }
@@ -87,7 +89,8 @@ class BackendEngine final : public Engine {
 
 std::unique_ptr<Engine> make_engine(std::shared_ptr<const Model> model,
                                     std::shared_ptr<const Tokenizer> tokenizer,
-                                    std::unique_ptr<Backend> backend, std::string device_reason) {
+                                    std::unique_ptr<Backend> backend, std::string device_reason,
+                                    StopRequest interrupted) {
   const std::int64_t vocab_size = model->config().vocab_size;
   require(tokenizer == nullptr || tokenizer->vocab_size() <= vocab_size, ErrorKind::malformed,
           "{}: the tokenizer's largest id is {}, and the model's vocab_size is {}: tokenizer.json "
@@ -95,7 +98,7 @@ std::unique_ptr<Engine> make_engine(std::shared_ptr<const Model> model,
           model->folder().string(), tokenizer == nullptr ? 0 : tokenizer->vocab_size() - 1,
           vocab_size);
   return std::make_unique<BackendEngine>(std::move(model), std::move(tokenizer), std::move(backend),
-                                         std::move(device_reason));
+                                         std::move(device_reason), std::move(interrupted));
 }
 
 }  // namespace clusterfusion

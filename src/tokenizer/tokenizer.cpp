@@ -208,6 +208,15 @@ std::string_view Tokenizer::id_to_token(TokenId token) const {
   return impl_->file->vocabulary[token];
 }
 
+std::size_t Tokenizer::num_leading_tokens() const noexcept {
+  std::size_t count = 0;
+  for (const TemplatePiece& piece : impl_->file->post_processing) {
+    if (piece.is_text) return count;
+    count += piece.special_tokens.size();
+  }
+  return count;
+}
+
 bool Tokenizer::is_special(TokenId token) const noexcept {
   return token >= 0 && token < vocab_size() && impl_->skipped[token];
 }

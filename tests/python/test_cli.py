@@ -336,7 +336,7 @@ def test_perplexity(model, tokenizer, oracle, tmp_path):
     exact = log_softmax(oracle.logits(tokens))[np.arange(len(tokens) - 1), tokens[1:]]
     assert document["mean_nll"] == pytest.approx(-exact.mean(), rel=1e-4)
     assert document["perplexity"] == pytest.approx(math.exp(-exact.mean()), rel=1e-4)
-    bits = -exact.sum() / math.log(2) / len(text.encode())
+    bits = -exact.sum() / math.log(2) / len(tokenizer.decode(tokens[1:]).encode())
     assert document["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
     assert document["scored_tokens"] == len(tokens) - 1
     assert document["total_tokens"] == len(tokens)
@@ -350,6 +350,10 @@ def test_perplexity(model, tokenizer, oracle, tmp_path):
     assert ended.err == ""
     slid = run("perplexity", model, "-f", file, "--context", 16, "--stride", 4, "--json").json
     assert slid["perplexity"] != document["perplexity"]
+    assert slid["scored_tokens"] == len(tokens) - 1
+    arguments = ["--context", 16, "--stride", 16, "--method", "transformers-docs"]
+    ended = run("perplexity", model, "-f", file, *arguments)
+    assert ended.code == 0 and "bits/byte" not in ended.out
 
 
 AWKWARD_TEXTS = [
@@ -728,7 +732,7 @@ def test_ctrl_c_ends_the_text_with_statistics(long_model):
     terminal = Terminal(arguments, long_model)
     terminal.wait_for(PROMPT.encode() + rb"[^\0]{20}")
     terminal.press(b"\x03")
-    assert terminal.end() == 0
+    assert terminal.end() == 130
     assert re.search(
         rb"\r\ndevice: .*\r\nprompt: \d+ tokens, first token after .*\r\n"
         rb"output: [\d,]+ tokens \(cancelled\), .*tokens/s.*\r\n$",
@@ -774,7 +778,7 @@ def test_signal_ends_a_prefill(long_model, number):
     process = start_in_prefill(long_model, "--json")
     process.send_signal(number)
     out = process.stdout.read()
-    assert process.wait(TIMEOUT) == 0
+    assert process.wait(TIMEOUT) == 128 + number
     document = json.loads(out)
     assert document["finish_reason"] == "cancelled"
     assert document["tokens"] == []
@@ -805,19 +809,24 @@ def test_second_signal_kills(long_model):
 
 
 @needs_proc
-def test_interrupted_perplexity_has_no_result(long_model, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("context", ["64", "0"])  # between windows, and in the middle of one
+def test_interrupted_perplexity_has_no_result(long_model, tmp_path, context, number):
     text = tmp_path / "text"
     text.write_bytes(b"aq" * 1_000_000)
     process = subprocess.Popen(
-        command_line(["perplexity", "MODEL", "-f", str(text), "--context", "64"], long_model),
+        command_line(["perplexity", "MODEL", "-f", str(text), "--context", context], long_model),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     wait_until(lambda: catches_sigint(process.pid))
-    process.send_signal(signal.SIGINT)
-    assert process.wait(TIMEOUT) == 1
+    process.send_signal(number)
+    assert process.wait(TIMEOUT) == 128 + number
     assert process.stdout.read() == b""
-    assert re.search(rb"error: interrupted after \d+ of \d+ tokens", process.stderr.read())
+    assert re.search(
+        rb"error: interrupted (after \d+ of \d+|before the first window of) tokens.*; no result",
+        process.stderr.read(),
+    )
 
 
 def test_no_prompt_on_a_terminal_is_misuse(model):

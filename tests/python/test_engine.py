@@ -435,7 +435,8 @@ def test_perplexity(engine):
     nll = -score.total
     assert result.mean_nll == pytest.approx(nll / len(score.logprobs), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.mean_nll))
-    assert result.bits_per_byte == pytest.approx(nll / math.log(2) / len(text.encode()), rel=1e-6)
+    scored = engine.decode(score.tokens[1:])
+    assert result.bits_per_byte == pytest.approx(nll / math.log(2) / len(scored.encode()), rel=1e-6)
     assert (result.scored_tokens, result.total_tokens) == (len(score.logprobs), len(score.tokens))
     assert result.seconds > 0
     assert engine.perplexity(score.tokens).bits_per_byte == 0
@@ -738,12 +739,32 @@ def test_keyboard_interrupt(long_engine, alarm):
         lambda: long_engine.generate([3], max_new_tokens=150_000, ignore_eos=True),
         lambda: list(long_engine.stream([3], max_new_tokens=150_000, ignore_eos=True)),
         lambda: long_engine.perplexity(tokens, context=100, stride=2),
+        lambda: long_engine.perplexity(tokens),
+        lambda: long_engine.score(tokens),
+        lambda: long_engine.generate(tokens, max_new_tokens=1),
     ]
     for call in calls:
         interrupted_after(0.05)
         with pytest.raises(KeyboardInterrupt):
             call()
         assert len(long_engine.generate([3], max_new_tokens=5, ignore_eos=True).tokens) == 5
+
+
+def test_finish_reasons_of_texts_that_did_not_end(long_engine, alarm):
+    stream = long_engine.stream([[3], [4]], max_new_tokens=150_000, ignore_eos=True)
+    for _ in range(4):
+        next(stream)
+    assert [result.finish_reason for result in stream.results] == [None, None]
+    stream.close()
+    assert [result.finish_reason for result in stream.results] == ["cancelled"] * 2
+
+    prompt = [i % 300 for i in range(150_000)]
+    stream = long_engine.stream([[3], prompt], max_new_tokens=9, ignore_eos=True)
+    interrupted_after(0.05)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert [result.finish_reason for result in stream.results] == ["cancelled"] * 2
+    assert next(stream, None) is None
 
 
 def test_parts_keep_the_engine_alive(folder):

@@ -119,12 +119,13 @@ Script hashed_logits() {
 }
 
 FakeEngine fake_engine(Script script, const std::function<void(FakeState&)>& set,
-                       std::int64_t capacity) {
+                       std::int64_t capacity, StopRequest interrupted) {
   FakeEngine fake;
   if (set) set(*fake.state);
   auto backend = std::make_unique<FakeBackend>(fake.state, kVocabSize, std::move(script));
   backend->capacity = capacity;
-  fake.engine = make_engine(tiny_model(), byte_tokenizer(), std::move(backend), "a test");
+  fake.engine = make_engine(tiny_model(), byte_tokenizer(), std::move(backend), "a test",
+                            std::move(interrupted));
   return fake;
 }
 

@@ -43,7 +43,7 @@ struct FakeEngine {
 };
 // `set` may change the state before the engine is made.
 FakeEngine fake_engine(Script script, const std::function<void(FakeState&)>& set = {},
-                       std::int64_t capacity = 1 << 20);
+                       std::int64_t capacity = 1 << 20, StopRequest interrupted = {});
 
 // A request with a prompt of one token.
 GenerateRequest one_token_request(std::int64_t max_new_tokens);
