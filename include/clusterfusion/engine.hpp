@@ -57,6 +57,12 @@ struct GenerateRequest {
   bool skip_special_tokens = true;   // leave special tokens out of the text
 };
 
+// Sets what a checkpoint's generation_config.json says (Model::generation_config()), as
+// transformers' generate() understands it: greedy without do_sample; with it a temperature of 1,
+// top_k 50 and top_p 1 where the file is silent. What it does not speak of is left alone; a request
+// takes nothing from that file by itself, but for the end-of-text tokens.
+void apply_generation_config(const GenerationConfig& config, GenerateRequest& request);
+
 // Timing of one request. Times are host wall-clock seconds.
 struct Statistics {
   std::int64_t prompt_tokens = 0;
@@ -157,8 +163,8 @@ class Engine {
  public:
   // Opens the checkpoint folder `path` (config.json, safetensors, tokenizer.json) on a device. A
   // folder without tokenizer.json gives an engine that takes and gives token ids only.
-  // Errors: those of Model::open and Tokenizer::open; malformed if the tokenizer does not fit the
-  // model; invalid_argument and unsupported for the options.
+  // Errors: those of Model::open and Tokenizer::open; invalid_argument and unsupported for the
+  // options. What a user should know though it runs is in warnings().
   static std::unique_ptr<Engine> open(const std::filesystem::path& path,
                                       const EngineOptions& options = {});
   virtual ~Engine() = default;
@@ -168,6 +174,8 @@ class Engine {
   virtual const Tokenizer& tokenizer() const = 0;
   virtual bool has_tokenizer() const noexcept = 0;
   virtual EngineInfo info() const = 0;
+  // Those of the model and the tokenizer, and of how they fit: one message each, often none.
+  virtual const std::vector<std::string>& warnings() const noexcept = 0;
 
   // Checks everything, allocates KV pages for the requests and returns before the first token.
   // Errors: invalid_argument, out_of_range, out_of_memory.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,11 @@ from clusterfusion._arguments import (
     boolean,
     callback,
     file_path,
+    in_callers_words,
     integer,
     is_batch,
     is_text,
+    not_picklable,
     number,
     prompt_tokens,
     text_option,
@@ -75,6 +78,11 @@ class GenerateOptions(TypedDict, total=False):
         add_special_tokens: Whether the tokenizer's post-processor adds its tokens to a text prompt;
             True if not given.
         skip_special_tokens: Whether special tokens are left out of the text; True if not given.
+        generation_config: Whether the checkpoint's generation_config.json says what is not given
+            here, as transformers' ``generate()`` understands it: max_new_tokens, temperature,
+            top_k, top_p, min_p, repetition_penalty (greedy without its do_sample; with it
+            temperature 1 and top_k 50 where it is silent). False if not given: then only its
+            end-of-text tokens count.
     """
 
     max_new_tokens: int
@@ -90,6 +98,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     add_special_tokens: bool
     skip_special_tokens: bool
+    generation_config: bool
 
 
 _DEFAULTS: GenerateOptions = {
@@ -106,6 +115,7 @@ _DEFAULTS: GenerateOptions = {
     "logprobs": None,
     "add_special_tokens": True,
     "skip_special_tokens": True,
+    "generation_config": False,
 }
 
 
@@ -158,6 +168,9 @@ class Stream(Iterator[Event]):
             for result in _native.generation_results(self._handle)
         ]
 
+    def __reduce__(self) -> NoReturn:
+        raise not_picklable(self, "Engine(path).stream(...)")
+
     def __enter__(self) -> Stream:
         return self
 
@@ -173,7 +186,8 @@ class Stream(Iterator[Event]):
 class Engine:
     """A model, its tokenizer and a device behind one door.
 
-    All methods may be called from several threads; steps of different calls take turns. They
+    It may be used in a ``with`` block, which closes it. All methods may be called from several
+    threads; steps of different calls take turns. They
     release the GIL while they compute. Exceptions are Python's own: ValueError and TypeError for
     arguments, IndexError for token ids outside the vocabulary, MemoryError if the KV cache does not
     fit, ArithmeticError if the model computes NaN or infinity.
@@ -213,21 +227,56 @@ class Engine:
                 wrong.
             NotImplementedError: The checkpoint is well-formed, but not one this library runs.
             MemoryError: Memory does not suffice.
+
+        Warns (UserWarning) of what a user should know of the checkpoint though it runs.
         """
+        self._open_handle = None
         report = None if progress is None else _Reporter(callback("progress", progress))
+        arguments = (
+            file_path("path", path),
+            text_option("device", device),
+            integer("threads", threads, INT32_MIN, INT32_MAX),
+            integer("context", context, 1) if context is not None else 0,
+            text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
+        )
         try:
-            self._handle = _native.engine_open(
-                file_path("path", path),
-                text_option("device", device),
-                integer("threads", threads, INT32_MIN, INT32_MAX),
-                integer("context", context, 1) if context is not None else 0,
-                text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
-                report,
-            )
+            with in_callers_words():
+                self._open_handle = _native.engine_open(*arguments, report)
         except Exception:
             if report is not None and report.raised is not None:
                 raise report.raised from None
             raise
+        for message in _native.engine_warnings(self._handle):
+            warnings.warn(str(message), UserWarning, stacklevel=2)
+
+    @property
+    def _handle(self) -> Any:
+        if self._open_handle is None:
+            raise ValueError("this Engine is closed; open another one: Engine(path)")
+        return self._open_handle
+
+    def close(self) -> None:
+        """Frees the model and the device's memory once the streams and tokenizers of it are gone.
+
+        Afterwards every other method raises ValueError. Leaving a ``with`` block does the same, and
+        so does dropping the engine.
+        """
+        self.__dict__.pop("tokenizer", None)
+        self._open_handle = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise not_picklable(self, "Engine(path)")
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -260,8 +309,18 @@ class Engine:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, tokens: Tokens, *, skip_special_tokens: bool = True) -> str:
-        """Decodes token ids to text: :meth:`Tokenizer.decode`."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        """Decodes token ids to text: :meth:`Tokenizer.decode`.
+
+        Raises:
+            IndexError: An id is neither the model's nor the tokenizer's.
+        """
+        ids = token_ids("tokens", tokens)
+        size = max(self.config.vocab_size, self.tokenizer.vocab_size)
+        outside = np.flatnonzero((ids < 0) | (ids >= size))
+        if outside.size:
+            index = int(outside[0])
+            raise IndexError(f"tokens[{index}] is {ids[index]}, expected a token id in [0, {size})")
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @overload
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation: ...
@@ -275,7 +334,7 @@ class Engine:
 
         Args:
             prompt: A text (str, or bytes of UTF-8), or token ids (a list of integers or a 1-D
-                DLPack array of integers on the CPU), or a list of such prompts.
+                DLPack array of integers on the CPU), or a list of such prompts, which may be empty.
             **options: Those of :class:`GenerateOptions`.
 
         Returns:
@@ -284,8 +343,8 @@ class Engine:
 
         Raises:
             TypeError: A prompt or an option has the wrong type, or an option is not known.
-            ValueError: A prompt is empty, too long, or text where the checkpoint has no tokenizer;
-                or an option is outside its range.
+            ValueError: A prompt is empty or too long, or an option is outside its range.
+            FileNotFoundError: Text where the checkpoint has no tokenizer.
             IndexError: A token id is not in the vocabulary.
             KeyboardInterrupt: On Ctrl-C, within a moment.
         """
@@ -316,10 +375,15 @@ class Engine:
             prompts = [_prompt_fields(f"prompt[{i}]", one) for i, one in enumerate(prompt)]
         else:
             prompts = [_prompt_fields("prompt", prompt)]
-        return Stream(
-            _native.engine_start(self._handle, _requests(prompts, options)),
-            wants_logprobs=options.get("logprobs") is not None,
-        )
+        requests = _requests(prompts, options, self._own_defaults)
+        with in_callers_words():
+            handle = _native.engine_start(self._handle, requests)
+        return Stream(handle, wants_logprobs=options.get("logprobs") is not None)
+
+    def _own_defaults(self) -> GenerateOptions:
+        """What the checkpoint's generation_config.json says."""
+        fields: Any = _plain(_native.engine_generation_config(self._handle))
+        return fields  # type: ignore[no-any-return]
 
     @overload
     def logits(self, prompt: Prompt, *, out: None = None) -> npt.NDArray[np.float32]: ...
@@ -408,6 +472,8 @@ class Engine:
         return float(_native.engine_measure_read_ceiling(self._handle))
 
     def __repr__(self) -> str:
+        if self._open_handle is None:
+            return "Engine(closed)"
         info = self.info
         return f"Engine({info.path!r}, device={info.device!r})"
 
@@ -430,14 +496,21 @@ class _Reporter:
             raise
 
 
-def _requests(prompts: list[dict[str, Any]], options: GenerateOptions) -> list[dict[str, Any]]:
+def _requests(
+    prompts: list[dict[str, Any]],
+    options: GenerateOptions,
+    own_defaults: Callable[[], GenerateOptions],
+) -> list[dict[str, Any]]:
     """Returns one request for each prompt, as python/src/convert.cpp reads them."""
     for name in options:
         if name not in _DEFAULTS:
             close = difflib.get_close_matches(name, _DEFAULTS, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"expected one of {list(_DEFAULTS)}"
             raise TypeError(f"unknown option '{name}': {hint}")
-    given: GenerateOptions = {**_DEFAULTS, **options}
+    defaults = _DEFAULTS
+    if boolean("generation_config", options.get("generation_config", False)):
+        defaults = {**_DEFAULTS, **own_defaults()}
+    given: GenerateOptions = {**defaults, **options}
     stop_tokens, logprobs = given["stop_tokens"], given["logprobs"]
     common = {
         "add_special_tokens": boolean("add_special_tokens", given["add_special_tokens"]),

@@ -63,6 +63,27 @@ Fields engine_info(EngineRef engine) {
   };
 }
 
+ffi::Array<ffi::String> engine_warnings(EngineRef engine) {
+  ffi::Array<ffi::String> warnings;
+  for (const std::string& warning : engine->engine->warnings()) warnings.push_back(warning);
+  return warnings;
+}
+
+// What generation_config.json sets, as options of generate().
+Fields engine_generation_config(EngineRef engine) {
+  GenerateRequest request;
+  apply_generation_config(engine->engine->model().generation_config(), request);
+  const SamplingParams& sampling = request.sampling;
+  return {
+      {"max_new_tokens", request.max_new_tokens},
+      {"temperature", sampling.temperature},
+      {"top_k", sampling.top_k},
+      {"top_p", sampling.top_p},
+      {"min_p", sampling.min_p},
+      {"repetition_penalty", sampling.repetition_penalty},
+  };
+}
+
 TokenizerRef engine_tokenizer(EngineRef engine) {
   // The engine owns its tokenizer; the handle keeps the engine alive.
   const std::shared_ptr<const Tokenizer> tokenizer(&engine->engine->tokenizer(),
@@ -136,7 +157,9 @@ ffi::String version() { return CLUSTERFUSION_VERSION; }
 CLUSTERFUSION_EXPORT(engine_open)
 CLUSTERFUSION_EXPORT(engine_config)
 CLUSTERFUSION_EXPORT(engine_info)
+CLUSTERFUSION_EXPORT(engine_generation_config)
 CLUSTERFUSION_EXPORT(engine_tokenizer)
+CLUSTERFUSION_EXPORT(engine_warnings)
 CLUSTERFUSION_EXPORT(engine_start)
 CLUSTERFUSION_EXPORT(generation_next)
 CLUSTERFUSION_EXPORT(generation_cancel)

@@ -10,8 +10,10 @@
 #include "cli/commands.hpp"
 #include "cli/help_formatter.hpp"
 #include "cli/interrupt.hpp"
+#include "cli/option_names.hpp"
 #include "cli/standard_output.hpp"
 #include "cli/terminal.hpp"
+#include "cli/unknown_command.hpp"
 #include "clusterfusion/error.hpp"
 
 namespace clusterfusion::cli {
@@ -50,6 +52,10 @@ ExitCode run(int argc, char** argv) {
                "clusterfusion");
   Command selected;
   add_commands(app, selected);
+  if (const auto message = unknown_command(app, argc, argv)) {
+    print_error(*message + "; see clusterfusion --help");
+    return kMisused;
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
@@ -77,7 +83,7 @@ ExitCode run_guarded(int argc, char** argv) noexcept {
   } catch (const OutputClosed&) {
     return kDone;
   } catch (const Error& error) {
-    print_error(error.what());
+    print_error(with_option_names(error.what()));
     return signal_noted() ? exit_code_of_signal() : exit_code_of(error.kind());
   } catch (const std::bad_alloc&) {
     print_error("out of memory; use a smaller model, text or --context");

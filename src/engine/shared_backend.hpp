@@ -5,11 +5,13 @@
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "backend/backend.hpp"
 #include "clusterfusion/error.hpp"
 #include "engine/turn_mutex.hpp"
+#include "model/intact.hpp"
 
 namespace clusterfusion {
 
@@ -25,17 +27,25 @@ class SharedBackend {
   // Calls `step(Backend&)` while no other step runs. The backend gives up in the middle of it, with
   // Stopped, if `stop` says so.
   // Errors: those of the step; a non_finite one is told where in the checkpoint the value is;
-  // interrupted if the engine's caller says so.
+  // interrupted if the engine's caller says so; io if the checkpoint's files became shorter.
   template <typename Step>
   auto run(Step&& step, const StopRequest& stop = {}) {
     try {
       const std::lock_guard lock(turn_);
       const StopScope scope(*this, stop);
-      return std::forward<Step>(step)(*backend_);
+      if constexpr (std::is_void_v<std::invoke_result_t<Step, Backend&>>) {
+        std::forward<Step>(step)(*backend_);
+        require_intact(*model_);
+      } else {
+        auto result = std::forward<Step>(step)(*backend_);
+        require_intact(*model_);
+        return result;
+      }
     } catch (const Stopped&) {
       if (stop && stop()) throw;
       fail_interrupted();
     } catch (const Error& error) {
+      require_intact(*model_);
       if (error.kind() == ErrorKind::non_finite) explain_non_finite(error);
       throw;
     }

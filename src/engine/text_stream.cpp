@@ -90,7 +90,7 @@ TextStream::TextStream(std::shared_ptr<const Tokenizer> tokenizer, bool skip_spe
 }
 
 std::string TextStream::push(TokenId token) {
-  if (!decoder_ || token >= tokenizer_->vocab_size()) return {};
+  if (!decoder_) return {};
   if (skip_special_tokens_ && tokenizer_->is_special(token)) {
     return stop_filter_.push_hidden(tokenizer_->bytes_of(token));
   }

@@ -26,9 +26,18 @@ std::string printable(std::string_view text) {
   return result;
 }
 
+constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
+
+// As PowerShell writes text.
+bool is_utf16(std::string_view text) {
+  return text.starts_with("\xFF\xFE") || text.starts_with("\xFE\xFF");
+}
+
 // simdjson says what is wrong but not where; on the way out, a second parser finds the place.
 [[noreturn]] void fail_broken(std::string_view text, const std::string& file,
                               simdjson::error_code error) {
+  require(!is_utf16(text), ErrorKind::malformed,
+          "{} is UTF-16 text (its first bytes are a byte order mark); save it as UTF-8", file);
   try {
     const auto discard = [](int, nlohmann::json::parse_event_t, nlohmann::json&) { return false; };
     [[maybe_unused]] const auto nothing = nlohmann::json::parse(text.begin(), text.end(), discard);
@@ -145,6 +154,7 @@ JsonValue JsonObject::value_of(const Member& member) const {
 }
 
 JsonDocument::JsonDocument(std::string_view text, std::string file) : file_(std::move(file)) {
+  if (text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
   const simdjson::padded_string padded(text);
   const simdjson::error_code error = parser_.parse(padded).get(root_);
   if (error) fail_broken(text, file_, error);

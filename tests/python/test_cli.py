@@ -289,7 +289,7 @@ def test_generate_without_a_tokenizer(no_tokenizer):
     assert ended.code == 0
     assert [int(word) for word in ended.out.split()] == tokens
     ended = run("generate", no_tokenizer, "-p", PROMPT)
-    assert ended.code == 2
+    assert ended.code == 1
     assert "tokenizer.json" in ended.err
 
 
@@ -490,7 +490,8 @@ def set_up(folder: Path, **files: bytes) -> Path:
 
 
 MISUSES = {
-    "unknown command": (["frobnicate"], "frobnicate"),
+    "unknown command": (["frobnicate"], '"frobnicate"; expected one of generate, score'),
+    "misspelt command": (["tokenise", "MODEL", "-p", "x"], "did you mean tokenize"),
     "unknown option": (["generate", "MODEL", "--frob", "1"], "--frob"),
     "unknown option of generate": (["generate", "MODEL", "--frob"], "generate --help"),
     "no model": (["generate"], "MODEL"),
@@ -504,20 +505,20 @@ MISUSES = {
     "negative tokens": (["generate", "MODEL", "-p", "x", "-n", "-1"], "--max-new-tokens.*-1"),
     "negative temperature": (
         ["generate", "MODEL", "-p", "x", "--temperature=-1"],
-        "temperature.*-1",
+        "--temperature.*-1",
     ),
-    "top-p": (["generate", "MODEL", "-p", "x", "--top-p", "1.5"], "top_p.*1.5"),
-    "min-p": (["generate", "MODEL", "-p", "x", "--min-p", "-0.5"], "min_p.*-0.5"),
+    "top-p": (["generate", "MODEL", "-p", "x", "--top-p", "1.5"], "--top-p.*1.5"),
+    "min-p": (["generate", "MODEL", "-p", "x", "--min-p", "-0.5"], "--min-p.*-0.5"),
     "penalty": (
         ["generate", "MODEL", "-p", "x", "--repetition-penalty", "0"],
-        "repetition_penalty",
+        "--repetition-penalty",
     ),
-    "seed": (["generate", "MODEL", "-p", "x", "--seed", "-1"], '--seed.*"-1"'),
-    "huge seed": (["generate", "MODEL", "-p", "x", "--seed", str(2**64)], "--seed"),
+    "seed": (["generate", "MODEL", "-p", "x", "--seed=-2"], f'--seed.*0 to {2**64 - 1}.*"-2"'),
+    "huge seed": (["generate", "MODEL", "-p", "x", "--seed", str(2**64)], f"--seed.*{2**64 - 1}"),
     "logprobs": (["generate", "MODEL", "-p", "x", "--logprobs", "1"], "--logprobs.*--json"),
     "many logprobs": (
         ["generate", "MODEL", "-p", "x", "--json", "--logprobs", "101"],
-        "logprobs.*101",
+        "--logprobs.*101",
     ),
     "empty prompt": (["generate", "MODEL", "-p", ""], "-p.*empty|--prompt.*empty"),
     "empty stdin": (["generate", "MODEL"], "standard input is empty"),
@@ -527,9 +528,24 @@ MISUSES = {
         ["generate", "MODEL", "-p", "x", "--stop-tokens", "1,x"],
         "--stop-tokens.*entry 1",
     ),
-    "big stop token": (["generate", "MODEL", "-p", "x", "--stop-tokens", "9999"], "9999.*320"),
+    "big stop token": (
+        ["generate", "MODEL", "-p", "x", "--stop-tokens", "9999"],
+        r"--stop-tokens\[0\] is 9999.*320",
+    ),
+    "no stop tokens": (
+        ["generate", "MODEL", "-p", "x", "--stop-tokens", ""],
+        "--stop-tokens.*none",
+    ),
+    "no prompt tokens": (["generate", "MODEL", "--prompt-tokens", ""], "--prompt-tokens.*none"),
+    "short context": (
+        ["generate", "MODEL", "-p", "x", "--context", "1"],
+        r"context of 1 positions.*raise --context \(the model allows 256\)",
+    ),
     "prompt token": (["generate", "MODEL", "--prompt-tokens", "1,-2"], "--prompt-tokens.*entry 1"),
-    "big prompt token": (["generate", "MODEL", "--prompt-tokens", "1,9999"], "9999.*320"),
+    "big prompt token": (
+        ["generate", "MODEL", "--prompt-tokens", "1,9999"],
+        r"--prompt-tokens\[1\] is 9999.*320",
+    ),
     "long prompt": (["generate", "MODEL", "-p", "x y" * 300], "prompt has .* tokens.*256"),
     "context": (["generate", "MODEL", "-p", "x", "--context", "5000"], "--context.*256.*5000"),
     "device": (["generate", "MODEL", "-p", "x", "--device", "tpu"], "--device.*tpu"),
@@ -545,7 +561,7 @@ MISUSES = {
         "stride.*8.*9",
     ),
     "ids": (["tokenize", "MODEL", "--decode", "-p", "1 two"], 'entry 1 is "two"'),
-    "big id": (["tokenize", "MODEL", "--decode", "-p", "1 99999"], "99999"),
+    "big id": (["tokenize", "MODEL", "--decode", "-p", f"1 {2**31}"], f"{2**31}"),
     "contexts": (["bench", "MODEL", "--contexts", "16,abc"], '--contexts.*entry 1 is "abc"'),
     "no contexts": (["bench", "MODEL", "--contexts", ""], "--contexts"),
     "context too long": (["bench", "MODEL", "--contexts", "16,256"], "--contexts.*entry 1.*256"),

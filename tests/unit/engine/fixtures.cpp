@@ -52,6 +52,18 @@ std::string tokenizer_json(int size) {
   return file_with(vocab).dump();
 }
 
+std::string with_added_token(const std::string& json, int id, const std::string& content) {
+  nlohmann::json file = nlohmann::json::parse(json);
+  file["added_tokens"].push_back({{"id", id},
+                                  {"content", content},
+                                  {"single_word", false},
+                                  {"lstrip", false},
+                                  {"rstrip", false},
+                                  {"normalized", false},
+                                  {"special", true}});
+  return file.dump();
+}
+
 std::shared_ptr<const Tokenizer> byte_tokenizer() {
   static const std::shared_ptr<const Tokenizer> tokenizer = [] {
     nlohmann::json vocab;

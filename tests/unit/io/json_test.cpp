@@ -98,6 +98,16 @@ TEST(JsonValue, ShortensWhatItFound) {
   }
 }
 
+TEST(JsonDocument, TakesAByteOrderMarkAndNamesUtf16) {
+  const JsonDocument document("\xEF\xBB\xBF{\"a\": 1}", "file");
+  EXPECT_EQ(JsonObject(document.root()).at("a").integer(), 1);
+  for (const std::string& text :
+       {std::string("\xFF\xFE{\0}\0", 6), std::string("\xFE\xFF\0{\0}", 6)}) {
+    expect_error(ErrorKind::malformed, {"file is UTF-16", "save it as UTF-8"},
+                 [&] { JsonDocument(text, "file"); });
+  }
+}
+
 TEST(Quote, EscapesAndShortens) {
   EXPECT_EQ(quote("a.b"), "\"a.b\"");
   EXPECT_EQ(quote("a\"\n\x01"), "\"a\\\"\\n\\u0001\"");
