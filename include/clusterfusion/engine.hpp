@@ -48,7 +48,10 @@ struct GenerateRequest {
   std::vector<TokenId> prompt_tokens;
   bool add_special_tokens = true;     // when encoding `prompt`
   std::int64_t max_new_tokens = 128;  // >= 0
+  std::int64_t min_new_tokens = 0;  // until there are so many, no token that would end the text is
+                                    // drawn, as transformers defines it; stop strings still end it
   SamplingParams sampling;
+  bool allow_padded_ids = false;  // ids behind the tokenizer's vocabulary may be drawn
   // The text ends before the first of them, also where special tokens that the text leaves out are
   // part of it; none empty.
   std::vector<std::string> stop_strings;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, overload
@@ -55,7 +55,8 @@ ArrayT = TypeVar("ArrayT", bound=DLPackArray)
 class GenerateOptions(TypedDict, total=False):
     """Keyword options of :meth:`Engine.generate` and :meth:`Engine.stream`.
 
-    The filters apply in the order of transformers' ``generate()``: repetition penalty, temperature,
+    The scores are adjusted in this order: logit_bias, repetition, frequency and presence penalty,
+    what is forbidden. Then the filters apply in that of transformers' ``generate()``: temperature,
     top-k, top-p, min-p.
 
     Attributes:
@@ -67,6 +68,18 @@ class GenerateOptions(TypedDict, total=False):
         min_p: In [0, 1]; drop tokens less likely than min_p times the likeliest; 0 if not given.
         repetition_penalty: > 0; scores of tokens seen so far are divided (if above 0) or
             multiplied (if below) by it; 1 if not given.
+        frequency_penalty: In [-2, 2], as the OpenAI API defines it: subtracted from a token's score
+            for each time that it stands in the new text; 0 if not given.
+        presence_penalty: In [-2, 2], as the OpenAI API defines it: subtracted once if the token
+            stands there at all; 0 if not given.
+        no_repeat_ngram_size: >= 0; no so many tokens in a row stand twice in prompt and text, as in
+            transformers; 0 (if not given) lets all repeat.
+        logit_bias: Numbers in [-100, 100] that are added to the scores of token ids; none if not
+            given.
+        min_new_tokens: Until there are so many new tokens, none that ends the text (end-of-text or
+            ``stop_tokens``) is drawn, as in transformers; ``stop`` still ends it. 0 if not given.
+        allow_padded_ids: Whether ids behind the tokenizer's vocabulary may be drawn (a model's
+            vocabulary is often padded); False if not given.
         seed: In [0, 2**64); 0 if not given. The same seed gives the same text on any device, with
             any number of threads, alone or in a batch. For several prompts also a list of one
             seed each.
@@ -91,6 +104,12 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    no_repeat_ngram_size: int
+    logit_bias: Mapping[int, float] | None
+    min_new_tokens: int
+    allow_padded_ids: bool
     seed: int | Sequence[int]
     stop: Text | Sequence[Text] | None
     stop_tokens: Tokens | None
@@ -108,6 +127,12 @@ _DEFAULTS: GenerateOptions = {
     "top_p": 1.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "logit_bias": None,
+    "min_new_tokens": 0,
+    "allow_padded_ids": False,
     "seed": 0,
     "stop": None,
     "stop_tokens": None,
@@ -524,6 +549,14 @@ def _requests(
         "top_p": number("top_p", given["top_p"]),
         "min_p": number("min_p", given["min_p"]),
         "repetition_penalty": number("repetition_penalty", given["repetition_penalty"]),
+        "frequency_penalty": number("frequency_penalty", given["frequency_penalty"]),
+        "presence_penalty": number("presence_penalty", given["presence_penalty"]),
+        "no_repeat_ngram_size": integer(
+            "no_repeat_ngram_size", given["no_repeat_ngram_size"], INT32_MIN, INT32_MAX
+        ),
+        **_logit_bias(given["logit_bias"]),
+        "min_new_tokens": integer("min_new_tokens", given["min_new_tokens"]),
+        "allow_padded_ids": boolean("allow_padded_ids", given["allow_padded_ids"]),
         "num_logprobs": -1 if logprobs is None else integer("logprobs", logprobs, 0, 100),
     }
     return [
@@ -536,6 +569,19 @@ def _prompt_fields(name: str, prompt: object) -> dict[str, Any]:
     if is_text(prompt):
         return {"prompt": utf8(name, prompt), "prompt_tokens": np.empty(0, dtype=np.int32)}
     return {"prompt": b"", "prompt_tokens": prompt_tokens(name, prompt)}
+
+
+def _logit_bias(bias: Mapping[int, float] | None) -> dict[str, Any]:
+    if bias is None:
+        bias = {}
+    if not isinstance(bias, Mapping):
+        raise TypeError(
+            f"logit_bias: expected a dict of token id to number, found {type(bias).__name__}"
+        )
+    return {
+        "biased_tokens": token_ids("logit_bias", list(bias)),
+        "biases": [number(f"logit_bias[{token}]", value) for token, value in bias.items()],
+    }
 
 
 def _stop_texts(stop: Text | Sequence[Text] | None) -> list[bytes]:

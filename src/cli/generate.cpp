@@ -31,6 +31,7 @@ struct Settings {
   EngineSettings engine;
   ReportSettings report;
   TextSource prompt;
+  std::string logit_bias;
   std::string prompt_tokens;
   CLI::Option* prompt_tokens_option = nullptr;
   std::string stop_tokens;
@@ -58,6 +59,27 @@ std::vector<TokenId> parse_tokens(const std::string& list, std::string_view opti
   return {ids.begin(), ids.end()};
 }
 
+// "ID=BIAS", separated by commas or white space.
+std::vector<TokenBias> parse_logit_bias(const std::string& list) {
+  constexpr std::string_view kSeparators = ", \t\n";
+  std::vector<TokenBias> biases;
+  for (std::string_view rest = list;;) {
+    const std::size_t begin = rest.find_first_not_of(kSeparators);
+    if (begin == rest.npos) return biases;
+    rest.remove_prefix(begin);
+    const std::string_view entry = rest.substr(0, rest.find_first_of(kSeparators));
+    const std::size_t equals = entry.find('=');
+    const auto token = parse_number<TokenId>(entry.substr(0, equals));
+    const auto bias =
+        equals == entry.npos ? std::nullopt : parse_number<float>(entry.substr(equals + 1));
+    require(token && *token >= 0 && bias, ErrorKind::invalid_argument,
+            "--logit-bias: entry {} is \"{}\"; expected a token id and a number, as in 50=-2.5",
+            biases.size(), entry.substr(0, 40));
+    biases.push_back({*token, *bias});
+    rest.remove_prefix(entry.size());
+  }
+}
+
 // Editors and `echo` end a text with a newline that is no part of the prompt.
 void drop_final_newline(std::string& text) {
   if (text.ends_with('\n')) text.pop_back();
@@ -67,6 +89,7 @@ void drop_final_newline(std::string& text) {
 // Reads and checks all that can be known before the model is opened.
 GenerateRequest make_request(const Settings& settings) {
   GenerateRequest request = settings.request;
+  request.sampling.logit_bias = parse_logit_bias(settings.logit_bias);
   request.sampling.validate();
   require(request.sampling.num_logprobs < 0 || settings.report.json || settings.json_lines,
           ErrorKind::invalid_argument,
@@ -242,6 +265,17 @@ void add_sampling_options(CLI::App& app, Settings& settings) {
                "drop tokens less likely than this share of the likeliest");
   add_sampling(app, settings, "--repetition-penalty", &SamplingParams::repetition_penalty,
                "above 1: make tokens of the text so far less likely");
+  add_sampling(app, settings, "--frequency-penalty", &SamplingParams::frequency_penalty,
+               "above 0: lower a token's score by this for each time that it stands in the text");
+  add_sampling(app, settings, "--presence-penalty", &SamplingParams::presence_penalty,
+               "above 0: lower it by this once");
+  add_sampling(app, settings, "--no-repeat-ngram-size", &SamplingParams::no_repeat_ngram_size,
+               "never repeat so many tokens in a row; 0: any may");
+  app.add_option("--logit-bias", settings.logit_bias,
+                 "add to the scores of token ids, as in 50=-100,7=2.5")
+      ->type_name("LIST");
+  app.add_flag("--allow-padded-ids", settings.request.allow_padded_ids,
+               "let ids be drawn that the tokenizer does not know");
   add_number(app, "--seed", settings.request.sampling.seed, "the same seed gives the same text")
       ->capture_default_str();
   add_number(app, "--logprobs", settings.request.sampling.num_logprobs,
@@ -259,6 +293,9 @@ void add_stop_options(CLI::App& app, Settings& settings) {
       {max_new_tokens, [](const GenerateRequest& given, GenerateRequest& request) {
          request.max_new_tokens = given.max_new_tokens;
        }});
+  add_number(app, "--min-new-tokens", settings.request.min_new_tokens,
+             "draw no token that ends the text before there are so many", std::int64_t{0})
+      ->capture_default_str();
   app.add_option("--stop", settings.request.stop_strings,
                  "end before this text, taken as it is typed (a newline in bash: $'\\n'); may be "
                  "given several times")

@@ -23,6 +23,12 @@ constexpr Name kFields[] = {
     {"min_p", "--min-p"},
     {"repetition_penalty", "--repetition-penalty"},
     {"num_logprobs", "--logprobs"},
+    {"min_new_tokens", "--min-new-tokens"},
+    {"frequency_penalty", "--frequency-penalty"},
+    {"presence_penalty", "--presence-penalty"},
+    {"no_repeat_ngram_size", "--no-repeat-ngram-size"},
+    {"logit_bias", "--logit-bias"},
+    {"allow_padded_ids", "--allow-padded-ids"},
     {"kv_dtype", "--kv-dtype"},
 };
 // Words of English too: fields where a message begins with them.

@@ -32,8 +32,8 @@ std::vector<TokenId> prompt_of(GenerateRequest& request, const RequestLimits& li
   }
   require(
       !prompt.empty(), ErrorKind::invalid_argument,
-      "the prompt has no tokens, and the model needs at least one to start from; pass some text "
-      "or prompt_tokens{}",
+      "the prompt has no tokens, and the model needs at least one to start from; pass some text, "
+      "or token ids as prompt_tokens{}",
       suggest_first_token(limits.model.config()));
   return prompt;
 }
@@ -67,6 +67,23 @@ void check_prompt_fits(const PreparedRequest& prepared, std::int64_t max_new_tok
       length - longest, or_longer);
 }
 
+// What the request forbids, in the backend's terms.
+void restrict_sampling(const GenerateRequest& request, const RequestLimits& limits,
+                       PreparedRequest& prepared) {
+  SamplingParams& sampling = prepared.sampling;
+  sampling.num_prompt_tokens = std::ssize(prepared.prompt);
+  sampling.suppressed_tokens.clear();
+  sampling.suppressed_until = 0;
+  if (request.min_new_tokens > 0) {
+    sampling.suppressed_tokens = prepared.stop_tokens;
+    sampling.suppressed_until = sampling.num_prompt_tokens + request.min_new_tokens;
+  }
+  const std::int64_t vocab_size = limits.model.config().vocab_size;
+  const bool is_padded = limits.tokenizer != nullptr && limits.tokenizer->vocab_size() < vocab_size;
+  sampling.drawable_vocab_size =
+      is_padded && !request.allow_padded_ids ? limits.tokenizer->vocab_size() : 0;
+}
+
 }  // namespace
 
 void check_tokens(std::span<const TokenId> tokens, std::int64_t vocab_size, const char* what) {
@@ -81,6 +98,12 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
   request.sampling.validate();
   require(request.max_new_tokens >= 0, ErrorKind::invalid_argument,
           "max_new_tokens must be >= 0, got {}", request.max_new_tokens);
+  require(request.min_new_tokens >= 0 && request.min_new_tokens <= request.max_new_tokens,
+          ErrorKind::invalid_argument, "min_new_tokens must be in [0, {}] (max_new_tokens), got {}",
+          request.max_new_tokens, request.min_new_tokens);
+  std::vector<TokenId> biased;
+  for (const TokenBias& bias : request.sampling.logit_bias) biased.push_back(bias.token);
+  check_tokens(biased, limits.model.config().vocab_size, "logit_bias");
   check_stops(request, limits);
 
   PreparedRequest prepared;
@@ -98,6 +121,7 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
                                 limits.model.config().eos_tokens.end());
   }
   prepared.skip_special_tokens = request.skip_special_tokens;
+  restrict_sampling(request, limits, prepared);
   return prepared;
 }
 

@@ -18,6 +18,7 @@
 #include "backend/cuda/sampling/device_sampler.hpp"
 #include "base/fail.hpp"
 #include "plan/decode_plan.hpp"
+#include "sampling/adjustments.hpp"
 #include "sampling/sampler.hpp"
 
 namespace clusterfusion {
@@ -161,7 +162,9 @@ class CudaBackend final : public Backend {
       Sequence& sequence = find(sequences[b]);
       reserve(sequences[b], sequence.length + steps);
       const std::span<float> wanted = logits.empty() ? logits : logits.subspan(b * vocab, vocab);
-      if (needs_sampler(sequence.sampling))
+      if (needs_host(sequence.sampling))
+        decode_with_host(sequence, inputs[b], steps, sampled, b, batch, wanted);
+      else if (needs_sampler(sequence.sampling))
         decode_with_sampler(sequence, inputs[b], steps, sampled, b, batch, wanted);
       else
         decode_in_one_launch(sequence, inputs[b], steps, sampled, b, batch, wanted);
@@ -366,12 +369,19 @@ class CudaBackend final : public Backend {
     params_.logits = want_logits ? logits_.as<float>() : nullptr;
     params_.temperature = temperature;
     params_.seed = sequence.sampling.seed;
+    params_.drawable_vocab_size = drawable_vocab_size(sequence.sampling);
     launch(params_);
     wait(sequence.length, steps, first_scored);
     append(sequence, given);
     // Inputs that the device chose for itself.
     append(sequence,
            std::span<const TokenId>(host_chosen_).subspan(given.size() - 1, steps - given.size()));
+  }
+
+  std::int32_t drawable_vocab_size(const SamplingParams& sampling) const {
+    const std::int64_t all = model_->config().vocab_size;
+    const std::int64_t wanted = sampling.drawable_vocab_size;
+    return static_cast<std::int32_t>(wanted > 0 ? std::min(wanted, all) : all);
   }
 
   void send(const Sequence& sequence, std::span<const TokenId> given) {
@@ -422,6 +432,22 @@ class CudaBackend final : public Backend {
     if (!logits.empty()) copy_logits(steps - 1, logits);
   }
 
+  // A launch for each step, whose logits come to the host, where the token is chosen: for what the
+  // device does not know.
+  void decode_with_host(Sequence& sequence, TokenId input, std::int32_t steps,
+                        std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
+                        std::span<float> logits) {
+    for (std::int32_t step = 0; step < steps; ++step) {
+      run(sequence, std::span(&input, 1), 1, 0, true, 0.0f);
+      copy_logits(0, host_logits_);
+      if (sampled.empty()) continue;
+      SampledToken token = sequence.sampler.sample(host_logits_);
+      input = token.token;
+      sampled[step * batch + b] = std::move(token);
+    }
+    if (!logits.empty()) std::ranges::copy(host_logits_, logits.begin());
+  }
+
   // A launch for each step, and behind it the sampler's, which takes the step's logits and leaves
   // the next step's input; the host waits for the last.
   void decode_with_sampler(Sequence& sequence, TokenId input, std::int32_t steps,
@@ -438,6 +464,7 @@ class CudaBackend final : public Backend {
     params.first_scored_step = 0;
     params.logits = logits_.as<float>();
     params.temperature = 0.0f;
+    params.drawable_vocab_size = drawable_vocab_size(sequence.sampling);
     for (std::int32_t step = 0; step < steps; ++step) {
       params.first_position = static_cast<std::int32_t>(sequence.length) + step;
       params.chosen = params_.chosen + step;  // -1 if the logits are not finite

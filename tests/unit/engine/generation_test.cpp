@@ -5,6 +5,7 @@
 #include <functional>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
@@ -214,11 +215,30 @@ TEST(Generate, ShowsOnlyWellFormedText) {
   EXPECT_THAT(pieces, ElementsAre("a", "", "", "€", "\uFFFD", "", "\uFFFD"));
 }
 
-TEST(Generate, PaddedIdsHaveNoText) {
+TEST(Generate, PaddedIdsAreNotDrawnUnlessAllowedAndHaveNoText) {
   const FakeEngine fake = fake_engine(say(std::vector<TokenId>{kThe, kPadded, kThe, kLast}));
-  const GenerateResult result = run(*fake.engine, one_token_request(4));
+  GenerateRequest request = one_token_request(4);
+  const GenerateResult without = run(*fake.engine, request);
+  EXPECT_THAT(without.tokens, testing::Each(testing::Le(kLast)));
+  EXPECT_EQ(without.tokens[0], kThe);
+  request.allow_padded_ids = true;
+  const GenerateResult result = run(*fake.engine, request);
   EXPECT_EQ(result.text, " the theabcd");
   EXPECT_THAT(result.tokens, ElementsAre(kThe, kPadded, kThe, kLast));
+}
+
+TEST(Generate, DrawsNothingThatEndsTheTextBeforeItIsLongEnough) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  GenerateRequest request = one_token_request(20);
+  request.stop_tokens.resize(kVocabSize - 2);
+  std::iota(request.stop_tokens.begin(), request.stop_tokens.end(), 2);
+  request.allow_padded_ids = true;
+  EXPECT_THAT(run(*fake.engine, request).tokens, SizeIs(testing::Lt(3u)));
+  request.min_new_tokens = 9;
+  const GenerateResult result = run(*fake.engine, request);
+  EXPECT_EQ(result.finish_reason, FinishReason::stop_token);
+  ASSERT_THAT(result.tokens, SizeIs(testing::Ge(10u)));
+  for (int i = 0; i < 9; ++i) EXPECT_EQ(result.tokens[i], 1) << "the only one that is left";
 }
 
 TEST(Generate, PrefillsInPieces) {

@@ -42,7 +42,18 @@ INSTANTIATE_TEST_SUITE_P(
         BadRequest{"no_tokens", [](auto& r) { r.prompt_tokens.clear(); },
                    ErrorKind::invalid_argument,
                    "the prompt has no tokens, and the model needs at least one to start from; pass "
-                   "some text or prompt_tokens, for example token 0 (eos_token_id)"},
+                   "some text, or token ids as prompt_tokens, for example token 0 (eos_token_id)"},
+        BadRequest{"min_new_tokens", [](auto& r) { r.min_new_tokens = 6; },
+                   ErrorKind::invalid_argument,
+                   "min_new_tokens must be in [0, 5] (max_new_tokens), got 6"},
+        BadRequest{"logit_bias",
+                   [](auto& r) {
+                     r.sampling.logit_bias = {{320, 1.0f}};
+                   },
+                   ErrorKind::out_of_range,
+                   "logit_bias[0] is 320, expected a token id in [0, 320)"},
+        BadRequest{"frequency_penalty", [](auto& r) { r.sampling.frequency_penalty = 3; },
+                   ErrorKind::invalid_argument, "frequency_penalty must be in [-2, 2]"},
         BadRequest{"prompt_too_long", [](auto& r) { r.prompt_tokens.assign(64, 5); },
                    ErrorKind::invalid_argument,
                    "the prompt has 64 tokens, and the context of 64 positions has room for 63 and "
