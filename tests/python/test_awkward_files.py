@@ -5,6 +5,7 @@ Each opens like the plain one beside it, or says what is the matter and what to 
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import warnings
@@ -20,6 +21,7 @@ from reference_model import ReferenceModel
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = os.environ.get("CLUSTERFUSION_BIN")
 TEXT = "It was the best of times"
 SETTING = {"hidden_size": 32, "num_heads": 2, "vocab_size": 320, "max_positions": 64}
@@ -258,6 +260,24 @@ def test_what_files_beside_the_tokenizer_ask_for(folder, file, content, words):
         assert file in message
         assert [word for word in words if word not in message] == []
         assert caught[0].filename == __file__
+
+
+RECORDED = json.loads((ROOT / "tests/data/autotokenizer_cases.json").read_text())
+
+
+@pytest.mark.parametrize("name", RECORDED["cases"])
+def test_ids_are_those_of_autotokenizer_or_there_is_a_warning(tmp_path, name):
+    """Recorded by tools/record_autotokenizer_cases.py; and no warning without need."""
+    case = RECORDED["cases"][name]
+    shutil.copy(ROOT / "models/demo/tokenizer.json", tmp_path)
+    for file, content in case["files"].items():
+        (tmp_path / file).write_text(json.dumps(content))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokenizer = clusterfusion.Tokenizer(tmp_path)
+    differs = tokenizer.encode(RECORDED["text"]) != case["ids"]
+    # Version 5 of transformers has no say for add_bos_token and add_eos_token; version 4 does.
+    assert bool(caught) == (differs or name in ("bos", "eos"))
 
 
 def test_usual_files_beside_the_tokenizer(folder, tmp_path):

@@ -32,7 +32,7 @@ struct FakeState {
   std::vector<std::int64_t> burst_starts;   // lengths of the first sequence before decode()
   std::vector<std::int64_t> reserved;       // in the order of creation
   std::map<SequenceId, std::int64_t> live;  // sequences and what they may grow to
-  bool asks_to_stop = true;  // a device may leave out to ask in the middle of a call
+  bool asks_to_stop = true;                 // a device may leave out to ask in the middle of a call
   int truncations = 0;
   int ceilings_measured = 0;
   std::vector<TimelineEvent> timeline;

@@ -89,7 +89,8 @@ TEST(Tokenizer, IdsBehindTheVocabularyHaveNoText) {
 
 // tokenizers reads them as bytes of the byte-level alphabet (huggingface/tokenizers #1392, #1996).
 TEST(Tokenizer, DecodesAddedTokensToTheTextTheyWereFoundIn) {
-  for (const std::string& content : std::vector<std::string>{"café", "ilÖveyou", "đem", "日本", "Ġ", "Ã"}) {
+  for (const std::string& content :
+       std::vector<std::string>{"café", "ilÖveyou", "đem", "日本", "Ġ", "Ã"}) {
     nlohmann::json json = small_tokenizer();
     json["added_tokens"][1]["content"] = content;
     const bool is_known = json["model"]["vocab"].contains(content);
