@@ -200,8 +200,7 @@ void warn_of_dtypes(const TensorStore& store, const std::vector<Slot>& slots, DT
     if (slot.view->ndim != 2 || *dtype_of(*slot.view) == dtype) continue;
     warnings.push_back(
         fmt::format("{}: matrices have more than one dtype: {} is {}, those of the layers {}. The "
-                    "CPU uses each "
-                    "as it is; a GPU gets all in {}",
+                    "CPU uses each as it is; a GPU gets all in {}",
                     store.folder().string(), quote(slot.name), name_of(*dtype_of(*slot.view)),
                     name_of(dtype), name_of(dtype)));
     return;
