@@ -28,6 +28,9 @@ struct EngineOptions {
   // in all: first with 0, last with all. Where weights are used in place it is called once, with
   // all. What it throws ends the loading and comes out of open().
   std::function<void(std::int64_t done, std::int64_t total)> load_progress = {};
+  // Asked every few hundredths of a second while a call of the engine computes, on the thread of
+  // that call: true ends the call with an Error of kind `interrupted`. For signals: Ctrl-C.
+  std::function<bool()> interrupted = {};
 };
 
 enum class FinishReason {
@@ -45,12 +48,23 @@ struct GenerateRequest {
   std::vector<TokenId> prompt_tokens;
   bool add_special_tokens = true;     // when encoding `prompt`
   std::int64_t max_new_tokens = 128;  // >= 0
+  std::int64_t min_new_tokens = 0;  // until there are so many, no token that would end the text is
+                                    // drawn, as transformers defines it; stop strings still end it
   SamplingParams sampling;
-  std::vector<std::string> stop_strings;  // the text ends before the first of them; none empty
-  std::vector<TokenId> stop_tokens;       // besides the model's end-of-text tokens
-  bool ignore_eos = false;                // do not stop at the model's end-of-text tokens
-  bool skip_special_tokens = true;        // leave special tokens out of the text
+  bool allow_padded_ids = false;  // ids behind the tokenizer's vocabulary may be drawn
+  // The text ends before the first of them, also where special tokens that the text leaves out are
+  // part of it; none empty.
+  std::vector<std::string> stop_strings;
+  std::vector<TokenId> stop_tokens;  // besides the model's end-of-text tokens
+  bool ignore_eos = false;           // do not stop at the model's end-of-text tokens
+  bool skip_special_tokens = true;   // leave special tokens out of the text
 };
+
+// Sets what a checkpoint's generation_config.json says (Model::generation_config()), as
+// transformers' generate() understands it: greedy without do_sample; with it a temperature of 1,
+// top_k 50 and top_p 1 where the file is silent. What it does not speak of is left alone; a request
+// takes nothing from that file by itself, but for the end-of-text tokens.
+void apply_generation_config(const GenerationConfig& config, GenerateRequest& request);
 
 // Timing of one request. Times are host wall-clock seconds.
 struct Statistics {
@@ -69,9 +83,9 @@ struct Statistics {
 struct GenerateResult {
   std::string text;  // without the prompt
   std::vector<TokenId> prompt_tokens;
-  std::vector<TokenId> tokens;        // new tokens, the stop token included
-  std::vector<SampledToken> sampled;  // with log-probabilities if asked for, else empty
-  FinishReason finish_reason = FinishReason::token_limit;
+  std::vector<TokenId> tokens;                // new tokens, the stop token included
+  std::vector<SampledToken> sampled;          // with log-probabilities if asked for, else empty
+  std::optional<FinishReason> finish_reason;  // nothing while it runs, or after an error
   Statistics statistics;
 };
 
@@ -89,10 +103,11 @@ class Generation {
  public:
   virtual ~Generation() = default;
   // The next event; nothing when all sequences have ended. The first calls do the prefill.
-  // Errors: those of the backend; after one the generation has ended.
+  // Errors: those of the backend; interrupted (then the results end with `cancelled`). After one
+  // the generation has ended.
   virtual std::optional<GenerateEvent> next() = 0;
-  // Ends all sequences with `cancelled` as soon as the running step is done. May be called from
-  // any thread and from a signal handler.
+  // Ends all sequences with `cancelled`, within a moment: a step that runs is given up where it
+  // takes long. May be called from any thread and from a signal handler.
   virtual void cancel() noexcept = 0;
   // Results so far, one for each request; final after next() has returned nothing.
   virtual const std::vector<GenerateResult>& results() const noexcept = 0;
@@ -105,9 +120,17 @@ struct ScoreResult {
   double total = 0;             // their sum
 };
 
+enum class PerplexityMethod {
+  each_token,        // every token but the text's first is scored once and counts once
+  transformers_docs  // the loop of huggingface.co/docs/transformers/perplexity, number for number:
+                     // windows weighted by their new tokens less one
+};
+
 struct PerplexityOptions {
   std::int64_t context = 0;  // window length in tokens, >= 2; 0: the longest the engine allows
-  std::int64_t stride = 0;   // tokens a window moves on, in [2, context]; 0: half the context
+  std::int64_t stride = 0;   // tokens a window moves on, in [1, context] (from 2 on for
+                             // transformers_docs); 0: half the context
+  PerplexityMethod method = PerplexityMethod::each_token;
   // Called after each window with tokens done and in all; returns false to cancel.
   std::function<bool(std::int64_t done, std::int64_t total)> progress;
 };
@@ -115,7 +138,8 @@ struct PerplexityOptions {
 struct PerplexityResult {
   double perplexity = 0;     // exp(mean negative log-likelihood a scored token)
   double mean_nll = 0;       // in nats
-  double bits_per_byte = 0;  // total NLL / ln 2 / bytes of the text; 0 for token input
+  double bits_per_byte = 0;  // NLL / ln 2 / bytes of the text of the scored tokens; 0 for token
+                             // input and for transformers_docs
   std::int64_t scored_tokens = 0;
   std::int64_t total_tokens = 0;
   double seconds = 0;
@@ -142,8 +166,8 @@ class Engine {
  public:
   // Opens the checkpoint folder `path` (config.json, safetensors, tokenizer.json) on a device. A
   // folder without tokenizer.json gives an engine that takes and gives token ids only.
-  // Errors: those of Model::open and Tokenizer::open; malformed if the tokenizer does not fit the
-  // model; invalid_argument and unsupported for the options.
+  // Errors: those of Model::open and Tokenizer::open; invalid_argument and unsupported for the
+  // options. What a user should know though it runs is in warnings().
   static std::unique_ptr<Engine> open(const std::filesystem::path& path,
                                       const EngineOptions& options = {});
   virtual ~Engine() = default;
@@ -153,6 +177,8 @@ class Engine {
   virtual const Tokenizer& tokenizer() const = 0;
   virtual bool has_tokenizer() const noexcept = 0;
   virtual EngineInfo info() const = 0;
+  // Those of the model and the tokenizer, and of how they fit: one message each, often none.
+  virtual const std::vector<std::string>& warnings() const noexcept = 0;
 
   // Checks everything, allocates KV pages for the requests and returns before the first token.
   // Errors: invalid_argument, out_of_range, out_of_memory.
@@ -167,9 +193,14 @@ class Engine {
   // Logits at every position: float32 [tokens.size(), vocab_size] into `logits`.
   virtual void logits(std::span<const TokenId> tokens, std::span<float> logits) = 0;
   virtual ScoreResult score(std::span<const TokenId> tokens) = 0;
-  // `bytes`: length of the text that the tokens stand for, for bits_per_byte; 0 if unknown.
+  // `bytes`: length of the text that the scored tokens, all but the first, stand for, for
+  // bits_per_byte; 0 if unknown.
   virtual PerplexityResult perplexity(std::span<const TokenId> tokens, std::int64_t bytes,
                                       const PerplexityOptions& options) = 0;
+  // The same of a text. Of its bytes those of the first token are left out, unless that is one that
+  // the tokenizer puts before the text.
+  PerplexityResult perplexity(std::string_view text, bool add_special_tokens,
+                              const PerplexityOptions& options);
 
   // Reads the weights once with all threads, without computing, and returns bytes per second: what
   // decoding could reach at best. Measured once (the best of several passes) and remembered.

@@ -20,6 +20,7 @@ enum class ErrorKind {
   unsupported,        // well-formed, but not something this library runs    -> NotImplementedError
   out_of_memory,      // host or device memory does not suffice              -> MemoryError
   non_finite,         // NaN or infinity where a finite value must be        -> ArithmeticError
+  interrupted,        // the caller's EngineOptions::interrupted ended it    -> InterruptedError
   internal,           // a broken promise inside the library: please report  -> RuntimeError
 };
 

@@ -55,10 +55,23 @@ struct ModelConfig {
   bool parallel_residual = true;  // x + attention(ln1 x) + mlp(ln2 x), else one after the other
   bool attention_bias = true;     // QKV and output projection have biases
   bool tied_embeddings = false;   // the LM head is the input embedding
-  DType dtype = DType::float32;   // of the checkpoint's matrices (read from the tensors)
+  DType dtype = DType::float32;   // of the layers' matrices (read from the first layer's); the
+                                  // embeddings may have another
   std::optional<TokenId> bos_token;
   std::vector<TokenId> eos_tokens;  // any of these ends a text
   std::string hidden_act;           // as spelled in config.json
+};
+
+// What a checkpoint's generation_config.json says of sampling and lengths; nothing where it is
+// silent.
+struct GenerationConfig {
+  bool do_sample = false;
+  std::optional<float> temperature;
+  std::optional<std::int32_t> top_k;
+  std::optional<float> top_p;
+  std::optional<float> min_p;
+  std::optional<float> repetition_penalty;
+  std::optional<std::int64_t> max_new_tokens;
 };
 
 // Views of one layer's tensors. Matrices are row-major [out, in], as torch.nn.Linear stores them.
@@ -81,8 +94,9 @@ struct ModelWeights {
   DLTensor lm_head;                             // [vocab, hidden]; the embedding if tied
 };
 
-// A checkpoint folder, opened. The weights are memory-mapped read-only and used in place: nothing
-// is copied, pages come in as they are touched. Immutable; may be shared between threads.
+// A checkpoint folder, opened. The weights are memory-mapped read-only and used in place: pages
+// come in as they are touched. Only tensors that begin at no multiple of their element's size are
+// copied, and warnings() tells. Immutable; may be shared between threads.
 class Model {
  public:
   // Opens `folder`: config.json with model.safetensors, or with model.safetensors.index.json and
@@ -108,6 +122,14 @@ class Model {
   // Looks for NaN and infinity in every weight (reads the whole checkpoint) and returns the first
   // finding as "tensor NAME [index] = VALUE in FILE", or nothing.
   virtual std::optional<std::string> find_non_finite() const = 0;
+  // Read from generation_config.json each time; all is absent where the folder has none.
+  // Errors: permission_denied, io, malformed.
+  virtual GenerationConfig generation_config() const { return {}; }
+  // What a user should know of this checkpoint though it runs: copies, matrices of several dtypes.
+  const std::vector<std::string>& warnings() const noexcept { return warnings_; }
+  // A file of which parts could not be read any more since it was opened (it became shorter, or the
+  // disk failed), or nothing. Zeros stand for them: results since are worth nothing.
+  virtual std::optional<std::string> find_lost_file() const { return std::nullopt; }
   // Says that these bytes of the weights will not be read again soon. Mapped ones leave resident
   // memory until they are touched; they may be read at any time as before.
   virtual void release(std::span<const std::byte> /*bytes*/) const noexcept {}
@@ -117,6 +139,7 @@ class Model {
   ModelConfig config_;
   ModelWeights weights_;
   std::filesystem::path folder_;
+  std::vector<std::string> warnings_;
 };
 
 }  // namespace clusterfusion

@@ -20,7 +20,9 @@ class Tokenizer {
   // Opens a tokenizer.json, or the one in the folder `path`.
   // Supported: model BPE with byte-level pre-tokenizer and decoder, normalizer NFC or none, merges
   // as "a b" strings or ["a", "b"] pairs, added tokens with all their flags, ByteLevel or
-  // TemplateProcessing post-processors. Anything else is refused by name.
+  // TemplateProcessing post-processors. Anything else is refused by name, but for "truncation" and
+  // "padding", which are ignored as transformers does. Where a folder is opened, warnings() tells
+  // what the files beside tokenizer.json ask for and do not get.
   // Errors: not_found, permission_denied, io, malformed, unsupported.
   static std::shared_ptr<const Tokenizer> open(const std::filesystem::path& path);
   // The same from the text of a tokenizer.json; `name` stands for the file in messages.
@@ -36,9 +38,14 @@ class Tokenizer {
   // text are always recognised. Errors: invalid_argument for more than 2^31 - 1 bytes.
   std::vector<TokenId> encode(std::string_view text, bool add_special_tokens = true) const;
 
-  // Token ids to text. Bytes that do not form UTF-8 become U+FFFD, as in tokenizers' decode().
-  // Errors: out_of_range for an id that is not in the vocabulary (names index and id).
+  // Token ids to text. Bytes that do not form UTF-8 become U+FFFD, and ids behind the vocabulary
+  // (a model's may be padded) nothing, as in tokenizers' decode().
+  // Errors: out_of_range for a negative id (names index and id).
   std::string decode(std::span<const TokenId> tokens, bool skip_special_tokens = true) const;
+
+  // What tokenizer_config.json, special_tokens_map.json and added_tokens.json ask for that
+  // tokenizer.json does not: ids may differ from those of transformers' AutoTokenizer.
+  const std::vector<std::string>& warnings() const noexcept;
 
   // One past the largest id of vocabulary and added tokens.
   std::int64_t vocab_size() const noexcept;
@@ -46,10 +53,12 @@ class Tokenizer {
   std::optional<TokenId> token_to_id(std::string_view token) const;
   // The token as tokenizer.json spells it. Errors: out_of_range.
   std::string_view id_to_token(TokenId token) const;
+  // How many tokens encode() puts before those of the text, with `add_special_tokens`.
+  std::size_t num_leading_tokens() const noexcept;
   // Whether decode() leaves the token out with `skip_special_tokens`.
   bool is_special(TokenId token) const noexcept;
-  // The bytes that decode() gives for a token: for an added token with a character that is not of
-  // the byte-level alphabet its content (in NFC if it is matched so). Errors: out_of_range.
+  // The bytes that decode() gives for a token: for an added token its content (in NFC if it is
+  // matched so), unless merges make it out of text as well. Errors: out_of_range.
   std::string_view bytes_of(TokenId token) const;
 
  private:

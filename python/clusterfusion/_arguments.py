@@ -2,7 +2,9 @@
 
 import operator
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, SupportsFloat, SupportsIndex, TypeAlias, TypeGuard, cast
 
 import numpy as np
@@ -19,21 +21,23 @@ class DLPackArray(Protocol):
     def __dlpack_device__(self) -> tuple[Any, int]: ...
 
 
-Text: TypeAlias = str | bytes
+Text: TypeAlias = str | bytes | bytearray | memoryview
 Tokens: TypeAlias = Sequence[int] | DLPackArray
 Prompt: TypeAlias = Text | Tokens
 
 
 def is_text(value: object) -> TypeGuard[Text]:
     """Whether a value is text rather than token ids."""
-    return isinstance(value, str | bytes)
+    return isinstance(value, str | bytes | bytearray | memoryview)
 
 
 def is_batch(value: object) -> TypeGuard[Sequence[Prompt]]:
-    """Whether a value is a list or tuple of prompts rather than one prompt."""
-    if not isinstance(value, list | tuple) or not value:
+    """Whether a value is a list or tuple of prompts, or of nothing, rather than one prompt."""
+    if not isinstance(value, list | tuple):
         return False
-    return any(isinstance(item, Sequence) or _is_array(item) for item in value)
+    return not value or any(
+        is_text(item) or isinstance(item, Sequence) or _is_array(item) for item in value
+    )
 
 
 def _is_array(value: object) -> bool:
@@ -42,14 +46,21 @@ def _is_array(value: object) -> bool:
 
 
 def utf8(name: str, text: object) -> bytes:
-    """Returns a text's UTF-8 bytes; bytes are passed on as they are.
+    """Returns a text's UTF-8 bytes; bytes, in whatever holds them, are passed on as they are.
 
     Raises:
-        TypeError: The value is neither str nor bytes.
+        TypeError: The value is neither str nor bytes (bytearray, memoryview of bytes).
         ValueError: The str holds a lone surrogate, which no UTF-8 stands for.
     """
     if isinstance(text, bytes):
         return text
+    if isinstance(text, memoryview) and text.itemsize != 1:
+        raise TypeError(
+            f"{name}: expected text or bytes, found a memoryview of elements of {text.itemsize} "
+            "bytes; for token ids pass a list or an array"
+        )
+    if isinstance(text, bytearray | memoryview):
+        return bytes(text)
     if not isinstance(text, str):
         raise TypeError(f"{name}: expected str or bytes, found {type(text).__name__}")
     try:
@@ -171,7 +182,10 @@ def token_ids(name: str, tokens: object) -> npt.NDArray[np.int32]:
     """
     values = _from_dlpack(name, tokens) if _is_array(tokens) else _from_sequence(name, tokens)
     if values.ndim != 1:
-        raise ValueError(f"{name}: expected a vector of token ids, found shape {values.shape}")
+        rows = f"; pass {name}[0], or list({name}) as a batch" if values.ndim == 2 else ""
+        raise ValueError(
+            f"{name}: expected a vector of token ids, found shape {values.shape}{rows}"
+        )
     if values.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, found dtype {values.dtype}")
     outside = np.flatnonzero((values < INT32_MIN) | (values > INT32_MAX))
@@ -181,6 +195,40 @@ def token_ids(name: str, tokens: object) -> npt.NDArray[np.int32]:
             f"{name}: expected token ids below 2**31, found {values[index]} at index {index}"
         )
     return np.array(values, dtype=np.int32, order="C")
+
+
+# The library's names of what a caller of this package calls otherwise.
+_NAMES = {
+    "prompt_tokens": "prompt",
+    "stop_strings": "stop",
+    "num_logprobs": "logprobs",
+    "max_positions": "context",
+}
+_NAME_PATTERN = re.compile(rf"(?<![\w\"'/.])({'|'.join(_NAMES)})(?![\w/])")
+
+
+@contextmanager
+def in_callers_words() -> Iterator[None]:
+    """Lets errors of the library name arguments as this package does."""
+    try:
+        yield
+    except Exception as error:
+        message = str(error)
+        renamed = re.sub(r"^requests\[(\d+)\]: prompt_tokens\[", r"prompt[\1][", message)
+        renamed = re.sub(r"^requests\[(\d+)\]: ", r"prompt[\1]: ", renamed)
+        renamed = _NAME_PATTERN.sub(lambda match: _NAMES[match[1]], renamed)
+        if renamed == message:
+            raise
+        raise type(error)(renamed) from None
+
+
+def not_picklable(value: object, remedy: str) -> TypeError:
+    """Returns the error for objects that live in this process alone."""
+    name = type(value).__name__
+    return TypeError(
+        f"{name} cannot be pickled or copied: it holds memory of this process; make one in each "
+        f"process: {remedy}"
+    )
 
 
 def _from_dlpack(name: str, array: Any) -> npt.NDArray[Any]:

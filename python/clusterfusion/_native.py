@@ -22,6 +22,7 @@ _LIBRARY = "libclusterfusion_ffi.so"
 for _exception in (
     ArithmeticError,
     FileNotFoundError,
+    InterruptedError,
     NotImplementedError,
     OSError,
     PermissionError,
@@ -92,6 +93,7 @@ _library = load_library(find_library(_package_folders()))
 version = find_function(_library, "version")
 
 tokenizer_open = find_function(_library, "tokenizer_open")
+tokenizer_warnings = find_function(_library, "tokenizer_warnings")
 tokenizer_encode = find_function(_library, "tokenizer_encode")
 tokenizer_encode_batch = find_function(_library, "tokenizer_encode_batch")
 tokenizer_decode = find_function(_library, "tokenizer_decode")
@@ -102,11 +104,14 @@ tokenizer_id_to_token = find_function(_library, "tokenizer_id_to_token")
 engine_open = find_function(_library, "engine_open")
 engine_config = find_function(_library, "engine_config")
 engine_info = find_function(_library, "engine_info")
+engine_generation_config = find_function(_library, "engine_generation_config")
+engine_warnings = find_function(_library, "engine_warnings")
 engine_tokenizer = find_function(_library, "engine_tokenizer")
 engine_start = find_function(_library, "engine_start")
 engine_logits = find_function(_library, "engine_logits")
 engine_score = find_function(_library, "engine_score")
 engine_perplexity = find_function(_library, "engine_perplexity")
+engine_perplexity_of_text = find_function(_library, "engine_perplexity_of_text")
 engine_measure_read_ceiling = find_function(_library, "engine_measure_read_ceiling")
 
 generation_next = find_function(_library, "generation_next")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +24,11 @@ from clusterfusion._arguments import (
     boolean,
     callback,
     file_path,
+    in_callers_words,
     integer,
     is_batch,
     is_text,
+    not_picklable,
     number,
     prompt_tokens,
     text_option,
@@ -52,7 +55,8 @@ ArrayT = TypeVar("ArrayT", bound=DLPackArray)
 class GenerateOptions(TypedDict, total=False):
     """Keyword options of :meth:`Engine.generate` and :meth:`Engine.stream`.
 
-    The filters apply in the order of transformers' ``generate()``: repetition penalty, temperature,
+    The scores are adjusted in this order: logit_bias, repetition, frequency and presence penalty,
+    what is forbidden. Then the filters apply in that of transformers' ``generate()``: temperature,
     top-k, top-p, min-p.
 
     Attributes:
@@ -64,6 +68,18 @@ class GenerateOptions(TypedDict, total=False):
         min_p: In [0, 1]; drop tokens less likely than min_p times the likeliest; 0 if not given.
         repetition_penalty: > 0; scores of tokens seen so far are divided (if above 0) or
             multiplied (if below) by it; 1 if not given.
+        frequency_penalty: In [-2, 2], as the OpenAI API defines it: subtracted from a token's score
+            for each time that it stands in the new text; 0 if not given.
+        presence_penalty: In [-2, 2], as the OpenAI API defines it: subtracted once if the token
+            stands there at all; 0 if not given.
+        no_repeat_ngram_size: >= 0; no so many tokens in a row stand twice in prompt and text, as in
+            transformers; 0 (if not given) lets all repeat.
+        logit_bias: Numbers in [-100, 100] that are added to the scores of token ids; none if not
+            given.
+        min_new_tokens: Until there are so many new tokens, none that ends the text (end-of-text or
+            ``stop_tokens``) is drawn, as in transformers; ``stop`` still ends it. 0 if not given.
+        allow_padded_ids: Whether ids behind the tokenizer's vocabulary may be drawn (a model's
+            vocabulary is often padded); False if not given.
         seed: In [0, 2**64); 0 if not given. The same seed gives the same text on any device, with
             any number of threads, alone or in a batch. For several prompts also a list of one
             seed each.
@@ -75,6 +91,11 @@ class GenerateOptions(TypedDict, total=False):
         add_special_tokens: Whether the tokenizer's post-processor adds its tokens to a text prompt;
             True if not given.
         skip_special_tokens: Whether special tokens are left out of the text; True if not given.
+        generation_config: Whether the checkpoint's generation_config.json says what is not given
+            here, as transformers' ``generate()`` understands it: max_new_tokens, temperature,
+            top_k, top_p, min_p, repetition_penalty (greedy without its do_sample; with it
+            temperature 1 and top_k 50 where it is silent). False if not given: then only its
+            end-of-text tokens count.
     """
 
     max_new_tokens: int
@@ -83,6 +104,12 @@ class GenerateOptions(TypedDict, total=False):
     top_p: float
     min_p: float
     repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    no_repeat_ngram_size: int
+    logit_bias: Mapping[int, float] | None
+    min_new_tokens: int
+    allow_padded_ids: bool
     seed: int | Sequence[int]
     stop: Text | Sequence[Text] | None
     stop_tokens: Tokens | None
@@ -90,6 +117,7 @@ class GenerateOptions(TypedDict, total=False):
     logprobs: int | None
     add_special_tokens: bool
     skip_special_tokens: bool
+    generation_config: bool
 
 
 _DEFAULTS: GenerateOptions = {
@@ -99,6 +127,12 @@ _DEFAULTS: GenerateOptions = {
     "top_p": 1.0,
     "min_p": 0.0,
     "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "logit_bias": None,
+    "min_new_tokens": 0,
+    "allow_padded_ids": False,
     "seed": 0,
     "stop": None,
     "stop_tokens": None,
@@ -106,6 +140,7 @@ _DEFAULTS: GenerateOptions = {
     "logprobs": None,
     "add_special_tokens": True,
     "skip_special_tokens": True,
+    "generation_config": False,
 }
 
 
@@ -131,13 +166,13 @@ class Stream(Iterator[Event]):
             raise StopIteration
         try:
             event = _native.generation_next(self._handle)
+            if event is not None:
+                return Event._from_native(event, self._wants_logprobs)
         except BaseException:
-            self._ended = True
+            self.close()  # also for a KeyboardInterrupt that came up on the way back
             raise
-        if event is None:
-            self._ended = True
-            raise StopIteration
-        return Event._from_native(event, self._wants_logprobs)
+        self._ended = True
+        raise StopIteration
 
     def cancel(self) -> None:
         """Ends all texts as soon as the running step is done; the iteration sees their ends."""
@@ -146,7 +181,8 @@ class Stream(Iterator[Event]):
     def close(self) -> None:
         """Cancels what still runs. The results so far remain."""
         self.cancel()
-        for _ in self:
+        self._ended = True
+        while _native.generation_next(self._handle) is not None:
             pass
 
     @property
@@ -156,6 +192,9 @@ class Stream(Iterator[Event]):
             Generation._from_native(result, self._wants_logprobs)
             for result in _native.generation_results(self._handle)
         ]
+
+    def __reduce__(self) -> NoReturn:
+        raise not_picklable(self, "Engine(path).stream(...)")
 
     def __enter__(self) -> Stream:
         return self
@@ -172,7 +211,8 @@ class Stream(Iterator[Event]):
 class Engine:
     """A model, its tokenizer and a device behind one door.
 
-    All methods may be called from several threads; steps of different calls take turns. They
+    It may be used in a ``with`` block, which closes it. All methods may be called from several
+    threads; steps of different calls take turns. They
     release the GIL while they compute. Exceptions are Python's own: ValueError and TypeError for
     arguments, IndexError for token ids outside the vocabulary, MemoryError if the KV cache does not
     fit, ArithmeticError if the model computes NaN or infinity.
@@ -212,21 +252,56 @@ class Engine:
                 wrong.
             NotImplementedError: The checkpoint is well-formed, but not one this library runs.
             MemoryError: Memory does not suffice.
+
+        Warns (UserWarning) of what a user should know of the checkpoint though it runs.
         """
+        self._open_handle = None
         report = None if progress is None else _Reporter(callback("progress", progress))
+        arguments = (
+            file_path("path", path),
+            text_option("device", device),
+            integer("threads", threads, INT32_MIN, INT32_MAX),
+            integer("context", context, 1) if context is not None else 0,
+            text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
+        )
         try:
-            self._handle = _native.engine_open(
-                file_path("path", path),
-                text_option("device", device),
-                integer("threads", threads, INT32_MIN, INT32_MAX),
-                integer("context", context, 1) if context is not None else 0,
-                text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
-                report,
-            )
+            with in_callers_words():
+                self._open_handle = _native.engine_open(*arguments, report)
         except Exception:
             if report is not None and report.raised is not None:
                 raise report.raised from None
             raise
+        for message in _native.engine_warnings(self._handle):
+            warnings.warn(str(message), UserWarning, stacklevel=2)
+
+    @property
+    def _handle(self) -> Any:
+        if self._open_handle is None:
+            raise ValueError("this Engine is closed; open another one: Engine(path)")
+        return self._open_handle
+
+    def close(self) -> None:
+        """Frees the model and the device's memory once the streams and tokenizers of it are gone.
+
+        Afterwards every other method raises ValueError. Leaving a ``with`` block does the same, and
+        so does dropping the engine.
+        """
+        self.__dict__.pop("tokenizer", None)
+        self._open_handle = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise not_picklable(self, "Engine(path)")
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -259,8 +334,18 @@ class Engine:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, tokens: Tokens, *, skip_special_tokens: bool = True) -> str:
-        """Decodes token ids to text: :meth:`Tokenizer.decode`."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens)
+        """Decodes token ids to text: :meth:`Tokenizer.decode`.
+
+        Raises:
+            IndexError: An id is neither the model's nor the tokenizer's.
+        """
+        ids = token_ids("tokens", tokens)
+        size = max(self.config.vocab_size, self.tokenizer.vocab_size)
+        outside = np.flatnonzero((ids < 0) | (ids >= size))
+        if outside.size:
+            index = int(outside[0])
+            raise IndexError(f"tokens[{index}] is {ids[index]}, expected a token id in [0, {size})")
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @overload
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation: ...
@@ -274,7 +359,7 @@ class Engine:
 
         Args:
             prompt: A text (str, or bytes of UTF-8), or token ids (a list of integers or a 1-D
-                DLPack array of integers on the CPU), or a list of such prompts.
+                DLPack array of integers on the CPU), or a list of such prompts, which may be empty.
             **options: Those of :class:`GenerateOptions`.
 
         Returns:
@@ -283,10 +368,10 @@ class Engine:
 
         Raises:
             TypeError: A prompt or an option has the wrong type, or an option is not known.
-            ValueError: A prompt is empty, too long, or text where the checkpoint has no tokenizer;
-                or an option is outside its range.
+            ValueError: A prompt is empty or too long, or an option is outside its range.
+            FileNotFoundError: Text where the checkpoint has no tokenizer.
             IndexError: A token id is not in the vocabulary.
-            KeyboardInterrupt: On Ctrl-C, between two steps; the prompt's prefill is one of them.
+            KeyboardInterrupt: On Ctrl-C, within a moment.
         """
         with self.stream(prompt, **options) as stream:
             for _ in stream:
@@ -315,10 +400,15 @@ class Engine:
             prompts = [_prompt_fields(f"prompt[{i}]", one) for i, one in enumerate(prompt)]
         else:
             prompts = [_prompt_fields("prompt", prompt)]
-        return Stream(
-            _native.engine_start(self._handle, _requests(prompts, options)),
-            wants_logprobs=options.get("logprobs") is not None,
-        )
+        requests = _requests(prompts, options, self._own_defaults)
+        with in_callers_words():
+            handle = _native.engine_start(self._handle, requests)
+        return Stream(handle, wants_logprobs=options.get("logprobs") is not None)
+
+    def _own_defaults(self) -> GenerateOptions:
+        """What the checkpoint's generation_config.json says."""
+        fields: Any = _plain(_native.engine_generation_config(self._handle))
+        return fields  # type: ignore[no-any-return]
 
     @overload
     def logits(self, prompt: Prompt, *, out: None = None) -> npt.NDArray[np.float32]: ...
@@ -365,28 +455,39 @@ class Engine:
         )
 
     def perplexity(
-        self, prompt: Prompt, *, context: int | None = None, stride: int | None = None
+        self,
+        prompt: Prompt,
+        *,
+        context: int | None = None,
+        stride: int | None = None,
+        method: str = "each_token",
     ) -> Perplexity:
         """Computes the perplexity of a text of any length with a sliding window.
+
+        Each token but the text's first is scored once, in the first window that holds it.
 
         Args:
             prompt: A text, or its token ids.
             context: The window's length in tokens, at least 2; None for the longest possible.
-            stride: Tokens that the window moves on, in [2, context]; None for half the context.
+            stride: Tokens that the window moves on, in [1, context]; None for half the context.
+            method: "each_token" counts each scored token once. "transformers_docs" is the loop of
+                https://huggingface.co/docs/transformers/perplexity, number for number, which
+                weighs a window by its new tokens less one; its stride is at least 2.
 
         Raises:
             ValueError: An option is outside its range, or there are fewer than two tokens.
-            KeyboardInterrupt: On Ctrl-C, between two windows.
+            KeyboardInterrupt: On Ctrl-C, within a moment.
         """
-        return Perplexity(
-            **_native.engine_perplexity(
-                self._handle,
-                self._token_ids(prompt),
-                len(utf8("prompt", prompt)) if is_text(prompt) else 0,
-                integer("context", context, 1) if context is not None else 0,
-                integer("stride", stride, 1) if stride is not None else 0,
-            )
+        options = (
+            integer("context", context, 1) if context is not None else 0,
+            integer("stride", stride, 1) if stride is not None else 0,
+            text_option("method", method),
         )
+        if is_text(prompt):
+            text = utf8("prompt", prompt)
+            return Perplexity(**_native.engine_perplexity_of_text(self._handle, text, *options))
+        tokens = prompt_tokens("prompt", prompt)
+        return Perplexity(**_native.engine_perplexity(self._handle, tokens, *options))
 
     def measure_read_ceiling(self) -> float:
         """Returns the bytes per second at which the device reads the weights and does no more.
@@ -396,6 +497,8 @@ class Engine:
         return float(_native.engine_measure_read_ceiling(self._handle))
 
     def __repr__(self) -> str:
+        if self._open_handle is None:
+            return "Engine(closed)"
         info = self.info
         return f"Engine({info.path!r}, device={info.device!r})"
 
@@ -418,14 +521,21 @@ class _Reporter:
             raise
 
 
-def _requests(prompts: list[dict[str, Any]], options: GenerateOptions) -> list[dict[str, Any]]:
+def _requests(
+    prompts: list[dict[str, Any]],
+    options: GenerateOptions,
+    own_defaults: Callable[[], GenerateOptions],
+) -> list[dict[str, Any]]:
     """Returns one request for each prompt, as python/src/convert.cpp reads them."""
     for name in options:
         if name not in _DEFAULTS:
             close = difflib.get_close_matches(name, _DEFAULTS, n=1)
             hint = f"did you mean '{close[0]}'?" if close else f"expected one of {list(_DEFAULTS)}"
             raise TypeError(f"unknown option '{name}': {hint}")
-    given: GenerateOptions = {**_DEFAULTS, **options}
+    defaults = _DEFAULTS
+    if boolean("generation_config", options.get("generation_config", False)):
+        defaults = {**_DEFAULTS, **own_defaults()}
+    given: GenerateOptions = {**defaults, **options}
     stop_tokens, logprobs = given["stop_tokens"], given["logprobs"]
     common = {
         "add_special_tokens": boolean("add_special_tokens", given["add_special_tokens"]),
@@ -439,6 +549,14 @@ def _requests(prompts: list[dict[str, Any]], options: GenerateOptions) -> list[d
         "top_p": number("top_p", given["top_p"]),
         "min_p": number("min_p", given["min_p"]),
         "repetition_penalty": number("repetition_penalty", given["repetition_penalty"]),
+        "frequency_penalty": number("frequency_penalty", given["frequency_penalty"]),
+        "presence_penalty": number("presence_penalty", given["presence_penalty"]),
+        "no_repeat_ngram_size": integer(
+            "no_repeat_ngram_size", given["no_repeat_ngram_size"], INT32_MIN, INT32_MAX
+        ),
+        **_logit_bias(given["logit_bias"]),
+        "min_new_tokens": integer("min_new_tokens", given["min_new_tokens"]),
+        "allow_padded_ids": boolean("allow_padded_ids", given["allow_padded_ids"]),
         "num_logprobs": -1 if logprobs is None else integer("logprobs", logprobs, 0, 100),
     }
     return [
@@ -451,6 +569,19 @@ def _prompt_fields(name: str, prompt: object) -> dict[str, Any]:
     if is_text(prompt):
         return {"prompt": utf8(name, prompt), "prompt_tokens": np.empty(0, dtype=np.int32)}
     return {"prompt": b"", "prompt_tokens": prompt_tokens(name, prompt)}
+
+
+def _logit_bias(bias: Mapping[int, float] | None) -> dict[str, Any]:
+    if bias is None:
+        bias = {}
+    if not isinstance(bias, Mapping):
+        raise TypeError(
+            f"logit_bias: expected a dict of token id to number, found {type(bias).__name__}"
+        )
+    return {
+        "biased_tokens": token_ids("logit_bias", list(bias)),
+        "biases": [number(f"logit_bias[{token}]", value) for token, value in bias.items()],
+    }
 
 
 def _stop_texts(stop: Text | Sequence[Text] | None) -> list[bytes]:

@@ -69,7 +69,7 @@ class Generation:
         text: The new text, without the prompt and without a stop string.
         tokens: The new tokens; a stop token is the last of them.
         prompt_tokens: The prompt's tokens.
-        finish_reason: Why the text ended.
+        finish_reason: Why the text ended; None while it still runs.
         logprobs: One entry for each new token, or None if they were not asked for.
         statistics: Timing.
     """
@@ -77,7 +77,7 @@ class Generation:
     text: str
     tokens: list[int]
     prompt_tokens: list[int]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     logprobs: list[TokenLogprobs] | None
     statistics: Statistics
 
@@ -120,13 +120,13 @@ class Event:
             text=str(text),
             token=None if sampled is None else sampled[0],
             logprobs=TokenLogprobs._from_native(sampled) if sampled and wants_logprobs else None,
-            finish_reason=None if reason is None else finish_reason(reason),
+            finish_reason=finish_reason(reason),
         )
 
 
-def finish_reason(name: str) -> FinishReason:
+def finish_reason(name: str | None) -> FinishReason | None:
     """Returns the library's name of a finish reason as a plain str."""
-    reason: Any = str(name)
+    reason: Any = None if name is None else str(name)
     return reason  # type: ignore[no-any-return]
 
 
@@ -148,12 +148,13 @@ class Score:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of a text by the sliding-window measure of the Hugging Face documentation.
+    """Perplexity of a text by a sliding window.
 
     Attributes:
         perplexity: exp(mean_nll).
         mean_nll: Mean negative log-likelihood of a scored token, in nats.
-        bits_per_byte: Negative log-likelihood in bits by the text's bytes; 0 for token input.
+        bits_per_byte: Negative log-likelihood in bits by the bytes of the scored tokens' text; 0
+            for token input and for method="transformers_docs".
         scored_tokens: Tokens that were predicted.
         total_tokens: Tokens of the text.
         seconds: Wall-clock time.

@@ -1,8 +1,10 @@
 """Text to token ids and back."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import NoReturn
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from clusterfusion._arguments import (
     file_path,
     integer,
     is_text,
+    not_picklable,
     token_ids,
     utf8,
 )
@@ -38,8 +41,13 @@ class Tokenizer:
             PermissionError: It may not be read.
             ValueError: It is broken.
             NotImplementedError: It asks for something other than byte-level BPE.
+
+        Warns (UserWarning) of what the files beside tokenizer.json in the folder ask for that it
+        does not: ids may differ from those of transformers' ``AutoTokenizer``.
         """
         self._handle = _native.tokenizer_open(file_path("path", path))
+        for message in _native.tokenizer_warnings(self._handle):
+            warnings.warn(str(message), UserWarning, stacklevel=2)
 
     @classmethod
     def _from_handle(cls, handle: object) -> "Tokenizer":
@@ -51,8 +59,9 @@ class Tokenizer:
         """Encodes a text.
 
         Args:
-            text: str, or bytes of UTF-8. Each maximal ill-formed subsequence of bytes is read as
-                U+FFFD, as ``bytes.decode("utf-8", errors="replace")`` does.
+            text: str, or bytes (bytearray, memoryview) of UTF-8. Each maximal ill-formed
+                subsequence of bytes is read as U+FFFD, as
+                ``bytes.decode("utf-8", errors="replace")`` does.
             add_special_tokens: Whether the post-processor's tokens are added. Special tokens that
                 stand in the text are always recognised.
 
@@ -91,7 +100,7 @@ class Tokenizer:
         return [ids[begin:end] for begin, end in pairwise(bounds)]
 
     def decode(self, tokens: Tokens, *, skip_special_tokens: bool = True) -> str:
-        """Decodes token ids.
+        """Decodes token ids. Ids behind the vocabulary (a model's may be padded) have no text.
 
         Args:
             tokens: A sequence of integers, or a 1-D DLPack array of integers on the CPU.
@@ -102,7 +111,7 @@ class Tokenizer:
 
         Raises:
             TypeError: ``tokens`` is not a vector of integers.
-            IndexError: An id is not in the vocabulary.
+            IndexError: An id is negative.
         """
         return str(
             _native.tokenizer_decode(
@@ -130,6 +139,9 @@ class Tokenizer:
         """
         token = integer("token", token, INT32_MIN, INT32_MAX)
         return str(_native.tokenizer_id_to_token(self._handle, token))
+
+    def __reduce__(self) -> NoReturn:
+        raise not_picklable(self, "Tokenizer(path)")
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size})"

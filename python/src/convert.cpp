@@ -91,6 +91,18 @@ GenerateRequest to_request(const Fields& fields) {
   // The seed's 64 bits travel as a signed integer.
   sampling.seed = static_cast<std::uint64_t>(get<std::int64_t>(fields, "seed"));
   sampling.num_logprobs = static_cast<std::int32_t>(get<std::int64_t>(fields, "num_logprobs"));
+  request.min_new_tokens = get<std::int64_t>(fields, "min_new_tokens");
+  request.allow_padded_ids = get<bool>(fields, "allow_padded_ids");
+  sampling.frequency_penalty = static_cast<float>(get<double>(fields, "frequency_penalty"));
+  sampling.presence_penalty = static_cast<float>(get<double>(fields, "presence_penalty"));
+  sampling.no_repeat_ngram_size =
+      static_cast<std::int32_t>(get<std::int64_t>(fields, "no_repeat_ngram_size"));
+  const std::vector<TokenId> biased = get_tokens(fields, "biased_tokens");
+  const auto biases = get<ffi::Array<double>>(fields, "biases");
+  for (std::size_t i = 0; i < biased.size(); ++i) {
+    sampling.logit_bias.push_back(
+        {biased[i], static_cast<float>(biases[static_cast<std::int64_t>(i)])});
+  }
   return request;
 }
 
@@ -130,12 +142,14 @@ Fields to_ffi(const Statistics& statistics) {
 Fields to_ffi(const GenerateResult& result) {
   ffi::Array<ffi::Any> sampled;
   for (const SampledToken& token : result.sampled) sampled.push_back(to_ffi(token));
+  ffi::Any reason;
+  if (result.finish_reason) reason = ffi::String(name_of(*result.finish_reason));
   return {
       {"text", ffi::String(result.text)},
       {"prompt_tokens", to_tensor(result.prompt_tokens)},
       {"tokens", to_tensor(result.tokens)},
       {"sampled", sampled},
-      {"finish_reason", ffi::String(name_of(result.finish_reason))},
+      {"finish_reason", reason},
       {"statistics", to_ffi(result.statistics)},
   };
 }

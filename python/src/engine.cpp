@@ -37,6 +37,9 @@ EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads
       report(done, total);
     };
   }
+  // Python's signal handlers (Ctrl-C) run while a call computes, in the main thread; what they
+  // raise waits there until the call has ended.
+  options.interrupted = [] { return TVMFFIEnvCheckSignals() != 0; };
   return EngineRef(ffi::make_object<EngineObj>(Engine::open(std::string(path), options)));
 }
 
@@ -57,6 +60,27 @@ Fields engine_info(EngineRef engine) {
       {"total_bytes", model.total_bytes()},
       {"bytes_per_token", model.bytes_per_token()},
       {"has_tokenizer", engine->engine->has_tokenizer()},
+  };
+}
+
+ffi::Array<ffi::String> engine_warnings(EngineRef engine) {
+  ffi::Array<ffi::String> warnings;
+  for (const std::string& warning : engine->engine->warnings()) warnings.push_back(warning);
+  return warnings;
+}
+
+// What generation_config.json sets, as options of generate().
+Fields engine_generation_config(EngineRef engine) {
+  GenerateRequest request;
+  apply_generation_config(engine->engine->model().generation_config(), request);
+  const SamplingParams& sampling = request.sampling;
+  return {
+      {"max_new_tokens", request.max_new_tokens},
+      {"temperature", sampling.temperature},
+      {"top_k", sampling.top_k},
+      {"top_p", sampling.top_p},
+      {"min_p", sampling.min_p},
+      {"repetition_penalty", sampling.repetition_penalty},
   };
 }
 
@@ -101,20 +125,27 @@ Fields engine_score(EngineRef engine, ffi::TensorView tokens) {
   return to_ffi(engine->engine->score(tokens_of(tokens)));
 }
 
-Fields engine_perplexity(EngineRef engine, ffi::TensorView tokens, std::int64_t bytes,
-                         std::int64_t context, std::int64_t stride) {
-  PerplexityOptions options;
-  options.context = context;
-  options.stride = stride;
-  // Python's signal handlers (Ctrl-C) run between windows; what they raise is kept and goes on.
-  bool interrupted = false;
-  options.progress = [&interrupted](std::int64_t, std::int64_t) {
-    interrupted = TVMFFIEnvCheckSignals() != 0;
-    return !interrupted;
-  };
-  const PerplexityResult result = engine->engine->perplexity(tokens_of(tokens), bytes, options);
-  if (interrupted) throw ffi::EnvErrorAlreadySet();
-  return to_ffi(result);
+PerplexityOptions to_perplexity_options(std::int64_t context, std::int64_t stride,
+                                        const std::string& method) {
+  require(method == "each_token" || method == "transformers_docs", ErrorKind::invalid_argument,
+          "method: expected 'each_token' or 'transformers_docs', found '{}'", method);
+  return {.context = context,
+          .stride = stride,
+          .method = method == "each_token" ? PerplexityMethod::each_token
+                                           : PerplexityMethod::transformers_docs,
+          .progress = {}};
+}
+
+Fields engine_perplexity(EngineRef engine, ffi::TensorView tokens, std::int64_t context,
+                         std::int64_t stride, ffi::String method) {
+  return to_ffi(engine->engine->perplexity(tokens_of(tokens), 0,
+                                           to_perplexity_options(context, stride, method)));
+}
+
+Fields engine_perplexity_of_text(EngineRef engine, ffi::Bytes text, std::int64_t context,
+                                 std::int64_t stride, ffi::String method) {
+  return to_ffi(engine->engine->perplexity(view_of(text), true,
+                                           to_perplexity_options(context, stride, method)));
 }
 
 double engine_measure_read_ceiling(EngineRef engine) {
@@ -126,7 +157,9 @@ ffi::String version() { return CLUSTERFUSION_VERSION; }
 CLUSTERFUSION_EXPORT(engine_open)
 CLUSTERFUSION_EXPORT(engine_config)
 CLUSTERFUSION_EXPORT(engine_info)
+CLUSTERFUSION_EXPORT(engine_generation_config)
 CLUSTERFUSION_EXPORT(engine_tokenizer)
+CLUSTERFUSION_EXPORT(engine_warnings)
 CLUSTERFUSION_EXPORT(engine_start)
 CLUSTERFUSION_EXPORT(generation_next)
 CLUSTERFUSION_EXPORT(generation_cancel)
@@ -134,6 +167,7 @@ CLUSTERFUSION_EXPORT(generation_results)
 CLUSTERFUSION_EXPORT(engine_logits)
 CLUSTERFUSION_EXPORT(engine_score)
 CLUSTERFUSION_EXPORT(engine_perplexity)
+CLUSTERFUSION_EXPORT(engine_perplexity_of_text)
 CLUSTERFUSION_EXPORT(engine_measure_read_ceiling)
 CLUSTERFUSION_EXPORT(version)
 

@@ -23,6 +23,8 @@ struct Guard<function> {
     try {
       return function(std::forward<Args>(args)...);
     } catch (const Error& error) {
+      // EngineOptions::interrupted was true because a signal handler has raised something.
+      if (error.kind() == ErrorKind::interrupted) throw tvm::ffi::EnvErrorAlreadySet();
       throw tvm::ffi::Error(python_exception_name(error.kind()), error.what(), "");
     } catch (const tvm::ffi::Error&) {
       throw;

@@ -16,6 +16,12 @@ TokenizerRef tokenizer_open(ffi::String path) {
   return TokenizerRef(ffi::make_object<TokenizerObj>(Tokenizer::open(std::string(path))));
 }
 
+ffi::Array<ffi::String> tokenizer_warnings(TokenizerRef tokenizer) {
+  ffi::Array<ffi::String> warnings;
+  for (const std::string& warning : tokenizer->tokenizer->warnings()) warnings.push_back(warning);
+  return warnings;
+}
+
 ffi::Tensor tokenizer_encode(TokenizerRef tokenizer, ffi::Bytes text, bool add_special_tokens) {
   return to_tensor(tokenizer->tokenizer->encode(view_of(text), add_special_tokens));
 }
@@ -60,6 +66,7 @@ ffi::String tokenizer_id_to_token(TokenizerRef tokenizer, std::int64_t token) {
 }
 
 CLUSTERFUSION_EXPORT(tokenizer_open)
+CLUSTERFUSION_EXPORT(tokenizer_warnings)
 CLUSTERFUSION_EXPORT(tokenizer_encode)
 CLUSTERFUSION_EXPORT(tokenizer_encode_batch)
 CLUSTERFUSION_EXPORT(tokenizer_decode)

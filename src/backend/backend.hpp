@@ -22,6 +22,7 @@
 #include <string>
 #include <vector>
 
+#include "base/stop_request.hpp"
 #include "clusterfusion/decode_mode.hpp"
 #include "clusterfusion/error.hpp"
 #include "clusterfusion/model.hpp"
@@ -104,6 +105,11 @@ class Backend {
   virtual void decode(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
                       std::int32_t steps, std::span<SampledToken> sampled,
                       std::span<float> logits) = 0;
+
+  // What prefill(), decode() and measure_read_ceiling() ask while they compute, if it is not empty.
+  // Where it says true they throw Stopped; each sequence then holds what it held before the call.
+  // A device whose calls are short need not ask.
+  virtual void set_stop_request(StopRequest stop) { static_cast<void>(stop); }
 
   // Bytes per second at which this device reads the model's weights when it does nothing else; the
   // best of several passes. Errors: none beyond those of the device.

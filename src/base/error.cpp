@@ -14,6 +14,7 @@ const char* python_exception_name(ErrorKind kind) noexcept {
     case ErrorKind::unsupported: return "NotImplementedError";
     case ErrorKind::out_of_memory: return "MemoryError";
     case ErrorKind::non_finite: return "ArithmeticError";
+    case ErrorKind::interrupted: return "InterruptedError";
     case ErrorKind::internal: return "RuntimeError";
   }
   return "RuntimeError";

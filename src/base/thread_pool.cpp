@@ -102,12 +102,22 @@ void ThreadPool::take_tasks(int thread) noexcept {
   for (;;) {
     const std::int64_t task = next_task_.fetch_add(1, std::memory_order_relaxed);
     if (task >= tasks_) return;
+    if (thread == 0 && stop_request_ && stop_request_()) {
+      next_task_.store(tasks_, std::memory_order_relaxed);
+      fail_with(std::make_exception_ptr(Stopped{}));
+      return;
+    }
     try {
       call_(context_, task, thread);
     } catch (...) {
-      if (!failed_.exchange(true)) error_ = std::current_exception();
+      fail_with(std::current_exception());
     }
   }
+}
+
+// The first one counts.
+void ThreadPool::fail_with(std::exception_ptr error) noexcept {
+  if (!failed_.exchange(true)) error_ = std::move(error);
 }
 
 void ThreadPool::work(int thread) noexcept {

@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "base/stop_request.hpp"
+
 namespace clusterfusion {
 
 // Cores that this process may use: the affinity mask, limited by the cgroup's CPU quota. At
@@ -25,6 +27,10 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const noexcept { return static_cast<int>(workers_.size()) + 1; }
+
+  // While `stop` is set (not empty), run() asks it before each task that the calling thread takes.
+  // Once it is true no further task begins, and run() throws Stopped.
+  void set_stop_request(StopRequest stop) { stop_request_ = std::move(stop); }
 
   // Calls body(task, thread) for each task in [0, tasks), thread in [0, size()), and returns when
   // all have ended. Tasks are handed out in order, one at a time, to whichever thread is free. An
@@ -47,6 +53,7 @@ class ThreadPool {
   void run_erased(std::int64_t tasks, Call call, void* context);
   void work(int thread) noexcept;
   void take_tasks(int thread) noexcept;
+  void fail_with(std::exception_ptr error) noexcept;
 
   // The running region. Written by the caller before it opens, read by workers inside.
   Call call_ = nullptr;
@@ -54,6 +61,7 @@ class ThreadPool {
   std::int64_t tasks_ = 0;
   std::exception_ptr error_;
   std::atomic<bool> failed_ = false;
+  StopRequest stop_request_;  // the caller's alone
 
   alignas(64) std::atomic<std::int64_t> next_task_ = 0;
   // Number of the region, whether it is open, and how many workers are inside. A worker that comes

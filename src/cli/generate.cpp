@@ -2,8 +2,10 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "base/fail.hpp"
 #include "cli/commands.hpp"
@@ -29,9 +31,19 @@ struct Settings {
   EngineSettings engine;
   ReportSettings report;
   TextSource prompt;
+  std::string logit_bias;
   std::string prompt_tokens;
+  CLI::Option* prompt_tokens_option = nullptr;
   std::string stop_tokens;
+  CLI::Option* stop_tokens_option = nullptr;
   GenerateRequest request;
+  // Options that count before generation_config.json: each with what it sets.
+  struct Override {
+    const CLI::Option* option;
+    std::function<void(const GenerateRequest& given, GenerateRequest& request)> copy;
+  };
+  std::vector<Override> overrides;
+  bool generation_config = false;
   bool json_lines = false;
   bool echo = false;
   bool no_special_tokens = false;
@@ -42,7 +54,30 @@ struct Settings {
 
 std::vector<TokenId> parse_tokens(const std::string& list, std::string_view option) {
   const auto ids = parse_integer_list(list, 0, std::numeric_limits<TokenId>::max(), option);
+  require(!ids.empty(), ErrorKind::invalid_argument,
+          "{}: expected at least one token id, as in 0,50, found none", option);
   return {ids.begin(), ids.end()};
+}
+
+// "ID=BIAS", separated by commas or white space.
+std::vector<TokenBias> parse_logit_bias(const std::string& list) {
+  constexpr std::string_view kSeparators = ", \t\n";
+  std::vector<TokenBias> biases;
+  for (std::string_view rest = list;;) {
+    const std::size_t begin = rest.find_first_not_of(kSeparators);
+    if (begin == rest.npos) return biases;
+    rest.remove_prefix(begin);
+    const std::string_view entry = rest.substr(0, rest.find_first_of(kSeparators));
+    const std::size_t equals = entry.find('=');
+    const auto token = parse_number<TokenId>(entry.substr(0, equals));
+    const auto bias =
+        equals == entry.npos ? std::nullopt : parse_number<float>(entry.substr(equals + 1));
+    require(token && *token >= 0 && bias, ErrorKind::invalid_argument,
+            "--logit-bias: entry {} is \"{}\"; expected a token id and a number, as in 50=-2.5",
+            biases.size(), entry.substr(0, 40));
+    biases.push_back({*token, *bias});
+    rest.remove_prefix(entry.size());
+  }
 }
 
 // Editors and `echo` end a text with a newline that is no part of the prompt.
@@ -54,6 +89,7 @@ void drop_final_newline(std::string& text) {
 // Reads and checks all that can be known before the model is opened.
 GenerateRequest make_request(const Settings& settings) {
   GenerateRequest request = settings.request;
+  request.sampling.logit_bias = parse_logit_bias(settings.logit_bias);
   request.sampling.validate();
   require(request.sampling.num_logprobs < 0 || settings.report.json || settings.json_lines,
           ErrorKind::invalid_argument,
@@ -64,9 +100,13 @@ GenerateRequest make_request(const Settings& settings) {
   }
   request.add_special_tokens = !settings.no_special_tokens;
   request.skip_special_tokens = !settings.show_special_tokens;
-  request.stop_tokens = parse_tokens(settings.stop_tokens, "--stop-tokens");
-  request.prompt_tokens = parse_tokens(settings.prompt_tokens, "--prompt-tokens");
-  if (!request.prompt_tokens.empty()) return request;
+  if (settings.stop_tokens_option->count() > 0) {
+    request.stop_tokens = parse_tokens(settings.stop_tokens, "--stop-tokens");
+  }
+  if (settings.prompt_tokens_option->count() > 0) {
+    request.prompt_tokens = parse_tokens(settings.prompt_tokens, "--prompt-tokens");
+    return request;
+  }
   request.prompt = read_text(settings.prompt);
   if (!is_typed(settings.prompt)) {
     drop_final_newline(request.prompt);
@@ -160,9 +200,23 @@ void add_read_ceiling(Engine& engine, const Settings& settings, GenerateResult& 
   statistics.ceiling_share = statistics.bytes_per_second / statistics.read_ceiling_bytes_per_second;
 }
 
+// The request with the checkpoint's own defaults where the command line says nothing.
+GenerateRequest with_generation_config(const Settings& settings, const Model& model,
+                                       const GenerateRequest& given) {
+  GenerateRequest request = given;
+  apply_generation_config(model.generation_config(), request);
+  for (const Settings::Override& override : settings.overrides) {
+    if (override.option->count() > 0) override.copy(given, request);
+  }
+  return request;
+}
+
 ExitCode run(const Settings& settings) {
-  const GenerateRequest request = make_request(settings);
+  GenerateRequest request = make_request(settings);
   const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
+  if (settings.generation_config) {
+    request = with_generation_config(settings, engine->model(), request);
+  }
   EventWriter writer(settings, engine->has_tokenizer() ? &engine->tokenizer() : nullptr);
   const std::unique_ptr<Generation> generation = engine->start({request});
   {
@@ -183,41 +237,73 @@ ExitCode run(const Settings& settings) {
   writer.end(result);
   if (with_statistics) {
     write_stderr(fmt::format("device: {}\n{}", format_device(engine->info()),
-                             format_statistics(result.statistics, name_of(result.finish_reason))));
+                             format_statistics(result.statistics, name_of(*result.finish_reason))));
   }
-  return kDone;
+  return result.finish_reason == FinishReason::cancelled ? exit_code_of_signal() : kDone;
 }
 
-void add_sampling_options(CLI::App& app, SamplingParams& sampling) {
-  add_number(app, "--temperature", sampling.temperature, "0: always the likeliest token")
+// An option that sets `member` of the sampling parameters.
+template <typename T>
+void add_sampling(CLI::App& app, Settings& settings, const std::string& names,
+                  T SamplingParams::*member, const std::string& description) {
+  const CLI::Option* option =
+      add_number(app, names, settings.request.sampling.*member, description)->capture_default_str();
+  settings.overrides.push_back(
+      {option, [member](const GenerateRequest& given, GenerateRequest& request) {
+         request.sampling.*member = given.sampling.*member;
+       }});
+}
+
+void add_sampling_options(CLI::App& app, Settings& settings) {
+  add_sampling(app, settings, "--temperature", &SamplingParams::temperature,
+               "0: always the likeliest token");
+  add_sampling(app, settings, "--top-k", &SamplingParams::top_k,
+               "choose among the k likeliest tokens; 0: all");
+  add_sampling(app, settings, "--top-p", &SamplingParams::top_p,
+               "choose among the likeliest tokens that sum to this probability");
+  add_sampling(app, settings, "--min-p", &SamplingParams::min_p,
+               "drop tokens less likely than this share of the likeliest");
+  add_sampling(app, settings, "--repetition-penalty", &SamplingParams::repetition_penalty,
+               "above 1: make tokens of the text so far less likely");
+  add_sampling(app, settings, "--frequency-penalty", &SamplingParams::frequency_penalty,
+               "above 0: lower a token's score by this for each time that it stands in the text");
+  add_sampling(app, settings, "--presence-penalty", &SamplingParams::presence_penalty,
+               "above 0: lower it by this once");
+  add_sampling(app, settings, "--no-repeat-ngram-size", &SamplingParams::no_repeat_ngram_size,
+               "never repeat so many tokens in a row; 0: any may");
+  app.add_option("--logit-bias", settings.logit_bias,
+                 "add to the scores of token ids, as in 50=-100,7=2.5")
+      ->type_name("LIST");
+  app.add_flag("--allow-padded-ids", settings.request.allow_padded_ids,
+               "let ids be drawn that the tokenizer does not know");
+  add_number(app, "--seed", settings.request.sampling.seed, "the same seed gives the same text")
       ->capture_default_str();
-  add_number(app, "--top-k", sampling.top_k, "choose among the k likeliest tokens; 0: all")
-      ->capture_default_str();
-  add_number(app, "--top-p", sampling.top_p,
-             "choose among the likeliest tokens that sum to this probability")
-      ->capture_default_str();
-  add_number(app, "--min-p", sampling.min_p,
-             "drop tokens less likely than this share of the likeliest")
-      ->capture_default_str();
-  add_number(app, "--repetition-penalty", sampling.repetition_penalty,
-             "above 1: make tokens of the text so far less likely")
-      ->capture_default_str();
-  add_number(app, "--seed", sampling.seed, "the same seed gives the same text")
-      ->capture_default_str();
-  add_number(app, "--logprobs", sampling.num_logprobs,
+  add_number(app, "--logprobs", settings.request.sampling.num_logprobs,
              "log-probabilities of each token and the N likeliest (with --json)", std::int32_t{0});
+  app.add_flag("--generation-config", settings.generation_config,
+               "take from the folder's generation_config.json what no option says");
 }
 
 void add_stop_options(CLI::App& app, Settings& settings) {
-  add_number(app, "-n,--max-new-tokens", settings.request.max_new_tokens, "tokens to generate",
-             std::int64_t{0})
+  const CLI::Option* max_new_tokens =
+      add_number(app, "-n,--max-new-tokens", settings.request.max_new_tokens, "tokens to generate",
+                 std::int64_t{0})
+          ->capture_default_str();
+  settings.overrides.push_back(
+      {max_new_tokens, [](const GenerateRequest& given, GenerateRequest& request) {
+         request.max_new_tokens = given.max_new_tokens;
+       }});
+  add_number(app, "--min-new-tokens", settings.request.min_new_tokens,
+             "draw no token that ends the text before there are so many", std::int64_t{0})
       ->capture_default_str();
   app.add_option("--stop", settings.request.stop_strings,
-                 "end before this text; may be given several times")
+                 "end before this text, taken as it is typed (a newline in bash: $'\\n'); may be "
+                 "given several times")
       ->type_name("TEXT")
       ->allow_extra_args(false);
-  app.add_option("--stop-tokens", settings.stop_tokens, "end at any of these token ids, as in 0,50")
-      ->type_name("IDS");
+  settings.stop_tokens_option = app.add_option("--stop-tokens", settings.stop_tokens,
+                                               "end at any of these token ids, as in 0,50")
+                                    ->type_name("IDS");
   app.add_flag("--ignore-eos", settings.request.ignore_eos,
                "do not end at the model's end-of-text tokens");
 }
@@ -231,8 +317,12 @@ void add_generate_command(CLI::App& app, Command& selected) {
       &run,
       "The text goes to standard output, followed by a newline; statistics go to standard error.\n"
       "Of a prompt from a file or standard input one final newline is dropped.\n"
-      "Ctrl-C ends the text with its statistics and exit code 0; a second one kills.\n"
-      "A folder without tokenizer.json takes --prompt-tokens and gives token ids.\n\n"
+      "Ctrl-C ends the text with its statistics and exit code 130; a second one kills.\n"
+      "A folder without tokenizer.json takes --prompt-tokens and gives token ids.\n"
+      "Of a folder's generation_config.json only the end-of-text tokens count; "
+      "--generation-config\n"
+      "takes its temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens as\n"
+      "transformers' generate() does, where no option says otherwise.\n\n"
       "Keys of --json: text, prompt_tokens, tokens, finish_reason, logprobs, statistics.\n"
       "--json-lines prints {\"event\": \"token\", text, token, piece, ...} for each token and\n"
       "{\"event\": \"end\", ...} with the keys of --json as the last line.",
@@ -241,14 +331,14 @@ void add_generate_command(CLI::App& app, Command& selected) {
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
   add_text_options(command, settings->prompt, "--prompt", "--prompt-file");
-  command
-      .add_option("--prompt-tokens", settings->prompt_tokens,
-                  "the prompt as token ids, as in 1,2,3")
-      ->type_name("IDS")
-      ->excludes(settings->prompt.text_option)
-      ->excludes(settings->prompt.file_option);
+  settings->prompt_tokens_option = command
+                                       .add_option("--prompt-tokens", settings->prompt_tokens,
+                                                   "the prompt as token ids, as in 1,2,3")
+                                       ->type_name("IDS")
+                                       ->excludes(settings->prompt.text_option)
+                                       ->excludes(settings->prompt.file_option);
   add_stop_options(command, *settings);
-  add_sampling_options(command, settings->request.sampling);
+  add_sampling_options(command, *settings);
   add_report_options(command, settings->report);
   command.add_flag("--json-lines", settings->json_lines, "print one JSON document for each token")
       ->excludes("--json");

@@ -8,7 +8,8 @@ namespace {
 
 constexpr int kSignals[] = {SIGINT, SIGTERM};
 
-std::atomic<bool> interrupted_flag{false};
+std::atomic<int> noted_signal{0};
+static_assert(std::atomic<int>::is_always_lock_free, "used in a signal handler");
 std::atomic<Generation*> current_generation{nullptr};
 static_assert(std::atomic<Generation*>::is_always_lock_free, "used in a signal handler");
 
@@ -21,8 +22,8 @@ void restore_default_handlers() {
 }
 
 // Async-signal-safe: atomics, sigaction() and Generation::cancel(), which promises it.
-void handle_signal(int) {
-  interrupted_flag.store(true);
+void handle_signal(int number) {
+  noted_signal.store(number);
   if (Generation* generation = current_generation.load()) generation->cancel();
   restore_default_handlers();
 }
@@ -30,7 +31,7 @@ void handle_signal(int) {
 }  // namespace
 
 InterruptScope::InterruptScope(Generation* generation) {
-  interrupted_flag.store(false);
+  noted_signal.store(0);
   current_generation.store(generation);
   for (int number : kSignals) {
     struct sigaction action {};
@@ -49,6 +50,13 @@ InterruptScope::~InterruptScope() {
   current_generation.store(nullptr);
 }
 
-bool InterruptScope::interrupted() const noexcept { return interrupted_flag.load(); }
+bool InterruptScope::interrupted() const noexcept { return signal_noted(); }
+
+bool signal_noted() noexcept { return noted_signal.load() != 0; }
+
+ExitCode exit_code_of_signal() noexcept {
+  const int number = noted_signal.load();
+  return number == SIGINT ? kInterrupted : number == SIGTERM ? kTerminated : kDone;
+}
 
 }  // namespace clusterfusion::cli

@@ -1,6 +1,7 @@
 // Ctrl-C (SIGINT) and SIGTERM as a request to end, once.
 #pragma once
 
+#include "cli/exit_code.hpp"
 #include "clusterfusion/engine.hpp"
 
 namespace clusterfusion::cli {
@@ -18,5 +19,10 @@ class InterruptScope {
 
   bool interrupted() const noexcept;
 };
+
+// The exit code for the signal that an InterruptScope has noted; kDone if there was none.
+ExitCode exit_code_of_signal() noexcept;
+// Whether one was noted: EngineOptions::interrupted.
+bool signal_noted() noexcept;
 
 }  // namespace clusterfusion::cli

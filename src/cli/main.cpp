@@ -9,8 +9,11 @@
 
 #include "cli/commands.hpp"
 #include "cli/help_formatter.hpp"
+#include "cli/interrupt.hpp"
+#include "cli/option_names.hpp"
 #include "cli/standard_output.hpp"
 #include "cli/terminal.hpp"
+#include "cli/unknown_command.hpp"
 #include "clusterfusion/error.hpp"
 
 namespace clusterfusion::cli {
@@ -29,7 +32,7 @@ void add_commands(CLI::App& app, Command& selected) {
   app.footer(
       "Each command's --help ends with an example.\n"
       "Exit codes: 0 done; 1 failed (a file, memory, the device, ...); 2 misused (an option, a\n"
-      "value, a prompt or a token id is wrong).\n\n"
+      "value, a prompt or a token id is wrong); 130 and 143 ended by SIGINT (Ctrl-C), SIGTERM.\n\n"
       "Example:\n  clusterfusion generate models/demo -p \"It was a dark night\"");
 }
 
@@ -49,6 +52,10 @@ ExitCode run(int argc, char** argv) {
                "clusterfusion");
   Command selected;
   add_commands(app, selected);
+  if (const auto message = unknown_command(app, argc, argv)) {
+    print_error(*message + "; see clusterfusion --help");
+    return kMisused;
+  }
   try {
     app.parse(argc, argv);
   } catch (const CLI::CallForHelp&) {
@@ -76,8 +83,8 @@ ExitCode run_guarded(int argc, char** argv) noexcept {
   } catch (const OutputClosed&) {
     return kDone;
   } catch (const Error& error) {
-    print_error(error.what());
-    return exit_code_of(error.kind());
+    print_error(with_option_names(error.what()));
+    return signal_noted() ? exit_code_of_signal() : exit_code_of(error.kind());
   } catch (const std::bad_alloc&) {
     print_error("out of memory; use a smaller model, text or --context");
   } catch (const std::exception& error) {

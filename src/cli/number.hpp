@@ -41,7 +41,10 @@ CLI::Option* add_number(CLI::App& app, const std::string& names, T& value,
       return {};
     }
     std::string expected = std::is_floating_point_v<T> ? "a finite number" : "a whole number";
-    if (max != std::numeric_limits<T>::max()) {
+    // A whole number that is beyond the type itself deserves to hear of its limits.
+    const bool is_whole =
+        !text.empty() && text.find_first_not_of("0123456789", text[0] == '-') == std::string::npos;
+    if (max != std::numeric_limits<T>::max() || (!number && is_whole)) {
       expected += fmt::format(" from {} to {}", min, max);
     } else if (min != std::numeric_limits<T>::lowest()) {
       expected += fmt::format(" of at least {}", min);

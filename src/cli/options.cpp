@@ -53,18 +53,19 @@ std::unique_ptr<Engine> open_engine(const EngineSettings& settings, const Report
   options.load_progress = [&](std::int64_t done, std::int64_t total) {
     progress.update(done / 1'000'000, total / 1'000'000);
   };
-  try {
-    return Engine::open(settings.model, options);
-  } catch (const Error& error) {
-    // The one option whose limit only the model knows.
-    if (!std::string_view(error.what()).starts_with("max_positions")) throw;
-    fail(error.kind(), "--context: {}", error.what());
-  }
+  std::unique_ptr<Engine> engine = Engine::open(settings.model, options);
+  print_warnings(engine->warnings(), report.quiet);
+  return engine;
 }
 
 void add_report_options(CLI::App& app, ReportSettings& settings) {
   app.add_flag("--json", settings.json, "print the result as one JSON document");
   app.add_flag("-q,--quiet", settings.quiet, "nothing on standard error but errors");
+}
+
+void print_warnings(const std::vector<std::string>& warnings, bool quiet) {
+  if (quiet) return;
+  for (const std::string& warning : warnings) print_warning(warning);
 }
 
 void warn_if_not_utf8(const std::string& text, const std::string& source, bool quiet) {

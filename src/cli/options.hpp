@@ -4,6 +4,7 @@
 #include <CLI/CLI.hpp>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "clusterfusion/engine.hpp"
 
@@ -24,11 +25,14 @@ struct ReportSettings {
   bool quiet = false;
 };
 
-// Shows how far loading is if it takes longer than a moment. Errors: those of Engine::open.
+// Shows how far loading is if it takes longer than a moment, and prints the engine's warnings.
+// Errors: those of Engine::open.
 std::unique_ptr<Engine> open_engine(const EngineSettings& settings, const ReportSettings& report);
 
 // --json and --quiet.
 void add_report_options(CLI::App& app, ReportSettings& settings);
+
+void print_warnings(const std::vector<std::string>& warnings, bool quiet);
 
 // The tokens of `text`; warns if it is not UTF-8 (`source` names it), unless `quiet`.
 // Errors: out_of_memory.

@@ -1,6 +1,9 @@
 // clusterfusion perplexity: how well a model predicts a text, by sliding window.
 #include <fmt/format.h>
 
+#include <map>
+#include <string>
+
 #include "base/fail.hpp"
 #include "cli/commands.hpp"
 #include "cli/interrupt.hpp"
@@ -25,10 +28,11 @@ struct Settings {
 };
 
 std::string result_text(const PerplexityResult& result) {
-  return fmt::format("perplexity {:.4f}\n{:.5f} nats/token, {:.5f} bits/byte, {} of {} in {}\n",
-                     result.perplexity, result.mean_nll, result.bits_per_byte,
-                     format_count(result.scored_tokens, "scored token"), result.total_tokens,
-                     format_duration(result.seconds));
+  const std::string bits =
+      result.bits_per_byte > 0 ? fmt::format(" {:.5f} bits/byte,", result.bits_per_byte) : "";
+  return fmt::format("perplexity {:.4f}\n{:.5f} nats/token,{} {} of {} in {}\n", result.perplexity,
+                     result.mean_nll, bits, format_count(result.scored_tokens, "scored token"),
+                     result.total_tokens, format_duration(result.seconds));
 }
 
 Json result_json(const PerplexityResult& result) {
@@ -39,28 +43,34 @@ Json result_json(const PerplexityResult& result) {
 
 PerplexityResult measure(Engine& engine, const Settings& settings) {
   const std::string text = read_text(settings.source);
-  const std::vector<TokenId> tokens = encode(engine.tokenizer(), text, !settings.no_special_tokens,
-                                             name_of(settings.source), settings.report.quiet);
+  warn_if_not_utf8(text, name_of(settings.source), settings.report.quiet);
   const InterruptScope interrupt;
   ProgressBar progress("perplexity", "tokens", settings.report.quiet);
   PerplexityOptions window = settings.window;
-  std::int64_t tokens_done = 0;
+  std::string tokens_done = "before the first window of tokens was done";
   window.progress = [&](std::int64_t done, std::int64_t total) {
-    tokens_done = done;
+    tokens_done = fmt::format("after {} of {} tokens", done, total);
     progress.update(done, total);
-    return !interrupt.interrupted();
+    return true;
   };
-  const auto bytes = static_cast<std::int64_t>(text.size());
-  const PerplexityResult result = engine.perplexity(tokens, bytes, window);
-  // Part of a text has another perplexity than the whole: better no result than a wrong one.
-  require(!interrupt.interrupted(), ErrorKind::io,
-          "interrupted after {} of {} tokens; no result (the perplexity so far is {:.4f})",
-          tokens_done, tokens.size(), result.perplexity);
-  return result;
+  try {
+    return engine.perplexity(text, !settings.no_special_tokens, window);
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::interrupted) throw;
+    // Part of a text has another perplexity than the whole: better no result than a wrong one.
+    fail(error.kind(), "interrupted {}; no result", tokens_done);
+  }
 }
 
+// Names as the option takes them.
+const std::map<std::string, PerplexityMethod> kMethods{
+    {"each-token", PerplexityMethod::each_token},
+    {"transformers-docs", PerplexityMethod::transformers_docs}};
+
 ExitCode run(const Settings& settings) {
-  const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
+  EngineSettings engine_settings = settings.engine;
+  engine_settings.options.interrupted = signal_noted;
+  const std::unique_ptr<Engine> engine = open_engine(engine_settings, settings.report);
   const PerplexityResult result = measure(*engine, settings);
   write_output(settings.report.json ? to_line(result_json(result)) : result_text(result));
   return kDone;
@@ -72,10 +82,14 @@ void add_perplexity_command(CLI::App& app, Command& selected) {
   const auto settings = std::make_shared<Settings>();
   CLI::App& command = *add_command(
       app, selected, "perplexity", "Measure how well the model predicts a text.", settings, &run,
-      "The sliding-window measure of https://huggingface.co/docs/transformers/perplexity: windows\n"
-      "of --context tokens move on by --stride, and each token is scored once, in the first "
-      "window\n"
-      "that holds it, given the tokens before it in that window.\n\n"
+      "Windows of --context tokens move on by --stride. Each token but the first of the text is\n"
+      "scored once, in the first window that holds it, given the tokens before it in that window,\n"
+      "and counts once; bits per byte are over the bytes of these tokens. --method\n"
+      "transformers-docs is the loop of https://huggingface.co/docs/transformers/perplexity, "
+      "which\n"
+      "weighs a window by its new tokens less one; it has no bits per byte. Ctrl-C ends it "
+      "without\n"
+      "a result.\n\n"
       "Keys of --json: perplexity, mean_nll (nats), bits_per_byte, scored_tokens, total_tokens,\n"
       "seconds.",
       "clusterfusion perplexity models/demo -f novel.txt --context 256 --stride 128");
@@ -85,8 +99,16 @@ void add_perplexity_command(CLI::App& app, Command& selected) {
              "tokens in a window, at least 2; 0: the model's longest context", std::int64_t{0})
       ->capture_default_str();
   add_number(command, "--stride", settings->window.stride,
-             "tokens by which the window moves on, at least 2; 0: half the window", std::int64_t{0})
+             "tokens by which the window moves on; 0: half the window", std::int64_t{0})
       ->capture_default_str();
+  command
+      .add_option_function<std::string>(
+          "--method",
+          [settings](const std::string& name) { settings->window.method = kMethods.at(name); },
+          "how tokens are scored and counted: each-token or transformers-docs")
+      ->transform(CLI::IsMember({"each-token", "transformers-docs"}).description(""))
+      ->type_name("NAME")
+      ->default_str("each-token");
   add_report_options(command, settings->report);
   command.add_flag("--no-special-tokens", settings->no_special_tokens,
                    "do not add the tokenizer's special tokens");

@@ -45,9 +45,12 @@ Json to_json(const SampledToken& sampled, const Tokenizer* tokenizer, bool with_
 Json to_json(const GenerateResult& result, const Tokenizer* tokenizer) {
   Json json = {
       {"text", result.text},     {"prompt_tokens", result.prompt_tokens},
-      {"tokens", result.tokens}, {"finish_reason", clusterfusion::name_of(result.finish_reason)},
+      {"tokens", result.tokens}, {"finish_reason", nullptr},
       {"logprobs", nullptr},     {"statistics", to_json(result.statistics)},
   };
+  if (result.finish_reason) {
+    json["finish_reason"] = clusterfusion::name_of(*result.finish_reason);
+  }
   if (!result.sampled.empty()) {
     json["logprobs"] = Json::array();
     for (const SampledToken& sampled : result.sampled) {

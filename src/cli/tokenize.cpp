@@ -2,6 +2,8 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 #include "base/fail.hpp"
 #include "cli/commands.hpp"
 #include "cli/number.hpp"
@@ -55,10 +57,23 @@ void run_encode(const Settings& settings, const Tokenizer& tokenizer, const std:
   }
 }
 
+// A model's vocabulary may be padded; ids that the tokenizer does not know have no text.
+void warn_of_unknown(const std::vector<TokenId>& tokens, const Tokenizer& tokenizer, bool quiet) {
+  const auto is_unknown = [&](TokenId token) { return token >= tokenizer.vocab_size(); };
+  const auto first = std::ranges::find_if(tokens, is_unknown);
+  if (first == tokens.end() || quiet) return;
+  print_warning(
+      fmt::format("{} of {} ids are not in the tokenizer's vocabulary of {} and have no "
+                  "text; the first of them is {} at index {}",
+                  std::ranges::count_if(tokens, is_unknown), tokens.size(), tokenizer.vocab_size(),
+                  *first, first - tokens.begin()));
+}
+
 void run_decode(const Settings& settings, const Tokenizer& tokenizer, const std::string& list) {
   const auto ids = parse_integer_list(list, 0, std::numeric_limits<TokenId>::max(),
                                       "token ids from " + name_of(settings.source));
   const std::vector<TokenId> tokens(ids.begin(), ids.end());
+  warn_of_unknown(tokens, tokenizer, settings.report.quiet);
   const std::string text = tokenizer.decode(tokens, settings.skip_special_tokens);
   if (settings.report.json) {
     write_output(to_line({{"text", text}}));
@@ -72,6 +87,7 @@ void run_decode(const Settings& settings, const Tokenizer& tokenizer, const std:
 ExitCode run(const Settings& settings) {
   const std::string text = read_text(settings.source);
   const std::shared_ptr<const Tokenizer> tokenizer = Tokenizer::open(settings.path);
+  print_warnings(tokenizer->warnings(), settings.report.quiet);
   (settings.decode ? run_decode : run_encode)(settings, *tokenizer, text);
   return kDone;
 }

@@ -3,6 +3,7 @@
 #include "base/fail.hpp"
 #include "engine/choose_device.hpp"
 #include "engine/make_engine.hpp"
+#include "model/intact.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -22,6 +23,22 @@ BackendOptions check_options(const EngineOptions& options, const ModelConfig& co
 }
 
 }  // namespace
+
+void apply_generation_config(const GenerationConfig& config, GenerateRequest& request) {
+  // GenerationConfig of transformers: what generate() takes where nobody says anything.
+  constexpr float kTemperature = 1.0f;
+  constexpr std::int32_t kTopK = 50;
+  constexpr float kTopP = 1.0f;
+  SamplingParams& sampling = request.sampling;
+  sampling.temperature = config.do_sample ? config.temperature.value_or(kTemperature) : 0.0f;
+  if (config.do_sample) {
+    sampling.top_k = config.top_k.value_or(kTopK);
+    sampling.top_p = config.top_p.value_or(kTopP);
+    sampling.min_p = config.min_p.value_or(0.0f);
+  }
+  sampling.repetition_penalty = config.repetition_penalty.value_or(sampling.repetition_penalty);
+  request.max_new_tokens = config.max_new_tokens.value_or(request.max_new_tokens);
+}
 
 const char* name_of(FinishReason reason) noexcept {
   switch (reason) {
@@ -45,10 +62,12 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
   // A file that is there but cannot be reached is for Tokenizer::open to report.
   if (std::filesystem::symlink_status(tokenizer_file, error).type() !=
       std::filesystem::file_type::not_found) {
-    tokenizer = Tokenizer::open(tokenizer_file);
+    tokenizer = Tokenizer::open(path);
   }
   std::unique_ptr<Backend> backend = make_backend(options.device, choice, model, backend_options);
-  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason));
+  require_intact(*model);
+  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
+                     options.interrupted);
 }
 
 std::vector<GenerateResult> Engine::generate(std::vector<GenerateRequest> requests,
@@ -58,6 +77,20 @@ std::vector<GenerateResult> Engine::generate(std::vector<GenerateRequest> reques
     if (on_event && !on_event(*event)) generation->cancel();
   }
   return generation->results();
+}
+
+PerplexityResult Engine::perplexity(std::string_view text, bool add_special_tokens,
+                                    const PerplexityOptions& options) {
+  const std::vector<TokenId> tokens = tokenizer().encode(text, add_special_tokens);
+  std::size_t unscored = 0;
+  const bool starts_with_text = !add_special_tokens || tokenizer().num_leading_tokens() == 0;
+  if (!tokens.empty() && starts_with_text) {
+    const std::string_view first = tokenizer().bytes_of(tokens.front());
+    // The tokenizer may have put a space before the text.
+    unscored = text.starts_with(first) || !first.starts_with(' ') ? first.size() : first.size() - 1;
+  }
+  const std::size_t scored = text.size() - std::min(text.size(), unscored);
+  return perplexity(tokens, static_cast<std::int64_t>(scored), options);
 }
 
 GenerateResult Engine::generate(GenerateRequest request, const EventCallback& on_event) {

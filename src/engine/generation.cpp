@@ -43,6 +43,11 @@ std::optional<GenerateEvent> BatchGeneration::next() {
   try {
     while (events_.empty() && advance()) {
     }
+  } catch (const Error& error) {
+    if (error.kind() == ErrorKind::interrupted) cancel_sequences();
+    sequences_.clear();
+    events_.clear();
+    throw;
   } catch (...) {
     sequences_.clear();
     events_.clear();
@@ -56,18 +61,29 @@ std::optional<GenerateEvent> BatchGeneration::next() {
 
 bool BatchGeneration::advance() {
   if (sequences_.empty()) return false;
-  if (cancelled_.load(std::memory_order_relaxed)) {
-    for (Sequence& sequence : sequences_) {
-      emit(sequence, last_event(sequence.index, FinishReason::cancelled));
-    }
-  } else if (const auto waiting = std::ranges::find_if(sequences_, &Sequence::in_prefill);
-             waiting != sequences_.end()) {
+  try {
+    if (is_cancelled()) throw Stopped{};
+    advance_sequences();
+  } catch (const Stopped&) {
+    cancel_sequences();
+  }
+  drop_finished();
+  return true;
+}
+
+void BatchGeneration::advance_sequences() {
+  const auto waiting = std::ranges::find_if(sequences_, &Sequence::in_prefill);
+  if (waiting != sequences_.end()) {
     prefill_piece(*waiting);
   } else {
     decode_batch();
   }
-  drop_finished();
-  return true;
+}
+
+void BatchGeneration::cancel_sequences() {
+  for (Sequence& sequence : sequences_) {
+    if (sequence.handle) emit(sequence, last_event(sequence.index, FinishReason::cancelled));
+  }
 }
 
 void BatchGeneration::prefill_piece(Sequence& sequence) {
@@ -79,11 +95,13 @@ void BatchGeneration::prefill_piece(Sequence& sequence) {
   PrefillOutput output;
   if (count == left) output.sampled = &sampled;
 
-  result_of(sequence).statistics.prefill_seconds += backend_->run([&](Backend& backend) {
-    const Clock::time_point start = Clock::now();
-    backend.prefill(sequence.handle->id(), piece, output);
-    return seconds_since(start);
-  });
+  result_of(sequence).statistics.prefill_seconds += backend_->run(
+      [&](Backend& backend) {
+        const Clock::time_point start = Clock::now();
+        backend.prefill(sequence.handle->id(), piece, output);
+        return seconds_since(start);
+      },
+      [this] { return is_cancelled(); });
   sequence.prefilled += count;
   if (count < left) return;
   result_of(sequence).statistics.time_to_first_token_seconds = seconds_since(started_);
@@ -126,11 +144,13 @@ void BatchGeneration::decode_batch() {
   double bytes = 0;
   for (std::int32_t step = 0; step < steps; ++step) bytes += step_bytes(step);
 
-  const double seconds = backend_->run([&](Backend& backend) {
-    const Clock::time_point start = Clock::now();
-    backend.decode(ids, inputs, steps, sampled, {});
-    return seconds_since(start);
-  });
+  const double seconds = backend_->run(
+      [&](Backend& backend) {
+        const Clock::time_point start = Clock::now();
+        backend.decode(ids, inputs, steps, sampled, {});
+        return seconds_since(start);
+      },
+      [this] { return is_cancelled(); });
   for (Sequence& sequence : sequences_) {
     result_of(sequence).statistics.decode_seconds += seconds;
     sequence.decode_bytes += bytes;
@@ -168,9 +188,7 @@ std::optional<FinishReason> BatchGeneration::limit_reached(const Sequence& seque
 void BatchGeneration::emit(Sequence& sequence, GenerateEvent event) {
   if (event.finish_reason) {
     event.text += sequence.text.finish();
-    if (event.finish_reason != FinishReason::stop_token && sequence.text.stopped()) {
-      event.finish_reason = FinishReason::stop_string;
-    }
+    if (sequence.text.stopped()) event.finish_reason = FinishReason::stop_string;
     result_of(sequence).finish_reason = *event.finish_reason;
     sequence.handle.reset();
   }

@@ -19,11 +19,13 @@ namespace clusterfusion {
 // batch. Which sequences share a batch does not change their tokens.
 //
 // - A request for 0 new tokens computes nothing: its one event says token_limit.
-// - If several reasons to finish hold at once, the first of these is given: stop_token,
-//   stop_string, token_limit, context_limit. (The end of a text may still complete a stop string.)
+// - If several reasons to finish hold at once, the first of these is given: stop_string (the end of
+//   a text, a stop token for one, may show that the text held back has one), stop_token,
+//   token_limit, context_limit.
 // - A context limit of n means that prompt and new tokens together are at most n.
-// - cancel() lets tokens that are already computed come out, then ends each sequence with one event
-//   that brings the text held back.
+// - cancel() lets tokens that are already computed come out, gives up the step that runs, and ends
+//   each sequence with one event that brings the text held back.
+// - An interrupted step ends the results in the same way, but the error takes the place of events.
 class BatchGeneration final : public Generation {
  public:
   using Clock = std::chrono::steady_clock;
@@ -51,10 +53,13 @@ class BatchGeneration final : public Generation {
 
   // Does one prefill piece or one decode step, or cancels; false if there is nothing left to do.
   bool advance();
+  void advance_sequences();
+  void cancel_sequences();
   void prefill_piece(Sequence& sequence);
   void decode_batch();
   std::int32_t num_steps() const;
   double step_bytes(std::int64_t step) const;
+  bool is_cancelled() const noexcept { return cancelled_.load(std::memory_order_relaxed); }
 
   // Takes note of a new token and decides whether the sequence goes on.
   void accept(Sequence& sequence, SampledToken token);

@@ -6,6 +6,8 @@
 #include "engine/scoring.hpp"
 #include "engine/shared_backend.hpp"
 #include "engine/timing.hpp"
+#include "io/json.hpp"
+#include "tokenizer/neighbour_files.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -17,27 +19,47 @@ PreparedRequest prepare_numbered(GenerateRequest request, const RequestLimits& l
     return prepare_request(std::move(request), limits);
   } catch (const Error& error) {
     if (count == 1) throw;
-    fail(error.kind(), "request {} of {}: {}", index, count, error.what());
+    fail(error.kind(), "requests[{}]: {}", index, error.what());
   }
+}
+
+std::vector<std::string> warnings_of(const Model& model, const Tokenizer* tokenizer) {
+  std::vector<std::string> warnings = model.warnings();
+  if (tokenizer == nullptr) return warnings;
+  warnings.insert(warnings.end(), tokenizer->warnings().begin(), tokenizer->warnings().end());
+  const std::int64_t vocab_size = model.config().vocab_size;
+  if (tokenizer->vocab_size() > vocab_size) {
+    warnings.push_back(fmt::format(
+        "{}: the tokenizer has ids up to {}, and the model's vocab_size is {}: text with {} ({}) "
+        "will be refused. Resize the model's embeddings, or fetch tokenizer.json and config.json "
+        "from the same checkpoint",
+        model.folder().string(), tokenizer->vocab_size() - 1, vocab_size,
+        quote(tokenizer->id_to_token(static_cast<TokenId>(vocab_size))),
+        tokenizer->vocab_size() - vocab_size == 1 ? "the only such token"
+                                                  : "the first such token"));
+  }
+  return warnings;
 }
 
 class BackendEngine final : public Engine {
  public:
   BackendEngine(std::shared_ptr<const Model> model, std::shared_ptr<const Tokenizer> tokenizer,
-                std::unique_ptr<Backend> backend, std::string device_reason)
+                std::unique_ptr<Backend> backend, std::string device_reason,
+                StopRequest interrupted)
       : model_(std::move(model)),
         tokenizer_(std::move(tokenizer)),
         device_reason_(std::move(device_reason)),
-        backend_(std::make_shared<SharedBackend>(model_, std::move(backend))) {}
+        warnings_(warnings_of(*model_, tokenizer_.get())),
+        backend_(
+            std::make_shared<SharedBackend>(model_, std::move(backend), std::move(interrupted))) {}
 
   const Model& model() const noexcept override { return *model_; }
   bool has_tokenizer() const noexcept override { return tokenizer_ != nullptr; }
   const Tokenizer& tokenizer() const override {
-    require(has_tokenizer(), ErrorKind::not_found,
-            "{} has no tokenizer.json; copy it there, or work with token ids",
-            model_->folder().string());
+    if (!has_tokenizer()) fail_no_tokenizer(model_->folder());
     return *tokenizer_;
   }
+  const std::vector<std::string>& warnings() const noexcept override { return warnings_; }
   EngineInfo info() const override {
     const BackendInfo& info = backend_->info();
     return {.device = info.name,
@@ -50,7 +72,7 @@ class BackendEngine final : public Engine {
 
   std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests) override {
     const auto started = BatchGeneration::Clock::now();
-    const RequestLimits limits{model_->config(), tokenizer_.get(), backend_->info().max_positions};
+    const RequestLimits limits{*model_, tokenizer_.get(), backend_->info().max_positions};
     std::vector<PreparedRequest> prepared;
     for (std::size_t i = 0; i < requests.size(); ++i) {
       prepared.push_back(prepare_numbered(std::move(requests[i]), limits, i, requests.size()));
@@ -80,6 +102,7 @@ class BackendEngine final : public Engine {
   std::shared_ptr<const Model> model_;
   std::shared_ptr<const Tokenizer> tokenizer_;
   std::string device_reason_;
+  std::vector<std::string> warnings_;
   std::shared_ptr<SharedBackend> backend_;  // shared with the generations
 };
 
@@ -87,15 +110,10 @@ class BackendEngine final : public Engine {
 
 std::unique_ptr<Engine> make_engine(std::shared_ptr<const Model> model,
                                     std::shared_ptr<const Tokenizer> tokenizer,
-                                    std::unique_ptr<Backend> backend, std::string device_reason) {
-  const std::int64_t vocab_size = model->config().vocab_size;
-  require(tokenizer == nullptr || tokenizer->vocab_size() <= vocab_size, ErrorKind::malformed,
-          "{}: the tokenizer's largest id is {}, and the model's vocab_size is {}: tokenizer.json "
-          "and config.json do not belong together; fetch both from the same checkpoint",
-          model->folder().string(), tokenizer == nullptr ? 0 : tokenizer->vocab_size() - 1,
-          vocab_size);
+                                    std::unique_ptr<Backend> backend, std::string device_reason,
+                                    StopRequest interrupted) {
   return std::make_unique<BackendEngine>(std::move(model), std::move(tokenizer), std::move(backend),
-                                         std::move(device_reason));
+                                         std::move(device_reason), std::move(interrupted));
 }
 
 }  // namespace clusterfusion

@@ -9,11 +9,12 @@
 
 namespace clusterfusion {
 
-// `tokenizer` may be null; `device_reason` is EngineInfo's.
-// Errors: malformed if the tokenizer has ids that the model does not. (A model may have more: the
-// vocabularies of Pythia are padded.)
+// `tokenizer` may be null; `device_reason` is EngineInfo's, `interrupted` EngineOptions'.
+// Where the tokenizer has ids that the model does not, there is a warning, and an error where one
+// is used. (A model may have more: the vocabularies of Pythia are padded.)
 std::unique_ptr<Engine> make_engine(std::shared_ptr<const Model> model,
                                     std::shared_ptr<const Tokenizer> tokenizer,
-                                    std::unique_ptr<Backend> backend, std::string device_reason);
+                                    std::unique_ptr<Backend> backend, std::string device_reason,
+                                    StopRequest interrupted = {});
 
 }  // namespace clusterfusion

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/fail.hpp"
+#include "tokenizer/neighbour_files.hpp"
 #include "tokenizer/utf8.hpp"
 
 namespace clusterfusion {
@@ -19,23 +20,21 @@ std::string suggest_first_token(const ModelConfig& config) {
 
 std::vector<TokenId> prompt_of(GenerateRequest& request, const RequestLimits& limits) {
   if (!request.prompt_tokens.empty()) {
-    check_tokens(request.prompt_tokens, limits.config.vocab_size, "prompt_tokens");
+    check_tokens(request.prompt_tokens, limits.model.config().vocab_size, "prompt_tokens");
     return std::move(request.prompt_tokens);
   }
   std::vector<TokenId> prompt;
-  if (!request.prompt.empty()) {
-    require(limits.tokenizer != nullptr, ErrorKind::invalid_argument,
-            "a text prompt needs a tokenizer, and this checkpoint has no tokenizer.json; pass "
-            "prompt_tokens");
-  }
+  if (!request.prompt.empty() && limits.tokenizer == nullptr)
+    fail_no_tokenizer(limits.model.folder());
   if (limits.tokenizer != nullptr) {
     prompt = limits.tokenizer->encode(request.prompt, request.add_special_tokens);
+    check_tokens(prompt, limits.model.config().vocab_size, "the prompt's token");
   }
   require(
       !prompt.empty(), ErrorKind::invalid_argument,
-      "the prompt has no tokens, and the model needs at least one to start from; pass some text "
-      "or prompt_tokens{}",
-      suggest_first_token(limits.config));
+      "the prompt has no tokens, and the model needs at least one to start from; pass some text, "
+      "or token ids as prompt_tokens{}",
+      suggest_first_token(limits.model.config()));
   return prompt;
 }
 
@@ -46,22 +45,43 @@ void check_stops(const GenerateRequest& request, const RequestLimits& limits) {
     require(is_valid_utf8(request.stop_strings[i]), ErrorKind::invalid_argument,
             "stop_strings[{}] is not UTF-8, and so cannot stand in a text", i);
   }
-  require(request.stop_strings.empty() || limits.tokenizer != nullptr, ErrorKind::invalid_argument,
-          "stop_strings need a tokenizer, and this checkpoint has no tokenizer.json; use "
-          "stop_tokens");
-  check_tokens(request.stop_tokens, limits.config.vocab_size, "stop_tokens");
+  if (!request.stop_strings.empty() && limits.tokenizer == nullptr)
+    fail_no_tokenizer(limits.model.folder());
+  check_tokens(request.stop_tokens, limits.model.config().vocab_size, "stop_tokens");
 }
 
 void check_prompt_fits(const PreparedRequest& prepared, std::int64_t max_new_tokens,
-                       std::int64_t max_positions) {
+                       const RequestLimits& limits) {
   const std::int64_t length = std::ssize(prepared.prompt);
-  const std::int64_t longest = max_new_tokens > 0 ? max_positions - 1 : max_positions;
+  const std::int64_t longest = max_new_tokens > 0 ? limits.max_positions - 1 : limits.max_positions;
+  const std::int64_t of_model = limits.model.config().max_positions;
+  const std::string or_longer =
+      limits.max_positions < of_model
+          ? fmt::format(", or raise max_positions (the model allows {})", of_model)
+          : "";
   require(
       length <= longest, ErrorKind::invalid_argument,
       "the prompt has {} tokens, and the context of {} positions has room for {}{}; shorten the "
-      "prompt by {} or more tokens",
-      length, max_positions, longest, max_new_tokens > 0 ? " and a new token" : "",
-      length - longest);
+      "prompt by {} or more tokens{}",
+      length, limits.max_positions, longest, max_new_tokens > 0 ? " and a new token" : "",
+      length - longest, or_longer);
+}
+
+// What the request forbids, in the backend's terms.
+void restrict_sampling(const GenerateRequest& request, const RequestLimits& limits,
+                       PreparedRequest& prepared) {
+  SamplingParams& sampling = prepared.sampling;
+  sampling.num_prompt_tokens = std::ssize(prepared.prompt);
+  sampling.suppressed_tokens.clear();
+  sampling.suppressed_until = 0;
+  if (request.min_new_tokens > 0) {
+    sampling.suppressed_tokens = prepared.stop_tokens;
+    sampling.suppressed_until = sampling.num_prompt_tokens + request.min_new_tokens;
+  }
+  const std::int64_t vocab_size = limits.model.config().vocab_size;
+  const bool is_padded = limits.tokenizer != nullptr && limits.tokenizer->vocab_size() < vocab_size;
+  sampling.drawable_vocab_size =
+      is_padded && !request.allow_padded_ids ? limits.tokenizer->vocab_size() : 0;
 }
 
 }  // namespace
@@ -78,11 +98,17 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
   request.sampling.validate();
   require(request.max_new_tokens >= 0, ErrorKind::invalid_argument,
           "max_new_tokens must be >= 0, got {}", request.max_new_tokens);
+  require(request.min_new_tokens >= 0 && request.min_new_tokens <= request.max_new_tokens,
+          ErrorKind::invalid_argument, "min_new_tokens must be in [0, {}] (max_new_tokens), got {}",
+          request.max_new_tokens, request.min_new_tokens);
+  std::vector<TokenId> biased;
+  for (const TokenBias& bias : request.sampling.logit_bias) biased.push_back(bias.token);
+  check_tokens(biased, limits.model.config().vocab_size, "logit_bias");
   check_stops(request, limits);
 
   PreparedRequest prepared;
   prepared.prompt = prompt_of(request, limits);
-  check_prompt_fits(prepared, request.max_new_tokens, limits.max_positions);
+  check_prompt_fits(prepared, request.max_new_tokens, limits);
   const std::int64_t room = limits.max_positions - std::ssize(prepared.prompt);
   prepared.max_new_tokens = std::min(request.max_new_tokens, room);
   prepared.ends_at_context = request.max_new_tokens > room;
@@ -90,10 +116,12 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
   prepared.stop_strings = std::move(request.stop_strings);
   prepared.stop_tokens = std::move(request.stop_tokens);
   if (!request.ignore_eos) {
-    prepared.stop_tokens.insert(prepared.stop_tokens.end(), limits.config.eos_tokens.begin(),
-                                limits.config.eos_tokens.end());
+    prepared.stop_tokens.insert(prepared.stop_tokens.end(),
+                                limits.model.config().eos_tokens.begin(),
+                                limits.model.config().eos_tokens.end());
   }
   prepared.skip_special_tokens = request.skip_special_tokens;
+  restrict_sampling(request, limits, prepared);
   return prepared;
 }
 

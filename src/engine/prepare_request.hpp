@@ -12,7 +12,7 @@ namespace clusterfusion {
 
 // What a request is checked against.
 struct RequestLimits {
-  const ModelConfig& config;
+  const Model& model;
   const Tokenizer* tokenizer;  // null: none
   std::int64_t max_positions;  // of the engine
 };

@@ -56,12 +56,30 @@ PerplexityOptions check_options(PerplexityOptions options, std::int64_t max_posi
   require(options.context >= 2 && options.context <= max_positions, ErrorKind::invalid_argument,
           "context must be in [2, {}] (the engine's longest), or 0 for the longest, got {}",
           max_positions, options.context);
-  if (options.stride == 0) options.stride = std::max<std::int64_t>(2, options.context / 2);
-  // A window counts with its new tokens less one, so a stride of 1 would count the first one only.
-  require(options.stride >= 2 && options.stride <= options.context, ErrorKind::invalid_argument,
-          "stride must be in [2, {}] (the context), or 0 for half the context, got {}",
-          options.context, options.stride);
+  const bool as_documented = options.method == PerplexityMethod::transformers_docs;
+  // There a window counts with its new tokens less one, so that a stride of 1 would count the first
+  // one only.
+  const std::int64_t least = as_documented ? 2 : 1;
+  if (options.stride == 0) options.stride = std::max(least, options.context / 2);
+  require(options.stride >= least && options.stride <= options.context, ErrorKind::invalid_argument,
+          "stride must be in [{}, {}] ({}the context), or 0 for half the context, got {}", least,
+          options.context, as_documented ? "from 2, as transformers_docs weighs windows, to " : "",
+          options.stride);
   return options;
+}
+
+// Tokens [begin, end) that are read, of which those from first_target on are scored.
+struct Window {
+  std::int64_t begin, first_target, end;
+};
+
+// The window that starts at `begin`, where the one before it ended at `previous_end`.
+Window window_at(std::int64_t begin, std::int64_t previous_end, std::int64_t total,
+                 const PerplexityOptions& options) {
+  const std::int64_t end = std::min(begin + options.context, total);
+  const bool predicts_first = options.method == PerplexityMethod::each_token;
+  if (predicts_first && begin > 0 && begin == previous_end) --begin;
+  return {begin, std::max(previous_end, begin + 1), end};
 }
 
 double sum_of(std::span<const float> values) {
@@ -113,32 +131,34 @@ PerplexityResult compute_perplexity(SharedBackend& backend, std::span<const Toke
   require(bytes >= 0, ErrorKind::invalid_argument, "bytes must be >= 0 (0: unknown), got {}",
           bytes);
   check_tokens(tokens, backend.model().config().vocab_size, "tokens");
-  const auto [context, stride, progress] = check_options(options, backend.info().max_positions);
+  const PerplexityOptions checked = check_options(options, backend.info().max_positions);
+  const bool as_documented = checked.method == PerplexityMethod::transformers_docs;
 
-  const SequenceHandle sequence(backend, {}, std::min(context, total));
+  const SequenceHandle sequence(backend, {}, std::min(checked.context, total));
   double weighted_nll = 0;
-  double total_nll = 0;
   PerplexityResult result{.total_tokens = total};
   std::int64_t previous_end = 0;
-  for (std::int64_t begin = 0; previous_end < total; begin += stride) {
-    const std::int64_t end = std::min(begin + context, total);
-    const std::int64_t new_tokens = end - previous_end;
-    const std::int64_t first_target = std::max<std::int64_t>(previous_end, begin + 1);
-    if (first_target < end) {
+  for (std::int64_t begin = 0; previous_end < total; begin += checked.stride) {
+    const Window window = window_at(begin, previous_end, total, checked);
+    if (window.first_target < window.end) {
       backend.run([&](Backend& device) { device.truncate(sequence.id(), 0); });
       const double nll = -sum_of(next_token_logprobs(
-          backend, sequence, tokens.subspan(begin, end - begin), first_target - begin - 1));
-      total_nll += nll;
-      weighted_nll += nll / static_cast<double>(end - first_target) * (new_tokens - 1);
-      result.scored_tokens += new_tokens - 1;
+          backend, sequence, tokens.subspan(window.begin, window.end - window.begin),
+          window.first_target - window.begin - 1));
+      const std::int64_t targets = window.end - window.first_target;
+      const std::int64_t weight = as_documented ? window.end - previous_end - 1 : targets;
+      weighted_nll += nll / static_cast<double>(targets) * static_cast<double>(weight);
+      result.scored_tokens += weight;
     }
-    previous_end = end;
-    if (progress && !progress(end, total)) break;
+    previous_end = window.end;
+    if (checked.progress && !checked.progress(window.end, total)) break;
   }
 
   result.mean_nll = weighted_nll / static_cast<double>(result.scored_tokens);
   result.perplexity = std::exp(result.mean_nll);
-  if (bytes > 0) result.bits_per_byte = total_nll / std::numbers::ln2 / static_cast<double>(bytes);
+  if (bytes > 0 && !as_documented) {
+    result.bits_per_byte = weighted_nll / std::numbers::ln2 / static_cast<double>(bytes);
+  }
   result.seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - started).count();
   return result;

@@ -15,17 +15,19 @@ void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
                     std::span<float> logits);
 ScoreResult compute_score(SharedBackend& backend, std::span<const TokenId> tokens);
 
-// The sliding-window measure of "Perplexity of fixed-length models" in the Hugging Face
-// documentation (transformers, perplexity.md), number for number:
-//   window w reads tokens [begin_w, end_w) with begin_w = w stride, end_w = min(begin_w + context,
-//   total), until end_w = total; its targets are the t_w = end_w - end_(w-1) tokens that no window
-//   before it read, less the very first token of the window, which nothing predicts;
-//   nll_w      = mean over the targets of -log p(token | the tokens before it in the window)
-//   weight_w   = t_w - 1      (the documentation subtracts one for the shift of the labels)
-//   mean_nll   = sum(nll_w weight_w) / sum(weight_w),  perplexity = exp(mean_nll)
-// scored_tokens is sum(weight_w). bits_per_byte counts every target once:
-//   sum over all targets of -log p / ln 2 / bytes.
-// A window without a target (one token) is left out; the documentation's code would give NaN.
+// Sliding windows: window w reads tokens [begin_w, end_w) with begin_w = w stride, end_w =
+// min(begin_w + context, total), until end_w = total. Its targets are the tokens from end_(w-1) on,
+// which no window before it read, each given the tokens before it in the window.
+//   each_token         A window whose first token is a target too (stride = context) also reads the
+//                      token before it, which predicts it (the last token of a window is never fed,
+//                      so no more than `context` are). So the text's first token alone is no
+//                      target. mean_nll = sum over targets of -log p / number of targets.
+//   transformers_docs  "Perplexity of fixed-length models" (transformers, perplexity.md), number
+//                      for number: the first token of a window is no target;
+//                      nll_w = mean over the targets of -log p,  weight_w = end_w - end_(w-1) - 1,
+//                      mean_nll = sum(nll_w weight_w) / sum(weight_w). A window without a target
+//                      (one token) is left out; the documentation's code would give NaN.
+// perplexity = exp(mean_nll); scored_tokens is the number of targets, or sum(weight_w).
 // Each window is computed from an empty KV cache. A progress callback that returns false ends the
 // measure with the windows done so far.
 PerplexityResult compute_perplexity(SharedBackend& backend, std::span<const TokenId> tokens,

@@ -7,8 +7,39 @@
 
 namespace clusterfusion {
 
-SharedBackend::SharedBackend(std::shared_ptr<const Model> model, std::unique_ptr<Backend> backend)
-    : model_(std::move(model)), backend_(std::move(backend)) {}
+namespace {
+
+// Asking may cost something (in Python the interpreter's lock).
+constexpr std::chrono::milliseconds kBetweenQuestions{20};
+
+}  // namespace
+
+SharedBackend::SharedBackend(std::shared_ptr<const Model> model, std::unique_ptr<Backend> backend,
+                             StopRequest interrupted)
+    : model_(std::move(model)),
+      backend_(std::move(backend)),
+      interrupted_(std::move(interrupted)) {}
+
+SharedBackend::StopScope::StopScope(SharedBackend& shared, const StopRequest& stop)
+    : backend_(*shared.backend_) {
+  if (!shared.interrupted_ && !stop) return;
+  // Short steps and devices that do not ask leave it to this.
+  if (shared.is_interrupted()) fail_interrupted();
+  backend_.set_stop_request(
+      [&shared, &stop] { return (stop && stop()) || shared.is_interrupted(); });
+}
+
+bool SharedBackend::is_interrupted() {
+  if (!interrupted_) return false;
+  const auto now = std::chrono::steady_clock::now();
+  if (now < next_question_) return false;
+  next_question_ = now + kBetweenQuestions;
+  return interrupted_();
+}
+
+void SharedBackend::fail_interrupted() {
+  fail(ErrorKind::interrupted, "interrupted by the caller before the result was there");
+}
 
 double SharedBackend::measure_read_ceiling() {
   std::call_once(measured_, [this] {

@@ -2,31 +2,50 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <mutex>
+#include <type_traits>
 #include <utility>
 
 #include "backend/backend.hpp"
 #include "clusterfusion/error.hpp"
 #include "engine/turn_mutex.hpp"
+#include "model/intact.hpp"
 
 namespace clusterfusion {
 
 class SharedBackend {
  public:
-  SharedBackend(std::shared_ptr<const Model> model, std::unique_ptr<Backend> backend);
+  // `interrupted` is EngineOptions::interrupted; it may be empty.
+  SharedBackend(std::shared_ptr<const Model> model, std::unique_ptr<Backend> backend,
+                StopRequest interrupted = {});
 
   const Model& model() const noexcept { return *model_; }
   const BackendInfo& info() const noexcept { return backend_->info(); }
 
-  // Calls `step(Backend&)` while no other step runs.
-  // Errors: those of the step; a non_finite one is told where in the checkpoint the value is.
+  // Calls `step(Backend&)` while no other step runs. The backend gives up in the middle of it, with
+  // Stopped, if `stop` says so.
+  // Errors: those of the step; a non_finite one is told where in the checkpoint the value is;
+  // interrupted if the engine's caller says so; io if the checkpoint's files became shorter.
   template <typename Step>
-  auto run(Step&& step) {
+  auto run(Step&& step, const StopRequest& stop = {}) {
     try {
       const std::lock_guard lock(turn_);
-      return std::forward<Step>(step)(*backend_);
+      const StopScope scope(*this, stop);
+      if constexpr (std::is_void_v<std::invoke_result_t<Step, Backend&>>) {
+        std::forward<Step>(step)(*backend_);
+        require_intact(*model_);
+      } else {
+        auto result = std::forward<Step>(step)(*backend_);
+        require_intact(*model_);
+        return result;
+      }
+    } catch (const Stopped&) {
+      if (stop && stop()) throw;
+      fail_interrupted();
     } catch (const Error& error) {
+      require_intact(*model_);
       if (error.kind() == ErrorKind::non_finite) explain_non_finite(error);
       throw;
     }
@@ -38,11 +57,27 @@ class SharedBackend {
   double known_read_ceiling() const noexcept { return read_ceiling_; }
 
  private:
+  // The backend asks `stop` and the engine's caller as long as this lives.
+  class StopScope {
+   public:
+    StopScope(SharedBackend& shared, const StopRequest& stop);
+    ~StopScope() { backend_.set_stop_request({}); }
+    StopScope(const StopScope&) = delete;
+    StopScope& operator=(const StopScope&) = delete;
+
+   private:
+    Backend& backend_;
+  };
+
+  bool is_interrupted();
+  [[noreturn]] static void fail_interrupted();
   [[noreturn]] void explain_non_finite(const Error& error) const;
 
   std::shared_ptr<const Model> model_;
   std::unique_ptr<Backend> backend_;
   TurnMutex turn_;
+  StopRequest interrupted_;
+  std::chrono::steady_clock::time_point next_question_;  // of interrupted_
   std::once_flag measured_;
   std::atomic<double> read_ceiling_ = 0;
 };

@@ -26,9 +26,18 @@ std::string printable(std::string_view text) {
   return result;
 }
 
+constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
+
+// As PowerShell writes text.
+bool is_utf16(std::string_view text) {
+  return text.starts_with("\xFF\xFE") || text.starts_with("\xFE\xFF");
+}
+
 // simdjson says what is wrong but not where; on the way out, a second parser finds the place.
 [[noreturn]] void fail_broken(std::string_view text, const std::string& file,
                               simdjson::error_code error) {
+  require(!is_utf16(text), ErrorKind::malformed,
+          "{} is UTF-16 text (its first bytes are a byte order mark); save it as UTF-8", file);
   if (text.empty()) {
     fail(ErrorKind::malformed, "{}: broken JSON at line 1, byte 0: unexpected end of input", file);
   }
@@ -148,9 +157,7 @@ JsonValue JsonObject::value_of(const Member& member) const {
 }
 
 JsonDocument::JsonDocument(std::string_view text, std::string file) : file_(std::move(file)) {
-  // Versions of simdjson differ here.
-  require(!text.starts_with("\xEF\xBB\xBF"), ErrorKind::malformed,
-          "{}: JSON must not begin with a byte order mark (bytes EF BB BF); remove it", file_);
+  if (text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
   const simdjson::padded_string padded(text);
   const simdjson::error_code error = parser_.parse(padded).get(root_);
   if (error) fail_broken(text, file_, error);

@@ -81,7 +81,7 @@ class JsonObject {
 
 class JsonDocument {
  public:
-  // Parses `text`; `file` stands for it in messages.
+  // Parses `text`, UTF-8 with or without a byte order mark; `file` stands for it in messages.
   // Errors: malformed, with line and column.
   JsonDocument(std::string_view text, std::string file);
   JsonDocument(const JsonDocument&) = delete;

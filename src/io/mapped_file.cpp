@@ -7,6 +7,7 @@
 
 #include <cerrno>
 #include <cstdint>
+#include <string_view>
 #include <system_error>
 #include <utility>
 
@@ -68,6 +69,20 @@ class FileDescriptor {
     }
   }
 
+  // What a clone without git-lfs holds in place of large files.
+  // https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+  void refuse_lfs_pointer() {
+    constexpr std::string_view kStart = "version https://git-lfs.github.com/spec/";
+    char start[kStart.size()];
+    const bool is_pointer = ::pread(descriptor_, start, sizeof start, 0) == ssize_t{sizeof start} &&
+                            std::string_view(start, sizeof start) == kStart;
+    require(
+        !is_pointer, ErrorKind::malformed,
+        "{} is a Git LFS pointer, {} bytes that stand for a file which was not downloaded; get "
+        "it with: git lfs install && git lfs pull (in that folder), or download the file itself",
+        path_.string(), size_);
+  }
+
   std::span<const std::byte> map() {
     // MAP_PRIVATE: nothing is written, and more file systems can do it than MAP_SHARED.
     void* address = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor_, 0);
@@ -86,15 +101,22 @@ class FileDescriptor {
 MappedFile::MappedFile(std::filesystem::path path) : path_(std::move(path)) {
   FileDescriptor file(path_);
   require(file.size() > 0, ErrorKind::malformed, "{} is empty", path_.string());
+  file.refuse_lfs_pointer();
   bytes_ = file.map();
+  guard_.emplace(bytes_);
 }
 
 MappedFile::~MappedFile() {
+  guard_.reset();
   if (!bytes_.empty()) ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
 }
 
 MappedFile::MappedFile(MappedFile&& other) noexcept
-    : path_(std::move(other.path_)), bytes_(std::exchange(other.bytes_, {})) {}
+    : path_(std::move(other.path_)),
+      bytes_(std::exchange(other.bytes_, {})),
+      guard_(std::move(other.guard_)) {
+  other.guard_.reset();
+}
 
 void MappedFile::release(std::span<const std::byte> part) const noexcept {
   // As numbers: `part` may point into any other memory.
@@ -116,6 +138,7 @@ std::string read_file(const std::filesystem::path& path, std::size_t max_bytes) 
   require(file.size() <= max_bytes, ErrorKind::malformed,
           "{} is too large: expected at most {} bytes, found {}", path.string(), max_bytes,
           file.size());
+  file.refuse_lfs_pointer();
   std::string text(file.size(), '\0');
   std::size_t done = 0;
   while (done < text.size()) {

@@ -66,7 +66,11 @@ std::string_view header_text(std::span<const std::byte> bytes, const std::string
   require(length <= bytes.size() - kLengthBytes, ErrorKind::malformed,
           "{}: truncated: its header should take {} bytes, but only {} follow", file, length,
           bytes.size() - kLengthBytes);
-  return {reinterpret_cast<const char*>(bytes.data()) + kLengthBytes, length};
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + kLengthBytes, length);
+  // Where files of JSON may have one.
+  require(!text.starts_with("\xEF\xBB\xBF"), ErrorKind::malformed,
+          "{}, header: broken JSON: it begins with a byte order mark", file);
+  return text;
 }
 
 // One entry of the header; offsets are counted from the start of the data section still.

@@ -1,6 +1,7 @@
 // All tensors of a checkpoint folder, whether in one safetensors file or in several.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -38,6 +39,11 @@ class TensorStore {
   }
   // Null if there is no such tensor.
   const StoredTensor* find(std::string_view name) const;
+  // The first file of which parts could not be read any more, or null.
+  const MappedFile* find_lost_file() const noexcept {
+    const auto lost = std::ranges::find_if(files_, &MappedFile::has_lost_pages);
+    return lost == files_.end() ? nullptr : &*lost;
+  }
   // MappedFile::release() of the file in which `part` lies; nothing happens for other memory.
   void release(std::span<const std::byte> part) const noexcept {
     for (const MappedFile& file : files_) file.release(part);

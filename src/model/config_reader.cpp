@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <optional>
 #include <utility>
 
@@ -242,6 +243,30 @@ void apply_generation_config(std::string_view json, const std::string& file, Mod
   if (const std::optional<JsonValue> eos = root.find_non_null("eos_token_id")) {
     config.eos_tokens = parse_tokens(*eos, config);
   }
+}
+
+GenerationConfig parse_generation_config(std::string_view json, const std::string& file) {
+  const JsonDocument document(json, file);
+  const JsonObject root(document.root());
+  const auto number = [&](std::string_view key, NumberRange range) -> std::optional<float> {
+    const std::optional<JsonValue> value = root.find_non_null(key);
+    if (!value) return std::nullopt;
+    return static_cast<float>(value->number(range));
+  };
+  GenerationConfig config;
+  const std::optional<JsonValue> do_sample = root.find_non_null("do_sample");
+  config.do_sample = do_sample && do_sample->boolean();
+  config.temperature = number("temperature", {0, std::numeric_limits<float>::max()});
+  config.top_p = number("top_p", {0, 1});
+  config.min_p = number("min_p", {0, 1});
+  config.repetition_penalty = number("repetition_penalty", {0, std::numeric_limits<float>::max()});
+  if (const auto top_k = root.find_non_null("top_k")) {
+    config.top_k = static_cast<std::int32_t>(top_k->integer({0, kMaxTokens}));
+  }
+  if (const auto count = root.find_non_null("max_new_tokens")) {
+    config.max_new_tokens = count->integer();
+  }
+  return config;
 }
 
 }  // namespace clusterfusion

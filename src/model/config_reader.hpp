@@ -23,4 +23,7 @@ Activation parse_activation(std::string_view name, std::string_view where);
 // Errors: malformed.
 void apply_generation_config(std::string_view json, const std::string& file, ModelConfig& config);
 
+// What a generation_config.json says of sampling and lengths. Errors: malformed.
+GenerationConfig parse_generation_config(std::string_view json, const std::string& file);
+
 }  // namespace clusterfusion

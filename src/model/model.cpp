@@ -10,6 +10,7 @@
 #include "io/mapped_file.hpp"
 #include "io/tensor_store.hpp"
 #include "model/config_reader.hpp"
+#include "model/intact.hpp"
 #include "model/non_finite.hpp"
 #include "model/weight_binding.hpp"
 
@@ -17,6 +18,7 @@ namespace clusterfusion {
 namespace {
 
 constexpr std::size_t kMaxConfigBytes = 16 << 20;
+constexpr const char* kGenerationConfig = "generation_config.json";
 
 // "3" of a vector, "1, 3" of a matrix.
 std::string index_text(const DLTensor& tensor, std::int64_t index) {
@@ -32,6 +34,9 @@ class MappedModel : public Model {
     BoundWeights bound = bind_weights(store_, config_, shapes_);
     weights_ = std::move(bound.weights);
     tensors_ = std::move(bound.tensors);
+    copies_ = std::move(bound.copies);
+    warnings_ = std::move(bound.warnings);
+    require_intact(*this);
   }
 
   std::optional<std::string> find_non_finite() const override {
@@ -44,12 +49,24 @@ class MappedModel : public Model {
     return std::nullopt;
   }
 
+  GenerationConfig generation_config() const override {
+    const std::filesystem::path path = folder_ / kGenerationConfig;
+    if (!is_there(path)) return {};
+    return parse_generation_config(read_file(path, kMaxConfigBytes), path.string());
+  }
+
+  std::optional<std::string> find_lost_file() const override {
+    const MappedFile* lost = store_.find_lost_file();
+    return lost == nullptr ? std::nullopt : std::optional(lost->path().string());
+  }
+
   void release(std::span<const std::byte> bytes) const noexcept override { store_.release(bytes); }
 
  private:
   TensorStore store_;
   ShapeStorage shapes_;
   std::vector<NamedTensor> tensors_;
+  TensorCopies copies_;
 };
 
 void check_folder(const std::filesystem::path& folder) {
@@ -72,7 +89,7 @@ ModelConfig read_config(const std::filesystem::path& folder) {
           "no config.json in {}: expected a checkpoint folder in Hugging Face's layout",
           folder.string());
   ModelConfig config = parse_config(read_file(path, kMaxConfigBytes), path.string());
-  const std::filesystem::path generation = folder / "generation_config.json";
+  const std::filesystem::path generation = folder / kGenerationConfig;
   if (is_there(generation)) {
     apply_generation_config(read_file(generation, kMaxConfigBytes), generation.string(), config);
   }
@@ -119,7 +136,7 @@ std::int64_t Model::num_parameters() const noexcept {
 }
 
 std::int64_t Model::bytes_per_token() const noexcept {
-  const std::int64_t embedding_row = config_.hidden_size * size_of(config_.dtype);
+  const std::int64_t embedding_row = num_bytes(weights_.embedding) / config_.vocab_size;
   return sum_behind_embedding(weights_, num_bytes) + embedding_row;
 }
 

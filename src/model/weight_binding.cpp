@@ -152,7 +152,7 @@ void check_names(const TensorStore& store, const std::vector<Slot>& slots) {
   }
 }
 
-DLTensor view_of(const StoredTensor& stored, const Slot& slot, ShapeStorage& shapes) {
+DType checked_dtype(const StoredTensor& stored, const Slot& slot) {
   const std::string where = fmt::format("{}: tensor {}", stored.file, quote(slot.name));
   const std::optional<DType> dtype = parse_dtype(stored.dtype);
   require(dtype.has_value(), ErrorKind::unsupported, "{} has dtype {}; expected F16, BF16 or F32",
@@ -160,48 +160,60 @@ DLTensor view_of(const StoredTensor& stored, const Slot& slot, ShapeStorage& sha
   require(stored.shape == slot.shape, ErrorKind::malformed,
           "{} has shape [{}]; expected [{}], by config.json", where, fmt::join(stored.shape, ", "),
           fmt::join(slot.shape, ", "));
-  const auto address = reinterpret_cast<std::uintptr_t>(stored.data.data());
-  require(address % static_cast<std::uintptr_t>(size_of(*dtype)) == 0, ErrorKind::malformed,
-          "{} is misaligned: its first byte is not at a multiple of {} bytes, so that it cannot be "
-          "used in place. Rewrite the file: python -c \"from safetensors.torch import load_file, "
-          "save_file; save_file(load_file('OLD'), 'NEW', {{'format': 'pt'}})\"",
-          where, size_of(*dtype));
+  return *dtype;
+}
 
+bool is_aligned(const StoredTensor& stored, DType dtype) {
+  const auto address = reinterpret_cast<std::uintptr_t>(stored.data.data());
+  return address % static_cast<std::uintptr_t>(size_of(dtype)) == 0;
+}
+
+DLTensor view_of(const std::byte* data, DType dtype, const Slot& slot, ShapeStorage& shapes) {
   std::array<std::int64_t, 2>& shape = shapes.emplace_back();
   std::copy(slot.shape.begin(), slot.shape.end(), shape.begin());
   DLTensor view{};
   // DLPack has no view of constant data; nobody may write through this one (the pages are mapped
   // read-only).
-  view.data = const_cast<std::byte*>(stored.data.data());
+  view.data = const_cast<std::byte*>(data);
   view.device = {kDLCPU, 0};
   view.ndim = static_cast<int>(slot.shape.size());
-  view.dtype = to_dl(*dtype);
+  view.dtype = to_dl(dtype);
   view.shape = shape.data();
   return view;
 }
 
-// All matrices share one dtype: the model's.
-DType common_matrix_dtype(const TensorStore& store, const std::vector<Slot>& slots) {
-  const Slot& first = slots.front();
-  const DType dtype = *dtype_of(*first.view);
+void warn_of_copies(const TensorStore& store, BoundWeights& bound) {
+  if (bound.copies.empty()) return;
+  std::size_t bytes = 0;
+  for (const std::vector<std::byte>& copy : bound.copies) bytes += copy.size();
+  bound.warnings.push_back(fmt::format(
+      "{}: {} of {} tensors begin at no multiple of their element's size, so that they were copied "
+      "into memory ({} MB) instead of being used in place. Rewriting the files avoids that: python "
+      "-c \"from safetensors.torch import load_file, save_file; save_file(load_file('OLD'), 'NEW', "
+      "{{'format': 'pt'}})\"",
+      store.folder().string(), bound.copies.size(), bound.tensors.size(), bytes / 1'000'000));
+}
+
+void warn_of_dtypes(const TensorStore& store, const std::vector<Slot>& slots, DType dtype,
+                    std::vector<std::string>& warnings) {
   for (const Slot& slot : slots) {
     if (slot.view->ndim != 2 || *dtype_of(*slot.view) == dtype) continue;
-    fail(
-        ErrorKind::unsupported,
-        "{}: matrix {} is {}, but {} is {}; expected one dtype for all matrices: save the model in "
-        "one dtype",
-        store.find(slot.name)->file, quote(slot.name), store.find(slot.name)->dtype,
-        quote(first.name), store.find(first.name)->dtype);
+    warnings.push_back(
+        fmt::format("{}: matrices have more than one dtype: {} is {}, those of the layers {}. The "
+                    "CPU uses each as it is; a GPU gets all in {}",
+                    store.folder().string(), quote(slot.name), name_of(*dtype_of(*slot.view)),
+                    name_of(dtype), name_of(dtype)));
+    return;
   }
-  return dtype;
 }
 
 void tie_embeddings(ModelWeights& weights, ModelConfig& config) {
   if (!config.tied_embeddings) return;
   const bool has_head = is_present(weights.lm_head);
   config.tied_embeddings =
-      !has_head || std::memcmp(weights.lm_head.data, weights.embedding.data,
-                               static_cast<std::size_t>(num_bytes(weights.embedding))) == 0;
+      !has_head || (same_dtype(weights.lm_head.dtype, weights.embedding.dtype) &&
+                    std::memcmp(weights.lm_head.data, weights.embedding.data,
+                                static_cast<std::size_t>(num_bytes(weights.embedding))) == 0);
   if (config.tied_embeddings) weights.lm_head = weights.embedding;
 }
 
@@ -213,10 +225,18 @@ BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeSt
   check_names(store, slots);
   for (const Slot& slot : slots) {
     const StoredTensor& stored = *store.find(slot.name);
-    *slot.view = view_of(stored, slot, shapes);
+    const DType dtype = checked_dtype(stored, slot);
+    const std::byte* data = stored.data.data();
+    if (!is_aligned(stored, dtype)) {
+      data = bound.copies.emplace_back(stored.data.begin(), stored.data.end()).data();
+      store.release(stored.data);
+    }
+    *slot.view = view_of(data, dtype, slot, shapes);
     bound.tensors.push_back({slot.name, stored.file, *slot.view});
   }
-  config.dtype = common_matrix_dtype(store, slots);
+  warn_of_copies(store, bound);
+  config.dtype = *dtype_of(bound.weights.layers.front().qkv_weight);
+  warn_of_dtypes(store, slots, config.dtype, bound.warnings);
   tie_embeddings(bound.weights, config);
   return bound;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <string>
@@ -21,12 +22,18 @@ struct NamedTensor {
   DLTensor view;
 };
 
+// Bytes of tensors that could not be used in place; addresses stay as they are.
+using TensorCopies = std::deque<std::vector<std::byte>>;
+
 struct BoundWeights {
   ModelWeights weights;
-  std::vector<NamedTensor> tensors;  // all that `weights` points at, each once
+  std::vector<NamedTensor> tensors;   // all that `weights` points at, each once
+  TensorCopies copies;                // what some of them point at, in place of the store
+  std::vector<std::string> warnings;  // Model::warnings()
 };
 
-// Views of all of the model's tensors in `store`, which must outlive them.
+// Views of all of the model's tensors in `store`, which must outlive them. A tensor that begins at
+// no multiple of its element's size is copied.
 //
 // Names are those of transformers' GPTNeoXForCausalLM, with or without the prefix "gpt_neox.". The
 // buffers that older versions saved (attention.bias, attention.masked_bias, rotary_emb.inv_freq)
@@ -37,8 +44,7 @@ struct BoundWeights {
 // head counts (transformers does the same); if it differs from the embedding,
 // config.tied_embeddings becomes false.
 //
-// Errors: malformed (missing, unexpected or misaligned tensors, wrong shapes), unsupported
-// (dtypes).
+// Errors: malformed (missing or unexpected tensors, wrong shapes), unsupported (dtypes).
 BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeStorage& shapes);
 
 }  // namespace clusterfusion

@@ -24,6 +24,16 @@ void SamplingParams::validate() const {
         "a finite number > 0 (1 is no penalty)", repetition_penalty);
   check(num_logprobs >= -1 && num_logprobs <= 100, "num_logprobs",
         "in [-1, 100] (-1: none, 0: of the chosen token only)", num_logprobs);
+  check(frequency_penalty >= -2 && frequency_penalty <= 2, "frequency_penalty",
+        "in [-2, 2] (0 is no penalty)", frequency_penalty);
+  check(presence_penalty >= -2 && presence_penalty <= 2, "presence_penalty",
+        "in [-2, 2] (0 is no penalty)", presence_penalty);
+  check(no_repeat_ngram_size >= 0, "no_repeat_ngram_size", ">= 0 (0 lets all repeat)",
+        no_repeat_ngram_size);
+  for (const TokenBias& biased : logit_bias) {
+    require(biased.bias >= -100 && biased.bias <= 100, ErrorKind::invalid_argument,
+            "logit_bias of token {} must be in [-100, 100], got {}", biased.token, biased.bias);
+  }
 }
 
 }  // namespace clusterfusion

@@ -8,11 +8,17 @@
 #include <optional>
 
 #include "base/fail.hpp"
+#include "sampling/adjustments.hpp"
 #include "sampling/filters.hpp"
 #include "sampling/philox.hpp"
 
 namespace clusterfusion {
 namespace {
+
+// The id of the largest score, the lowest on a tie; none may be NaN.
+TokenId largest(std::span<const float> scores) {
+  return static_cast<TokenId>(std::ranges::max_element(scores) - scores.begin());
+}
 
 // The id of the largest logit, the lowest on a tie.
 TokenId argmax(std::span<const float> logits) {
@@ -97,12 +103,19 @@ std::vector<TokenLogprob> most_likely(std::span<const float> logits, const LogSo
 }  // namespace
 
 Sampler::Sampler(const SamplingParams& params, std::int64_t vocab_size)
-    : params_(params), vocab_size_(vocab_size) {
+    : params_(params), vocab_size_(vocab_size), keeps_tokens_(needs_tokens(params)) {
   params_.validate();
   require(vocab_size >= 1 && vocab_size <= std::numeric_limits<TokenId>::max(),
           ErrorKind::invalid_argument, "vocab_size must be in [1, 2147483647], got {}", vocab_size);
-  if (params_.repetition_penalty != 1.0f) {
-    penalized_logits_.resize(static_cast<std::size_t>(vocab_size));
+  const auto check_id = [&](TokenId token, const char* what) {
+    require(token >= 0 && token < vocab_size, ErrorKind::out_of_range,
+            "{} names token {}, expected a token id in [0, {}) (the model's vocab_size)", what,
+            token, vocab_size);
+  };
+  for (const TokenBias& biased : params_.logit_bias) check_id(biased.token, "logit_bias");
+  for (const TokenId token : params_.suppressed_tokens) check_id(token, "suppressed_tokens");
+  if (keeps_tokens_ || needs_host(params_)) {
+    adjusted_logits_.resize(static_cast<std::size_t>(vocab_size));
   }
 }
 
@@ -111,28 +124,38 @@ void Sampler::append(std::span<const TokenId> tokens) {
     require(tokens[i] >= 0 && tokens[i] < vocab_size_, ErrorKind::out_of_range,
             "token {} at index {} is not in [0, {})", tokens[i], i, vocab_size_);
   }
-  if (!penalized_logits_.empty()) tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+  if (keeps_tokens_) tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
   length_ += std::ssize(tokens);
 }
 
 void Sampler::truncate(std::int64_t length) {
   require(length >= 0 && length <= length_, ErrorKind::invalid_argument,
           "cannot truncate a sequence of {} tokens to {}", length_, length);
-  if (!penalized_logits_.empty()) tokens_.resize(static_cast<std::size_t>(length));
+  if (keeps_tokens_) tokens_.resize(static_cast<std::size_t>(length));
   length_ = length;
+}
+
+std::span<const float> Sampler::scores_of(std::span<const float> logits) {
+  std::span<const float> scores = logits;
+  if (!adjusted_logits_.empty()) {
+    adjust_logits(logits, tokens_, length_, params_, adjusted_logits_);
+    scores = adjusted_logits_;
+  }
+  if (params_.drawable_vocab_size == 0) return scores;
+  return scores.first(
+      std::min(scores.size(), static_cast<std::size_t>(params_.drawable_vocab_size)));
 }
 
 SampledToken Sampler::sample(std::span<const float> logits) {
   require(std::ssize(logits) == vocab_size_, ErrorKind::invalid_argument,
           "expected {} logits (vocab_size), got {}", vocab_size_, logits.size());
-  std::span<const float> scores = logits;
-  TokenId likeliest = argmax(logits);
-  const float maximum = logits[static_cast<std::size_t>(likeliest)];
-  if (!penalized_logits_.empty()) {
-    apply_repetition_penalty(logits, tokens_, params_.repetition_penalty, penalized_logits_);
-    scores = penalized_logits_;
-    likeliest = argmax(scores);
-  }
+  const float maximum = logits[static_cast<std::size_t>(argmax(logits))];
+  const std::span<const float> scores = scores_of(logits);
+  const TokenId likeliest = largest(scores);
+  require(!std::isinf(scores[static_cast<std::size_t>(likeliest)]), ErrorKind::invalid_argument,
+          "no token is left to choose at position {}: the request forbids every one (by "
+          "no_repeat_ngram_size, min_new_tokens or allow_padded_ids); ask for less",
+          length_);
 
   SampledToken sampled;
   sampled.token =

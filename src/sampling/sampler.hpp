@@ -9,7 +9,7 @@
 
 namespace clusterfusion {
 
-// Not thread-safe; one for each sequence. Remembers its tokens for the repetition penalty.
+// Not thread-safe; one for each sequence. Remembers its tokens where the parameters need them.
 class Sampler {
  public:
   // Errors: those of SamplingParams::validate(); invalid_argument for vocab_size < 1.
@@ -23,20 +23,25 @@ class Sampler {
   // Tokens appended so far.
   std::int64_t length() const noexcept { return length_; }
 
-  // The tokens so far, for the repetition penalty; empty if there is none.
+  // The tokens so far, for what depends on them (the repetition penalty, ...); else empty.
   std::span<const TokenId> tokens() const noexcept { return tokens_; }
 
   // logits: float32 [vocab_size], left unchanged; -inf forbids a token. The position of the chosen
   // token (the RNG's counter) is length(). The token is not appended.
-  // Errors: invalid_argument (size), non_finite (NaN or +inf among the logits, or all are -inf).
+  // Errors: invalid_argument (size, or the parameters forbid every token), non_finite (NaN or +inf
+  // among the logits, or all are -inf).
   SampledToken sample(std::span<const float> logits);
 
  private:
+  // What the choice is made from: adjusted, and without the ids that are never drawn.
+  std::span<const float> scores_of(std::span<const float> logits);
+
   SamplingParams params_;
   std::int64_t vocab_size_;
   std::int64_t length_ = 0;
-  std::vector<TokenId> tokens_;          // kept only if there is a repetition penalty
-  std::vector<float> penalized_logits_;  // scratch, [vocab_size] if there is a repetition penalty
+  bool keeps_tokens_;
+  std::vector<TokenId> tokens_;
+  std::vector<float> adjusted_logits_;  // scratch, [vocab_size] if something adjusts them
 };
 
 // Natural log of softmax(logits)[token]; the sum runs in float64, in the order of the ids.

@@ -11,6 +11,7 @@
 #include "tokenizer/added_tokens.hpp"
 #include "tokenizer/bpe.hpp"
 #include "tokenizer/byte_alphabet.hpp"
+#include "tokenizer/neighbour_files.hpp"
 #include "tokenizer/nfc.hpp"
 #include "tokenizer/tokenizer_file.hpp"
 #include "tokenizer/utf8.hpp"
@@ -22,10 +23,16 @@ namespace {
 constexpr std::size_t kMaxFileBytes = std::size_t{1} << 30;
 constexpr std::size_t kMaxTextBytes = std::numeric_limits<std::int32_t>::max();
 
-// The bytes that a token stands for when it is decoded. A token with a character that is not of the
-// byte-level alphabet (an added token) stands for itself.
-std::string decoded_bytes(const std::string& spelled) {
-  return unspell_bytes(spelled).value_or(spelled);
+// Tokens of the model's vocabulary that its merges can make out of text; the others come from added
+// tokens alone.
+std::vector<bool> tokens_from_merges(const TokenizerFile& file) {
+  std::vector<bool> is_made(file.model_vocabulary_size, file.ignore_merges);
+  for (const Merge& merge : file.merges) is_made[merge.result] = true;
+  for (int byte = 0; byte < 256; ++byte) {
+    const auto id = file.ids.find(spell_byte(static_cast<unsigned char>(byte)));
+    if (id && static_cast<std::size_t>(*id) < is_made.size()) is_made[*id] = true;
+  }
+  return is_made;
 }
 
 // What the merges can work with: tokens that are spelled in the byte-level alphabet.
@@ -50,7 +57,9 @@ struct Tokenizer::Impl {
       : name(name),
         file(read_tokenizer_file(json, name)),
         bpe(model_token_bytes(*file), file->merges, file->ignore_merges) {
-    for (const std::string& spelled : file->vocabulary) bytes.push_back(decoded_bytes(spelled));
+    for (const std::string& spelled : file->vocabulary) {
+      bytes.push_back(unspell_bytes(spelled).value_or(spelled));
+    }
     skipped.resize(bytes.size());
     add_tokens();
   }
@@ -68,9 +77,11 @@ struct Tokenizer::Impl {
   AddedTokenMatcher normalized_tokens;  // and after it
   std::vector<std::string> bytes;       // by id: what decoding gives
   std::vector<bool> skipped;            // by id: left out with skip_special_tokens
+  std::vector<std::string> warnings;
 };
 
 void Tokenizer::Impl::add_tokens() {
+  const std::vector<bool> is_made = tokens_from_merges(*file);
   std::vector<AddedTokenMatcher::Pattern> raw, normalized;
   std::vector<std::string> special;
   for (const AddedToken& token : file->added_tokens) {
@@ -78,7 +89,11 @@ void Tokenizer::Impl::add_tokens() {
     const std::string form = form_in_text(token, file->normalize_nfc);
     std::vector<AddedTokenMatcher::Pattern>& patterns = token.normalized ? normalized : raw;
     patterns.push_back({form, token});
-    bytes[token.id] = decoded_bytes(form);
+    // It stands for the text in which it is found, also where all of its characters are of the
+    // byte-level alphabet, as in "café". (tokenizers reads these as bytes and gives back other
+    // text.)
+    const auto id = static_cast<std::size_t>(token.id);
+    if (id >= is_made.size() || !is_made[id]) bytes[token.id] = form;
   }
   std::sort(special.begin(), special.end());
   for (const auto* patterns : {&raw, &normalized}) {
@@ -151,7 +166,10 @@ Tokenizer::~Tokenizer() = default;
 std::shared_ptr<const Tokenizer> Tokenizer::open(const std::filesystem::path& path) {
   const bool is_folder = std::filesystem::is_directory(path);
   const std::filesystem::path file = is_folder ? path / "tokenizer.json" : path;
-  return parse(read_file(file, kMaxFileBytes), file.string());
+  if (is_folder && !is_there(file)) fail_no_tokenizer(path);
+  auto impl = std::make_unique<Impl>(read_file(file, kMaxFileBytes), file.string());
+  if (is_folder) impl->warnings = unmet_settings(path, *impl->file);
+  return std::shared_ptr<const Tokenizer>(new Tokenizer(std::move(impl)));
 }
 
 std::shared_ptr<const Tokenizer> Tokenizer::parse(std::string_view json, const std::string& name) {
@@ -185,15 +203,18 @@ std::string Tokenizer::decode(std::span<const TokenId> tokens, bool skip_special
   std::string bytes;
   for (std::size_t index = 0; index < tokens.size(); ++index) {
     const TokenId token = tokens[index];
-    if (token < 0 || token >= vocab_size()) {
-      impl_->check_id(token, fmt::format("decode() token at index {}", index));
-    }
+    require(token >= 0, ErrorKind::out_of_range,
+            "{}: decode() token at index {} must be an id of at least 0, found {}", impl_->name,
+            index, token);
+    if (token >= vocab_size()) continue;
     if (!skip_special_tokens || !impl_->skipped[token]) bytes += impl_->bytes[token];
   }
   std::string text;
   append_repaired(bytes, true, text);
   return text;
 }
+
+const std::vector<std::string>& Tokenizer::warnings() const noexcept { return impl_->warnings; }
 
 std::int64_t Tokenizer::vocab_size() const noexcept {
   return static_cast<std::int64_t>(impl_->bytes.size());
@@ -206,6 +227,15 @@ std::optional<TokenId> Tokenizer::token_to_id(std::string_view token) const {
 std::string_view Tokenizer::id_to_token(TokenId token) const {
   impl_->check_id(token, "token");
   return impl_->file->vocabulary[token];
+}
+
+std::size_t Tokenizer::num_leading_tokens() const noexcept {
+  std::size_t count = 0;
+  for (const TemplatePiece& piece : impl_->file->post_processing) {
+    if (piece.is_text) return count;
+    count += piece.special_tokens.size();
+  }
+  return count;
 }
 
 bool Tokenizer::is_special(TokenId token) const noexcept {
@@ -221,6 +251,7 @@ StreamDecoder::StreamDecoder(std::shared_ptr<const Tokenizer> tokenizer, bool sk
     : tokenizer_(std::move(tokenizer)), skip_special_tokens_(skip_special_tokens) {}
 
 std::string StreamDecoder::push(TokenId token) {
+  if (token >= tokenizer_->vocab_size()) return {};
   const std::string_view bytes = tokenizer_->bytes_of(token);
   if (skip_special_tokens_ && tokenizer_->is_special(token)) return {};
   pending_ += bytes;

@@ -42,8 +42,7 @@ class Reader {
 
   void read() {
     check_version();
-    refuse_if_set("truncation", "text would be cut off; set it to null");
-    refuse_if_set("padding", "tokens would be appended; set it to null");
+    // "truncation" and "padding" are left over from training; transformers resets them too.
     read_model();
     read_added_tokens();
     if (const auto normalizer = top_.find_non_null("normalizer")) read_normalizer(*normalizer);
@@ -58,23 +57,30 @@ class Reader {
     if (version && version->string() != "1.0") refuse(*version, version->string(), "\"1.0\"");
   }
 
-  void refuse_if_set(const char* key, std::string_view why) const {
-    const std::optional<JsonValue> value = top_.find_non_null(key);
-    if (value) fail(ErrorKind::unsupported, "{} is not supported: {}", value->where(), why);
-  }
-
   // --- model ---
 
   void read_model() {
     const JsonValue value = top_.at("model");
     const JsonObject model(value);
-    const JsonValue type = model.at("type");
-    if (type.string() != "BPE") refuse(type, type.string(), "\"BPE\"");
+    check_model_type(model, value);
     check_model_options(model);
     read_vocabulary(JsonObject(model.at("vocab")), model.at("vocab").where());
     check_alphabet(model);
     read_merges(element_at(model, value, "merges"), model.at("merges").where());
     file_.ignore_merges = boolean_or(model, "ignore_merges", false);
+  }
+
+  // Files of old versions of tokenizers name no type; those with merges are BPE.
+  static void check_model_type(const JsonObject& model, const JsonValue& value) {
+    if (const std::optional<JsonValue> type = model.find("type")) {
+      if (type->string() != "BPE") refuse(*type, type->string(), "\"BPE\"");
+      return;
+    }
+    require(
+        model.find("vocab") && model.find("merges"), ErrorKind::unsupported,
+        "{} has no key \"type\", and without \"vocab\" and \"merges\" it is no BPE model, which "
+        "is not supported; supported: \"BPE\"",
+        value.where());
   }
 
   static void check_model_options(const JsonObject& model) {

@@ -87,7 +87,8 @@ std::string describe(const SamplingParams& p) {
   return "temperature " + std::to_string(p.temperature) + ", top_k " + std::to_string(p.top_k) +
          ", top_p " + std::to_string(p.top_p) + ", min_p " + std::to_string(p.min_p) +
          ", penalty " + std::to_string(p.repetition_penalty) + ", logprobs " +
-         std::to_string(p.num_logprobs) + ", seed " + std::to_string(p.seed);
+         std::to_string(p.num_logprobs) + ", drawable " + std::to_string(p.drawable_vocab_size) +
+         ", seed " + std::to_string(p.seed);
 }
 
 // The sum of a softmax is added up in another order, of exponentials that are one float apart at
@@ -156,7 +157,9 @@ TEST_P(FiltersOfVocabulary, ChooseWhatTheSamplerChooses) {
     const std::vector<Logits> rows{normal_logits(random, vocab, 0.01f),
                                    normal_logits(random, vocab, 1.0f),
                                    normal_logits(random, vocab, 5.0f)};
-    const SamplingParams params = random_params(random, vocab);
+    SamplingParams params = random_params(random, vocab);
+    if (random() % 2)
+      params.drawable_vocab_size = 1 + static_cast<int>(random() % static_cast<unsigned>(vocab));
     const auto history = random_history(random, vocab);
     expect_same(device.choose(params, history, rows), chosen_by_cpu(params, history, rows), params,
                 "round " + std::to_string(round));

@@ -26,6 +26,8 @@ SamplingParams params_of(int number) {
   SamplingParams params;
   params.seed = static_cast<std::uint64_t>(number) * 0x9e3779b97f4a7c15u + 1;
   params.temperature = number % 25 == 0 ? 0.0f : kTemperatures[number / 2 % 4];
+  if (number % 3 == 1) params.drawable_vocab_size = 200;  // in the decode kernel and the sampler's
+  if (number % 11 == 5) params.presence_penalty = 0.5f;   // which the host computes
   if (number % 2 == 0) return params;
   const int mixture = number / 2 % 32;
   if (mixture & 1) params.top_k = 5 + number % 40;

@@ -49,7 +49,10 @@ class SequenceRows : public GpuTest, public testing::WithParamInterface<Shape> {
     return result;
   }
   DecodeRow row(const Sequence& sequence, std::int64_t position) const {
-    return {.position = position, .input = sequence.tokens[position], .pages = sequence.pages};
+    return {.position = position,
+            .input = sequence.tokens[position],
+            .drawable_vocab_size = static_cast<std::int32_t>(config_.vocab_size),
+            .pages = sequence.pages};
   }
   std::vector<std::vector<float>> run(const std::vector<DecodeRow>& rows) {
     decoder_->enqueue(rows, 1, true, nullptr);

@@ -127,13 +127,6 @@ def shift_last(header: dict) -> None:
     ]
 
 
-def misalign(folder: Path) -> None:
-    path = folder / "model.safetensors"
-    header, data = read_parts(path)
-    text = json.dumps(header).encode()
-    write_parts(path, text + b" " * (1 - len(text) % 2), data, alignment=1)
-
-
 def repeat_key(folder: Path) -> None:
     path = folder / "model.safetensors"
     header, data = read_parts(path)
@@ -243,10 +236,6 @@ def remove(*files: str) -> Callable[[Path], None]:
     return damage
 
 
-def unfit_tokenizer(folder: Path) -> None:
-    train_tokenizer(folder, 301)
-
-
 @dataclass(frozen=True)
 class Defect:
     """A way to break a checkpoint, the exception that must come and words of its message."""
@@ -282,7 +271,6 @@ DEFECTS = [
     Defect(
         "reversed offsets", edit_header(swap_offsets), ValueError, (WEIGHTS, UP, "begin <= end")
     ),
-    Defect("misaligned", misalign, ValueError, (WEIGHTS, "misaligned", "2 bytes")),
     Defect("key twice", repeat_key, ValueError, (WEIGHTS, NORM, "twice")),
     Defect("one offset", edit_tensor(UP, data_offsets=[0]), ValueError, (WEIGHTS, UP, "[0]")),
     Defect(
@@ -317,12 +305,6 @@ DEFECTS = [
     Defect("unknown dtype", edit_tensor(UP, dtype="Q4"), NotImplementedError, (WEIGHTS, UP, "Q4")),
     Defect(
         "integers", edit_tensor(UP, dtype="I16"), NotImplementedError, (WEIGHTS, UP, "I16", "F16")
-    ),
-    Defect(
-        "two dtypes",
-        edit_tensor(UP, dtype="BF16"),
-        NotImplementedError,
-        (WEIGHTS, UP, "BF16", "F16", "one dtype"),
     ),
     Defect(
         "transposed", edit_tensor(UP, shape=[32, 128]), ValueError, (UP, "[32, 128]", "[128, 32]")
@@ -462,12 +444,6 @@ DEFECTS = [
         for key, spelling in (("rope_scaling", "type"), ("rope_parameters", "rope_type"))
     ),
     # The tokenizer.
-    Defect(
-        "tokenizer too large",
-        unfit_tokenizer,
-        ValueError,
-        ("tokenizer.json", "largest id is 300", "vocab_size is 300"),
-    ),
     Defect(
         "tokenizer broken",
         write_file("tokenizer.json", b'{"model"'),
@@ -659,7 +635,7 @@ def engine(tmp_path_factory) -> clusterfusion.Engine:
     ("prompt", "error", "words"),
     [
         ("", ValueError, ["at least"]),
-        ([], ValueError, ["at least"]),
+        (np.empty(0, np.int32), ValueError, ["at least"]),
         ([0] * 41, ValueError, ["41", "40"]),
         ([1, 300], IndexError, ["300", "1"]),
         ([1, 2, -1], IndexError, ["-1", "2"]),

@@ -289,7 +289,7 @@ def test_generate_without_a_tokenizer(no_tokenizer):
     assert ended.code == 0
     assert [int(word) for word in ended.out.split()] == tokens
     ended = run("generate", no_tokenizer, "-p", PROMPT)
-    assert ended.code == 2
+    assert ended.code == 1
     assert "tokenizer.json" in ended.err
 
 
@@ -336,7 +336,7 @@ def test_perplexity(model, tokenizer, oracle, tmp_path):
     exact = log_softmax(oracle.logits(tokens))[np.arange(len(tokens) - 1), tokens[1:]]
     assert document["mean_nll"] == pytest.approx(-exact.mean(), rel=1e-4)
     assert document["perplexity"] == pytest.approx(math.exp(-exact.mean()), rel=1e-4)
-    bits = -exact.sum() / math.log(2) / len(text.encode())
+    bits = -exact.sum() / math.log(2) / len(tokenizer.decode(tokens[1:]).encode())
     assert document["bits_per_byte"] == pytest.approx(bits, rel=1e-4)
     assert document["scored_tokens"] == len(tokens) - 1
     assert document["total_tokens"] == len(tokens)
@@ -350,6 +350,10 @@ def test_perplexity(model, tokenizer, oracle, tmp_path):
     assert ended.err == ""
     slid = run("perplexity", model, "-f", file, "--context", 16, "--stride", 4, "--json").json
     assert slid["perplexity"] != document["perplexity"]
+    assert slid["scored_tokens"] == len(tokens) - 1
+    arguments = ["--context", 16, "--stride", 16, "--method", "transformers-docs"]
+    ended = run("perplexity", model, "-f", file, *arguments)
+    assert ended.code == 0 and "bits/byte" not in ended.out
 
 
 AWKWARD_TEXTS = [
@@ -486,7 +490,8 @@ def set_up(folder: Path, **files: bytes) -> Path:
 
 
 MISUSES = {
-    "unknown command": (["frobnicate"], "frobnicate"),
+    "unknown command": (["frobnicate"], '"frobnicate"; expected one of generate, score'),
+    "misspelt command": (["tokenise", "MODEL", "-p", "x"], "did you mean tokenize"),
     "unknown option": (["generate", "MODEL", "--frob", "1"], "--frob"),
     "unknown option of generate": (["generate", "MODEL", "--frob"], "generate --help"),
     "no model": (["generate"], "MODEL"),
@@ -500,20 +505,20 @@ MISUSES = {
     "negative tokens": (["generate", "MODEL", "-p", "x", "-n", "-1"], "--max-new-tokens.*-1"),
     "negative temperature": (
         ["generate", "MODEL", "-p", "x", "--temperature=-1"],
-        "temperature.*-1",
+        "--temperature.*-1",
     ),
-    "top-p": (["generate", "MODEL", "-p", "x", "--top-p", "1.5"], "top_p.*1.5"),
-    "min-p": (["generate", "MODEL", "-p", "x", "--min-p", "-0.5"], "min_p.*-0.5"),
+    "top-p": (["generate", "MODEL", "-p", "x", "--top-p", "1.5"], "--top-p.*1.5"),
+    "min-p": (["generate", "MODEL", "-p", "x", "--min-p", "-0.5"], "--min-p.*-0.5"),
     "penalty": (
         ["generate", "MODEL", "-p", "x", "--repetition-penalty", "0"],
-        "repetition_penalty",
+        "--repetition-penalty",
     ),
-    "seed": (["generate", "MODEL", "-p", "x", "--seed", "-1"], '--seed.*"-1"'),
-    "huge seed": (["generate", "MODEL", "-p", "x", "--seed", str(2**64)], "--seed"),
+    "seed": (["generate", "MODEL", "-p", "x", "--seed=-2"], f'--seed.*0 to {2**64 - 1}.*"-2"'),
+    "huge seed": (["generate", "MODEL", "-p", "x", "--seed", str(2**64)], f"--seed.*{2**64 - 1}"),
     "logprobs": (["generate", "MODEL", "-p", "x", "--logprobs", "1"], "--logprobs.*--json"),
     "many logprobs": (
         ["generate", "MODEL", "-p", "x", "--json", "--logprobs", "101"],
-        "logprobs.*101",
+        "--logprobs.*101",
     ),
     "empty prompt": (["generate", "MODEL", "-p", ""], "-p.*empty|--prompt.*empty"),
     "empty stdin": (["generate", "MODEL"], "standard input is empty"),
@@ -523,9 +528,24 @@ MISUSES = {
         ["generate", "MODEL", "-p", "x", "--stop-tokens", "1,x"],
         "--stop-tokens.*entry 1",
     ),
-    "big stop token": (["generate", "MODEL", "-p", "x", "--stop-tokens", "9999"], "9999.*320"),
+    "big stop token": (
+        ["generate", "MODEL", "-p", "x", "--stop-tokens", "9999"],
+        r"--stop-tokens\[0\] is 9999.*320",
+    ),
+    "no stop tokens": (
+        ["generate", "MODEL", "-p", "x", "--stop-tokens", ""],
+        "--stop-tokens.*none",
+    ),
+    "no prompt tokens": (["generate", "MODEL", "--prompt-tokens", ""], "--prompt-tokens.*none"),
+    "short context": (
+        ["generate", "MODEL", "-p", "x", "--context", "1"],
+        r"context of 1 positions.*raise --context \(the model allows 256\)",
+    ),
     "prompt token": (["generate", "MODEL", "--prompt-tokens", "1,-2"], "--prompt-tokens.*entry 1"),
-    "big prompt token": (["generate", "MODEL", "--prompt-tokens", "1,9999"], "9999.*320"),
+    "big prompt token": (
+        ["generate", "MODEL", "--prompt-tokens", "1,9999"],
+        r"--prompt-tokens\[1\] is 9999.*320",
+    ),
     "long prompt": (["generate", "MODEL", "-p", "x y" * 300], "prompt has .* tokens.*256"),
     "context": (["generate", "MODEL", "-p", "x", "--context", "5000"], "--context.*256.*5000"),
     "device": (["generate", "MODEL", "-p", "x", "--device", "tpu"], "--device.*tpu"),
@@ -541,7 +561,7 @@ MISUSES = {
         "stride.*8.*9",
     ),
     "ids": (["tokenize", "MODEL", "--decode", "-p", "1 two"], 'entry 1 is "two"'),
-    "big id": (["tokenize", "MODEL", "--decode", "-p", "1 99999"], "99999"),
+    "big id": (["tokenize", "MODEL", "--decode", "-p", f"1 {2**31}"], f"{2**31}"),
     "contexts": (["bench", "MODEL", "--contexts", "16,abc"], '--contexts.*entry 1 is "abc"'),
     "no contexts": (["bench", "MODEL", "--contexts", ""], "--contexts"),
     "context too long": (["bench", "MODEL", "--contexts", "16,256"], "--contexts.*entry 1.*256"),
@@ -728,7 +748,7 @@ def test_ctrl_c_ends_the_text_with_statistics(long_model):
     terminal = Terminal(arguments, long_model)
     terminal.wait_for(PROMPT.encode() + rb"[^\0]{20}")
     terminal.press(b"\x03")
-    assert terminal.end() == 0
+    assert terminal.end() == 130
     assert re.search(
         rb"\r\ndevice: .*\r\nprompt: \d+ tokens, first token after .*\r\n"
         rb"output: [\d,]+ tokens \(cancelled\), .*tokens/s.*\r\n$",
@@ -774,7 +794,7 @@ def test_signal_ends_a_prefill(long_model, number):
     process = start_in_prefill(long_model, "--json")
     process.send_signal(number)
     out = process.stdout.read()
-    assert process.wait(TIMEOUT) == 0
+    assert process.wait(TIMEOUT) == 128 + number
     document = json.loads(out)
     assert document["finish_reason"] == "cancelled"
     assert document["tokens"] == []
@@ -805,19 +825,24 @@ def test_second_signal_kills(long_model):
 
 
 @needs_proc
-def test_interrupted_perplexity_has_no_result(long_model, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("context", ["64", "0"])  # between windows, and in the middle of one
+def test_interrupted_perplexity_has_no_result(long_model, tmp_path, context, number):
     text = tmp_path / "text"
     text.write_bytes(b"aq" * 1_000_000)
     process = subprocess.Popen(
-        command_line(["perplexity", "MODEL", "-f", str(text), "--context", "64"], long_model),
+        command_line(["perplexity", "MODEL", "-f", str(text), "--context", context], long_model),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     wait_until(lambda: catches_sigint(process.pid))
-    process.send_signal(signal.SIGINT)
-    assert process.wait(TIMEOUT) == 1
+    process.send_signal(number)
+    assert process.wait(TIMEOUT) == 128 + number
     assert process.stdout.read() == b""
-    assert re.search(rb"error: interrupted after \d+ of \d+ tokens", process.stderr.read())
+    assert re.search(
+        rb"error: interrupted (after \d+ of \d+|before the first window of) tokens.*; no result",
+        process.stderr.read(),
+    )
 
 
 def test_no_prompt_on_a_terminal_is_misuse(model):

@@ -58,9 +58,11 @@ def test_perplexities(recording, engine):
     """Equal within 0.1 %, for the recorded tokens of each text, window and stride."""
     for number, expected in enumerate(recording.perplexities):
         tokens = recording.perplexity_tokens[number]
-        result = engine.perplexity(tokens, context=expected["context"], stride=expected["stride"])
+        windows = {"context": expected["context"], "stride": expected["stride"]}
+        result = engine.perplexity(tokens, **windows)
+        assert result.perplexity == pytest.approx(expected["perplexity"], rel=1e-5)
+        result = engine.perplexity(tokens, **windows, method="transformers_docs")
         assert result.perplexity == pytest.approx(expected["documented"], rel=1e-5)
-        assert result.perplexity == pytest.approx(expected["perplexity"], rel=1e-3)
 
 
 def test_perplexity_of_texts(recording, engine, shared_data):
@@ -77,9 +79,10 @@ def test_perplexity_of_texts(recording, engine, shared_data):
     result = engine.perplexity(text, context=256, stride=100)
     again = engine.perplexity(engine.encode(text), context=256, stride=100)
     assert result.perplexity == again.perplexity
-    # Of all tokens, whereas the mean leaves one out in each window.
-    bits = result.mean_nll * (result.total_tokens - 1) / np.log(2)
-    assert result.bits_per_byte == pytest.approx(bits / len(text.encode()), rel=0.01)
+    assert result.scored_tokens == result.total_tokens - 1
+    bits = result.mean_nll * result.scored_tokens / np.log(2)
+    scored = engine.decode(engine.encode(text)[1:])
+    assert result.bits_per_byte == pytest.approx(bits / len(scored.encode()), rel=1e-6)
 
 
 def test_live_transformers(recording, engine, demo_model):

@@ -1,9 +1,11 @@
 """The Python API on small random checkpoints: options, arrays, errors, threads, cancellation."""
 
+import copy
 import gc
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -182,8 +184,9 @@ def test_tokenizer_arguments(engine):
         tokenizer.encode_batch("text")
     with pytest.raises(ValueError, match=r"texts\[1\].*lone surrogate U\+DC80 at index 2"):
         tokenizer.encode_batch(["a", "ab\udc80"])
-    with pytest.raises(IndexError, match=r"2.*400"):
-        tokenizer.decode([1, 2, 400])
+    assert tokenizer.decode([1, 2, 400]) == tokenizer.decode([1, 2]), "as tokenizers does"
+    with pytest.raises(IndexError, match=r"tokens\[2\] is 400"):
+        engine.decode([1, 2, 400])
     with pytest.raises(IndexError, match="-1"):
         tokenizer.id_to_token(-1)
     with pytest.raises(TypeError, match="add_special_tokens: expected bool, found int"):
@@ -435,7 +438,8 @@ def test_perplexity(engine):
     nll = -score.total
     assert result.mean_nll == pytest.approx(nll / len(score.logprobs), rel=1e-6)
     assert result.perplexity == pytest.approx(math.exp(result.mean_nll))
-    assert result.bits_per_byte == pytest.approx(nll / math.log(2) / len(text.encode()), rel=1e-6)
+    scored = engine.decode(score.tokens[1:])
+    assert result.bits_per_byte == pytest.approx(nll / math.log(2) / len(scored.encode()), rel=1e-6)
     assert (result.scored_tokens, result.total_tokens) == (len(score.logprobs), len(score.tokens))
     assert result.seconds > 0
     assert engine.perplexity(score.tokens).bits_per_byte == 0
@@ -508,7 +512,7 @@ def test_torch_tokens(engine):
     [
         (np.array([1.0]), TypeError, "prompt: expected integers, found dtype float64"),
         (np.array([True]), TypeError, "prompt: expected integers, found dtype bool"),
-        (np.array([[1, 2]]), ValueError, r"prompt: expected a vector.*\(1, 2\)"),
+        (np.array([[1, 2]]), ValueError, r"prompt: expected a vector.*\(1, 2\); pass prompt\[0\]"),
         (np.array(3), ValueError, r"prompt: expected a vector.*\(\)"),
         (np.array([1, 2**31]), IndexError, "found 2147483648 at index 1"),
         (np.array([2**64 - 1], np.uint64), IndexError, f"found {2**64 - 1} at index 0"),
@@ -599,7 +603,7 @@ def test_no_tokenizer(tmp_path):
     assert (len(result.tokens), result.text) == (3, "")
     with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         engine.encode("text")
-    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
         engine.generate("text")
 
 
@@ -617,6 +621,77 @@ def test_no_tokenizer(tmp_path):
 def test_wrong_types(arguments, options, message):
     with pytest.raises(TypeError, match=message):
         Engine(*arguments, **options)
+
+
+# What surrounds the calls.
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, lambda text: memoryview(bytearray(text))])
+def test_bytes_are_text_everywhere(engine, kind):
+    data = TEXT.encode()
+    expected = engine.generate(TEXT, max_new_tokens=5)
+    assert engine.generate(kind(data), max_new_tokens=5).tokens == expected.tokens
+    (batched,) = engine.generate([kind(data)], max_new_tokens=5)
+    assert batched.prompt_tokens == expected.prompt_tokens
+    assert engine.encode(kind(data)) == expected.prompt_tokens
+    assert engine.tokenizer.encode_batch([kind(data)]) == [expected.prompt_tokens]
+    assert engine.score(kind(data)).total == engine.score(TEXT).total
+    assert engine.perplexity(kind(data)).bits_per_byte == engine.perplexity(TEXT).bits_per_byte
+    stop = kind(expected.text.encode())
+    for stops in (stop, [stop]):
+        assert engine.generate(TEXT, max_new_tokens=9, stop=stops).finish_reason == "stop_string"
+
+
+def test_memoryview_of_numbers_is_no_text(engine):
+    ids = memoryview(np.array([5, 6, 7], np.int32))
+    with pytest.raises(TypeError, match=r"prompt: .*memoryview of elements of 4 bytes.*token ids"):
+        engine.generate(ids)
+
+
+def test_no_prompts_give_no_texts(engine):
+    assert engine.generate([]) == engine.generate(()) == []
+    assert list(engine.stream([])) == []
+
+
+def test_errors_name_the_prompt_and_the_callers_options(engine):
+    cases = [
+        (lambda: engine.generate(["a", ""]), ValueError, r"prompt\[1\]: the prompt has no tokens"),
+        (lambda: engine.generate([[1], [2, 400]]), IndexError, r"prompt\[1\]\[1\] is 400"),
+        (lambda: engine.generate([1, 400]), IndexError, r"prompt\[1\] is 400"),
+        (lambda: engine.generate("a", stop=""), ValueError, r"stop\[0\] is empty"),
+        (lambda: Engine(engine.info.path, context=LONGEST + 1), ValueError, "context must be in"),
+    ]
+    for call, error, message in cases:
+        with pytest.raises(error, match=f"^{message}"):
+            call()
+
+
+def test_what_cannot_be_pickled_says_so(engine):
+    stream = engine.stream([1], max_new_tokens=2)
+    for value in (engine, engine.tokenizer, stream):
+        for refuse in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(TypeError, match=r"cannot be pickled or copied.*in each process"):
+                refuse(value)
+
+
+def test_closed_engine(folder):
+    with Engine(folder) as engine:
+        stream = engine.stream([3], max_new_tokens=4, ignore_eos=True)
+        tokenizer = engine.tokenizer
+        expected = engine.generate([3], max_new_tokens=4, ignore_eos=True).tokens
+    engine.close()
+    assert repr(engine) == "Engine(closed)"
+    calls = [
+        lambda: engine.generate([1]),
+        lambda: engine.encode("a"),
+        lambda: engine.score([1, 2]),
+        lambda: engine.measure_read_ceiling(),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="this Engine is closed"):
+            call()
+    assert [event.token for event in stream] == expected, "a stream goes on"
+    assert tokenizer.encode(TEXT)
 
 
 # Threads, cancellation, lifetime.
@@ -738,12 +813,32 @@ def test_keyboard_interrupt(long_engine, alarm):
         lambda: long_engine.generate([3], max_new_tokens=150_000, ignore_eos=True),
         lambda: list(long_engine.stream([3], max_new_tokens=150_000, ignore_eos=True)),
         lambda: long_engine.perplexity(tokens, context=100, stride=2),
+        lambda: long_engine.perplexity(tokens),
+        lambda: long_engine.score(tokens),
+        lambda: long_engine.generate(tokens, max_new_tokens=1),
     ]
     for call in calls:
         interrupted_after(0.05)
         with pytest.raises(KeyboardInterrupt):
             call()
         assert len(long_engine.generate([3], max_new_tokens=5, ignore_eos=True).tokens) == 5
+
+
+def test_finish_reasons_of_texts_that_did_not_end(long_engine, alarm):
+    stream = long_engine.stream([[3], [4]], max_new_tokens=150_000, ignore_eos=True)
+    for _ in range(4):
+        next(stream)
+    assert [result.finish_reason for result in stream.results] == [None, None]
+    stream.close()
+    assert [result.finish_reason for result in stream.results] == ["cancelled"] * 2
+
+    prompt = [i % 300 for i in range(150_000)]
+    stream = long_engine.stream([[3], prompt], max_new_tokens=9, ignore_eos=True)
+    interrupted_after(0.05)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    assert [result.finish_reason for result in stream.results] == ["cancelled"] * 2
+    assert next(stream, None) is None
 
 
 def test_parts_keep_the_engine_alive(folder):

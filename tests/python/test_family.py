@@ -215,11 +215,32 @@ def test_score_and_perplexity_against_the_oracle(tmp_path):
     np.testing.assert_allclose(score.total, expected.sum(), rtol=1e-6)
     for context, stride in [(64, 32), (64, 64), (50, 7), (2, 2), (33, 33), (9, 4)]:
         result = engine.perplexity(tokens, context=context, stride=stride)
+        assert result.scored_tokens == len(tokens) - 1
+        mean = mean_nll_of_each_token(oracle, tokens, context, stride)
+        np.testing.assert_allclose(result.mean_nll, mean, rtol=1e-6)
+        result = engine.perplexity(
+            tokens, context=context, stride=stride, method="transformers_docs"
+        )
         mean, count = sliding_window_nll(oracle, tokens, context, stride)
         assert result.scored_tokens == count
         assert result.total_tokens == len(tokens)
         np.testing.assert_allclose(result.mean_nll, mean, rtol=1e-6)
         np.testing.assert_allclose(result.perplexity, np.exp(mean), rtol=1e-5)
+
+
+def mean_nll_of_each_token(
+    oracle: ReferenceModel, tokens: list[int], context: int, stride: int
+) -> float:
+    """Of all tokens but the first, each in the first window that holds it."""
+    nll = []
+    begin = 0
+    while len(nll) < len(tokens) - 1:
+        end = min(begin + context, len(tokens))
+        first = max(0, min(begin, len(nll)))  # what predicts the first target must be read
+        logprobs = log_softmax(oracle.logits(tokens[first:end]))
+        nll += [-logprobs[place - first - 1, tokens[place]] for place in range(len(nll) + 1, end)]
+        begin += stride
+    return float(np.mean(nll))
 
 
 def sliding_window_nll(

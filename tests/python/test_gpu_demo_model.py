@@ -131,12 +131,12 @@ def test_perplexities(recording, engine, cpu_engine):
         found = engine.perplexity(tokens, **window)
         print(
             f"{expected['text']}, window {window}: {found.perplexity:.5f}, CPU "
-            f"{cpu.perplexity:.5f}, transformers {expected['documented']:.5f}: "
+            f"{cpu.perplexity:.5f}, transformers {expected['perplexity']:.5f}: "
             f"{found.perplexity / cpu.perplexity - 1:+.1e}"
         )
         assert found.scored_tokens == cpu.scored_tokens
         assert found.perplexity == pytest.approx(cpu.perplexity, rel=5e-4)
-        assert found.perplexity == pytest.approx(expected["documented"], rel=1e-3)
+        assert found.perplexity == pytest.approx(expected["perplexity"], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["novels-valid.txt.xz", "wikitext-2-valid.txt"])

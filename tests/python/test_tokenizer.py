@@ -5,6 +5,7 @@
 import itertools
 import json
 import random
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,10 +77,35 @@ def check_encoding(
     return result
 
 
+def texts_of(content: str) -> tuple[str, str]:
+    """What an added token may be found as: itself, or normalized."""
+    return content, unicodedata.normalize("NFC", content)
+
+
+def misread_tokens(reference: Tokenizer) -> dict[int, str]:
+    """Added tokens like "naïve", which tokenizers reads as bytes of the byte-level alphabet.
+
+    Its issues 1392, 1915, 1996. Here an added token decodes to the text that it was found in,
+    unless it is also what merges give.
+    """
+    size = reference.get_vocab_size(with_added_tokens=False)
+    return {
+        token: added.content
+        for token, added in reference.get_added_tokens_decoder().items()
+        if token >= size
+        and not added.content.isascii()
+        and reference.decode([token], skip_special_tokens=False) not in texts_of(added.content)
+    }
+
+
 def check_decoding(path: Path, lists: list[list[int]]) -> None:
     """Compares the text of every list of ids, with and without special tokens."""
     reference = Tokenizer.from_file(str(path))
     ours = clusterfusion.Tokenizer(path)
+    misread = misread_tokens(reference)
+    for token, content in misread.items():
+        assert ours.decode([token], skip_special_tokens=False) in texts_of(content)
+    lists = [[token for token in ids if token not in misread] for ids in lists]
     for skip in (True, False):
         expected = reference.decode_batch(lists, skip_special_tokens=skip)
         found = [ours.decode(ids, skip_special_tokens=skip) for ids in lists]

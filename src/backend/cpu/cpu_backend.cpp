@@ -129,6 +129,7 @@ class CpuBackend final : public Backend {
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
               std::span<SampledToken> sampled, std::span<float> logits) override;
   double measure_read_ceiling() override;
+  void set_stop_request(StopRequest stop) override { threads_.set_stop_request(std::move(stop)); }
 
  private:
   Sequence& find(SequenceId id) {

@@ -18,6 +18,8 @@ constexpr std::int64_t kMaxRows = 512;
 // Up to so many tokens are bound by reading the weights; their smallest task.
 constexpr std::int64_t kFewTokens = 32;
 constexpr std::int64_t kMinTaskBytes = 128 << 10;
+// Their largest: some ten milliseconds, after which a request to stop is looked at.
+constexpr std::int64_t kMaxTaskBytes = 16 << 20;
 // Shape of a task of more tokens.
 constexpr std::int64_t kTaskTokens = 128;
 constexpr std::int64_t kTaskRows = 4 * kRowGroup;
@@ -147,7 +149,7 @@ std::vector<Transformer::Task> Transformer::streaming_tasks(std::span<const Job>
   std::vector<Task> tasks;
   for (const Job& job : jobs) {
     for (std::int64_t row = 0; row < job.rows();) {
-      const std::int64_t bytes = std::max(left / threads_.size(), kMinTaskBytes);
+      const std::int64_t bytes = std::clamp(left / threads_.size(), kMinTaskBytes, kMaxTaskBytes);
       const std::int64_t groups = std::max<std::int64_t>(bytes / job.row_bytes() / kRowGroup, 1);
       const std::int64_t end = std::min(row + groups * kRowGroup, job.rows());
       tasks.push_back({&job, row, end, 0, tokens});

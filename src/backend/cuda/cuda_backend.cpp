@@ -22,6 +22,7 @@
 #include "backend/cuda/stream/stream_decoder.hpp"
 #include "base/fail.hpp"
 #include "plan/decode_plan.hpp"
+#include "sampling/adjustments.hpp"
 #include "sampling/sampler.hpp"
 
 namespace clusterfusion {
@@ -163,10 +164,19 @@ class CudaBackend final : public Backend {
     for (std::size_t b = 0; b < sequences.size(); ++b)
       reserve(sequences[b], find(sequences[b]).length + steps);
     if (!stream_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
+    std::vector<std::size_t> together;
+    for (std::size_t b = 0; b < sequences.size(); ++b) {
+      if (needs_host(find(sequences[b]).sampling))
+        decode_row_with_host({sequences, inputs, sampled, logits, std::span(&b, 1), steps});
+      else
+        together.push_back(b);
+    }
     constexpr auto most = static_cast<std::size_t>(plan::kMaxRows);
-    for (std::size_t first = 0; first < sequences.size(); first += most)
-      decode_rows({sequences, inputs, sampled, logits, first,
-                   std::min(most, sequences.size() - first), steps});
+    for (std::size_t first = 0; first < together.size(); first += most) {
+      const std::size_t count = std::min(most, together.size() - first);
+      decode_rows(
+          {sequences, inputs, sampled, logits, std::span(together).subspan(first, count), steps});
+    }
   }
 
   std::vector<TimelineEvent> record_timeline(SequenceId id, TokenId input) override {
@@ -175,6 +185,7 @@ class CudaBackend final : public Backend {
     reserve(id, sequence.length + 1);
     const auto sms = static_cast<std::size_t>(properties_.multiProcessorCount);
     const bool of_rows = stream_decoder_.has_value();
+    constexpr static std::size_t kFirst = 0;
     std::vector<std::uint64_t> times(sms * (model_->config().num_layers + 1) *
                                      timeline_points(of_rows));
     const auto bytes = static_cast<std::int64_t>(times.size() * sizeof(times[0]));
@@ -187,7 +198,7 @@ class CudaBackend final : public Backend {
     record(memory.as<std::uint64_t>());
     try {
       if (of_rows)
-        decode_rows({std::span(&id, 1), std::span(&input, 1), {}, {}, 0, 1, 1});
+        decode_rows({std::span(&id, 1), std::span(&input, 1), {}, {}, std::span(&kFirst, 1), 1});
       else
         run(sequence, std::span(&input, 1), 1, 0, false, 0.0f);
     } catch (...) {
@@ -378,12 +389,19 @@ class CudaBackend final : public Backend {
     params_.logits = want_logits ? logits_.as<float>() : nullptr;
     params_.temperature = temperature;
     params_.seed = sequence.sampling.seed;
+    params_.drawable_vocab_size = drawable_vocab_size(sequence.sampling);
     launch(params_);
     wait(sequence.length, steps, first_scored);
     append(sequence, given);
     // Inputs that the device chose for itself.
     append(sequence,
            std::span<const TokenId>(host_chosen_).subspan(given.size() - 1, steps - given.size()));
+  }
+
+  std::int32_t drawable_vocab_size(const SamplingParams& sampling) const {
+    const std::int64_t all = model_->config().vocab_size;
+    const std::int64_t wanted = sampling.drawable_vocab_size;
+    return static_cast<std::int32_t>(wanted > 0 ? std::min(wanted, all) : all);
   }
 
   void send(const Sequence& sequence, std::span<const TokenId> given) {
@@ -409,10 +427,7 @@ class CudaBackend final : public Backend {
           "fetching tokens");
     check(cudaStreamSynchronize(stream_), "running the decode kernel");
     for (std::int64_t step = first_scored; step < steps; ++step)
-      require(host_chosen_[step] >= 0, ErrorKind::non_finite,
-              "the logits after position {} are not finite: the checkpoint holds NaN or infinity, "
-              "or an activation overflowed",
-              first_position + step);
+      require_finite(host_chosen_[step], first_position + step);
   }
 
   static void append(Sequence& sequence, std::span<const TokenId> inputs) {
@@ -426,45 +441,86 @@ class CudaBackend final : public Backend {
           "fetching logits");
   }
 
-  // Some sequences of a decode(): `count` from `first` on.
+  // Some sequences of a decode(), by their numbers in the batch.
   struct DecodeCall {
     std::span<const SequenceId> sequences;
     std::span<const TokenId> inputs;
     std::span<SampledToken> sampled;
     std::span<float> logits;
-    std::size_t first, count;
+    std::span<const std::size_t> rows;
     std::int32_t steps;
-    SequenceId sequence(std::size_t row) const { return sequences[first + row]; }
-    TokenId input(std::size_t row) const { return inputs[first + row]; }
+    std::size_t count() const { return rows.size(); }
+    SequenceId sequence(std::size_t row) const { return sequences[rows[row]]; }
+    TokenId input(std::size_t row) const { return inputs[rows[row]]; }
     SampledToken* room(std::int32_t step, std::size_t row) const {
-      return sampled.empty() ? nullptr : &sampled[step * sequences.size() + first + row];
+      return sampled.empty() ? nullptr : &sampled[step * sequences.size() + rows[row]];
     }
   };
+
+  DecodeRow row_of(const Sequence& sequence, TokenId input, bool chooses) const {
+    return {.position = sequence.length,
+            .input = input,
+            .temperature = chooses ? sequence.sampling.temperature : 0.0f,
+            .seed = sequence.sampling.seed,
+            .drawable_vocab_size = drawable_vocab_size(sequence.sampling),
+            .pages = sequence.pages};
+  }
 
   // All in the same launches. Errors: non_finite, with the sequences as they were.
   void decode_rows(const DecodeCall& call) {
     std::vector<DecodeRow> rows;
     std::vector<std::size_t> filtered;  // rows whose tokens the sampler chooses
-    for (std::size_t row = 0; row < call.count; ++row) {
+    for (std::size_t row = 0; row < call.count(); ++row) {
       const Sequence& sequence = find(call.sequence(row));
       const bool filters = needs_sampler(sequence.sampling);
       if (filters) filtered.push_back(row);
-      rows.push_back({.position = sequence.length,
-                      .input = call.input(row),
-                      .temperature = filters ? 0.0f : sequence.sampling.temperature,
-                      .seed = sequence.sampling.seed,
-                      .pages = sequence.pages});
+      rows.push_back(row_of(sequence, call.input(row), !filters));
     }
     if (filtered.empty())
       stream_decoder_->enqueue(rows, call.steps, !call.logits.empty(), stream_);
     else
       enqueue_with_samplers(call, rows, filtered);
     take_chosen(call, filtered);
+    fetch_row_logits(call);
+  }
+  void fetch_row_logits(const DecodeCall& call) {
     const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
-    for (std::size_t row = 0; row < call.count && !call.logits.empty(); ++row)
-      check(cudaMemcpy(call.logits.data() + (call.first + row) * vocab,
-                       stream_decoder_->logits(row), vocab * sizeof(float), cudaMemcpyDeviceToHost),
+    for (std::size_t row = 0; row < call.count() && !call.logits.empty(); ++row)
+      check(cudaMemcpy(call.logits.data() + call.rows[row] * vocab, stream_decoder_->logits(row),
+                       vocab * sizeof(float), cudaMemcpyDeviceToHost),
             "fetching logits");
+  }
+
+  // One sequence, step by step: the host chooses its tokens, for what the device does not know.
+  void decode_row_with_host(const DecodeCall& call) {
+    Sequence& sequence = find(call.sequence(0));
+    TokenId input = call.input(0);
+    for (std::int32_t step = 0; step < call.steps; ++step) {
+      const DecodeRow row = row_of(sequence, input, false);
+      stream_decoder_->enqueue(std::span(&row, 1), 1, true, stream_);
+      std::int32_t chosen = 0;
+      check(cudaMemcpyAsync(&chosen, stream_decoder_->chosen(), sizeof(chosen),
+                            cudaMemcpyDeviceToHost, stream_),
+            "fetching tokens");
+      check(cudaStreamSynchronize(stream_), "running the streaming kernel");
+      require_finite(chosen, sequence.length);
+      append(sequence, std::span(&input, 1));
+      SampledToken* room = call.room(step, 0);
+      if (room == nullptr) continue;
+      check(cudaMemcpy(host_logits_.data(), stream_decoder_->logits(0),
+                       host_logits_.size() * sizeof(float), cudaMemcpyDeviceToHost),
+            "fetching logits");
+      *room = sequence.sampler.sample(host_logits_);
+      input = room->token;
+    }
+    fetch_row_logits(call);
+  }
+
+  static void require_finite(std::int32_t chosen, std::int64_t position) {
+    require(chosen >= 0, ErrorKind::non_finite,
+            "the logits after position {} are not finite: the checkpoint holds NaN or infinity, "
+            "or an activation overflowed",
+            position);
   }
 
   // A launch for each step, and behind it the samplers of the rows that have one, which leave the
@@ -480,10 +536,10 @@ class CudaBackend final : public Backend {
       tokens.push_back(call.input(filtered[i]));
       row_samplers_[i].begin(sequence.sampling, tokens, sequence.length + 1, stream_);
     }
-    std::vector<const TokenId*> inputs(call.count, nullptr);
+    std::vector<const TokenId*> inputs(call.count(), nullptr);
     for (std::int32_t step = 0; step < call.steps; ++step) {
       stream_decoder_->enqueue_step(rows, step, inputs, stream_);
-      for (std::size_t row = 0; row < call.count; ++row) {
+      for (std::size_t row = 0; row < call.count(); ++row) {
         inputs[row] = stream_decoder_->chosen(step) + row;
         ++rows[row].position;
       }
@@ -497,20 +553,17 @@ class CudaBackend final : public Backend {
   // Waits for what was enqueued and appends it to the sequences. Errors: non_finite.
   void take_chosen(const DecodeCall& call, std::span<const std::size_t> filtered) {
     const bool in_series = !filtered.empty();
-    const std::size_t stride = in_series ? plan::kMaxRows : call.count;
+    const std::size_t stride = in_series ? plan::kMaxRows : call.count();
     std::vector<std::int32_t> chosen(call.steps * stride);
     check(cudaMemcpyAsync(chosen.data(), stream_decoder_->chosen(),
                           chosen.size() * sizeof(std::int32_t), cudaMemcpyDeviceToHost, stream_),
           "fetching tokens");
     check(cudaStreamSynchronize(stream_), "running the streaming kernel");
     for (std::int32_t step = 0; step < call.steps; ++step)
-      for (std::size_t row = 0; row < call.count; ++row)
-        require(chosen[step * stride + row] >= 0, ErrorKind::non_finite,
-                "the logits after position {} are not finite: the checkpoint holds NaN or "
-                "infinity, or an activation overflowed",
-                find(call.sequence(row)).length + step);
+      for (std::size_t row = 0; row < call.count(); ++row)
+        require_finite(chosen[step * stride + row], find(call.sequence(row)).length + step);
     std::size_t sampler = 0;
-    for (std::size_t row = 0; row < call.count; ++row) {
+    for (std::size_t row = 0; row < call.count(); ++row) {
       const bool filters = sampler < filtered.size() && filtered[sampler] == row;
       Sequence& sequence = find(call.sequence(row));
       TokenId input = call.input(row);
@@ -534,7 +587,9 @@ class CudaBackend final : public Backend {
     for (std::size_t b = 0; b < batch; ++b) {
       Sequence& sequence = find(sequences[b]);
       const std::span<float> wanted = logits.empty() ? logits : logits.subspan(b * vocab, vocab);
-      if (needs_sampler(sequence.sampling))
+      if (needs_host(sequence.sampling))
+        decode_with_host(sequence, inputs[b], steps, sampled, b, batch, wanted);
+      else if (needs_sampler(sequence.sampling))
         decode_with_sampler(sequence, inputs[b], steps, sampled, b, batch, wanted);
       else
         decode_in_one_launch(sequence, inputs[b], steps, sampled, b, batch, wanted);
@@ -548,6 +603,22 @@ class CudaBackend final : public Backend {
     for (std::int32_t step = 0; !sampled.empty() && step < steps; ++step)
       sampled[step * batch + b] = SampledToken{host_chosen_[step], 0.0f, {}};
     if (!logits.empty()) copy_logits(steps - 1, logits);
+  }
+
+  // A launch for each step, whose logits come to the host, where the token is chosen: for what the
+  // device does not know.
+  void decode_with_host(Sequence& sequence, TokenId input, std::int32_t steps,
+                        std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
+                        std::span<float> logits) {
+    for (std::int32_t step = 0; step < steps; ++step) {
+      run(sequence, std::span(&input, 1), 1, 0, true, 0.0f);
+      copy_logits(0, host_logits_);
+      if (sampled.empty()) continue;
+      SampledToken token = sequence.sampler.sample(host_logits_);
+      input = token.token;
+      sampled[step * batch + b] = std::move(token);
+    }
+    if (!logits.empty()) std::ranges::copy(host_logits_, logits.begin());
   }
 
   // A launch for each step, and behind it the sampler's, which takes the step's logits and leaves
@@ -566,6 +637,7 @@ class CudaBackend final : public Backend {
     params.first_scored_step = 0;
     params.logits = logits_.as<float>();
     params.temperature = 0.0f;
+    params.drawable_vocab_size = drawable_vocab_size(sequence.sampling);
     for (std::int32_t step = 0; step < steps; ++step) {
       params.first_position = static_cast<std::int32_t>(sequence.length) + step;
       params.chosen = params_.chosen + step;  // -1 if the logits are not finite

@@ -50,11 +50,9 @@ class Arena {
   std::int64_t used() const noexcept { return used_; }
   const std::vector<UploadPart>& parts() const noexcept { return parts_; }
 
-  const char* matrix(const DLTensor& tensor) { return place(data_of(tensor), num_bytes(tensor)); }
-
-  // A norm parameter, in the matrices' type.
-  const char* norm(const DLTensor& tensor) {
-    if (dtype_of(tensor) == dtype_) return matrix(tensor);
+  // A matrix or a norm parameter, in the type of the layers' matrices.
+  const char* matrix(const DLTensor& tensor) {
+    if (dtype_of(tensor) == dtype_) return place(data_of(tensor), num_bytes(tensor));
     return place_converted<std::uint16_t>(
         num_elements(tensor), [&](std::int64_t i) { return rounded(element(tensor, i)); });
   }
@@ -101,7 +99,7 @@ class Arena {
   char* base_ = nullptr;
   std::int64_t used_ = 0;
   std::vector<UploadPart> parts_;
-  std::deque<std::vector<std::byte>> converted_;  // vectors only: a few MB of a large model
+  std::deque<std::vector<std::byte>> converted_;  // vectors, and embeddings of another type
 };
 
 StreamedLayer place_layer(Arena& arena, const LayerWeights& layer, const ModelConfig& config) {
@@ -111,10 +109,10 @@ StreamedLayer place_layer(Arena& arena, const LayerWeights& layer, const ModelCo
   result.mlp_up = arena.matrix(layer.mlp_up_weight);
   result.mlp_down = arena.matrix(layer.mlp_down_weight);
   result.attention_out = arena.matrix(layer.attention_out_weight);
-  result.input_norm_weight = arena.norm(layer.input_norm_weight);
-  result.input_norm_bias = arena.norm(layer.input_norm_bias);
-  result.post_norm_weight = arena.norm(layer.post_norm_weight);
-  result.post_norm_bias = arena.norm(layer.post_norm_bias);
+  result.input_norm_weight = arena.matrix(layer.input_norm_weight);
+  result.input_norm_bias = arena.matrix(layer.input_norm_bias);
+  result.post_norm_weight = arena.matrix(layer.post_norm_weight);
+  result.post_norm_bias = arena.matrix(layer.post_norm_bias);
   result.qkv_bias = arena.bias(layer.qkv_bias, 3 * hidden);
   result.attention_out_bias = arena.bias(layer.attention_out_bias, hidden);
   result.mlp_up_bias = arena.bias(layer.mlp_up_bias, config.intermediate_size);
@@ -192,8 +190,8 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
     embedding_ = arena.matrix(weights.embedding);
     lm_head_ =
         weights.lm_head.data == weights.embedding.data ? embedding_ : arena.matrix(weights.lm_head);
-    final_norm_weight_ = arena.norm(weights.final_norm_weight);
-    final_norm_bias_ = arena.norm(weights.final_norm_bias);
+    final_norm_weight_ = arena.matrix(weights.final_norm_weight);
+    final_norm_bias_ = arena.matrix(weights.final_norm_bias);
   }
   copy_parts(model, arena, weights_.as<>(), options);
   rotary_ = to_device(rotary_table(config), "the rotary tables");

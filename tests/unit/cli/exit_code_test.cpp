@@ -16,7 +16,7 @@ TEST(ExitCode, FilesAndMachineAreFailure) {
   for (const ErrorKind kind :
        {ErrorKind::not_found, ErrorKind::permission_denied, ErrorKind::io, ErrorKind::malformed,
         ErrorKind::unsupported, ErrorKind::out_of_memory, ErrorKind::non_finite,
-        ErrorKind::internal}) {
+        ErrorKind::interrupted, ErrorKind::internal}) {
     EXPECT_EQ(exit_code_of(kind), 1);
   }
 }

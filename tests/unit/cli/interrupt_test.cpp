@@ -36,11 +36,13 @@ TEST(InterruptScope, TheFirstSignalCancelsAndTheSecondIsLeftToTheSystem) {
     EXPECT_EQ(generation.cancels, 1);
     EXPECT_EQ(handler_of(SIGINT), SIG_DFL);
     EXPECT_EQ(handler_of(SIGTERM), SIG_DFL);
+    EXPECT_EQ(exit_code_of_signal(), 128 + number);
   }
 }
 
 TEST(InterruptScope, WorksWithoutAGeneration) {
   const InterruptScope scope;
+  EXPECT_EQ(exit_code_of_signal(), kDone);
   std::raise(SIGINT);
   EXPECT_TRUE(scope.interrupted());
 }

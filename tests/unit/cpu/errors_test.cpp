@@ -54,6 +54,40 @@ class Errors : public testing::Test {
   std::vector<TokenId> tokens_;
 };
 
+// In the middle of a call, wherever the request comes; the fixture looks at the sequence.
+TEST_F(Errors, StopsOnRequest) {
+  const std::vector<TokenId> more = random_tokens(config_, 30, 2);
+  std::vector<float> logits(static_cast<std::size_t>(config_.vocab_size));
+  SampledToken sampled;
+  for (const bool prefill : {true, false}) {
+    const auto call = [&] {
+      if (prefill) {
+        PrefillOutput output;
+        output.sampled = &sampled;
+        backend_->prefill(id_, more, output);
+      } else {
+        backend_->decode({&id_, 1}, {more.data(), 1}, 1, {&sampled, 1}, logits);
+      }
+    };
+    int questions = 0;
+    for (int stop_at = 1; stop_at < 1000; ++stop_at) {
+      questions = 0;
+      backend_->set_stop_request([&] { return ++questions == stop_at; });
+      try {
+        call();
+      } catch (const Stopped&) {
+        continue;
+      }
+      backend_->truncate(id_, 40);
+      break;
+    }
+    EXPECT_GT(questions, 2) << "it was asked in the middle";
+  }
+  backend_->set_stop_request([] { return true; });
+  EXPECT_THROW(backend_->measure_read_ceiling(), Stopped);
+  backend_->set_stop_request({});
+}
+
 TEST_F(Errors, Options) {
   const auto open = [&](int threads, std::int64_t positions) {
     return [=, this] { make_cpu_backend(model_, {threads, positions, std::nullopt}); };

@@ -80,6 +80,26 @@ TEST(ThreadPool, ThrowsATasksException) {
   }
 }
 
+TEST(ThreadPool, StopsOnRequest) {
+  for (const int threads : {1, 3}) {
+    ThreadPool pool(threads);
+    std::atomic<int> runs = 0;
+    const auto caller = std::this_thread::get_id();
+    pool.set_stop_request([&] {
+      EXPECT_EQ(std::this_thread::get_id(), caller);
+      return runs.load() >= 10;
+    });
+    const auto count = [&](std::int64_t, int) { ++runs; };
+    EXPECT_THROW(pool.run(1'000'000'000, count), Stopped);
+    EXPECT_GE(runs.load(), 10);
+    EXPECT_THROW(pool.run(1'000'000'000, count), Stopped) << "and again";
+    pool.set_stop_request({});
+    runs = 0;
+    pool.run(50, count);
+    EXPECT_EQ(runs.load(), 50);
+  }
+}
+
 // A worker that was about to enter a region when it closed, and the pool went, must not sleep on
 // what it found then. Pools side by side keep workers from getting a core in time.
 TEST(ThreadPool, EndsWhileWorkersComeTooLate) {

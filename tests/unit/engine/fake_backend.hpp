@@ -32,6 +32,7 @@ struct FakeState {
   std::vector<std::int64_t> burst_starts;   // lengths of the first sequence before decode()
   std::vector<std::int64_t> reserved;       // in the order of creation
   std::map<SequenceId, std::int64_t> live;  // sequences and what they may grow to
+  bool asks_to_stop = true;                 // a device may leave out to ask in the middle of a call
   int truncations = 0;
   int ceilings_measured = 0;
   std::vector<TimelineEvent> timeline;
@@ -78,7 +79,7 @@ class FakeBackend final : public Backend {
   void prefill(SequenceId id, std::span<const TokenId> tokens,
                const PrefillOutput& output) override {
     const Step step(*this);
-    if (state_->before_step) state_->before_step();
+    before_step();
     state_->prefill_sizes.push_back(std::ssize(tokens));
     EXPECT_GE(tokens.size(), 1u);
     EXPECT_LE(std::ssize(tokens), info().prefill_chunk);
@@ -102,7 +103,7 @@ class FakeBackend final : public Backend {
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
               std::span<SampledToken> sampled, std::span<float> logits) override {
     const Step step(*this);
-    if (state_->before_step) state_->before_step();
+    before_step();
     state_->decode_batches.push_back(ids.size());
     state_->burst_starts.push_back(length(ids.front()));
     EXPECT_EQ(ids.size(), inputs.size());
@@ -130,6 +131,8 @@ class FakeBackend final : public Backend {
     return state_->timeline;
   }
 
+  void set_stop_request(StopRequest stop) override { stop_ = std::move(stop); }
+
   std::int64_t capacity = 1 << 20;  // positions of all sequences together
 
  private:
@@ -144,6 +147,10 @@ class FakeBackend final : public Backend {
     std::atomic<bool>& busy;
   };
 
+  void before_step() const {
+    if (state_->before_step) state_->before_step();
+    if (state_->asks_to_stop && stop_ && stop_()) throw Stopped{};
+  }
   void append(SequenceId id, TokenId token) {
     Sequence& sequence = sequences_.at(id);
     sequence.tokens.push_back(token);
@@ -154,6 +161,7 @@ class FakeBackend final : public Backend {
   std::shared_ptr<FakeState> state_;
   std::int64_t vocab_size_;
   Script script_;
+  StopRequest stop_;
   std::map<SequenceId, Sequence> sequences_;
   SequenceId next_id_ = 0;
   std::atomic<bool> busy_ = false;

@@ -52,6 +52,18 @@ std::string tokenizer_json(int size) {
   return file_with(vocab).dump();
 }
 
+std::string with_added_token(const std::string& json, int id, const std::string& content) {
+  nlohmann::json file = nlohmann::json::parse(json);
+  file["added_tokens"].push_back({{"id", id},
+                                  {"content", content},
+                                  {"single_word", false},
+                                  {"lstrip", false},
+                                  {"rstrip", false},
+                                  {"normalized", false},
+                                  {"special", true}});
+  return file.dump();
+}
+
 std::shared_ptr<const Tokenizer> byte_tokenizer() {
   static const std::shared_ptr<const Tokenizer> tokenizer = [] {
     nlohmann::json vocab;
@@ -119,12 +131,13 @@ Script hashed_logits() {
 }
 
 FakeEngine fake_engine(Script script, const std::function<void(FakeState&)>& set,
-                       std::int64_t capacity) {
+                       std::int64_t capacity, StopRequest interrupted) {
   FakeEngine fake;
   if (set) set(*fake.state);
   auto backend = std::make_unique<FakeBackend>(fake.state, kVocabSize, std::move(script));
   backend->capacity = capacity;
-  fake.engine = make_engine(tiny_model(), byte_tokenizer(), std::move(backend), "a test");
+  fake.engine = make_engine(tiny_model(), byte_tokenizer(), std::move(backend), "a test",
+                            std::move(interrupted));
   return fake;
 }
 

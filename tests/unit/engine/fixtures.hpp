@@ -25,6 +25,8 @@ inline constexpr std::int64_t kVocabSize = 320;
 std::shared_ptr<const Tokenizer> byte_tokenizer();
 // A tokenizer.json with ids from 0 to size - 1: "t0", "t1", ...
 std::string tokenizer_json(int size);
+// The same with an added token.
+std::string with_added_token(const std::string& json, int id, const std::string& content);
 // One token for each byte.
 std::vector<TokenId> bytes_to_tokens(std::string_view text);
 
@@ -43,7 +45,7 @@ struct FakeEngine {
 };
 // `set` may change the state before the engine is made.
 FakeEngine fake_engine(Script script, const std::function<void(FakeState&)>& set = {},
-                       std::int64_t capacity = 1 << 20);
+                       std::int64_t capacity = 1 << 20, StopRequest interrupted = {});
 
 // A request with a prompt of one token.
 GenerateRequest one_token_request(std::int64_t max_new_tokens);

@@ -1,8 +1,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <functional>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
@@ -124,6 +127,52 @@ TEST(Generate, EndOfTextDecidesBetweenStopStrings) {
   EXPECT_EQ(result.finish_reason, FinishReason::stop_string);
 }
 
+// The same where the end of the text is a token that ends it.
+TEST(Generate, AStopTokenDecidesBetweenStopStrings) {
+  std::vector<TokenId> script = bytes_to_tokens("xabc");
+  script.push_back(kEndOfText);
+  const FakeEngine fake = fake_engine(say(script));
+  GenerateRequest request = one_token_request(20);
+  request.stop_strings = {"abcd", "bc"};
+  const GenerateResult result = run(*fake.engine, request);
+  EXPECT_EQ(result.text, "xa");
+  EXPECT_EQ(result.tokens, script);
+  EXPECT_EQ(result.finish_reason, FinishReason::stop_string);
+}
+
+TEST(Generate, StopsBeforeASpecialTokenThatTheTextLeavesOut) {
+  std::vector<TokenId> script = bytes_to_tokens("bye");
+  script.push_back(kEndOfText);
+  const FakeEngine fake = fake_engine(say(script));
+  GenerateRequest request = one_token_request(20);
+  request.ignore_eos = true;
+  for (const bool skip : {true, false}) {
+    request.skip_special_tokens = skip;
+    for (const char* stop : {"<|endoftext|>", "e<|end", "text|>x"}) {
+      request.stop_strings = {stop};
+      const GenerateResult result = run(*fake.engine, request);
+      const std::string whole = "bye<|endoftext|>x";
+      const std::string expected = whole.substr(0, whole.find(stop));
+      EXPECT_EQ(result.text, skip ? expected.substr(0, 3) : expected) << stop;
+      EXPECT_EQ(result.finish_reason, FinishReason::stop_string) << stop;
+    }
+  }
+  request.skip_special_tokens = true;  // what is shown counts as well
+  request.stop_strings = {"yex"};
+  EXPECT_EQ(run(*fake.engine, request).text, "b");
+}
+
+TEST(Generate, HasNoFinishReasonWhileItRuns) {
+  const FakeEngine fake = fake_engine(say("hello"));
+  const std::unique_ptr<Generation> generation = fake.engine->start({one_token_request(3)});
+  EXPECT_EQ(generation->results()[0].finish_reason, std::nullopt);
+  generation->next();
+  EXPECT_EQ(generation->results()[0].finish_reason, std::nullopt);
+  while (generation->next()) {
+  }
+  EXPECT_EQ(generation->results()[0].finish_reason, FinishReason::token_limit);
+}
+
 TEST(Generate, MayFillTheContextCompletely) {
   const FakeEngine fake = fake_engine(say("", 60));
   GenerateRequest request;
@@ -166,11 +215,30 @@ TEST(Generate, ShowsOnlyWellFormedText) {
   EXPECT_THAT(pieces, ElementsAre("a", "", "", "€", "\uFFFD", "", "\uFFFD"));
 }
 
-TEST(Generate, PaddedIdsHaveNoText) {
+TEST(Generate, PaddedIdsAreNotDrawnUnlessAllowedAndHaveNoText) {
   const FakeEngine fake = fake_engine(say(std::vector<TokenId>{kThe, kPadded, kThe, kLast}));
-  const GenerateResult result = run(*fake.engine, one_token_request(4));
+  GenerateRequest request = one_token_request(4);
+  const GenerateResult without = run(*fake.engine, request);
+  EXPECT_THAT(without.tokens, testing::Each(testing::Le(kLast)));
+  EXPECT_EQ(without.tokens[0], kThe);
+  request.allow_padded_ids = true;
+  const GenerateResult result = run(*fake.engine, request);
   EXPECT_EQ(result.text, " the theabcd");
   EXPECT_THAT(result.tokens, ElementsAre(kThe, kPadded, kThe, kLast));
+}
+
+TEST(Generate, DrawsNothingThatEndsTheTextBeforeItIsLongEnough) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  GenerateRequest request = one_token_request(20);
+  request.stop_tokens.resize(kVocabSize - 2);
+  std::iota(request.stop_tokens.begin(), request.stop_tokens.end(), 2);
+  request.allow_padded_ids = true;
+  EXPECT_THAT(run(*fake.engine, request).tokens, SizeIs(testing::Lt(3u)));
+  request.min_new_tokens = 9;
+  const GenerateResult result = run(*fake.engine, request);
+  EXPECT_EQ(result.finish_reason, FinishReason::stop_token);
+  ASSERT_THAT(result.tokens, SizeIs(testing::Ge(10u)));
+  for (int i = 0; i < 9; ++i) EXPECT_EQ(result.tokens[i], 1) << "the only one that is left";
 }
 
 TEST(Generate, PrefillsInPieces) {
@@ -246,8 +314,10 @@ TEST(Cancel, EndsAllSequencesAndGivesHeldTextBack) {
 
 TEST(Cancel, WorksBetweenPrefillPieces) {
   Generation* running = nullptr;
-  const FakeEngine fake = fake_engine(
-      say("ok", 12), [&](FakeState& state) { state.before_step = [&] { running->cancel(); }; });
+  const FakeEngine fake = fake_engine(say("ok", 12), [&](FakeState& state) {
+    state.before_step = [&] { running->cancel(); };
+    state.asks_to_stop = false;
+  });
   GenerateRequest request;
   request.prompt_tokens.assign(12, 5);
   const auto generation = fake.engine->start({request});
@@ -258,6 +328,67 @@ TEST(Cancel, WorksBetweenPrefillPieces) {
   EXPECT_FALSE(event->token);
   EXPECT_FALSE(generation->next());
   EXPECT_THAT(fake.state->prefill_sizes, ElementsAre(4));
+  EXPECT_THAT(fake.state->live, IsEmpty());
+}
+
+TEST(Cancel, GivesUpTheRunningStep) {
+  for (const int step : {1, 2, 4}) {
+    SCOPED_TRACE(step);
+    Generation* running = nullptr;
+    int steps = 0;
+    const FakeEngine fake = fake_engine(say("hello", 6), [&](FakeState& state) {
+      state.before_step = [&] {
+        if (++steps == step) running->cancel();
+      };
+    });
+    GenerateRequest request = one_token_request(9);
+    request.prompt_tokens.assign(6, 5);  // prefilled in two steps
+    const auto generation = fake.engine->start({request});
+    running = generation.get();
+    while (generation->next()) {
+    }
+    const GenerateResult& result = generation->results()[0];
+    EXPECT_EQ(result.finish_reason, FinishReason::cancelled);
+    EXPECT_EQ(result.text, step == 4 ? "he" : "") << "the step's own token does not come";
+    EXPECT_EQ(steps, step);
+    EXPECT_THAT(fake.state->live, IsEmpty());
+  }
+}
+
+TEST(Interruption, EndsEveryCallWithAnErrorAndResultsAsCancelled) {
+  std::atomic<bool> interrupted = false;
+  int steps = 0;
+  const FakeEngine fake = fake_engine(
+      say("hello"),
+      [&](FakeState& state) {
+        state.before_step = [&] {
+          // Asked at most every 20 ms.
+          std::this_thread::sleep_for(std::chrono::milliseconds(25));
+          if (++steps == 3) interrupted = true;
+        };
+      },
+      1 << 20, [&] { return interrupted.load(); });
+  const auto generation = fake.engine->start({one_token_request(9), one_token_request(9)});
+  expect_error(ErrorKind::interrupted, HasSubstr("interrupted by the caller"), [&] {
+    while (generation->next()) {
+    }
+  });
+  EXPECT_FALSE(generation->next());
+  for (const GenerateResult& result : generation->results()) {
+    EXPECT_EQ(result.finish_reason, FinishReason::cancelled);
+    EXPECT_EQ(result.text, "h");
+  }
+  const std::vector<TokenId> tokens(20, 5);
+  std::vector<float> logits(20 * kVocabSize);
+  const std::vector<std::function<void()>> calls{[&] { fake.engine->score(tokens); },
+                                                 [&] { fake.engine->logits(tokens, logits); },
+                                                 [&] { fake.engine->perplexity(tokens, 0, {}); }};
+  for (const auto& call : calls) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(25));
+    expect_error(ErrorKind::interrupted, HasSubstr("interrupted"), call);
+  }
+  interrupted = false;
+  EXPECT_EQ(fake.engine->generate(one_token_request(2)).text, "he");
   EXPECT_THAT(fake.state->live, IsEmpty());
 }
 

@@ -123,20 +123,54 @@ TEST(Open, ReadsTheTokenizerBesideTheWeights) {
   EXPECT_EQ(engine->tokenizer().vocab_size(), 64);
 }
 
-TEST(Open, RefusesATokenizerThatIsBrokenOrOfAnotherModel) {
+TEST(Open, RefusesATokenizerThatIsBroken) {
   const CheckpointFolder folder;
   const std::filesystem::path file = folder.path() / "tokenizer.json";
   std::ofstream(file) << "{";
   expect_error(ErrorKind::malformed, HasSubstr("tokenizer.json"),
                [&] { Engine::open(folder.path()); });
-  std::ofstream(file) << test::tokenizer_json(65);
-  expect_error(ErrorKind::malformed,
-               HasSubstr("the tokenizer's largest id is 64, and the model's vocab_size is 64"),
-               [&] { Engine::open(folder.path()); });
   std::filesystem::remove(file);
   std::filesystem::create_symlink(folder.path() / "gone.json", file);
   expect_error(ErrorKind::not_found, HasSubstr("tokenizer.json"),
                [&] { Engine::open(folder.path()); });
+}
+
+TEST(Open, WarnsOfWhatTheFilesBesideTheTokenizerAskFor) {
+  const CheckpointFolder folder;
+  std::ofstream(folder.path() / "tokenizer.json") << test::tokenizer_json(65);
+  std::ofstream(folder.path() / "tokenizer_config.json") << R"({"add_prefix_space": true})";
+  EXPECT_THAT(Engine::open(folder.path())->warnings(),
+              testing::ElementsAre(HasSubstr("tokenizer_config.json: \"add_prefix_space\" is true"),
+                                   HasSubstr("ids up to 64")));
+}
+
+TEST(GenerationConfig, IsAppliedAsTransformersDoes) {
+  const CheckpointFolder folder;
+  const auto request_for = [&](const char* json) {
+    std::ofstream(folder.path() / "generation_config.json") << json;
+    GenerateRequest request;
+    request.max_new_tokens = 7;
+    apply_generation_config(Model::open(folder.path())->generation_config(), request);
+    return request;
+  };
+  const GenerateRequest greedy = request_for(R"({"temperature": 0.7, "top_k": 3})");
+  EXPECT_EQ(greedy.sampling.temperature, 0) << "do_sample is false by default";
+  EXPECT_EQ(greedy.max_new_tokens, 7);
+  const GenerateRequest silent = request_for(R"({"do_sample": true, "top_p": null})");
+  EXPECT_EQ(silent.sampling.temperature, 1);
+  EXPECT_EQ(silent.sampling.top_k, 50);
+  EXPECT_EQ(silent.sampling.top_p, 1);
+  const GenerateRequest all = request_for(
+      R"({"do_sample": true, "temperature": 0.5, "top_k": 0, "top_p": 0.75, "min_p": 0.25,
+          "repetition_penalty": 1.5, "max_new_tokens": 9})");
+  EXPECT_EQ(all.sampling.temperature, 0.5f);
+  EXPECT_EQ(all.sampling.top_k, 0);
+  EXPECT_EQ(all.sampling.top_p, 0.75f);
+  EXPECT_EQ(all.sampling.min_p, 0.25f);
+  EXPECT_EQ(all.sampling.repetition_penalty, 1.5f);
+  EXPECT_EQ(all.max_new_tokens, 9);
+  expect_error(ErrorKind::malformed, HasSubstr("generation_config.json: \"top_p\" must be"),
+               [&] { request_for(R"({"top_p": 2})"); });
 }
 
 TEST(FinishReason, HasNames) {

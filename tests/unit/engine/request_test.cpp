@@ -29,7 +29,7 @@ TEST_P(ImpossibleRequests, AreRefusedBeforeAnythingIsAllocated) {
   GenerateRequest bad = one_token_request(5);
   GetParam().spoil(bad);
   expect_error(GetParam().kind, HasSubstr(GetParam().message), [&] { fake.engine->start({bad}); });
-  expect_error(GetParam().kind, HasSubstr("request 1 of 2: " + GetParam().message), [&] {
+  expect_error(GetParam().kind, HasSubstr("requests[1]: " + GetParam().message), [&] {
     fake.engine->start({one_token_request(1), bad});
   });
   EXPECT_THAT(fake.state->reserved, IsEmpty());
@@ -42,7 +42,18 @@ INSTANTIATE_TEST_SUITE_P(
         BadRequest{"no_tokens", [](auto& r) { r.prompt_tokens.clear(); },
                    ErrorKind::invalid_argument,
                    "the prompt has no tokens, and the model needs at least one to start from; pass "
-                   "some text or prompt_tokens, for example token 0 (eos_token_id)"},
+                   "some text, or token ids as prompt_tokens, for example token 0 (eos_token_id)"},
+        BadRequest{"min_new_tokens", [](auto& r) { r.min_new_tokens = 6; },
+                   ErrorKind::invalid_argument,
+                   "min_new_tokens must be in [0, 5] (max_new_tokens), got 6"},
+        BadRequest{"logit_bias",
+                   [](auto& r) {
+                     r.sampling.logit_bias = {{320, 1.0f}};
+                   },
+                   ErrorKind::out_of_range,
+                   "logit_bias[0] is 320, expected a token id in [0, 320)"},
+        BadRequest{"frequency_penalty", [](auto& r) { r.sampling.frequency_penalty = 3; },
+                   ErrorKind::invalid_argument, "frequency_penalty must be in [-2, 2]"},
         BadRequest{"prompt_too_long", [](auto& r) { r.prompt_tokens.assign(64, 5); },
                    ErrorKind::invalid_argument,
                    "the prompt has 64 tokens, and the context of 64 positions has room for 63 and "
@@ -117,23 +128,44 @@ TEST(Requests, WithoutATokenizerOnlyIdsAreTaken) {
 
   GenerateRequest text;
   text.prompt = "hi";
-  expect_error(ErrorKind::invalid_argument, HasSubstr("a text prompt needs a tokenizer"),
+  expect_error(ErrorKind::not_found, HasSubstr("has no tokenizer.json, and text needs a tokenizer"),
                [&] { engine->start({text}); });
   GenerateRequest stop = one_token_request(3);
   stop.stop_strings = {"x"};
-  expect_error(ErrorKind::invalid_argument, HasSubstr("stop_strings need a tokenizer"),
+  expect_error(ErrorKind::not_found, HasSubstr("has no tokenizer.json, and text needs a tokenizer"),
                [&] { engine->start({stop}); });
 }
 
-TEST(MakeEngine, RefusesATokenizerOfAnotherModel) {
+// As after add_special_tokens() without resizing the embeddings.
+TEST(MakeEngine, WarnsOfATokenizerWithMoreIdsThanTheModel) {
   const auto state = std::make_shared<FakeState>();
-  const auto tokenizer = Tokenizer::parse(tokenizer_json(321), "test");
-  expect_error(ErrorKind::malformed,
-               HasSubstr("the tokenizer's largest id is 320, and the model's vocab_size is 320"),
-               [&] {
-                 make_engine(tiny_model(), tokenizer,
-                             std::make_unique<FakeBackend>(state, kVocabSize, say("")), "a test");
-               });
+  const auto open = [&](int size) {
+    const auto tokenizer = Tokenizer::parse(tokenizer_json(size), "test");
+    return make_engine(tiny_model(), tokenizer,
+                       std::make_unique<FakeBackend>(state, kVocabSize, say("hello")), "a test");
+  };
+  EXPECT_THAT(open(320)->warnings(), IsEmpty());
+  const auto engine = open(321);
+  EXPECT_THAT(engine->warnings(),
+              testing::ElementsAre(testing::AllOf(
+                  HasSubstr("ids up to 320, and the model's vocab_size is 320"),
+                  HasSubstr("\"t320\" (the only such token)"), HasSubstr("refused"))));
+  EXPECT_THAT(open(330)->warnings(),
+              testing::ElementsAre(HasSubstr("\"t320\" (the first such token)")));
+  EXPECT_EQ(engine->generate(one_token_request(5)).tokens, bytes_to_tokens("hello"));
+}
+
+TEST(Requests, RefuseTextWithATokenThatTheModelDoesNotHave) {
+  const auto state = std::make_shared<FakeState>();
+  std::string json = tokenizer_json(320);
+  const auto tokenizer = Tokenizer::parse(with_added_token(json, 320, "[PAD]"), "test");
+  const auto engine = make_engine(
+      tiny_model(), tokenizer, std::make_unique<FakeBackend>(state, kVocabSize, say("")), "a test");
+  GenerateRequest request;
+  request.prompt = "[PAD]";
+  expect_error(ErrorKind::out_of_range,
+               HasSubstr("the prompt's token[0] is 320, expected a token id in [0, 320)"),
+               [&] { engine->start({request}); });
 }
 
 }  // namespace

@@ -78,8 +78,12 @@ TEST(Perplexity, EqualsTheDocumentedLoop) {
         if (stride < 2 || stride > context) continue;
         SCOPED_TRACE(testing::Message()
                      << count << " tokens, context " << context << ", stride " << stride);
-        const PerplexityResult result = fake.engine->perplexity(
-            tokens, 0, {.context = context, .stride = stride, .progress = {}});
+        const PerplexityResult result =
+            fake.engine->perplexity(tokens, 70,
+                                    {.context = context,
+                                     .stride = stride,
+                                     .method = PerplexityMethod::transformers_docs,
+                                     .progress = {}});
         const Reference expected = documented_perplexity(tokens, context, stride);
         EXPECT_NEAR(result.perplexity, expected.perplexity, 1e-5 * expected.perplexity);
         EXPECT_NEAR(result.mean_nll, std::log(expected.perplexity), 1e-5);
@@ -92,27 +96,58 @@ TEST(Perplexity, EqualsTheDocumentedLoop) {
   EXPECT_THAT(fake.state->live, IsEmpty());
 }
 
-TEST(Perplexity, DefaultsToTheWholeContextAndHalfOfIt) {
-  const FakeEngine fake = fake_engine(hashed_logits());
-  const std::vector<TokenId> tokens = random_tokens(150, 2);
-  EXPECT_NEAR(fake.engine->perplexity(tokens, 0, {}).perplexity,
-              documented_perplexity(tokens, 64, 32).perplexity, 1e-3);
-}
-
-TEST(Perplexity, BitsPerByteCountEveryTokenButTheFirst) {
-  const FakeEngine fake = fake_engine(hashed_logits());
-  const std::vector<TokenId> tokens = random_tokens(20, 3);
-  const std::int64_t context = 8;
-  const std::int64_t stride = 4;
+// The sum over all tokens but the first, each in the first window that holds it, given the tokens
+// before it there. Windows that do not overlap also hold the token before them.
+double nll_of_each_token(const std::vector<TokenId>& tokens, std::int64_t context,
+                         std::int64_t stride) {
   double total = 0;
   for (std::int64_t i = 1; i < std::ssize(tokens); ++i) {
     std::int64_t begin = 0;
     while (begin + context <= i) begin += stride;
+    if (begin > 0 && stride == context) --begin;
     total += negative_log_likelihood(std::span(tokens).subspan(begin, i - begin), tokens[i]);
   }
-  const PerplexityResult result =
-      fake.engine->perplexity(tokens, 70, {.context = context, .stride = stride, .progress = {}});
-  EXPECT_NEAR(result.bits_per_byte, total / std::log(2.0) / 70, 1e-5);
+  return total;
+}
+
+TEST(Perplexity, ScoresAndCountsEachTokenOnce) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  for (const std::size_t count : {2u, 3u, 9u, 33u, 100u}) {
+    const std::vector<TokenId> tokens = random_tokens(count, 11);
+    for (const std::int64_t context : {2, 3, 8, 64}) {
+      for (const std::int64_t stride : {std::int64_t{1}, std::int64_t{2}, context / 2, context}) {
+        SCOPED_TRACE(testing::Message()
+                     << count << " tokens, context " << context << ", stride " << stride);
+        const PerplexityResult result = fake.engine->perplexity(
+            tokens, 70, {.context = context, .stride = stride, .progress = {}});
+        const double total = nll_of_each_token(tokens, context, stride);
+        EXPECT_EQ(result.scored_tokens, std::ssize(tokens) - 1);
+        EXPECT_EQ(result.total_tokens, std::ssize(tokens));
+        EXPECT_NEAR(result.mean_nll, total / static_cast<double>(count - 1), 1e-5);
+        EXPECT_NEAR(result.perplexity, std::exp(total / static_cast<double>(count - 1)),
+                    1e-5 * result.perplexity);
+        EXPECT_NEAR(result.bits_per_byte, total / std::log(2.0) / 70, 1e-4);
+      }
+    }
+  }
+  EXPECT_THAT(fake.state->live, IsEmpty());
+}
+
+TEST(Perplexity, DefaultsToTheWholeContextAndHalfOfIt) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  const std::vector<TokenId> tokens = random_tokens(150, 2);
+  EXPECT_NEAR(fake.engine->perplexity(tokens, 0, {}).mean_nll,
+              nll_of_each_token(tokens, 64, 32) / 149, 1e-5);
+}
+
+TEST(Perplexity, BitsPerByteAreOverTheTextOfTheScoredTokens) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  const std::vector<TokenId> tokens = bytes_to_tokens("some text");
+  const PerplexityResult of_tokens = fake.engine->perplexity(tokens, 8, {});
+  const PerplexityResult of_text = fake.engine->perplexity("some text", true, {});
+  EXPECT_GT(of_text.bits_per_byte, 0);
+  EXPECT_EQ(of_text.bits_per_byte, of_tokens.bits_per_byte);
+  EXPECT_EQ(of_text.mean_nll, of_tokens.mean_nll);
 }
 
 TEST(Perplexity, ReportsProgressAndCanBeCancelled) {
@@ -130,7 +165,7 @@ TEST(Perplexity, ReportsProgressAndCanBeCancelled) {
 
   options.progress = [](std::int64_t count, std::int64_t) { return count < 12; };
   const PerplexityResult cut = fake.engine->perplexity(tokens, 0, options);
-  EXPECT_EQ(cut.scored_tokens, 7 + 3);
+  EXPECT_EQ(cut.scored_tokens, 7 + 4);
   EXPECT_EQ(cut.total_tokens, 20);
   EXPECT_TRUE(std::isfinite(cut.perplexity));
 }
@@ -138,18 +173,20 @@ TEST(Perplexity, ReportsProgressAndCanBeCancelled) {
 TEST(Perplexity, RefusesImpossibleOptions) {
   const FakeEngine fake = fake_engine(hashed_logits());
   const std::vector<TokenId> tokens = random_tokens(20, 5);
-  const auto measure = [&](std::int64_t context, std::int64_t stride) {
-    return [&, context, stride] {
-      fake.engine->perplexity(tokens, 0, {.context = context, .stride = stride, .progress = {}});
+  const auto measure = [&](std::int64_t context, std::int64_t stride,
+                           PerplexityMethod method = PerplexityMethod::each_token) {
+    return [&, context, stride, method] {
+      fake.engine->perplexity(
+          tokens, 0, {.context = context, .stride = stride, .method = method, .progress = {}});
     };
   };
   const ErrorKind kind = ErrorKind::invalid_argument;
   expect_error(kind, HasSubstr("context must be in [2, 64]"), measure(65, 2));
   expect_error(kind, HasSubstr("or 0 for the longest, got 1"), measure(1, 2));
   expect_error(kind, HasSubstr("got -3"), measure(-3, 2));
-  expect_error(kind, HasSubstr("stride must be in [2, 8]"), measure(8, 9));
+  expect_error(kind, HasSubstr("stride must be in [1, 8]"), measure(8, 9));
   // The documented weights would let only the first window count.
-  expect_error(kind, HasSubstr("got 1"), measure(8, 1));
+  expect_error(kind, HasSubstr("got 1"), measure(8, 1, PerplexityMethod::transformers_docs));
   expect_error(kind, HasSubstr("got -1"), measure(8, -1));
   expect_error(kind, HasSubstr("perplexity needs at least 2 tokens"),
                [&] { fake.engine->perplexity(std::span(tokens).first(1), 0, {}); });

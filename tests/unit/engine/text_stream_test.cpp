@@ -51,6 +51,56 @@ TEST(StopFilter, EndsBeforeTheLeftmostStopStringHoweverTheTextIsCut) {
   }
 }
 
+// Some bytes are not shown. A stop string counts in the text with them and in the text without.
+TEST(StopFilter, FindsStopStringsAcrossHiddenPieces) {
+  std::mt19937 random(7);
+  const auto random_text = [&](std::size_t shortest, std::size_t longest) {
+    std::string text(shortest + random() % (longest - shortest + 1), ' ');
+    for (char& c : text) c = "abc"[random() % 3];
+    return text;
+  };
+  const auto shown_before = [](const std::vector<std::pair<std::string, bool>>& pieces,
+                               std::size_t end) {
+    std::string shown;
+    std::size_t at = 0;
+    for (const auto& [piece, hidden] : pieces) {
+      for (const char c : piece) {
+        if (at++ < end && !hidden) shown += c;
+      }
+    }
+    return shown;
+  };
+  for (int round = 0; round < 20'000; ++round) {
+    std::vector<std::pair<std::string, bool>> pieces(random() % 5);
+    std::string whole;
+    std::string shown;
+    std::vector<std::size_t> places;
+    for (auto& [piece, hidden] : pieces) {
+      piece = random_text(0, 4);
+      hidden = random() % 2 == 0;
+      for (const char c : piece) {
+        if (!hidden) places.push_back(whole.size());
+        if (!hidden) shown += c;
+        whole += c;
+      }
+    }
+    const std::vector<std::string> stops{random_text(1, 4), random_text(1, 4)};
+    std::size_t end = whole.size();
+    for (const std::string& stop : stops) {
+      end = std::min(end, whole.find(stop));
+      if (shown.find(stop) != shown.npos) end = std::min(end, places[shown.find(stop)]);
+    }
+    StopFilter filter(stops);
+    std::string out;
+    for (const auto& [piece, hidden] : pieces) {
+      out += hidden ? filter.push_hidden(piece) : filter.push(piece);
+    }
+    out += filter.finish();
+    ASSERT_EQ(out, shown_before(pieces, end)) << whole << " shown as " << shown;
+    ASSERT_EQ(filter.stopped(), end < whole.size());
+  }
+}
+
 TEST(StopFilter, HoldsBackOnlyWhatMayBeAStopString) {
   StopFilter filter({"STOP"});
   EXPECT_EQ(filter.push("say S"), "say ");

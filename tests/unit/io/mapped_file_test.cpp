@@ -1,10 +1,13 @@
 #include "io/mapped_file.hpp"
 
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -51,6 +54,53 @@ TEST(MappedFile, MovesWithoutMovingTheBytes) {
   const MappedFile moved(std::move(file));
   EXPECT_EQ(moved.bytes().data(), address);
   EXPECT_EQ(text_of(moved), "abc");
+}
+
+// As when a download starts again, or `cp` writes over a checkpoint that is in use.
+TEST(MappedFile, ReadsZerosWhereTheFileBecameShorter) {
+  const TemporaryFolder folder;
+  const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  const std::filesystem::path path = folder.write("a", std::string(5 * page, 'x'));
+  const MappedFile whole(folder.write("b", std::string(5 * page, 'y')));
+  for (const std::size_t left : {3 * page, page / 2, std::size_t{0}}) {
+    folder.write("a", std::string(5 * page, 'x'));
+    const MappedFile file(path);
+    EXPECT_EQ(text_of(file), std::string(5 * page, 'x'));
+    EXPECT_FALSE(file.has_lost_pages());
+    std::filesystem::resize_file(path, left);
+    std::string expected(5 * page, '\0');
+    expected.replace(0, left, left, 'x');
+    EXPECT_EQ(text_of(file), expected);
+    EXPECT_TRUE(file.has_lost_pages());
+    EXPECT_FALSE(whole.has_lost_pages());
+  }
+  EXPECT_EQ(text_of(whole), std::string(5 * page, 'y'));
+  folder.write("a", "new");
+  EXPECT_FALSE(MappedFile(path).has_lost_pages());
+}
+
+TEST(MappedFileDeathTest, LeavesOtherBusErrorsAlone) {
+  const TemporaryFolder folder;
+  const MappedFile file(folder.write("a", "abc"));
+  const std::filesystem::path path = folder.write("b", "abc");
+  const int descriptor = ::open(path.c_str(), O_RDWR);
+  void* other = ::mmap(nullptr, 3, PROT_READ, MAP_SHARED, descriptor, 0);
+  ::close(descriptor);
+  std::filesystem::resize_file(path, 0);
+  EXPECT_DEATH(std::fputc(*static_cast<volatile char*>(other), stderr), "");
+  EXPECT_FALSE(file.has_lost_pages());
+  ::munmap(other, 3);
+}
+
+TEST(MappedFile, RefusesAGitLfsPointer) {
+  const TemporaryFolder folder;
+  const std::filesystem::path path =
+      folder.write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:" +
+                                            std::string(64, '0') + "\nsize 123456789\n");
+  const std::vector<std::string> words{path.string(), "Git LFS pointer", "git lfs pull"};
+  expect_error(ErrorKind::malformed, words, [&] { MappedFile{path}; });
+  expect_error(ErrorKind::malformed, words, [&] { read_file(path, 1000); });
+  const MappedFile other(folder.write("a", "version https://git-lfs.example.com"));
 }
 
 // Resident pages of a mapping, as the kernel counts them (the "Rss" of its entry in smaps).

@@ -119,24 +119,6 @@ TEST(CheckpointErrors, NamesAWrongDtype) {
   expect_refused(ErrorKind::unsupported, {"\"embed_out.weight\"", "I8"}, [](auto& c) {
     c.replace("embed_out.weight", {16, 8}, "I8", 1);
   });
-  expect_refused(
-      ErrorKind::unsupported,
-      {"\"embed_out.weight\" is BF16", "\"gpt_neox.embed_in.weight\" is F16", "one dtype"},
-      [](auto& c) {
-        c.replace("embed_out.weight", {16, 8}, "BF16");
-      });
-}
-
-TEST(CheckpointErrors, SaysHowToRewriteAMisalignedFile) {
-  const TemporaryFolder folder;
-  CheckpointBuilder builder;
-  builder.tensors.insert(builder.tensors.begin(),
-                         {"gpt_neox.layers.0.attention.bias", "BOOL", {1}, std::string(1, '\1')});
-  builder.write(folder);
-  expect_error(ErrorKind::malformed,
-               {"model.safetensors", "\"gpt_neox.embed_in.weight\"", "misaligned",
-                "multiple of 2 bytes", "save_file"},
-               [&] { Model::open(folder.path()); });
 }
 
 TEST(CheckpointErrors, NamesATruncatedFile) {

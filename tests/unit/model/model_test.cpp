@@ -160,6 +160,51 @@ constexpr std::int64_t kEmbedding = 16 * 8;
 constexpr std::int64_t kLayers = 2 * (32 + 192 + 64 + 96 + 96 + 52);
 constexpr std::int64_t kFinalNorm = 16;
 
+// As transformers, which casts them; here each is used as it is.
+TEST(Model, AllowsMatricesOfSeveralDtypes) {
+  const TemporaryFolder folder;
+  CheckpointBuilder builder;
+  builder.replace("gpt_neox.embed_in.weight", {16, 8}, "F32", 4);
+  builder.replace("embed_out.weight", {16, 8}, "BF16");
+  builder.config["tie_word_embeddings"] = true;
+  builder.write(folder);
+  const auto model = Model::open(folder.path());
+  EXPECT_EQ(model->config().dtype, DType::float16);
+  EXPECT_EQ(dtype_of(model->weights().embedding), DType::float32);
+  EXPECT_EQ(dtype_of(model->weights().lm_head), DType::bfloat16);
+  EXPECT_FALSE(model->config().tied_embeddings) << "they are not the same bytes";
+  EXPECT_EQ(model->bytes_per_token(), 2 * (kEmbedding + kLayers + kFinalNorm) + 4 * 8);
+  ASSERT_EQ(model->warnings().size(), 1U);
+  EXPECT_THAT(model->warnings()[0],
+              ::testing::AllOf(::testing::HasSubstr("\"gpt_neox.embed_in.weight\" is float32"),
+                               ::testing::HasSubstr("those of the layers float16")));
+}
+
+// As files of safetensors before 0.3.1 and of other writers begin at any byte.
+TEST(Model, CopiesWhatIsMisaligned) {
+  const TemporaryFolder folder;
+  CheckpointBuilder builder;
+  builder.write(folder);
+  const auto aligned = Model::open(folder.path());
+  EXPECT_THAT(aligned->warnings(), ::testing::IsEmpty());
+  const auto expected = named_views(*aligned);
+  builder.tensors.insert(builder.tensors.begin(),
+                         {"gpt_neox.layers.0.attention.bias", "BOOL", {1}, std::string(1, '\1')});
+  const TemporaryFolder other;
+  builder.write(other);
+  const auto model = Model::open(other.path());
+  const auto views = named_views(*model);
+  ASSERT_EQ(views.size(), expected.size());
+  for (const auto& [name, view] : views) {
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(view.data) % 2, 0U) << name;
+    EXPECT_EQ(bytes_of(view), bytes_of(expected.at(name))) << name;
+  }
+  ASSERT_EQ(model->warnings().size(), 1U);
+  EXPECT_THAT(model->warnings()[0], ::testing::AllOf(::testing::HasSubstr(other.path().string()),
+                                                     ::testing::HasSubstr("28 of 28 tensors"),
+                                                     ::testing::HasSubstr("save_file")));
+}
+
 TEST(Model, CountsParametersAndBytes) {
   const TemporaryFolder folder;
   CheckpointBuilder builder;

@@ -53,14 +53,15 @@ const std::vector<Refusal> kRefusals = {
      ErrorKind::malformed, "f.json: \"pre_tokenizer\" has no key \"add_prefix_space\""},
     {"Version", [](Json& json) { json["version"] = "2.0"; }, ErrorKind::unsupported,
      "f.json: \"version\" is \"2.0\", which is not supported; supported: \"1.0\""},
-    {"Truncation",
+    {"NoModelType",
      [](Json& json) {
-       json["truncation"] = {{"max_length", 8}};
+       json["model"].erase("type");
+       json["model"].erase("merges");
      },
      ErrorKind::unsupported,
-     "f.json: \"truncation\" is not supported: text would be cut off; set it to null"},
-    {"Padding", [](Json& json) { json["padding"] = Json::object(); }, ErrorKind::unsupported,
-     "f.json: \"padding\" is not supported: tokens would be appended; set it to null"},
+     "f.json: \"model\" has no key \"type\", and without \"vocab\" and \"merges\" it is no BPE "
+     "model, "
+     "which is not supported; supported: \"BPE\""},
     {"ModelType", [](Json& json) { json["model"]["type"] = "WordPiece"; }, ErrorKind::unsupported,
      "f.json: \"model\": \"type\" is \"WordPiece\", which is not supported; supported: \"BPE\""},
     {"Normalizer", [](Json& json) { json["normalizer"]["type"] = "Lowercase"; },

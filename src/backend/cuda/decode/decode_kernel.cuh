@@ -1303,6 +1303,7 @@ class DecodeStep {
   static constexpr std::int64_t kNoToken = 0xffffffff;
   __device__ __forceinline__ Candidate candidate(int token, float logit, int position) const {
     if (!isfinite(logit)) return {INFINITY, kNoToken};
+    if (token >= p.drawable_vocab_size) return worst_candidate();
     if (p.temperature == 0.0f) return {logit, token};
     const PhiloxCounter words = noise_words(p.seed, position + 1, token / 4);
     const std::uint32_t low = token % 2 == 0 ? words[0] : words[1];

@@ -111,6 +111,7 @@ struct DecodeParams {
   const float2* rotary;  // [positions, rotary_dim / 2]: cosine and sine
   std::int32_t num_layers, hidden_size, intermediate_size, num_heads, head_dim, rotary_dim;
   std::int32_t vocab_size;
+  std::int32_t drawable_vocab_size;  // tokens from here on are not chosen
   float layer_norm_eps;
   float inverse_hidden_size;
   Activation activation;

@@ -87,6 +87,7 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.head_dim = static_cast<std::int32_t>(config.head_dim);
   p.rotary_dim = static_cast<std::int32_t>(config.rotary_dim);
   p.vocab_size = static_cast<std::int32_t>(config.vocab_size);
+  p.drawable_vocab_size = p.vocab_size;
   p.layer_norm_eps = static_cast<float>(config.layer_norm_eps);
   p.inverse_hidden_size = 1.0f / static_cast<float>(config.hidden_size);
   p.activation = config.activation;

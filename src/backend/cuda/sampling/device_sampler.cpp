@@ -42,6 +42,9 @@ void DeviceSampler::begin(const SamplingParams& params, std::span<const TokenId>
   params_.seed = params.seed;
   params_.position = static_cast<std::uint64_t>(length);
   params_.num_logprobs = params.num_logprobs;
+  params_.drawable_vocab_size = params_.vocab_size;
+  if (params.drawable_vocab_size > 0 && params.drawable_vocab_size < params_.vocab_size)
+    params_.drawable_vocab_size = static_cast<std::int32_t>(params.drawable_vocab_size);
   params_.seen = nullptr;
   if (params.repetition_penalty == 1.0f) return;
   // The last copy from here is done: whoever used its steps has waited for them.

@@ -74,7 +74,7 @@ class ClusterSampler {
     const Summary summary = summarise();
     std::int32_t token = -1;
     float logprob = 0.0f;
-    if (summary.unusable == 0 && summary.maximum > -kInfinity) {
+    if (summary.unusable == 0 && summary.best.value > -kInfinity) {
       token = p.temperature == 0.0f ? summary.best.token : draw(summary.best.value);
       if (p.num_logprobs >= 0) logprob = log_probabilities(summary.maximum, token);
     }
@@ -135,7 +135,7 @@ class ClusterSampler {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = 4 * group + i;
-        logits[i] = token < p.vocab_size ? penalized(token, raw[i]) : -kInfinity;
+        logits[i] = token < p.drawable_vocab_size ? penalized(token, raw[i]) : -kInfinity;
         own.unusable |= raw[i] <= std::numeric_limits<float>::max() ? 0 : 1;  // false for NaN
         own.maximum = fmaxf(own.maximum, raw[i]);
         own.best = better(own.best, Best<float>{logits[i], token});

@@ -14,7 +14,7 @@ inline constexpr std::int32_t kMaxLogprobs = 100;
 
 // What one step gives. `token` comes first: the next step takes its input from there.
 struct SampledStep {
-  TokenId token;  // -1: NaN or +inf among the logits, or all are -inf
+  TokenId token;  // -1: NaN or +inf among the logits, or all that may be chosen are -inf
   float logprob;  // if num_logprobs >= 0
   TokenLogprob top[kMaxLogprobs];
 };
@@ -22,6 +22,7 @@ struct SampledStep {
 struct SampleParams {
   const float* logits;  // float32 [vocab_size], 16-byte aligned, of the model; left as they are
   std::int32_t vocab_size;
+  std::int32_t drawable_vocab_size;  // tokens from here on are not chosen; at most vocab_size
   float* scratch;       // float32 [vocab_size, rounded up to a multiple of 4], 16-byte aligned
   std::uint32_t* seen;  // bit t % 32 of word t / 32: token t is in the sequence; null: no penalty.
                         // The chosen token's is set.

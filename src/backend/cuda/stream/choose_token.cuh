@@ -20,6 +20,7 @@ __device__ __forceinline__ Candidate worst_candidate() { return {-INFINITY, 0x7f
 __device__ __forceinline__ Candidate candidate(const StreamedRow& row, int position, int token,
                                                float logit) {
   if (!isfinite(logit)) return {INFINITY, kNoToken};
+  if (token >= row.drawable_vocab_size) return worst_candidate();
   if (row.temperature == 0.0f) return {logit, token};
   const PhiloxCounter words = noise_words(row.seed, position + 1, token / 4);
   const std::uint32_t low = token % 2 == 0 ? words[0] : words[1];

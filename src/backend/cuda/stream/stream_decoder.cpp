@@ -202,7 +202,7 @@ void StreamDecoder::fill_table(std::span<const DecodeRow> rows, char* host, cons
     row_table[i] = {.position = static_cast<std::int32_t>(rows[i].position),
                     .token = rows[i].input,
                     .temperature = rows[i].temperature,
-                    .padding = 0,
+                    .drawable_vocab_size = rows[i].drawable_vocab_size,
                     .seed = rows[i].seed,
                     .kv_pages = device_pages + first};
     std::copy(rows[i].pages.begin(), rows[i].pages.end(), pages + first);

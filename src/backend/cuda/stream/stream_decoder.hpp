@@ -21,7 +21,8 @@ struct DecodeRow {
   TokenId input = 0;
   float temperature = 0.0f;  // 0: greedy
   std::uint64_t seed = 0;
-  std::span<char* const> pages;  // of its sequence, with room for all steps
+  std::int32_t drawable_vocab_size = 0;  // tokens from here on are not chosen
+  std::span<char* const> pages;          // of its sequence, with room for all steps
 };
 
 class StreamDecoder {

@@ -25,10 +25,10 @@ struct StreamedProduct {
 
 // One token of one sequence at one position.
 struct StreamedRow {
-  std::int32_t position;  // of the first step
-  std::int32_t token;     // the first step's input
-  float temperature;      // 0: greedy
-  std::int32_t padding;
+  std::int32_t position;             // of the first step
+  std::int32_t token;                // the first step's input
+  float temperature;                 // 0: greedy
+  std::int32_t drawable_vocab_size;  // tokens from here on are not chosen
   std::uint64_t seed;
   char* const* kv_pages;  // of its sequence: the page of each 64 positions
 };
