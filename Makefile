@@ -44,7 +44,7 @@ build: deps  ## all targets; with a CUDA toolkit the CUDA targets too
 	cmake --build --preset release -j $(JOBS)
 
 unit: build  ## C++ tests
-	$(call stage,C++ tests,2 minutes)
+	$(call stage,C++ tests,half a minute)
 	ctest --preset release
 
 # CPU only, to save the time: the release build has compiled the CUDA code already.
@@ -69,12 +69,12 @@ wheel:  ## dist/*.whl: the package and the program, for other machines
 .PHONY: wheel
 
 python-test: build python-package  ## Python tests, on the installed package and the built program
-	$(call stage,Python tests,3 minutes)
+	$(call stage,Python tests,4 minutes)
 	CLUSTERFUSION_BIN=$(CURDIR)/$(BIN)/clusterfusion CLUSTERFUSION_BUILD_DIR=$(CURDIR)/build/release \
 	  $(PYTHON) -m pytest
 
 asan-build: deps
-	$(call stage,the build with AddressSanitizer and UndefinedBehaviorSanitizer,4 minutes)
+	$(call stage,the build with AddressSanitizer and UndefinedBehaviorSanitizer,6 minutes)
 	cmake --preset asan
 	cmake --build --preset asan -j $(JOBS)
 .PHONY: asan-build
