@@ -162,6 +162,34 @@ def load_table() -> str:
     )
 
 
+def rows_table() -> str:
+    """What a step of several sequences takes on a GPU."""
+    result = load("rows_h200.json")
+    if result is None:
+        return ""
+    times = [time for model in result["results"] for time in model["times"]]
+    short = [time for time in times if time["context"] == 128]
+    [alone] = [time["ms_per_step"] for time in short if time["kernel"] == "one row"]
+    together = [time for time in short if time["kernel"] == "rows"]
+    lines = [
+        "| pythia-2.8b on H200, context 128, sequences | "
+        + " | ".join(str(time["rows"]) for time in together)
+        + " |",
+        "|---|" + "---|" * len(together),
+    ]
+    columns = {
+        "ms a step": lambda time: f"{time['ms_per_step']:.2f}",
+        "over one sequence alone": lambda time: f"{time['ms_per_step'] / alone:.2f}",
+        "tokens/s": lambda time: f"{1000 * time['rows'] / time['ms_per_step']:.0f}",
+    }
+    for name, text in columns.items():
+        lines.append(f"| {name} | " + " | ".join(map(text, together)) + " |")
+    return (
+        f"Many sequences at once (mode `throughput`), beside {alone:.2f} ms for each sequence "
+        "alone (mode `latency`); same card and run:\n\n" + "\n".join(lines) + "\n"
+    )
+
+
 def cpu_table() -> str:
     """Decode and prefill on the CPU beside transformers."""
     result = load("cpu_410m.json")
@@ -252,7 +280,7 @@ def record_session() -> str:
 
 def readme(text: str) -> str:
     """README.md with examples and tables as they are now."""
-    tables = [*gpu_tables(load_results(RESULTS)), prefill_table(), load_table()]
+    tables = [*gpu_tables(load_results(RESULTS)), rows_table(), prefill_table(), load_table()]
     tables += [cpu_table(), memory_table(), tokenizer_table()]
     return with_tables(include_examples(text), "tables", tables)
 

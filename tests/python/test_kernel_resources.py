@@ -29,6 +29,20 @@ DECODE_SPILLS = {
     "120a": {(5, 5): 0, (5, 8): 232, (5, 16): 592, (10, 5): 636, (10, 8): 788, (10, 16): 1264},
 }
 LAYER_SPILLS = {"90a": {}, "120a": {(5, 16): 48, (10, 16): 40}}  # others none
+# Of the kernel for many rows, by its operand rows, pieces and head steps; for sm_90a alone.
+ROWS_TEMPLATE = CUDA / "stream" / "stream_instance.cu.in"
+ROWS_SPILLS = {
+    (8, 2, 5): 24,
+    (8, 2, 8): 124,
+    (8, 2, 16): 296,
+    (16, 2, 5): 264,
+    (16, 2, 8): 636,
+    (16, 2, 16): 1160,
+    (8, 4, 8): 892,
+    (8, 4, 16): 1464,
+    (16, 4, 8): 1892,
+    (16, 4, 16): 2348,
+}
 PLAIN_LAYER = CUDA / "ops" / "plain_layer.cu"
 INSTANCES = [(i, h, "__half") for i in ITERATIONS for h in HEAD_STEPS] + [(5, 5, "__nv_bfloat16")]
 
@@ -58,23 +72,43 @@ def spilled_bytes(nvcc: list[str], source: Path, arch: str) -> list[int]:
     return [sum(map(int, kernel)) for kernel in report]
 
 
+def instance_of(template: Path, values: dict[str, object]) -> str:
+    source = template.read_text()
+    for name, value in values.items():
+        source = source.replace(f"@{name}@", str(value))
+    return source
+
+
 @pytest.mark.parametrize("arch", DECODE_SPILLS)
 @pytest.mark.parametrize("instance", INSTANCES, ids=lambda i: "-".join(map(str, i)))
 @pytest.mark.parametrize("kernel", TEMPLATES)
 def test_spills_no_more_than_it_may(nvcc, tmp_path, kernel, instance, arch):
     iterations, head_steps, element = instance
-    source = TEMPLATES[kernel].read_text()
-    for name, value in {
+    values = {
         "element": element,
         "dtype": "tested",
         "iterations": iterations,
         "head_steps": head_steps,
-    }.items():
-        source = source.replace(f"@{name}@", str(value))
-    (tmp_path / "instance.cu").write_text(source)
+    }
+    (tmp_path / "instance.cu").write_text(instance_of(TEMPLATES[kernel], values))
     [spilled] = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
     allowed = DECODE_SPILLS if kernel == "decode" else LAYER_SPILLS
     assert spilled <= allowed[arch].get((iterations, head_steps), 0)
+
+
+@pytest.mark.parametrize("instance", ROWS_SPILLS, ids=lambda i: "-".join(map(str, i)))
+def test_kernel_for_rows_spills_no_more_than_it_may(nvcc, tmp_path, instance):
+    operand_rows, pieces, head_steps = instance
+    values = {
+        "element": "__half",
+        "dtype": "tested",
+        "operand_rows": operand_rows,
+        "pieces": pieces,
+        "head_steps": head_steps,
+    }
+    (tmp_path / "instance.cu").write_text(instance_of(ROWS_TEMPLATE, values))
+    [spilled] = spilled_bytes(nvcc, tmp_path / "instance.cu", "90a")
+    assert spilled <= ROWS_SPILLS[instance]
 
 
 @pytest.mark.parametrize("arch", DECODE_SPILLS)
