@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <string_view>
 
 namespace clusterfusion {
 
@@ -14,5 +16,14 @@ enum class DecodeMode : std::int32_t {
   // Up to 16 sequences in one launch, which reads the weights once for all of them.
   throughput,
 };
+constexpr const char* name_of(DecodeMode mode) noexcept {
+  return mode == DecodeMode::latency ? "latency" : "throughput";
+}
+// The mode of that name; nothing if there is none.
+constexpr std::optional<DecodeMode> decode_mode_of(std::string_view name) noexcept {
+  for (const DecodeMode mode : {DecodeMode::latency, DecodeMode::throughput})
+    if (name == name_of(mode)) return mode;
+  return std::nullopt;
+}
 
 }  // namespace clusterfusion

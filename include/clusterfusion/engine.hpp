@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "clusterfusion/decode_mode.hpp"
 #include "clusterfusion/model.hpp"
 #include "clusterfusion/sampling.hpp"
 #include "clusterfusion/timeline.hpp"
@@ -24,6 +25,7 @@ struct EngineOptions {
   std::int64_t max_positions = 0;  // the longest context; 0: the model's own
   std::optional<DType> kv_dtype;   // of the KV cache; nothing: float32 on the CPU, the
                                    // weights' type on a GPU
+  DecodeMode mode = DecodeMode::latency;  // of a GPU: what it is to be quick at
   // Called by open() while it copies weights to a GPU, on the calling thread, with bytes done and
   // in all: first with 0, last with all. Where weights are used in place it is called once, with
   // all. What it throws ends the loading and comes out of open().

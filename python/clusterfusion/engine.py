@@ -226,6 +226,7 @@ class Engine:
         threads: int = 0,
         context: int | None = None,
         kv_dtype: str | None = None,
+        mode: str = "latency",
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
         """Opens a Hugging Face checkpoint folder of a GPT-NeoX model.
@@ -240,6 +241,9 @@ class Engine:
             context: The longest context in tokens; None for the model's own.
             kv_dtype: Type of the KV cache, "float32", "float16" or "bfloat16"; None for float32 on
                 the CPU and the weights' type on a GPU.
+            mode: What a GPU is to be quick at: "latency" of one sequence, or "throughput" of many,
+                of which up to 16 are decoded in one launch. In each mode a text depends on its
+                request alone; the modes differ in last bits. On the CPU they are the same.
             progress: Called while the weights are copied to a GPU, with bytes done and in all:
                 first with 0, last with all. On the CPU it is called once, with all. What it raises
                 ends the loading and is raised here.
@@ -263,6 +267,7 @@ class Engine:
             integer("threads", threads, INT32_MIN, INT32_MAX),
             integer("context", context, 1) if context is not None else 0,
             text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
+            text_option("mode", mode),
         )
         try:
             with in_callers_words():

@@ -24,14 +24,22 @@ std::optional<DType> to_kv_dtype(const std::string& name) {
        "kv_dtype: expected 'float16', 'bfloat16', 'float32' or None, found '{}'", name);
 }
 
+DecodeMode to_mode(const std::string& name) {
+  const std::optional<DecodeMode> mode = decode_mode_of(name);
+  require(mode.has_value(), ErrorKind::invalid_argument,
+          "mode: expected 'latency' or 'throughput', found '{}'", name);
+  return *mode;
+}
+
 EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads,
-                      std::int64_t context, ffi::String kv_dtype,
+                      std::int64_t context, ffi::String kv_dtype, ffi::String mode,
                       ffi::Optional<ffi::Function> progress) {
   EngineOptions options;
   options.device = device;
   options.threads = static_cast<int>(threads);
   options.max_positions = context;
   options.kv_dtype = to_kv_dtype(kv_dtype);
+  options.mode = to_mode(mode);
   if (progress) {
     options.load_progress = [report = *progress](std::int64_t done, std::int64_t total) {
       report(done, total);

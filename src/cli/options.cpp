@@ -38,6 +38,11 @@ void add_engine_options(CLI::App& app, EngineSettings& settings) {
                  "type of the KV cache: float32, float16 or bfloat16")
       ->transform(CLI::IsMember({"float32", "float16", "bfloat16"}).description(""))
       ->type_name("NAME");
+  app.add_option("--mode", settings.mode,
+                 "what a GPU is to be quick at: latency (of one sequence) or throughput (of many)")
+      ->transform(CLI::IsMember({"latency", "throughput"}).description(""))
+      ->type_name("NAME")
+      ->capture_default_str();
 }
 
 void add_context_option(CLI::App& app, EngineSettings& settings) {
@@ -49,6 +54,7 @@ void add_context_option(CLI::App& app, EngineSettings& settings) {
 std::unique_ptr<Engine> open_engine(const EngineSettings& settings, const ReportSettings& report) {
   EngineOptions options = settings.options;
   options.kv_dtype = parse_dtype(settings.kv_dtype);
+  options.mode = decode_mode_of(settings.mode).value_or(DecodeMode::latency);
   ProgressBar progress("loading", "MB", report.quiet, kLoadingPatience);
   options.load_progress = [&](std::int64_t done, std::int64_t total) {
     progress.update(done / 1'000'000, total / 1'000'000);

@@ -14,9 +14,10 @@ struct EngineSettings {
   std::string model;
   EngineOptions options;
   std::string kv_dtype;
+  std::string mode = "latency";
 };
 
-// MODEL, --device, --threads and --kv-dtype.
+// MODEL, --device, --threads, --kv-dtype and --mode.
 void add_engine_options(CLI::App& app, EngineSettings& settings);
 // --context, the longest context, for the commands in which it means nothing else.
 void add_context_option(CLI::App& app, EngineSettings& settings);

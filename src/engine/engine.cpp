@@ -19,6 +19,7 @@ BackendOptions check_options(const EngineOptions& options, const ModelConfig& co
   return {.threads = options.threads,
           .max_positions = options.max_positions,
           .kv_dtype = options.kv_dtype,
+          .mode = options.mode,
           .load_progress = options.load_progress};
 }
 

@@ -549,6 +549,7 @@ MISUSES = {
     "long prompt": (["generate", "MODEL", "-p", "x y" * 300], "prompt has .* tokens.*256"),
     "context": (["generate", "MODEL", "-p", "x", "--context", "5000"], "--context.*256.*5000"),
     "device": (["generate", "MODEL", "-p", "x", "--device", "tpu"], "--device.*tpu"),
+    "mode": (["generate", "MODEL", "-p", "x", "--mode", "fast"], "--mode.*fast"),
     "kv dtype": (["generate", "MODEL", "-p", "x", "--kv-dtype", "int8"], "--kv-dtype.*int8"),
     "threads": (["generate", "MODEL", "-p", "x", "--threads", "-2"], "--threads.*-2"),
     "json twice": (["generate", "MODEL", "-p", "x", "--json", "--json-lines"], "--json"),

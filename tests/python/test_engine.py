@@ -114,6 +114,16 @@ def test_engine_options(folder):
     assert (len(result.tokens), result.finish_reason) == (10, "context_limit")
 
 
+def test_modes_are_the_same_on_the_cpu(folder):
+    texts = [
+        Engine(folder, "cpu", mode=mode).generate([1, 2, 3], max_new_tokens=8).tokens
+        for mode in ("latency", "throughput")
+    ]
+    assert texts[0] == texts[1]
+    with pytest.raises(ValueError, match="mode: expected 'latency' or 'throughput', found 'fast'"):
+        Engine(folder, "cpu", mode="fast")
+
+
 def test_progress(folder):
     """On the CPU weights are used in place: loading has ended as soon as it is reported."""
     seen = []
@@ -616,6 +626,7 @@ def test_no_tokenizer(tmp_path):
         (("models",), {"threads": "all"}, "threads: expected an integer, found str"),
         (("models",), {"context": 1.5}, "context: expected an integer, found float"),
         (("models",), {"kv_dtype": np.float16}, "kv_dtype: expected str, found type"),
+        (("models",), {"mode": None}, "mode: expected str, found NoneType"),
     ],
 )
 def test_wrong_types(arguments, options, message):
