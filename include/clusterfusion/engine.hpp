@@ -140,7 +140,7 @@ struct EngineInfo {
 // May be called from several threads: steps of different calls take turns.
 class Engine {
  public:
-  // Opens the checkpoint folder `path` (config.json, safetensors, tokenizer.json) on a device. A
+  // Opens the checkpoint folder `path` (config.json, weights, tokenizer.json) on a device. A
   // folder without tokenizer.json gives an engine that takes and gives token ids only.
   // Errors: those of Model::open and Tokenizer::open; malformed if the tokenizer does not fit the
   // model; invalid_argument and unsupported for the options.

@@ -85,9 +85,10 @@ struct ModelWeights {
 // is copied, pages come in as they are touched. Immutable; may be shared between threads.
 class Model {
  public:
-  // Opens `folder`: config.json with model.safetensors, or with model.safetensors.index.json and
-  // its shards. Checks every tensor's presence, dtype and shape against the configuration.
-  // Errors: not_found, permission_denied, io, malformed, unsupported.
+  // Opens `folder`: config.json with the first that is there of model.safetensors,
+  // model.safetensors.index.json and its shards, pytorch_model.bin (of PyTorch 1.6 or newer), and
+  // pytorch_model.bin.index.json and its shards. Checks every tensor's presence, dtype and shape
+  // against the configuration. Errors: not_found, permission_denied, io, malformed, unsupported.
   static std::shared_ptr<const Model> open(const std::filesystem::path& folder);
 
   virtual ~Model() = default;

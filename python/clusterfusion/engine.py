@@ -193,8 +193,9 @@ class Engine:
         The weights are memory-mapped: used in place on the CPU, copied to a GPU.
 
         Args:
-            path: Folder with config.json, model.safetensors (or its shards with their index) and
-                tokenizer.json. Without a tokenizer the engine takes and gives token ids only.
+            path: Folder with config.json, model.safetensors or pytorch_model.bin (of PyTorch 1.6 or
+                newer; or the shards of either with their index) and tokenizer.json. Without a
+                tokenizer the engine takes and gives token ids only.
             device: "auto", "cpu" or "cuda".
             threads: CPU worker threads; 0 for one on each usable core.
             context: The longest context in tokens; None for the model's own.

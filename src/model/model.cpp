@@ -62,7 +62,7 @@ void check_folder(const std::filesystem::path& folder) {
           "cannot look at {}: {}", folder.string(), error.message());
   require(!error, ErrorKind::io, "cannot look at {}: {}", folder.string(), error.message());
   require(std::filesystem::is_directory(status), ErrorKind::not_found,
-          "{} is a file; expected a checkpoint folder with config.json and model.safetensors",
+          "{} is a file; expected a checkpoint folder with config.json and weights",
           folder.string());
 }
 

@@ -163,9 +163,13 @@ DLTensor view_of(const StoredTensor& stored, const Slot& slot, ShapeStorage& sha
   const auto address = reinterpret_cast<std::uintptr_t>(stored.data.data());
   require(address % static_cast<std::uintptr_t>(size_of(*dtype)) == 0, ErrorKind::malformed,
           "{} is misaligned: its first byte is not at a multiple of {} bytes, so that it cannot be "
-          "used in place. Rewrite the file: python -c \"from safetensors.torch import load_file, "
-          "save_file; save_file(load_file('OLD'), 'NEW', {{'format': 'pt'}})\"",
-          where, size_of(*dtype));
+          "used in place. Rewrite the file: {}",
+          where, size_of(*dtype), rewrite_command(stored));
+  require(stored.strides.empty(), ErrorKind::unsupported,
+          "{} is not contiguous: shape [{}] with strides [{}] cannot be used in place. Rewrite the "
+          "file: {}",
+          where, fmt::join(stored.shape, ", "), fmt::join(stored.strides, ", "),
+          rewrite_command(stored));
 
   std::array<std::int64_t, 2>& shape = shapes.emplace_back();
   std::copy(slot.shape.begin(), slot.shape.end(), shape.begin());

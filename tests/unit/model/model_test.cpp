@@ -102,7 +102,8 @@ TEST_P(SavedByTransformers, HasTheTensorsThatWereSaved) {
 
 INSTANTIATE_TEST_SUITE_P(Model, SavedByTransformers,
                          ::testing::Values("untied_float32", "tied_float16", "sharded_bfloat16",
-                                           "no_attention_bias_float16"),
+                                           "no_attention_bias_float16", "torch_file_float16",
+                                           "torch_shards_bfloat16"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(Model, OpensWithAndWithoutPrefix) {
