@@ -28,6 +28,8 @@ struct EngineOptions {
   // in all: first with 0, last with all. Where weights are used in place it is called once, with
   // all. What it throws ends the loading and comes out of open().
   std::function<void(std::int64_t done, std::int64_t total)> load_progress = {};
+  // Of a name on the hub: a branch, a tag or a whole commit hash; empty: "main".
+  std::string revision = {};
 };
 
 enum class FinishReason {
@@ -140,7 +142,8 @@ struct EngineInfo {
 // May be called from several threads: steps of different calls take turns.
 class Engine {
  public:
-  // Opens the checkpoint folder `path` (config.json, weights, tokenizer.json) on a device. A
+  // Opens the checkpoint folder `path` (config.json, weights, tokenizer.json), or the one that a
+  // name on the hub stands for in the local cache (find_checkpoint() in hub.hpp), on a device. A
   // folder without tokenizer.json gives an engine that takes and gives token ids only.
   // Errors: those of Model::open and Tokenizer::open; malformed if the tokenizer does not fit the
   // model; invalid_argument and unsupported for the options.

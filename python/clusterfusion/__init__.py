@@ -6,7 +6,7 @@
 ...     print(event.text, end="", flush=True)
 """
 
-from clusterfusion import _native, ops
+from clusterfusion import _native, hub, ops
 from clusterfusion.engine import Engine, GenerateOptions, Stream
 from clusterfusion.pythia import (
     pythia_2b8_attention_only,
@@ -54,6 +54,7 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "__version__",
+    "hub",
     "ops",
     "pythia_2b8_attention_only",
     "pythia_2b8_create_graph_context",

@@ -99,6 +99,10 @@ tokenizer_vocab_size = find_function(_library, "tokenizer_vocab_size")
 tokenizer_token_to_id = find_function(_library, "tokenizer_token_to_id")
 tokenizer_id_to_token = find_function(_library, "tokenizer_id_to_token")
 
+hub_is_name = find_function(_library, "hub_is_name")
+hub_cache = find_function(_library, "hub_cache")
+hub_find = find_function(_library, "hub_find")
+
 engine_open = find_function(_library, "engine_open")
 engine_config = find_function(_library, "engine_config")
 engine_info = find_function(_library, "engine_info")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from clusterfusion import _native
+from clusterfusion import _native, hub
 from clusterfusion._arguments import (
     INT32_MAX,
     INT32_MIN,
@@ -22,7 +22,6 @@ from clusterfusion._arguments import (
     Tokens,
     boolean,
     callback,
-    file_path,
     integer,
     is_batch,
     is_text,
@@ -187,15 +186,17 @@ class Engine:
         context: int | None = None,
         kv_dtype: str | None = None,
         progress: Callable[[int, int], object] | None = None,
+        revision: str | None = None,
     ) -> None:
-        """Opens a Hugging Face checkpoint folder of a GPT-NeoX model.
+        """Opens a Hugging Face checkpoint of a GPT-NeoX model.
 
         The weights are memory-mapped: used in place on the CPU, copied to a GPU.
 
         Args:
             path: Folder with config.json, model.safetensors or pytorch_model.bin (of PyTorch 1.6 or
                 newer; or the shards of either with their index) and tokenizer.json. Without a
-                tokenizer the engine takes and gives token ids only.
+                tokenizer the engine takes and gives token ids only. Or a model's name on the hub
+                (owner/name), which is downloaded if it is not in the cache: :func:`hub.resolve`.
             device: "auto", "cpu" or "cuda".
             threads: CPU worker threads; 0 for one on each usable core.
             context: The longest context in tokens; None for the model's own.
@@ -204,20 +205,22 @@ class Engine:
             progress: Called while the weights are copied to a GPU, with bytes done and in all:
                 first with 0, last with all. On the CPU it is called once, with all. What it raises
                 ends the loading and is raised here.
+            revision: Of a name on the hub: a branch, a tag or a whole commit hash; None for "main".
 
         Raises:
-            FileNotFoundError: The folder or one of its files does not exist.
+            FileNotFoundError: The folder or one of its files does not exist, here and on the hub.
             PermissionError: A file may not be read.
-            OSError: Reading failed.
+            OSError: Reading or downloading failed.
             ValueError: A file is broken, the tokenizer does not fit the model, or an argument is
                 wrong.
             NotImplementedError: The checkpoint is well-formed, but not one this library runs.
             MemoryError: Memory does not suffice.
         """
         report = None if progress is None else _Reporter(callback("progress", progress))
+        folder = hub.resolve(path, revision)
         try:
             self._handle = _native.engine_open(
-                file_path("path", path),
+                folder,
                 text_option("device", device),
                 integer("threads", threads, INT32_MIN, INT32_MAX),
                 integer("context", context, 1) if context is not None else 0,

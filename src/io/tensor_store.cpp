@@ -1,6 +1,8 @@
 #include "io/tensor_store.hpp"
 
+#include <array>
 #include <set>
+#include <system_error>
 #include <utility>
 
 #include "base/fail.hpp"
@@ -12,6 +14,18 @@ namespace clusterfusion {
 namespace {
 
 constexpr std::size_t kMaxIndexBytes = 100'000'000;
+
+// Where a checkpoint may have its weights; the first that is there counts, as for transformers.
+struct WeightFiles {
+  const char* file;
+  const char* index;
+  std::vector<TensorEntry> (*parse)(std::span<const std::byte>, const std::string&);
+};
+
+constexpr std::array<WeightFiles, 2> kWeightFiles{{
+    {"model.safetensors", "model.safetensors.index.json", parse_safetensors},
+    {"pytorch_model.bin", "pytorch_model.bin.index.json", parse_torch_file},
+}};
 
 void check_shard_name(std::string_view shard, const JsonValue& where) {
   const bool is_plain = !shard.empty() && shard != "." && shard != ".." &&
@@ -37,6 +51,20 @@ std::map<std::string, std::string> read_weight_map(const std::filesystem::path& 
 
 }  // namespace
 
+std::optional<std::string> missing_weights(const std::filesystem::path& folder) {
+  std::error_code error;
+  for (const WeightFiles& kind : kWeightFiles) {
+    if (std::filesystem::exists(folder / kind.file, error)) return std::nullopt;
+    if (is_there(folder / kind.file)) return kind.file;
+    if (!std::filesystem::exists(folder / kind.index, error)) continue;
+    for (const auto& [tensor, shard] : read_weight_map(folder / kind.index)) {
+      if (!std::filesystem::exists(folder / shard, error)) return shard;
+    }
+    return std::nullopt;
+  }
+  return kWeightFiles[0].file;
+}
+
 std::string rewrite_command(const StoredTensor& tensor) {
   if (tensor.file.ends_with(".bin")) {
     return fmt::format(
@@ -51,14 +79,7 @@ std::string rewrite_command(const StoredTensor& tensor) {
 }
 
 TensorStore::TensorStore(const std::filesystem::path& folder) : folder_(folder) {
-  struct Kind {
-    const char* file;
-    const char* index;
-    Parse parse;
-  };
-  for (const Kind& kind :
-       {Kind{"model.safetensors", "model.safetensors.index.json", parse_safetensors},
-        Kind{"pytorch_model.bin", "pytorch_model.bin.index.json", parse_torch_file}}) {
+  for (const WeightFiles& kind : kWeightFiles) {
     if (is_there(folder / kind.file)) {
       add_file(folder / kind.file, kind.parse);
       return;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -23,6 +24,10 @@ struct StoredTensor {
   std::span<const std::byte> data;    // in the mapped file; tensors may share it
   std::string file;                   // its path, for messages
 };
+
+// The file that a TensorStore would first miss in `folder`, or nothing if the weights are complete.
+// A link to what is gone counts as missing. Errors: malformed, for an index; those of read_file().
+std::optional<std::string> missing_weights(const std::filesystem::path& folder);
 
 // The command that writes the tensor's file again, each tensor aligned and without gaps.
 std::string rewrite_command(const StoredTensor& tensor);

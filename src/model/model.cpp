@@ -7,6 +7,7 @@
 
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
+#include "clusterfusion/hub.hpp"
 #include "io/mapped_file.hpp"
 #include "io/tensor_store.hpp"
 #include "model/config_reader.hpp"
@@ -109,7 +110,9 @@ std::int64_t sum_all(const ModelWeights& weights, bool tied, const Measure& meas
 
 }  // namespace
 
-std::shared_ptr<const Model> Model::open(const std::filesystem::path& folder) {
+std::shared_ptr<const Model> Model::open(const std::filesystem::path& name,
+                                         const std::string& revision) {
+  const std::filesystem::path folder = find_checkpoint(name, revision);
   check_folder(folder);
   return std::make_shared<MappedModel>(folder, read_config(folder));
 }
