@@ -31,6 +31,10 @@ _WEIGHT_FILES = (
 )
 
 
+class NoWeightsError(FileNotFoundError):
+    """A model on the hub has no weights that can be read here."""
+
+
 def resolve(
     name: str | os.PathLike[str], revision: str | None = None, *, tokenizer_only: bool = False
 ) -> str:
@@ -93,6 +97,8 @@ def _download(name: str, revision: str, tokenizer_only: bool, missing: FileNotFo
         huggingface_hub.snapshot_download(
             name, revision=revision or None, allow_patterns=needed, cache_dir=_native.hub_cache()
         )
+    except NoWeightsError:
+        raise
     except Exception as error:
         raise _clear_error(name, revision, error, missing) from error
     return str(_native.hub_find(name, revision, tokenizer_only))
@@ -106,7 +112,7 @@ def _weights(name: str, files: Collection[str], read_index: Callable[[str], Any]
         if index in files:
             shards = set(read_index(index)["weight_map"].values())
             return [index, *sorted(shards)]
-    raise FileNotFoundError(
+    raise NoWeightsError(
         f"{name} on the hub has no weights that can be read here: expected model.safetensors, "
         f"pytorch_model.bin or shards of them, found {', '.join(sorted(files)) or 'no files'}"
     )
@@ -164,8 +170,6 @@ def _clear_error(
         )
     if constants.HF_HUB_OFFLINE:
         return FileNotFoundError(f"{missing}. Nothing is downloaded here: HF_HUB_OFFLINE is set")
-    if type(error) is FileNotFoundError:  # our own
-        return error
     return OSError(
         f"{missing}. Downloading it from {endpoint} failed: {type(error).__name__}: {error}. What "
         "has arrived is kept: call again to go on"

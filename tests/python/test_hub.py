@@ -317,7 +317,7 @@ def test_no_such_revision(client):
 def test_no_weights(hub, client, files):
     hub.models[NAME].add("main", {"config.json": files["config.json"], "model.gguf": b"x"})
     kind, message = client.error()
-    assert kind == "FileNotFoundError"
+    assert kind == "NoWeightsError"
     assert "no weights" in message
     assert "model.gguf" in message
 
