@@ -18,7 +18,8 @@ namespace clusterfusion {
 // Prompts are prefilled one after the other; then all sequences that have not ended decode as one
 // batch. Which sequences share a batch does not change their tokens.
 //
-// - A request for 0 new tokens computes nothing: its one event says token_limit.
+// - A request for 0 new tokens computes nothing, unless its prompt is to be scored: its one event
+//   says token_limit.
 // - If several reasons to finish hold at once, the first of these is given: stop_token,
 //   stop_string, token_limit, context_limit. (The end of a text may still complete a stop string.)
 // - A context limit of n means that prompt and new tokens together are at most n.

@@ -78,6 +78,10 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
   request.sampling.validate();
   require(request.max_new_tokens >= 0, ErrorKind::invalid_argument,
           "max_new_tokens must be >= 0, got {}", request.max_new_tokens);
+  require(request.num_prompt_logprobs >= -1 && request.num_prompt_logprobs <= 100,
+          ErrorKind::invalid_argument,
+          "num_prompt_logprobs must be in [-1, 100] (-1: none), got {}",
+          request.num_prompt_logprobs);
   check_stops(request, limits);
 
   PreparedRequest prepared;
@@ -94,6 +98,9 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
                                 limits.config.eos_tokens.end());
   }
   prepared.skip_special_tokens = request.skip_special_tokens;
+  if (request.num_prompt_logprobs >= 0) {
+    prepared.prompt_detail = {.num_top = request.num_prompt_logprobs, .want_likeliest = false};
+  }
   return prepared;
 }
 

@@ -10,10 +10,15 @@
 
 namespace clusterfusion {
 
-// These three have the meaning and errors of their namesakes in Engine.
+// These have the meaning and errors of their namesakes in Engine.
 void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
                     std::span<float> logits);
 ScoreResult compute_score(SharedBackend& backend, std::span<const TokenId> tokens);
+std::vector<ScoreResult> compute_scores(SharedBackend& backend,
+                                        std::span<const std::vector<TokenId>> texts);
+std::vector<LoglikelihoodResult> compute_loglikelihoods(
+    SharedBackend& backend, std::span<const LoglikelihoodRequest> requests,
+    const LoglikelihoodOptions& options);
 
 // The sliding-window measure of "Perplexity of fixed-length models" in the Hugging Face
 // documentation (transformers, perplexity.md), number for number:

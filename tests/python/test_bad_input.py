@@ -711,7 +711,7 @@ def engine(tmp_path_factory) -> clusterfusion.Engine:
     [
         ("", ValueError, ["at least"]),
         ([], ValueError, ["at least"]),
-        ([0] * 41, ValueError, ["41", "40"]),
+        ([0] * 42, ValueError, ["42", "40"]),
         ([1, 300], IndexError, ["300", "1"]),
         ([1, 2, -1], IndexError, ["-1", "2"]),
         ([2**40], IndexError, [str(2**40)]),
