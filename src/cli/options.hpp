@@ -6,17 +6,20 @@
 #include <string>
 #include <vector>
 
+#include "cli/model_name.hpp"
 #include "clusterfusion/engine.hpp"
 
 namespace clusterfusion::cli {
 
 struct EngineSettings {
-  std::string model;
+  ModelName model;
   EngineOptions options;
   std::string kv_dtype;
 };
 
-// MODEL, --device, --threads and --kv-dtype.
+// MODEL and --revision; `what` describes MODEL.
+void add_model_options(CLI::App& app, ModelName& model, const std::string& what);
+// MODEL, --revision, --device, --threads and --kv-dtype.
 void add_engine_options(CLI::App& app, EngineSettings& settings);
 // --context, the longest context, for the commands in which it means nothing else.
 void add_context_option(CLI::App& app, EngineSettings& settings);
