@@ -33,6 +33,8 @@ struct EngineOptions {
   // Asked every few hundredths of a second while a call of the engine computes, on the thread of
   // that call: true ends the call with an Error of kind `interrupted`. For signals: Ctrl-C.
   std::function<bool()> interrupted = {};
+  // Of a name on the hub: a branch, a tag or a whole commit hash; empty: "main".
+  std::string revision = {};
 };
 
 enum class FinishReason {
@@ -60,6 +62,17 @@ struct GenerateRequest {
   std::vector<TokenId> stop_tokens;  // besides the model's end-of-text tokens
   bool ignore_eos = false;           // do not stop at the model's end-of-text tokens
   bool skip_special_tokens = true;   // leave special tokens out of the text
+  // -1: nothing about the prompt's tokens; 0: their log-probabilities; n in 1..100: also the n most
+  // likely tokens at each place.
+  std::int32_t num_prompt_logprobs = -1;
+};
+
+// A token that stands in a text, with what the model says of its place.
+struct ScoredToken {
+  TokenId token = -1;
+  float logprob = 0.0f;           // natural log, after the tokens before it
+  bool is_likeliest = false;      // no token has a larger logit, nor a lower id and the same one
+  std::vector<TokenLogprob> top;  // the most likely tokens, most likely first, ties by id
 };
 
 // Sets what a checkpoint's generation_config.json says (Model::generation_config()), as
@@ -85,8 +98,10 @@ struct Statistics {
 struct GenerateResult {
   std::string text;  // without the prompt
   std::vector<TokenId> prompt_tokens;
-  std::vector<TokenId> tokens;                // new tokens, the stop token included
-  std::vector<SampledToken> sampled;          // with log-probabilities if asked for, else empty
+  std::vector<TokenId> tokens;        // new tokens, the stop token included
+  std::vector<SampledToken> sampled;  // with log-probabilities if asked for, else empty
+  // prompt_scores[i] is of prompt_tokens[i + 1], if asked for, else empty. Filled piece by piece.
+  std::vector<ScoredToken> prompt_scores;
   std::optional<FinishReason> finish_reason;  // nothing while it runs, or after an error
   Statistics statistics;
 };
@@ -120,6 +135,26 @@ struct ScoreResult {
   std::vector<TokenId> tokens;
   std::vector<float> logprobs;  // logprobs[i] of tokens[i + 1] after tokens[0..i]; natural log
   double total = 0;             // their sum
+};
+
+// A text in two parts, both of at least one token: the log-probability of the second after the
+// first is wanted.
+struct LoglikelihoodRequest {
+  std::vector<TokenId> context;
+  std::vector<TokenId> continuation;
+};
+
+struct LoglikelihoodOptions {
+  std::int32_t num_top = 0;  // how many of the most likely tokens to tell at each place; 0..100
+  // Called after each request with requests done and in all; returns false to cancel.
+  std::function<bool(std::int64_t done, std::int64_t total)> progress = {};
+};
+
+struct LoglikelihoodResult {
+  std::vector<ScoredToken> tokens;  // of the continuation
+  double total = 0;                 // sum of their log-probabilities
+  bool is_greedy = false;           // each of them is the likeliest of all ids, padded ones too:
+                                    // greedy decoding with allow_padded_ids gives them
 };
 
 enum class PerplexityMethod {
@@ -166,7 +201,8 @@ struct EngineInfo {
 // May be called from several threads: steps of different calls take turns.
 class Engine {
  public:
-  // Opens the checkpoint folder `path` (config.json, safetensors, tokenizer.json) on a device. A
+  // Opens the checkpoint folder `path` (config.json, weights, tokenizer.json), or the one that a
+  // name on the hub stands for in the local cache (find_checkpoint() in hub.hpp), on a device. A
   // folder without tokenizer.json gives an engine that takes and gives token ids only.
   // Errors: those of Model::open and Tokenizer::open; invalid_argument and unsupported for the
   // options. What a user should know though it runs is in warnings().
@@ -194,7 +230,22 @@ class Engine {
 
   // Logits at every position: float32 [tokens.size(), vocab_size] into `logits`.
   virtual void logits(std::span<const TokenId> tokens, std::span<float> logits) = 0;
+  // The last token is never fed, so a context of n positions scores up to n + 1 tokens.
   virtual ScoreResult score(std::span<const TokenId> tokens) = 0;
+  // The same for several texts, in their order. An error of one names its index.
+  virtual std::vector<ScoreResult> score(std::span<const std::vector<TokenId>> texts) = 0;
+
+  // Log-probabilities of continuations after their contexts, in the order of the requests; after a
+  // cancellation only of those that were done. All requests are checked before the first is
+  // computed. Errors: invalid_argument, out_of_range; those of one among several name its index.
+  virtual std::vector<LoglikelihoodResult> loglikelihood(
+      std::span<const LoglikelihoodRequest> requests, const LoglikelihoodOptions& options) = 0;
+  // A pair of texts in tokens, as lm-evaluation-harness divides them: white space at the end of the
+  // context goes to the continuation; the two are encoded as one text, and what comes after as many
+  // tokens as the context alone has is the continuation. An empty context stands for the model's
+  // bos_token_id (or else eos_token_id), unless the continuation begins with that.
+  // Errors: not_found without a tokenizer; invalid_argument if a part has no token.
+  LoglikelihoodRequest encode_pair(std::string_view context, std::string_view continuation) const;
   // `bytes`: length of the text that the scored tokens, all but the first, stand for, for
   // bits_per_byte; 0 if unknown.
   virtual PerplexityResult perplexity(std::span<const TokenId> tokens, std::int64_t bytes,

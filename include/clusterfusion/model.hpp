@@ -99,10 +99,14 @@ struct ModelWeights {
 // copied, and warnings() tells. Immutable; may be shared between threads.
 class Model {
  public:
-  // Opens `folder`: config.json with model.safetensors, or with model.safetensors.index.json and
-  // its shards. Checks every tensor's presence, dtype and shape against the configuration.
-  // Errors: not_found, permission_denied, io, malformed, unsupported.
-  static std::shared_ptr<const Model> open(const std::filesystem::path& folder);
+  // Opens `folder`: config.json with the first that is there of model.safetensors,
+  // model.safetensors.index.json and its shards, pytorch_model.bin (of PyTorch 1.6 or newer), and
+  // pytorch_model.bin.index.json and its shards. Checks every tensor's presence, dtype and shape
+  // against the configuration. `folder` may be a name on the hub, then with a `revision`:
+  // find_checkpoint() in hub.hpp.
+  // Errors: not_found, permission_denied, io, malformed, unsupported; those of find_checkpoint().
+  static std::shared_ptr<const Model> open(const std::filesystem::path& folder,
+                                           const std::string& revision = "");
 
   virtual ~Model() = default;
   Model(const Model&) = delete;

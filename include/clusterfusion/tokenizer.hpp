@@ -17,14 +17,16 @@ namespace clusterfusion {
 // Immutable after opening; every const function may be called from several threads.
 class Tokenizer {
  public:
-  // Opens a tokenizer.json, or the one in the folder `path`.
+  // Opens a tokenizer.json, or the one in the folder `path`, which may be a name on the hub, then
+  // with a `revision`: find_checkpoint() in hub.hpp.
   // Supported: model BPE with byte-level pre-tokenizer and decoder, normalizer NFC or none, merges
   // as "a b" strings or ["a", "b"] pairs, added tokens with all their flags, ByteLevel or
   // TemplateProcessing post-processors. Anything else is refused by name, but for "truncation" and
   // "padding", which are ignored as transformers does. Where a folder is opened, warnings() tells
   // what the files beside tokenizer.json ask for and do not get.
-  // Errors: not_found, permission_denied, io, malformed, unsupported.
-  static std::shared_ptr<const Tokenizer> open(const std::filesystem::path& path);
+  // Errors: not_found, permission_denied, io, malformed, unsupported; those of find_checkpoint().
+  static std::shared_ptr<const Tokenizer> open(const std::filesystem::path& path,
+                                               const std::string& revision = "");
   // The same from the text of a tokenizer.json; `name` stands for the file in messages.
   static std::shared_ptr<const Tokenizer> parse(std::string_view json, const std::string& name);
 

@@ -6,7 +6,7 @@
 ...     print(event.text, end="", flush=True)
 """
 
-from clusterfusion import _native, ops
+from clusterfusion import _native, hub, ops
 from clusterfusion.engine import Engine, GenerateOptions, Stream
 from clusterfusion.pythia import (
     pythia_2b8_attention_only,
@@ -29,6 +29,7 @@ from clusterfusion.results import (
     Event,
     FinishReason,
     Generation,
+    Loglikelihood,
     ModelConfig,
     Perplexity,
     Score,
@@ -46,6 +47,7 @@ __all__ = [
     "FinishReason",
     "GenerateOptions",
     "Generation",
+    "Loglikelihood",
     "ModelConfig",
     "Perplexity",
     "Score",
@@ -54,6 +56,7 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "__version__",
+    "hub",
     "ops",
     "pythia_2b8_attention_only",
     "pythia_2b8_create_graph_context",

@@ -204,18 +204,34 @@ _NAMES = {
     "num_logprobs": "logprobs",
     "max_positions": "context",
 }
+# Likewise what an error says of its place, by the library's name of the list.
+_PLACES = {
+    "requests": (
+        (r"^requests\[(\d+)\]: prompt_tokens\[", r"prompt[\1]["),
+        (r"^requests\[", "prompt["),
+    ),
+    "texts": ((r"^texts\[(\d+)\]: tokens\[", r"prompt[\1]["), (r"^texts\[", "prompt[")),
+    "pairs": (
+        (r"^requests\[(\d+)\]: (context|continuation)\[", r"\2s[\1]["),
+        (r"^requests\[", "contexts["),
+    ),
+}
 _NAME_PATTERN = re.compile(rf"(?<![\w\"'/.])({'|'.join(_NAMES)})(?![\w/])")
 
 
 @contextmanager
-def in_callers_words() -> Iterator[None]:
-    """Lets errors of the library name arguments as this package does."""
+def in_callers_words(places: str = "requests") -> Iterator[None]:
+    """Lets errors of the library name arguments as this package does.
+
+    Args:
+        places: What is passed in a list: "requests", "texts" or "pairs".
+    """
     try:
         yield
     except Exception as error:
-        message = str(error)
-        renamed = re.sub(r"^requests\[(\d+)\]: prompt_tokens\[", r"prompt[\1][", message)
-        renamed = re.sub(r"^requests\[(\d+)\]: ", r"prompt[\1]: ", renamed)
+        message = renamed = str(error)
+        for pattern, replacement in _PLACES[places]:
+            renamed = re.sub(pattern, replacement, renamed)
         renamed = _NAME_PATTERN.sub(lambda match: _NAMES[match[1]], renamed)
         if renamed == message:
             raise

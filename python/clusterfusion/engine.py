@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from clusterfusion import _native
+from clusterfusion import _native, hub
 from clusterfusion._arguments import (
     INT32_MAX,
     INT32_MIN,
@@ -23,7 +23,6 @@ from clusterfusion._arguments import (
     Tokens,
     boolean,
     callback,
-    file_path,
     in_callers_words,
     integer,
     is_batch,
@@ -39,6 +38,7 @@ from clusterfusion.results import (
     EngineInfo,
     Event,
     Generation,
+    Loglikelihood,
     ModelConfig,
     Perplexity,
     Score,
@@ -88,6 +88,8 @@ class GenerateOptions(TypedDict, total=False):
         ignore_eos: Whether to go on after the model's end-of-text tokens; False if not given.
         logprobs: None (if not given) for no log-probabilities; 0 for those of the chosen tokens;
             n in 1 ... 100 also for the n likeliest at each step.
+        prompt_logprobs: The same for the tokens of the prompt, all but the first. With
+            max_new_tokens=0 the prompt is scored and nothing is generated.
         add_special_tokens: Whether the tokenizer's post-processor adds its tokens to a text prompt;
             True if not given.
         skip_special_tokens: Whether special tokens are left out of the text; True if not given.
@@ -115,6 +117,7 @@ class GenerateOptions(TypedDict, total=False):
     stop_tokens: Tokens | None
     ignore_eos: bool
     logprobs: int | None
+    prompt_logprobs: int | None
     add_special_tokens: bool
     skip_special_tokens: bool
     generation_config: bool
@@ -138,6 +141,7 @@ _DEFAULTS: GenerateOptions = {
     "stop_tokens": None,
     "ignore_eos": False,
     "logprobs": None,
+    "prompt_logprobs": None,
     "add_special_tokens": True,
     "skip_special_tokens": True,
     "generation_config": False,
@@ -152,10 +156,11 @@ class Stream(Iterator[Event]):
     from another thread.
     """
 
-    def __init__(self, handle: Any, wants_logprobs: bool) -> None:
+    def __init__(self, handle: Any, wants_logprobs: bool, wants_prompt_logprobs: bool) -> None:
         """Engine.stream() makes these."""
         self._handle = handle
         self._wants_logprobs = wants_logprobs
+        self._wants_prompt_logprobs = wants_prompt_logprobs
         self._ended = False
 
     def __iter__(self) -> Stream:
@@ -189,7 +194,7 @@ class Stream(Iterator[Event]):
     def results(self) -> list[Generation]:
         """The texts so far, one for each prompt; final when the iteration has ended."""
         return [
-            Generation._from_native(result, self._wants_logprobs)
+            Generation._from_native(result, self._wants_logprobs, self._wants_prompt_logprobs)
             for result in _native.generation_results(self._handle)
         ]
 
@@ -228,14 +233,17 @@ class Engine:
         kv_dtype: str | None = None,
         mode: str = "latency",
         progress: Callable[[int, int], object] | None = None,
+        revision: str | None = None,
     ) -> None:
-        """Opens a Hugging Face checkpoint folder of a GPT-NeoX model.
+        """Opens a Hugging Face checkpoint of a GPT-NeoX model.
 
         The weights are memory-mapped: used in place on the CPU, copied to a GPU.
 
         Args:
-            path: Folder with config.json, model.safetensors (or its shards with their index) and
-                tokenizer.json. Without a tokenizer the engine takes and gives token ids only.
+            path: Folder with config.json, model.safetensors or pytorch_model.bin (of PyTorch 1.6 or
+                newer; or the shards of either with their index) and tokenizer.json. Without a
+                tokenizer the engine takes and gives token ids only. Or a model's name on the hub
+                (owner/name), which is downloaded if it is not in the cache: :func:`hub.resolve`.
             device: "auto", "cpu" or "cuda".
             threads: CPU worker threads; 0 for one on each usable core.
             context: The longest context in tokens; None for the model's own.
@@ -247,11 +255,12 @@ class Engine:
             progress: Called while the weights are copied to a GPU, with bytes done and in all:
                 first with 0, last with all. On the CPU it is called once, with all. What it raises
                 ends the loading and is raised here.
+            revision: Of a name on the hub: a branch, a tag or a whole commit hash; None for "main".
 
         Raises:
-            FileNotFoundError: The folder or one of its files does not exist.
+            FileNotFoundError: The folder or one of its files does not exist, here and on the hub.
             PermissionError: A file may not be read.
-            OSError: Reading failed.
+            OSError: Reading or downloading failed.
             ValueError: A file is broken, the tokenizer does not fit the model, or an argument is
                 wrong.
             NotImplementedError: The checkpoint is well-formed, but not one this library runs.
@@ -262,16 +271,16 @@ class Engine:
         self._open_handle = None
         report = None if progress is None else _Reporter(callback("progress", progress))
         arguments = (
-            file_path("path", path),
             text_option("device", device),
             integer("threads", threads, INT32_MIN, INT32_MAX),
             integer("context", context, 1) if context is not None else 0,
             text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
             text_option("mode", mode),
         )
+        folder = hub.resolve(path, revision)
         try:
             with in_callers_words():
-                self._open_handle = _native.engine_open(*arguments, report)
+                self._open_handle = _native.engine_open(folder, *arguments, report)
         except Exception:
             if report is not None and report.raised is not None:
                 raise report.raised from None
@@ -408,7 +417,11 @@ class Engine:
         requests = _requests(prompts, options, self._own_defaults)
         with in_callers_words():
             handle = _native.engine_start(self._handle, requests)
-        return Stream(handle, wants_logprobs=options.get("logprobs") is not None)
+        return Stream(
+            handle,
+            wants_logprobs=options.get("logprobs") is not None,
+            wants_prompt_logprobs=options.get("prompt_logprobs") is not None,
+        )
 
     def _own_defaults(self) -> GenerateOptions:
         """What the checkpoint's generation_config.json says."""
@@ -446,18 +459,87 @@ class Engine:
         _native.engine_logits(self._handle, tokens, _writable("out", out))
         return out
 
-    def score(self, prompt: Prompt) -> Score:
-        """Computes the log-probability of a text, token by token.
+    @overload
+    def score(self, prompt: Prompt) -> Score: ...
+    @overload
+    def score(self, prompt: list[PromptT] | tuple[PromptT, ...]) -> list[Score]: ...
+
+    def score(self, prompt: Any) -> Score | list[Score]:
+        """Computes the log-probability of a text, or of each of several, token by token.
 
         Args:
-            prompt: A text, or its token ids; at least two tokens.
+            prompt: A text, or its token ids, or a list of such prompts. Each has at least two
+                tokens, and at most one more than the context has positions: the last is not fed.
+
+        Returns:
+            A Score; for a list of prompts a list, in the same order.
+
+        Raises:
+            TypeError: A prompt has the wrong type.
+            ValueError: A prompt has too few or too many tokens.
+            IndexError: A token id is not in the vocabulary.
         """
-        fields = _native.engine_score(self._handle, self._token_ids(prompt))
-        return Score(
-            tokens=np.from_dlpack(fields["tokens"]).tolist(),
-            logprobs=np.array(np.from_dlpack(fields["logprobs"]), dtype=np.float32),
-            total=fields["total"],
-        )
+        if not is_batch(prompt):
+            return Score._from_native(_native.engine_score(self._handle, self._token_ids(prompt)))
+        texts = [self._token_ids(one, f"prompt[{i}]") for i, one in enumerate(prompt)]
+        with in_callers_words("texts"):
+            scores = _native.engine_score_all(self._handle, texts)
+        return [Score._from_native(score) for score in scores]
+
+    def loglikelihood(
+        self,
+        contexts: Sequence[Prompt],
+        continuations: Sequence[Prompt],
+        *,
+        top: int = 0,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> list[Loglikelihood]:
+        """Computes how likely continuations are after contexts, token by token.
+
+        A pair of texts becomes tokens as in lm-evaluation-harness: white space at the end of the
+        context goes to the continuation; the two are encoded as one text, and what comes after as
+        many tokens as the context alone has is the continuation. An empty context stands for the
+        model's bos_token, or else its first end-of-text token.
+
+        Args:
+            contexts: Texts, or lists of token ids.
+            continuations: As many; a text for each text, token ids for token ids.
+            top: In 0 ... 100; how many of the likeliest tokens to give for each place.
+            progress: Called after each pair, with pairs done and in all. What it raises ends the
+                work and is raised here.
+
+        Returns:
+            One entry for each pair, in the same order.
+
+        Raises:
+            TypeError: An argument has the wrong type, or one of a pair is text and the other is
+                not.
+            ValueError: There are not as many contexts as continuations; or a pair has no token to
+                score, or more than one beyond the context's positions.
+            IndexError: A token id is not in the vocabulary.
+            KeyboardInterrupt: On Ctrl-C, within a moment.
+        """
+        heads, tails = _batch("contexts", contexts), _batch("continuations", continuations)
+        if len(heads) != len(tails):
+            raise ValueError(
+                f"continuations: expected one for each of {len(heads)} contexts, found {len(tails)}"
+            )
+        pairs = [self._pair(i, *pair) for i, pair in enumerate(zip(heads, tails, strict=True))]
+        report = None if progress is None else _Reporter(callback("progress", progress))
+        try:
+            with in_callers_words("pairs"):
+                results = _native.engine_loglikelihood(
+                    self._handle,
+                    [context for context, _ in pairs],
+                    [continuation for _, continuation in pairs],
+                    integer("top", top, 0, 100),
+                    report,
+                )
+        except Exception:
+            if report is not None and report.raised is not None:
+                raise report.raised from None
+            raise
+        return [Loglikelihood._from_native(result) for result in results]
 
     def perplexity(
         self,
@@ -507,8 +589,25 @@ class Engine:
         info = self.info
         return f"Engine({info.path!r}, device={info.device!r})"
 
-    def _token_ids(self, prompt: Prompt) -> npt.NDArray[np.int32]:
-        return prompt_tokens("prompt", self.encode(prompt) if is_text(prompt) else prompt)
+    def _token_ids(self, prompt: Prompt, name: str = "prompt") -> npt.NDArray[np.int32]:
+        return prompt_tokens(name, self.encode(prompt) if is_text(prompt) else prompt)
+
+    def _pair(self, index: int, context: Prompt, continuation: Prompt) -> tuple[Any, Any]:
+        """Returns the token ids of a context and its continuation, as vectors of int32."""
+        names = f"contexts[{index}]", f"continuations[{index}]"
+        if is_text(context) != is_text(continuation):
+            raise TypeError(
+                f"{names[1]}: expected {'text' if is_text(context) else 'token ids'} as "
+                f"{names[0]} is, found {type(continuation).__name__}"
+            )
+        if not is_text(context):
+            return prompt_tokens(names[0], context), prompt_tokens(names[1], continuation)
+        texts = utf8(names[0], context), utf8(names[1], continuation)
+        try:
+            head, tail = _native.engine_encode_pair(self._handle, *texts)
+        except ValueError as error:
+            raise ValueError(f"{names[0]}: {error}") from None
+        return head, tail
 
 
 class _Reporter:
@@ -541,7 +640,7 @@ def _requests(
     if boolean("generation_config", options.get("generation_config", False)):
         defaults = {**_DEFAULTS, **own_defaults()}
     given: GenerateOptions = {**defaults, **options}
-    stop_tokens, logprobs = given["stop_tokens"], given["logprobs"]
+    stop_tokens = given["stop_tokens"]
     common = {
         "add_special_tokens": boolean("add_special_tokens", given["add_special_tokens"]),
         "max_new_tokens": integer("max_new_tokens", given["max_new_tokens"]),
@@ -562,12 +661,27 @@ def _requests(
         **_logit_bias(given["logit_bias"]),
         "min_new_tokens": integer("min_new_tokens", given["min_new_tokens"]),
         "allow_padded_ids": boolean("allow_padded_ids", given["allow_padded_ids"]),
-        "num_logprobs": -1 if logprobs is None else integer("logprobs", logprobs, 0, 100),
+        "num_logprobs": _alternatives("logprobs", given["logprobs"]),
+        "num_prompt_logprobs": _alternatives("prompt_logprobs", given["prompt_logprobs"]),
     }
     return [
         {**common, **prompt, "seed": seed}
         for prompt, seed in zip(prompts, _seeds(given["seed"], len(prompts)), strict=True)
     ]
+
+
+def _alternatives(name: str, count: int | None) -> int:
+    return -1 if count is None else integer(name, count, 0, 100)
+
+
+def _batch(name: str, values: object) -> list[Any]:
+    """Returns the texts or lists of token ids of a batch."""
+    if isinstance(values, list | tuple) and (not values or is_batch(values)):
+        return list(values)
+    raise TypeError(
+        f"{name}: expected a list of texts or of lists of token ids, found {type(values).__name__}"
+        + (" of single token ids" if isinstance(values, list | tuple) else "")
+    )
 
 
 def _prompt_fields(name: str, prompt: object) -> dict[str, Any]:

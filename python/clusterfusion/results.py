@@ -71,6 +71,8 @@ class Generation:
         prompt_tokens: The prompt's tokens.
         finish_reason: Why the text ended; None while it still runs.
         logprobs: One entry for each new token, or None if they were not asked for.
+        prompt_logprobs: One entry for each token of the prompt, None for the first, which nothing
+            predicts; or None if they were not asked for.
         statistics: Timing.
     """
 
@@ -80,9 +82,14 @@ class Generation:
     finish_reason: FinishReason | None
     logprobs: list[TokenLogprobs] | None
     statistics: Statistics
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @classmethod
-    def _from_native(cls, fields: Mapping[str, Any], wants_logprobs: bool) -> "Generation":
+    def _from_native(
+        cls, fields: Mapping[str, Any], wants_logprobs: bool, wants_prompt_logprobs: bool = False
+    ) -> "Generation":
+        prompt_logprobs: list[TokenLogprobs | None] = [None]
+        prompt_logprobs += [TokenLogprobs._from_native(one) for one in fields["prompt_scores"]]
         logprobs = [TokenLogprobs._from_native(sampled) for sampled in fields["sampled"]]
         return cls(
             text=str(fields["text"]),
@@ -91,6 +98,7 @@ class Generation:
             finish_reason=finish_reason(fields["finish_reason"]),
             logprobs=logprobs if wants_logprobs else None,
             statistics=Statistics(**fields["statistics"]),
+            prompt_logprobs=prompt_logprobs if wants_prompt_logprobs else None,
         )
 
 
@@ -144,6 +152,46 @@ class Score:
     tokens: list[int]
     logprobs: npt.NDArray[np.float32]
     total: float
+
+    @classmethod
+    def _from_native(cls, fields: Mapping[str, Any]) -> "Score":
+        return cls(
+            tokens=np.from_dlpack(fields["tokens"]).tolist(),
+            logprobs=np.array(np.from_dlpack(fields["logprobs"]), dtype=np.float32),
+            total=fields["total"],
+        )
+
+
+@dataclass(frozen=True)
+class Loglikelihood:
+    """Log-probability of a continuation after a context, token by token.
+
+    Attributes:
+        tokens: The continuation's n tokens.
+        logprobs: float32 [n]; the natural log-probability of each after all tokens before it.
+        total: Their sum.
+        is_greedy: Whether greedy decoding (with allow_padded_ids) would give this continuation:
+            each token is the likeliest at its place.
+        top: For each token the likeliest tokens at its place with their log-probabilities, most
+            likely first; as many as were asked for.
+    """
+
+    tokens: list[int]
+    logprobs: npt.NDArray[np.float32]
+    total: float
+    is_greedy: bool
+    top: list[dict[int, float]]
+
+    @classmethod
+    def _from_native(cls, fields: Mapping[str, Any]) -> "Loglikelihood":
+        scored = [TokenLogprobs._from_native(token) for token in fields["tokens"]]
+        return cls(
+            tokens=[one.token for one in scored],
+            logprobs=np.array([one.logprob for one in scored], dtype=np.float32),
+            total=fields["total"],
+            is_greedy=bool(fields["is_greedy"]),
+            top=[one.top for one in scored],
+        )
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from typing import NoReturn
 
 import numpy as np
 
-from clusterfusion import _native
+from clusterfusion import _native, hub
 from clusterfusion._arguments import (
     INT32_MAX,
     INT32_MIN,
     Text,
     Tokens,
     boolean,
-    file_path,
     integer,
     is_text,
     not_picklable,
@@ -30,14 +29,16 @@ class Tokenizer:
     Immutable; all methods may be called from several threads, and release the GIL.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, revision: str | None = None) -> None:
         """Opens a tokenizer.json.
 
         Args:
-            path: The file, or a folder that holds one.
+            path: The file, or a folder that holds one, or a model's name on the hub (owner/name),
+                whose tokenizer is downloaded if it is not in the cache: :func:`hub.resolve`.
+            revision: Of a name on the hub: a branch, a tag or a whole commit hash; None for "main".
 
         Raises:
-            FileNotFoundError: There is none.
+            FileNotFoundError: There is none, here and on the hub.
             PermissionError: It may not be read.
             ValueError: It is broken.
             NotImplementedError: It asks for something other than byte-level BPE.
@@ -45,7 +46,8 @@ class Tokenizer:
         Warns (UserWarning) of what the files beside tokenizer.json in the folder ask for that it
         does not: ids may differ from those of transformers' ``AutoTokenizer``.
         """
-        self._handle = _native.tokenizer_open(file_path("path", path))
+        file = hub.resolve(path, revision, tokenizer_only=True)
+        self._handle = _native.tokenizer_open(file)
         for message in _native.tokenizer_warnings(self._handle):
             warnings.warn(str(message), UserWarning, stacklevel=2)
 

@@ -42,6 +42,17 @@ ffi::Array<ffi::Any> to_array(const Range& range) {
   return array;
 }
 
+ffi::Array<ffi::Any> token_with_top(TokenId token, float logprob,
+                                    const std::vector<TokenLogprob>& top) {
+  ffi::Array<ffi::Any> ids;
+  ffi::Array<ffi::Any> logprobs;
+  for (const TokenLogprob& likely : top) {
+    ids.push_back(likely.token);
+    logprobs.push_back(likely.logprob);
+  }
+  return {token, logprob, ids, logprobs};
+}
+
 }  // namespace
 
 std::span<const TokenId> tokens_of(const ffi::TensorView& tensor) {
@@ -81,6 +92,8 @@ GenerateRequest to_request(const Fields& fields) {
   request.stop_tokens = get_tokens(fields, "stop_tokens");
   request.ignore_eos = get<bool>(fields, "ignore_eos");
   request.skip_special_tokens = get<bool>(fields, "skip_special_tokens");
+  request.num_prompt_logprobs =
+      static_cast<std::int32_t>(get<std::int64_t>(fields, "num_prompt_logprobs"));
 
   SamplingParams& sampling = request.sampling;
   sampling.temperature = static_cast<float>(get<double>(fields, "temperature"));
@@ -107,13 +120,11 @@ GenerateRequest to_request(const Fields& fields) {
 }
 
 ffi::Array<ffi::Any> to_ffi(const SampledToken& sampled) {
-  ffi::Array<ffi::Any> ids;
-  ffi::Array<ffi::Any> logprobs;
-  for (const TokenLogprob& likely : sampled.top) {
-    ids.push_back(likely.token);
-    logprobs.push_back(likely.logprob);
-  }
-  return {sampled.token, sampled.logprob, ids, logprobs};
+  return token_with_top(sampled.token, sampled.logprob, sampled.top);
+}
+
+ffi::Array<ffi::Any> to_ffi(const ScoredToken& scored) {
+  return token_with_top(scored.token, scored.logprob, scored.top);
 }
 
 ffi::Array<ffi::Any> to_ffi(const GenerateEvent& event) {
@@ -142,14 +153,14 @@ Fields to_ffi(const Statistics& statistics) {
 Fields to_ffi(const GenerateResult& result) {
   ffi::Array<ffi::Any> sampled;
   for (const SampledToken& token : result.sampled) sampled.push_back(to_ffi(token));
+  ffi::Array<ffi::Any> prompt_scores;
+  for (const ScoredToken& token : result.prompt_scores) prompt_scores.push_back(to_ffi(token));
   ffi::Any reason;
   if (result.finish_reason) reason = ffi::String(name_of(*result.finish_reason));
   return {
-      {"text", ffi::String(result.text)},
-      {"prompt_tokens", to_tensor(result.prompt_tokens)},
-      {"tokens", to_tensor(result.tokens)},
-      {"sampled", sampled},
-      {"finish_reason", reason},
+      {"text", ffi::String(result.text)},        {"prompt_tokens", to_tensor(result.prompt_tokens)},
+      {"tokens", to_tensor(result.tokens)},      {"sampled", sampled},
+      {"prompt_scores", prompt_scores},          {"finish_reason", reason},
       {"statistics", to_ffi(result.statistics)},
   };
 }
@@ -192,6 +203,21 @@ Fields to_ffi(ScoreResult result) {
       {"logprobs", to_tensor(std::move(result.logprobs))},
       {"total", result.total},
   };
+}
+
+Fields to_ffi(const LoglikelihoodResult& result) {
+  ffi::Array<ffi::Any> tokens;
+  for (const ScoredToken& token : result.tokens) tokens.push_back(to_ffi(token));
+  return {{"tokens", tokens}, {"total", result.total}, {"is_greedy", result.is_greedy}};
+}
+
+std::vector<std::vector<TokenId>> to_token_lists(const ffi::Array<ffi::Tensor>& lists) {
+  std::vector<std::vector<TokenId>> result;
+  for (const ffi::Tensor& list : lists) {
+    const std::span<const TokenId> tokens = tokens_of(list);
+    result.emplace_back(tokens.begin(), tokens.end());
+  }
+  return result;
 }
 
 }  // namespace clusterfusion::python

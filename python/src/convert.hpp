@@ -48,6 +48,7 @@ GenerateRequest to_request(const Fields& fields);
 
 // (token, logprob, ids of the most likely, their logprobs)
 ffi::Array<ffi::Any> to_ffi(const SampledToken& sampled);
+ffi::Array<ffi::Any> to_ffi(const ScoredToken& scored);
 // (index, text, sampled token or None, name of the finish reason or None)
 ffi::Array<ffi::Any> to_ffi(const GenerateEvent& event);
 Fields to_ffi(const Statistics& statistics);
@@ -55,5 +56,8 @@ Fields to_ffi(const GenerateResult& result);
 Fields to_ffi(const ModelConfig& config);
 Fields to_ffi(const PerplexityResult& result);
 Fields to_ffi(ScoreResult result);
+Fields to_ffi(const LoglikelihoodResult& result);
+
+std::vector<std::vector<TokenId>> to_token_lists(const ffi::Array<ffi::Tensor>& lists);
 
 }  // namespace clusterfusion::python

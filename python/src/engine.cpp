@@ -133,6 +133,46 @@ Fields engine_score(EngineRef engine, ffi::TensorView tokens) {
   return to_ffi(engine->engine->score(tokens_of(tokens)));
 }
 
+ffi::Array<Fields> engine_score_all(EngineRef engine, ffi::Array<ffi::Tensor> texts) {
+  ffi::Array<Fields> results;
+  for (ScoreResult& result : engine->engine->score(to_token_lists(texts))) {
+    results.push_back(to_ffi(std::move(result)));
+  }
+  return results;
+}
+
+// (tokens of the context, tokens of the continuation)
+ffi::Array<ffi::Tensor> engine_encode_pair(EngineRef engine, ffi::Bytes context,
+                                           ffi::Bytes continuation) {
+  LoglikelihoodRequest pair = engine->engine->encode_pair(view_of(context), view_of(continuation));
+  return {to_tensor(std::move(pair.context)), to_tensor(std::move(pair.continuation))};
+}
+
+ffi::Array<Fields> engine_loglikelihood(EngineRef engine, ffi::Array<ffi::Tensor> contexts,
+                                        ffi::Array<ffi::Tensor> continuations, std::int64_t num_top,
+                                        ffi::Optional<ffi::Function> progress) {
+  std::vector<LoglikelihoodRequest> requests;
+  for (std::size_t i = 0; i < contexts.size(); ++i) {
+    const std::span<const TokenId> context = tokens_of(contexts[i]);
+    const std::span<const TokenId> continuation = tokens_of(continuations[i]);
+    requests.push_back(
+        {{context.begin(), context.end()}, {continuation.begin(), continuation.end()}});
+  }
+  LoglikelihoodOptions options;
+  options.num_top = static_cast<std::int32_t>(num_top);
+  if (progress) {
+    options.progress = [report = *progress](std::int64_t done, std::int64_t total) {
+      report(done, total);
+      return true;
+    };
+  }
+  ffi::Array<Fields> results;
+  for (const LoglikelihoodResult& result : engine->engine->loglikelihood(requests, options)) {
+    results.push_back(to_ffi(result));
+  }
+  return results;
+}
+
 PerplexityOptions to_perplexity_options(std::int64_t context, std::int64_t stride,
                                         const std::string& method) {
   require(method == "each_token" || method == "transformers_docs", ErrorKind::invalid_argument,
@@ -174,6 +214,9 @@ CLUSTERFUSION_EXPORT(generation_cancel)
 CLUSTERFUSION_EXPORT(generation_results)
 CLUSTERFUSION_EXPORT(engine_logits)
 CLUSTERFUSION_EXPORT(engine_score)
+CLUSTERFUSION_EXPORT(engine_score_all)
+CLUSTERFUSION_EXPORT(engine_encode_pair)
+CLUSTERFUSION_EXPORT(engine_loglikelihood)
 CLUSTERFUSION_EXPORT(engine_perplexity)
 CLUSTERFUSION_EXPORT(engine_perplexity_of_text)
 CLUSTERFUSION_EXPORT(engine_measure_read_ceiling)

@@ -23,10 +23,17 @@ std::optional<DType> parse_dtype(const std::string& name) {
 
 }  // namespace
 
-void add_engine_options(CLI::App& app, EngineSettings& settings) {
-  app.add_option("MODEL", settings.model, "checkpoint folder in Hugging Face layout")
+void add_model_options(CLI::App& app, ModelName& model, const std::string& what) {
+  app.add_option("MODEL", model.name, what + ", or a name on its hub (owner/name)")
       ->required()
       ->type_name("");
+  app.add_option("--revision", model.revision,
+                 "branch, tag or commit of a name on the hub; main if not given")
+      ->type_name("NAME");
+}
+
+void add_engine_options(CLI::App& app, EngineSettings& settings) {
+  add_model_options(app, settings.model, "checkpoint folder in Hugging Face layout");
   app.add_option("--device", settings.options.device, "where to compute: auto, cpu or cuda")
       ->transform(CLI::IsMember({"auto", "cpu", "cuda"}).description(""))
       ->type_name("NAME")
@@ -59,7 +66,9 @@ std::unique_ptr<Engine> open_engine(const EngineSettings& settings, const Report
   options.load_progress = [&](std::int64_t done, std::int64_t total) {
     progress.update(done / 1'000'000, total / 1'000'000);
   };
-  std::unique_ptr<Engine> engine = Engine::open(settings.model, options);
+  const std::filesystem::path folder =
+      find_or_download(settings.model, CheckpointFiles::model, report.quiet);
+  std::unique_ptr<Engine> engine = Engine::open(folder, options);
   print_warnings(engine->warnings(), report.quiet);
   return engine;
 }

@@ -6,18 +6,21 @@
 #include <string>
 #include <vector>
 
+#include "cli/model_name.hpp"
 #include "clusterfusion/engine.hpp"
 
 namespace clusterfusion::cli {
 
 struct EngineSettings {
-  std::string model;
+  ModelName model;
   EngineOptions options;
   std::string kv_dtype;
   std::string mode = "latency";
 };
 
-// MODEL, --device, --threads, --kv-dtype and --mode.
+// MODEL and --revision; `what` describes MODEL.
+void add_model_options(CLI::App& app, ModelName& model, const std::string& what);
+// MODEL, --revision, --device, --threads, --kv-dtype and --mode.
 void add_engine_options(CLI::App& app, EngineSettings& settings);
 // --context, the longest context, for the commands in which it means nothing else.
 void add_context_option(CLI::App& app, EngineSettings& settings);

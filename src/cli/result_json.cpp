@@ -12,6 +12,19 @@ Json token_json(TokenId token, const Tokenizer* tokenizer) {
   return json;
 }
 
+Json logprob_json(TokenId token, float logprob, const std::vector<TokenLogprob>& top,
+                  const Tokenizer* tokenizer) {
+  Json json = token_json(token, tokenizer);
+  json["logprob"] = logprob;
+  json["top"] = Json::array();
+  for (const TokenLogprob& likely : top) {
+    Json entry = token_json(likely.token, tokenizer);
+    entry["logprob"] = likely.logprob;
+    json["top"].push_back(std::move(entry));
+  }
+  return json;
+}
+
 }  // namespace
 
 Json to_json(const Statistics& statistics) {
@@ -30,16 +43,8 @@ Json to_json(const Statistics& statistics) {
 }
 
 Json to_json(const SampledToken& sampled, const Tokenizer* tokenizer, bool with_logprob) {
-  Json json = token_json(sampled.token, tokenizer);
-  if (!with_logprob) return json;
-  json["logprob"] = sampled.logprob;
-  json["top"] = Json::array();
-  for (const TokenLogprob& likely : sampled.top) {
-    Json entry = token_json(likely.token, tokenizer);
-    entry["logprob"] = likely.logprob;
-    json["top"].push_back(std::move(entry));
-  }
-  return json;
+  if (!with_logprob) return token_json(sampled.token, tokenizer);
+  return logprob_json(sampled.token, sampled.logprob, sampled.top, tokenizer);
 }
 
 Json to_json(const GenerateResult& result, const Tokenizer* tokenizer) {
@@ -56,6 +61,15 @@ Json to_json(const GenerateResult& result, const Tokenizer* tokenizer) {
     for (const SampledToken& sampled : result.sampled) {
       json["logprobs"].push_back(to_json(sampled, tokenizer, true));
     }
+  }
+  return json;
+}
+
+Json to_json(const LoglikelihoodResult& result, const Tokenizer& tokenizer) {
+  Json json = {
+      {"total_logprob", result.total}, {"is_greedy", result.is_greedy}, {"tokens", Json::array()}};
+  for (const ScoredToken& token : result.tokens) {
+    json["tokens"].push_back(logprob_json(token.token, token.logprob, token.top, &tokenizer));
   }
   return json;
 }

@@ -15,6 +15,7 @@ Json to_json(const Statistics& statistics);
 // if it has none).
 Json to_json(const SampledToken& sampled, const Tokenizer* tokenizer, bool with_logprob);
 Json to_json(const GenerateResult& result, const Tokenizer* tokenizer);
+Json to_json(const LoglikelihoodResult& result, const Tokenizer& tokenizer);
 
 // As one line. Bytes that are not UTF-8 (paths may hold such) become U+FFFD.
 std::string to_line(const Json& json);

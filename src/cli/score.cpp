@@ -1,12 +1,16 @@
-// clusterfusion score: the log-probability of a text, token by token.
+// clusterfusion score: the log-probability of a text, token by token, or of pairs of texts.
 #include <fmt/format.h>
 
 #include <cmath>
 
+#include "base/fail.hpp"
 #include "cli/commands.hpp"
+#include "cli/interrupt.hpp"
+#include "cli/number.hpp"
 #include "cli/options.hpp"
 #include "cli/report_format.hpp"
 #include "cli/result_json.hpp"
+#include "cli/score_pairs.hpp"
 #include "cli/standard_output.hpp"
 #include "cli/text_source.hpp"
 #include "cli/token_text.hpp"
@@ -20,6 +24,8 @@ struct Settings {
   ReportSettings report;
   TextSource source;
   bool no_special_tokens = false;
+  bool pairs = false;
+  std::int32_t num_top = 0;
 };
 
 Json result_json(const ScoreResult& score, const Tokenizer& tokenizer) {
@@ -45,8 +51,18 @@ void print_table(const ScoreResult& score, const Tokenizer& tokenizer) {
 }
 
 ExitCode run(const Settings& settings) {
+  require(settings.num_top == 0 || (settings.pairs && settings.report.json),
+          ErrorKind::invalid_argument, "--top needs a place to show them: add --pairs and --json");
+  require(!settings.pairs || !settings.no_special_tokens, ErrorKind::invalid_argument,
+          "--no-special-tokens is for one text; a pair is encoded as its two texts in one");
   const std::string text = read_text(settings.source);
-  const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
+  EngineSettings engine_settings = settings.engine;
+  if (settings.pairs) engine_settings.options.interrupted = signal_noted;
+  const std::unique_ptr<Engine> engine = open_engine(engine_settings, settings.report);
+  if (settings.pairs) {
+    score_pairs(*engine, text, name_of(settings.source), settings.num_top, settings.report);
+    return kDone;
+  }
   const Tokenizer& tokenizer = engine->tokenizer();
   const std::vector<TokenId> tokens = encode(tokenizer, text, !settings.no_special_tokens,
                                              name_of(settings.source), settings.report.quiet);
@@ -65,12 +81,23 @@ void add_score_command(CLI::App& app, Command& selected) {
   const auto settings = std::make_shared<Settings>();
   CLI::App& command = *add_command(
       app, selected, "score", "Print the log-probability of each token of a text.", settings, &run,
-      "Log-probabilities are natural logarithms; the first token has none.\n\n"
-      "Keys of --json: total_logprob, tokens (token, piece, logprob).",
+      "Log-probabilities are natural logarithms; the first token has none.\n"
+      "With --pairs the text is one pair {\"context\": \"...\", \"continuation\": \"...\"} a line, "
+      "and\n"
+      "each continuation is scored after its context, divided as lm-evaluation-harness does.\n\n"
+      "Keys of --json: total_logprob, tokens (token, piece, logprob); with --pairs one line for "
+      "each\n"
+      "pair: total_logprob, is_greedy, tokens (token, piece, logprob, top).",
       "clusterfusion score models/demo -p \"It was a dark night\"");
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
   add_text_options(command, settings->source, "--text", "--file");
+  command.add_flag("--pairs", settings->pairs,
+                   "score continuations after contexts, one pair a line");
+  add_number(command, "--top", settings->num_top,
+             "the N likeliest tokens at each place (with --pairs --json)", std::int32_t{0},
+             std::int32_t{100})
+      ->capture_default_str();
   add_report_options(command, settings->report);
   command.add_flag("--no-special-tokens", settings->no_special_tokens,
                    "do not add the tokenizer's special tokens");

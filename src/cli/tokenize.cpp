@@ -19,7 +19,7 @@ namespace clusterfusion::cli {
 namespace {
 
 struct Settings {
-  std::string path;
+  ModelName model;
   ReportSettings report;
   TextSource source;
   bool decode = false;
@@ -86,7 +86,8 @@ void run_decode(const Settings& settings, const Tokenizer& tokenizer, const std:
 
 ExitCode run(const Settings& settings) {
   const std::string text = read_text(settings.source);
-  const std::shared_ptr<const Tokenizer> tokenizer = Tokenizer::open(settings.path);
+  const std::shared_ptr<const Tokenizer> tokenizer = Tokenizer::open(
+      find_or_download(settings.model, CheckpointFiles::tokenizer, settings.report.quiet));
   print_warnings(tokenizer->warnings(), settings.report.quiet);
   (settings.decode ? run_decode : run_encode)(settings, *tokenizer, text);
   return kDone;
@@ -103,9 +104,8 @@ void add_tokenize_command(CLI::App& app, Command& selected) {
       "white space or commas, and the text that they stand for is printed byte for byte.\n\n"
       "Keys of --json: count, tokens, pieces (as tokenizer.json spells them); with --decode: text.",
       "clusterfusion tokenize models/demo -p \"It was a dark night\" --pieces");
-  command.add_option("MODEL", settings->path, "checkpoint folder, or a tokenizer.json")
-      ->required()
-      ->type_name("");
+  add_model_options(command, settings->model,
+                    "checkpoint folder in Hugging Face layout, a tokenizer.json");
   add_text_options(command, settings->source, "--text", "--file");
   add_report_options(command, settings->report);
   command.add_flag("--count", settings->count, "print only the number of tokens")

@@ -1,6 +1,7 @@
 #include "clusterfusion/engine.hpp"
 
 #include "base/fail.hpp"
+#include "clusterfusion/hub.hpp"
 #include "engine/choose_device.hpp"
 #include "engine/make_engine.hpp"
 #include "model/intact.hpp"
@@ -52,9 +53,10 @@ const char* name_of(FinishReason reason) noexcept {
   return "unknown";
 }
 
-std::unique_ptr<Engine> Engine::open(const std::filesystem::path& path,
+std::unique_ptr<Engine> Engine::open(const std::filesystem::path& name,
                                      const EngineOptions& options) {
   DeviceChoice choice = choose_device(options.device);
+  const std::filesystem::path path = find_checkpoint(name, options.revision);
   std::shared_ptr<const Model> model = Model::open(path);
   const BackendOptions backend_options = check_options(options, model->config());
   std::shared_ptr<const Tokenizer> tokenizer;

@@ -1,6 +1,7 @@
 #include "engine/generation.hpp"
 
 #include <algorithm>
+#include <iterator>
 
 namespace clusterfusion {
 namespace {
@@ -27,7 +28,7 @@ BatchGeneration::BatchGeneration(std::shared_ptr<SharedBackend> backend,
     PreparedRequest& request = requests[index];
     results_[index].prompt_tokens = request.prompt;
     results_[index].statistics.prompt_tokens = std::ssize(request.prompt);
-    if (request.max_new_tokens == 0) {
+    if (request.max_new_tokens == 0 && !request.prompt_detail) {
       results_[index].finish_reason = FinishReason::token_limit;
       events_.push_back(last_event(index, FinishReason::token_limit));
       continue;
@@ -88,22 +89,31 @@ void BatchGeneration::cancel_sequences() {
 
 void BatchGeneration::prefill_piece(Sequence& sequence) {
   const std::int64_t left = std::ssize(sequence.request.prompt) - sequence.prefilled;
-  const std::int64_t count = std::min(left, backend_->info().prefill_chunk);
+  const std::optional<ScoreDetail>& detail = sequence.request.prompt_detail;
+  const std::int64_t most =
+      detail ? scored_piece(backend_->info(), *detail) : backend_->info().prefill_chunk;
+  const std::int64_t count = std::min(left, most);
   const std::span<const TokenId> piece =
       std::span(sequence.request.prompt).subspan(sequence.prefilled, count);
   SampledToken sampled;
   PrefillOutput output;
-  if (count == left) output.sampled = &sampled;
+  if (count == left && sequence.request.max_new_tokens > 0) output.sampled = &sampled;
 
-  result_of(sequence).statistics.prefill_seconds += backend_->run(
-      [&](Backend& backend) {
-        const Clock::time_point start = Clock::now();
-        backend.prefill(sequence.handle->id(), piece, output);
-        return seconds_since(start);
-      },
-      [this] { return is_cancelled(); });
+  const std::span<const TokenId> next_tokens =
+      detail ? std::span<const TokenId>(sequence.request.prompt)
+                   .subspan(sequence.prefilled + 1, std::min(count, left - 1))
+             : std::span<const TokenId>();
+  std::vector<ScoredToken> scores(next_tokens.size());
+  result_of(sequence).statistics.prefill_seconds += prefill_scored(
+      *backend_, *sequence.handle, piece, next_tokens, detail.value_or(ScoreDetail{}), scores,
+      output, [this] { return is_cancelled(); });
+  std::ranges::move(scores, std::back_inserter(result_of(sequence).prompt_scores));
   sequence.prefilled += count;
   if (count < left) return;
+  if (sequence.request.max_new_tokens == 0) {
+    emit(sequence, last_event(sequence.index, FinishReason::token_limit));
+    return;
+  }
   result_of(sequence).statistics.time_to_first_token_seconds = seconds_since(started_);
   accept(sequence, std::move(sampled));
 }

@@ -18,7 +18,8 @@ namespace clusterfusion {
 // Prompts are prefilled one after the other; then all sequences that have not ended decode as one
 // batch. Which sequences share a batch does not change their tokens.
 //
-// - A request for 0 new tokens computes nothing: its one event says token_limit.
+// - A request for 0 new tokens computes nothing, unless its prompt is to be scored: its one event
+//   says token_limit.
 // - If several reasons to finish hold at once, the first of these is given: stop_string (the end of
 //   a text, a stop token for one, may show that the text held back has one), stop_token,
 //   token_limit, context_limit.

@@ -86,6 +86,13 @@ class BackendEngine final : public Engine {
   ScoreResult score(std::span<const TokenId> tokens) override {
     return compute_score(*backend_, tokens);
   }
+  std::vector<ScoreResult> score(std::span<const std::vector<TokenId>> texts) override {
+    return compute_scores(*backend_, texts);
+  }
+  std::vector<LoglikelihoodResult> loglikelihood(std::span<const LoglikelihoodRequest> requests,
+                                                 const LoglikelihoodOptions& options) override {
+    return compute_loglikelihoods(*backend_, requests, options);
+  }
   PerplexityResult perplexity(std::span<const TokenId> tokens, std::int64_t bytes,
                               const PerplexityOptions& options) override {
     return compute_perplexity(*backend_, tokens, bytes, options);

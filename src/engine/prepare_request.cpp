@@ -98,6 +98,10 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
   request.sampling.validate();
   require(request.max_new_tokens >= 0, ErrorKind::invalid_argument,
           "max_new_tokens must be >= 0, got {}", request.max_new_tokens);
+  require(request.num_prompt_logprobs >= -1 && request.num_prompt_logprobs <= 100,
+          ErrorKind::invalid_argument,
+          "num_prompt_logprobs must be in [-1, 100] (-1: none), got {}",
+          request.num_prompt_logprobs);
   require(request.min_new_tokens >= 0 && request.min_new_tokens <= request.max_new_tokens,
           ErrorKind::invalid_argument, "min_new_tokens must be in [0, {}] (max_new_tokens), got {}",
           request.max_new_tokens, request.min_new_tokens);
@@ -121,6 +125,9 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
                                 limits.model.config().eos_tokens.end());
   }
   prepared.skip_special_tokens = request.skip_special_tokens;
+  if (request.num_prompt_logprobs >= 0) {
+    prepared.prompt_detail = {.num_top = request.num_prompt_logprobs, .want_likeliest = false};
+  }
   restrict_sampling(request, limits, prepared);
   return prepared;
 }

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "clusterfusion/engine.hpp"
+#include "engine/scored_prefill.hpp"
 
 namespace clusterfusion {
 
@@ -25,6 +27,7 @@ struct PreparedRequest {
   std::vector<std::string> stop_strings;
   std::vector<TokenId> stop_tokens;  // the model's end-of-text tokens among them
   bool skip_special_tokens = true;
+  std::optional<ScoreDetail> prompt_detail;  // if the prompt's tokens are to be scored
 };
 
 // Errors: invalid_argument, out_of_range.

@@ -8,11 +8,13 @@
 
 #include "base/fail.hpp"
 #include "engine/prepare_request.hpp"
+#include "engine/scored_prefill.hpp"
 
 namespace clusterfusion {
 namespace {
 
 constexpr TokenId kNoTarget = -1;
+constexpr std::int32_t kMostAlternatives = 100;
 
 // Prefills `tokens` in the backend's pieces; `output_of(begin, count)` says what each is to give.
 template <typename OutputOf>
@@ -86,6 +88,70 @@ double sum_of(std::span<const float> values) {
   return std::accumulate(values.begin(), values.end(), 0.0);
 }
 
+// The last of `length` tokens is not fed.
+void check_scored_length(std::int64_t length, const SharedBackend& backend) {
+  const std::int64_t longest = backend.info().max_positions + 1;
+  require(length <= longest, ErrorKind::invalid_argument,
+          "there are {} tokens, and a context of {} positions scores at most {}; score a shorter "
+          "text, or measure perplexity, which moves a window over long ones",
+          length, longest - 1, longest);
+}
+
+void check_score(std::span<const TokenId> tokens, const SharedBackend& backend) {
+  require(tokens.size() >= 2, ErrorKind::invalid_argument,
+          "a score needs at least 2 tokens, because the first has nothing before it; got {}",
+          tokens.size());
+  check_tokens(tokens, backend.model().config().vocab_size, "tokens");
+  check_scored_length(std::ssize(tokens), backend);
+}
+
+void check_pair(const LoglikelihoodRequest& request, const SharedBackend& backend) {
+  require(!request.context.empty(), ErrorKind::invalid_argument,
+          "the context has no tokens, and the first of a text has nothing before it; begin with "
+          "the model's bos_token_id or eos_token_id");
+  require(!request.continuation.empty(), ErrorKind::invalid_argument,
+          "the continuation has no tokens; expected at least one to score");
+  const std::int64_t vocab_size = backend.model().config().vocab_size;
+  check_tokens(request.context, vocab_size, "context");
+  check_tokens(request.continuation, vocab_size, "continuation");
+  check_scored_length(std::ssize(request.context) + std::ssize(request.continuation), backend);
+}
+
+// An error tells which element of `list` it is about.
+template <typename Check>
+void check_numbered(const char* list, std::size_t index, Check check) {
+  try {
+    check();
+  } catch (const Error& error) {
+    fail(error.kind(), "{}[{}]: {}", list, index, error.what());
+  }
+}
+
+LoglikelihoodResult loglikelihood_of(SharedBackend& backend, const LoglikelihoodRequest& request,
+                                     std::int32_t num_top) {
+  const std::span<const TokenId> context = request.context;
+  const std::span<const TokenId> continuation = request.continuation;
+  const SequenceHandle sequence(backend, {}, std::ssize(context) + std::ssize(continuation) - 1);
+  prefill_in_pieces(backend, sequence, context.first(context.size() - 1),
+                    [](std::size_t, std::size_t) { return PrefillOutput{}; });
+
+  std::vector<TokenId> inputs = {context.back()};
+  inputs.insert(inputs.end(), continuation.begin(), continuation.end() - 1);
+  const ScoreDetail detail{.num_top = num_top};
+  const auto piece = static_cast<std::size_t>(scored_piece(backend.info(), detail));
+  LoglikelihoodResult result;
+  result.tokens.resize(continuation.size());
+  for (std::size_t begin = 0; begin < inputs.size(); begin += piece) {
+    const std::size_t count = std::min(piece, inputs.size() - begin);
+    prefill_scored(backend, sequence, std::span(inputs).subspan(begin, count),
+                   continuation.subspan(begin, count), detail,
+                   std::span(result.tokens).subspan(begin, count));
+  }
+  for (const ScoredToken& token : result.tokens) result.total += token.logprob;
+  result.is_greedy = std::ranges::all_of(result.tokens, &ScoredToken::is_likeliest);
+  return result;
+}
+
 }  // namespace
 
 void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
@@ -107,18 +173,39 @@ void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
 }
 
 ScoreResult compute_score(SharedBackend& backend, std::span<const TokenId> tokens) {
-  require(tokens.size() >= 2, ErrorKind::invalid_argument,
-          "a score needs at least 2 tokens, because the first has nothing before it; got {}",
-          tokens.size());
-  check_tokens(tokens, backend.model().config().vocab_size, "tokens");
-  check_fits(std::ssize(tokens), backend,
-             "score a shorter text, or measure perplexity, which moves a window over long ones");
-  const SequenceHandle sequence(backend, {}, std::ssize(tokens));
+  check_score(tokens, backend);
+  const SequenceHandle sequence(backend, {}, std::ssize(tokens) - 1);
   ScoreResult result;
   result.tokens.assign(tokens.begin(), tokens.end());
   result.logprobs = next_token_logprobs(backend, sequence, tokens, 0);
   result.total = sum_of(result.logprobs);
   return result;
+}
+
+std::vector<ScoreResult> compute_scores(SharedBackend& backend,
+                                        std::span<const std::vector<TokenId>> texts) {
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    check_numbered("texts", i, [&] { check_score(texts[i], backend); });
+  }
+  std::vector<ScoreResult> results;
+  for (const std::vector<TokenId>& text : texts) results.push_back(compute_score(backend, text));
+  return results;
+}
+
+std::vector<LoglikelihoodResult> compute_loglikelihoods(
+    SharedBackend& backend, std::span<const LoglikelihoodRequest> requests,
+    const LoglikelihoodOptions& options) {
+  require(options.num_top >= 0 && options.num_top <= kMostAlternatives, ErrorKind::invalid_argument,
+          "num_top must be in [0, {}], got {}", kMostAlternatives, options.num_top);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    check_numbered("requests", i, [&] { check_pair(requests[i], backend); });
+  }
+  std::vector<LoglikelihoodResult> results;
+  for (const LoglikelihoodRequest& request : requests) {
+    results.push_back(loglikelihood_of(backend, request, options.num_top));
+    if (options.progress && !options.progress(std::ssize(results), std::ssize(requests))) break;
+  }
+  return results;
 }
 
 PerplexityResult compute_perplexity(SharedBackend& backend, std::span<const TokenId> tokens,

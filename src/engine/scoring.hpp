@@ -10,10 +10,15 @@
 
 namespace clusterfusion {
 
-// These three have the meaning and errors of their namesakes in Engine.
+// These have the meaning and errors of their namesakes in Engine.
 void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
                     std::span<float> logits);
 ScoreResult compute_score(SharedBackend& backend, std::span<const TokenId> tokens);
+std::vector<ScoreResult> compute_scores(SharedBackend& backend,
+                                        std::span<const std::vector<TokenId>> texts);
+std::vector<LoglikelihoodResult> compute_loglikelihoods(
+    SharedBackend& backend, std::span<const LoglikelihoodRequest> requests,
+    const LoglikelihoodOptions& options);
 
 // Sliding windows: window w reads tokens [begin_w, end_w) with begin_w = w stride, end_w =
 // min(begin_w + context, total), until end_w = total. Its targets are the tokens from end_(w-1) on,

@@ -74,9 +74,9 @@ std::string_view header_text(std::span<const std::byte> bytes, const std::string
 }
 
 // One entry of the header; offsets are counted from the start of the data section still.
-SafetensorsTensor parse_tensor(const JsonValue& value, std::string_view name) {
+TensorEntry parse_tensor(const JsonValue& value, std::string_view name) {
   const JsonObject entry(value);
-  SafetensorsTensor tensor;
+  TensorEntry tensor;
   tensor.name = name;
   tensor.dtype = entry.at("dtype").string();
   const std::int64_t bits = bits_of_dtype(tensor.dtype, value);
@@ -102,11 +102,11 @@ SafetensorsTensor parse_tensor(const JsonValue& value, std::string_view name) {
 }
 
 // Every byte of the data section belongs to exactly one tensor.
-void check_coverage(const std::vector<SafetensorsTensor>& tensors, std::size_t data_bytes,
+void check_coverage(const std::vector<TensorEntry>& tensors, std::size_t data_bytes,
                     const std::string& file) {
   std::size_t covered = 0;
   std::string_view previous;
-  for (const SafetensorsTensor& tensor : tensors) {
+  for (const TensorEntry& tensor : tensors) {
     require(tensor.end <= data_bytes, ErrorKind::malformed,
             "{}: truncated: tensor {} should end at byte {} of the data, but there are only {}",
             file, quote(tensor.name), tensor.end, data_bytes);
@@ -136,13 +136,13 @@ void check_metadata(const JsonValue& metadata) {
 
 }  // namespace
 
-std::vector<SafetensorsTensor> parse_safetensors(std::span<const std::byte> bytes,
-                                                 const std::string& file) {
+std::vector<TensorEntry> parse_safetensors(std::span<const std::byte> bytes,
+                                           const std::string& file) {
   const std::string_view header = header_text(bytes, file);
   const JsonDocument document(header, file + ", header");
   const JsonObject entries(document.root());
 
-  std::vector<SafetensorsTensor> tensors;
+  std::vector<TensorEntry> tensors;
   tensors.reserve(entries.members().size());
   for (const JsonObject::Member& member : entries.members()) {
     const JsonValue value = entries.value_of(member);
@@ -157,7 +157,7 @@ std::vector<SafetensorsTensor> parse_safetensors(std::span<const std::byte> byte
   });
   const std::size_t data_start = kLengthBytes + header.size();
   check_coverage(tensors, bytes.size() - data_start, file);
-  for (SafetensorsTensor& tensor : tensors) {
+  for (TensorEntry& tensor : tensors) {
     tensor.begin += data_start;
     tensor.end += data_start;
   }

@@ -7,6 +7,7 @@
 
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
+#include "clusterfusion/hub.hpp"
 #include "io/mapped_file.hpp"
 #include "io/tensor_store.hpp"
 #include "model/config_reader.hpp"
@@ -79,7 +80,7 @@ void check_folder(const std::filesystem::path& folder) {
           "cannot look at {}: {}", folder.string(), error.message());
   require(!error, ErrorKind::io, "cannot look at {}: {}", folder.string(), error.message());
   require(std::filesystem::is_directory(status), ErrorKind::not_found,
-          "{} is a file; expected a checkpoint folder with config.json and model.safetensors",
+          "{} is a file; expected a checkpoint folder with config.json and weights",
           folder.string());
 }
 
@@ -126,7 +127,9 @@ std::int64_t sum_all(const ModelWeights& weights, bool tied, const Measure& meas
 
 }  // namespace
 
-std::shared_ptr<const Model> Model::open(const std::filesystem::path& folder) {
+std::shared_ptr<const Model> Model::open(const std::filesystem::path& name,
+                                         const std::string& revision) {
+  const std::filesystem::path folder = find_checkpoint(name, revision);
   check_folder(folder);
   return std::make_shared<MappedModel>(folder, read_config(folder));
 }

@@ -160,6 +160,11 @@ DType checked_dtype(const StoredTensor& stored, const Slot& slot) {
   require(stored.shape == slot.shape, ErrorKind::malformed,
           "{} has shape [{}]; expected [{}], by config.json", where, fmt::join(stored.shape, ", "),
           fmt::join(slot.shape, ", "));
+  require(stored.strides.empty(), ErrorKind::unsupported,
+          "{} is not contiguous: shape [{}] with strides [{}] cannot be used in place. Rewrite the "
+          "file: {}",
+          where, fmt::join(stored.shape, ", "), fmt::join(stored.strides, ", "),
+          rewrite_command(stored));
   return *dtype;
 }
 
@@ -182,16 +187,16 @@ DLTensor view_of(const std::byte* data, DType dtype, const Slot& slot, ShapeStor
   return view;
 }
 
-void warn_of_copies(const TensorStore& store, BoundWeights& bound) {
-  if (bound.copies.empty()) return;
+// `first` is the first tensor that was copied.
+void warn_of_copies(const TensorStore& store, const StoredTensor* first, BoundWeights& bound) {
+  if (first == nullptr) return;
   std::size_t bytes = 0;
   for (const std::vector<std::byte>& copy : bound.copies) bytes += copy.size();
   bound.warnings.push_back(fmt::format(
       "{}: {} of {} tensors begin at no multiple of their element's size, so that they were copied "
-      "into memory ({} MB) instead of being used in place. Rewriting the files avoids that: python "
-      "-c \"from safetensors.torch import load_file, save_file; save_file(load_file('OLD'), 'NEW', "
-      "{{'format': 'pt'}})\"",
-      store.folder().string(), bound.copies.size(), bound.tensors.size(), bytes / 1'000'000));
+      "into memory ({} MB) instead of being used in place. Rewriting the files avoids that: {}",
+      store.folder().string(), bound.copies.size(), bound.tensors.size(), bytes / 1'000'000,
+      rewrite_command(*first)));
 }
 
 void warn_of_dtypes(const TensorStore& store, const std::vector<Slot>& slots, DType dtype,
@@ -223,6 +228,7 @@ BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeSt
   BoundWeights bound{};
   const std::vector<Slot> slots = slots_of(store, config, bound.weights);
   check_names(store, slots);
+  const StoredTensor* first_copied = nullptr;
   for (const Slot& slot : slots) {
     const StoredTensor& stored = *store.find(slot.name);
     const DType dtype = checked_dtype(stored, slot);
@@ -230,11 +236,12 @@ BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeSt
     if (!is_aligned(stored, dtype)) {
       data = bound.copies.emplace_back(stored.data.begin(), stored.data.end()).data();
       store.release(stored.data);
+      if (first_copied == nullptr) first_copied = &stored;
     }
     *slot.view = view_of(data, dtype, slot, shapes);
     bound.tensors.push_back({slot.name, stored.file, *slot.view});
   }
-  warn_of_copies(store, bound);
+  warn_of_copies(store, first_copied, bound);
   config.dtype = *dtype_of(bound.weights.layers.front().qkv_weight);
   warn_of_dtypes(store, slots, config.dtype, bound.warnings);
   tie_embeddings(bound.weights, config);

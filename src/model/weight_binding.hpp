@@ -44,7 +44,7 @@ struct BoundWeights {
 // head counts (transformers does the same); if it differs from the embedding,
 // config.tied_embeddings becomes false.
 //
-// Errors: malformed (missing or unexpected tensors, wrong shapes), unsupported (dtypes).
+// Errors: malformed (missing or unexpected tensors, wrong shapes), unsupported (dtypes, strides).
 BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeStorage& shapes);
 
 }  // namespace clusterfusion

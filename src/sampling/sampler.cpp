@@ -177,4 +177,12 @@ float log_probability(std::span<const float> logits, TokenId token) {
   return LogSoftmax(logits, logits[static_cast<std::size_t>(argmax(logits))])(token);
 }
 
+TokenId likeliest_token(std::span<const float> logits) { return argmax(logits); }
+
+std::vector<TokenLogprob> likeliest_tokens(std::span<const float> logits, std::int32_t count) {
+  if (count == 0) return {};
+  const float maximum = logits[static_cast<std::size_t>(argmax(logits))];
+  return most_likely(logits, LogSoftmax(logits, maximum), count);
+}
+
 }  // namespace clusterfusion

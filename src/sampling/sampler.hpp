@@ -48,4 +48,11 @@ class Sampler {
 // Errors: out_of_range (token), non_finite (NaN or +inf among the logits, or all are -inf).
 float log_probability(std::span<const float> logits, TokenId token);
 
+// The id of the largest logit, the lowest on a tie. Errors: non_finite as above.
+TokenId likeliest_token(std::span<const float> logits);
+
+// The `count` (>= 0) most likely tokens or all, most likely first, ties by id, with their
+// log-probabilities. Errors: non_finite as above.
+std::vector<TokenLogprob> likeliest_tokens(std::span<const float> logits, std::int32_t count);
+
 }  // namespace clusterfusion

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/fail.hpp"
+#include "clusterfusion/hub.hpp"
 #include "io/json.hpp"
 #include "io/mapped_file.hpp"
 #include "tokenizer/added_tokens.hpp"
@@ -163,7 +164,9 @@ void Tokenizer::Impl::encode_words(std::string_view text, std::vector<TokenId>& 
 Tokenizer::Tokenizer(std::unique_ptr<const Impl> impl) : impl_(std::move(impl)) {}
 Tokenizer::~Tokenizer() = default;
 
-std::shared_ptr<const Tokenizer> Tokenizer::open(const std::filesystem::path& path) {
+std::shared_ptr<const Tokenizer> Tokenizer::open(const std::filesystem::path& name,
+                                                 const std::string& revision) {
+  const std::filesystem::path path = find_checkpoint(name, revision, CheckpointFiles::tokenizer);
   const bool is_folder = std::filesystem::is_directory(path);
   const std::filesystem::path file = is_folder ? path / "tokenizer.json" : path;
   if (is_folder && !is_there(file)) fail_no_tokenizer(path);

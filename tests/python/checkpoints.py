@@ -11,6 +11,7 @@ As a program it writes checkpoints in the shapes of the Pythia suite, streamed, 
 import argparse
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,13 @@ PYTHIA_SHAPES = {
 
 DTYPE_TAGS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 DTYPE_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "U8": 1, "BOOL": 1}
+TORCH_STORAGES = {
+    "F16": "HalfStorage",
+    "BF16": "BFloat16Storage",
+    "F32": "FloatStorage",
+    "U8": "ByteStorage",
+    "BOOL": "BoolStorage",
+}
 BLOCK_ELEMENTS = 1 << 22  # generated at a time, so that memory stays bounded
 
 
@@ -190,6 +198,60 @@ def write_safetensors(path: Path, tensors: list[Tensor]) -> None:
                 file.write(np.ascontiguousarray(block).data)
 
 
+def pickled_tensor(tensor: Tensor, key: str) -> bytes:
+    """The instructions of a pickle (protocol 2) that torch.save writes for a tensor."""
+
+    def integer(value: int) -> bytes:
+        return b"\x8a\x08" + value.to_bytes(8, "little")
+
+    def text(value: str) -> bytes:
+        return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+    def name(module: str, attribute: str) -> bytes:
+        return f"c{module}\n{attribute}\n".encode()
+
+    def sequence(items: list[bytes]) -> bytes:
+        return b"(" + b"".join(items) + b"t"
+
+    count = int(np.prod(tensor.shape, dtype=np.int64))
+    strides = [
+        int(np.prod(tensor.shape[i + 1 :], dtype=np.int64)) for i in range(len(tensor.shape))
+    ]
+    kind = name("torch", TORCH_STORAGES[tensor.tag])
+    storage = sequence([text("storage"), kind, text(key), text("cpu"), integer(count)]) + b"Q"
+    size = sequence([integer(extent) for extent in tensor.shape])
+    stride = sequence([integer(step) for step in strides])
+    hooks = name("collections", "OrderedDict") + b")R"
+    arguments = sequence([storage, integer(0), size, stride, b"\x89", hooks])
+    return text(tensor.name) + name("torch._utils", "_rebuild_tensor_v2") + arguments + b"R"
+
+
+def write_torch_file(path: Path, tensors: list[Tensor]) -> None:
+    """Streams tensors into a file as torch.save(state_dict) writes it, without torch."""
+    entries = b"".join(pickled_tensor(tensor, str(i)) for i, tensor in enumerate(tensors))
+    pickle = b"\x80\x02ccollections\nOrderedDict\n)R(" + entries + b"u."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+
+        def add(name: str, blocks: Iterator[Any]) -> None:
+            info = zipfile.ZipInfo(f"archive/{name}")
+            zip64_bytes = 20
+            end = archive.start_dir + 30 + len(info.filename) + zip64_bytes + 4
+            padding = -end % 64
+            info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+            with archive.open(info, "w", force_zip64=True) as entry:
+                for block in blocks:
+                    entry.write(np.ascontiguousarray(block).data)
+
+        def add_bytes(name: str, content: bytes) -> None:
+            add(name, iter([np.frombuffer(content, np.uint8)]))
+
+        add_bytes("data.pkl", pickle)
+        add_bytes("byteorder", b"little")
+        for i, tensor in enumerate(tensors):
+            add(f"data/{i}", tensor.blocks())
+        add_bytes("version", b"3\n")
+
+
 def split_into_shards(tensors: list[Tensor], shards: int) -> list[list[Tensor]]:
     """Consecutive, non-empty groups of about the same number of bytes."""
     shards = min(shards, len(tensors))
@@ -206,20 +268,25 @@ def split_into_shards(tensors: list[Tensor], shards: int) -> list[list[Tensor]]:
     return groups
 
 
-def write_weights(folder: Path, tensors: list[Tensor], shards: int) -> None:
-    """model.safetensors, or shards with model.safetensors.index.json."""
+def write_weights(folder: Path, tensors: list[Tensor], shards: int, weights: str) -> None:
+    """model.safetensors or pytorch_model.bin, or shards with an index."""
+    formats = {
+        "safetensors": ("model", "safetensors", write_safetensors),
+        "torch": ("pytorch_model", "bin", write_torch_file),
+    }
+    stem, suffix, write = formats[weights]
     if shards == 1:
-        write_safetensors(folder / "model.safetensors", tensors)
+        write(folder / f"{stem}.{suffix}", tensors)
         return
     groups = split_into_shards(tensors, shards)
     weight_map = {}
     for number, group in enumerate(groups, start=1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        write_safetensors(folder / name, group)
+        name = f"{stem}-{number:05d}-of-{len(groups):05d}.{suffix}"
+        write(folder / name, group)
         weight_map.update({tensor.name: name for tensor in group})
     total = sum(tensor.num_bytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def write_random_checkpoint(
@@ -246,6 +313,7 @@ def write_random_checkpoint(
     head_name: str = "embed_out",
     vector_dtype: str | None = None,
     tokenizer: str | None = None,
+    weights: str = "safetensors",
 ) -> Path:
     """Writes a checkpoint folder and returns its path.
 
@@ -257,6 +325,7 @@ def write_random_checkpoint(
     head_name: the LM head's name, "embed_out" (Pythia) or "lm_head" (transformers 5).
     vector_dtype: of biases and LayerNorm parameters; None: `dtype`.
     tokenizer: "train" adds a tokenizer.json of at most vocab_size tokens.
+    weights: "safetensors", or "torch" for pytorch_model.bin.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -289,7 +358,7 @@ def write_random_checkpoint(
     tensors = list_tensors(
         config, tags, seed, prefix=prefix, head_name=head_name, with_buffers=with_buffers
     )
-    write_weights(folder, tensors, shards)
+    write_weights(folder, tensors, shards, weights)
     if tokenizer == "train":
         train_tokenizer(folder, vocab_size)
     elif tokenizer is not None:
@@ -321,6 +390,7 @@ def write_pythia_checkpoint(
     seed: int = 0,
     max_shard_bytes: int = 10 << 30,
     tokenizer: str | None = None,
+    weights: str = "safetensors",
 ) -> Path:
     """Random weights in the shape of one of PYTHIA_SHAPES, streamed, in shards if it is large."""
     layers, hidden, heads, inner, vocab = PYTHIA_SHAPES[shape]
@@ -338,6 +408,7 @@ def write_pythia_checkpoint(
         seed=seed,
         shards=-(-total // max_shard_bytes),
         tokenizer=tokenizer,
+        weights=weights,
     )
 
 

@@ -93,9 +93,18 @@ LFS_POINTER += b"\nsize 123456789\n"
 
 
 @pytest.mark.parametrize(
-    "file", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"]
+    "file",
+    [
+        "model.safetensors",
+        "pytorch_model.bin",
+        "tokenizer.json",
+        "config.json",
+        "generation_config.json",
+    ],
 )
 def test_git_lfs_pointer(folder, file):
+    if file == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
     (folder / file).write_bytes(LFS_POINTER)
     with pytest.raises(ValueError, match=rf"{file} is a Git LFS pointer.*git lfs pull"):
         Engine(folder)

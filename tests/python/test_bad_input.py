@@ -5,6 +5,7 @@ or option, what was expected, what was found. With the program's path in CLUSTER
 defects go through the command line as well.
 """
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,8 +208,30 @@ def swap_shards(folder: Path) -> None:
     second.write_bytes(kept)
 
 
-def only_pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def only_torch_file(content: bytes | None) -> Callable[[Path], None]:
+    """No safetensors, but pytorch_model.bin with these bytes; None: those of the safetensors."""
+
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+        if content is not None:
+            (folder / "pytorch_model.bin").write_bytes(content)
+
+    return damage
+
+
+def torch_archive(pickle: bytes) -> bytes:
+    """A file of torch's with this pickle and no storages."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle)
+        archive.writestr("archive/version", "3\n")
+    return file.getvalue()
+
+
+# What torch.save wrote before version 1.6 begins with two pickles: a magic number and a version.
+OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
+# Runs a command as soon as Python's own pickle module reads it.
+EVIL_PICKLE = b"\x80\x02cposix\nsystem\nX\x0e\x00\x00\x00touch /tmp/evil\x85R."
 
 
 def replace_by_folder(file: str) -> Callable[[Path], None]:
@@ -249,6 +273,7 @@ class Defect:
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
+TORCH_FILE = "pytorch_model.bin"
 
 DEFECTS = [
     # Cut off, at every border that means something.
@@ -459,7 +484,33 @@ DEFECTS = [
     # Files and folders.
     Defect("no weights", remove(WEIGHTS), FileNotFoundError, (WEIGHTS, INDEX)),
     Defect("empty folder", remove(WEIGHTS, CONFIG), FileNotFoundError, (CONFIG,)),
-    Defect("pickle", only_pickle, NotImplementedError, ("pytorch_model.bin", WEIGHTS)),
+    # torch's files.
+    Defect("no zip file", only_torch_file(None), ValueError, (TORCH_FILE, "zip")),
+    Defect("empty torch file", only_torch_file(b""), ValueError, (TORCH_FILE, "empty")),
+    Defect(
+        "old torch file",
+        only_torch_file(OLD_TORCH),
+        NotImplementedError,
+        (TORCH_FILE, "1.6", "torch.load", "weights_only=True", "torch.save"),
+    ),
+    Defect(
+        "program in a pickle",
+        only_torch_file(torch_archive(EVIL_PICKLE)),
+        NotImplementedError,
+        (TORCH_FILE, "posix.system", "executed"),
+    ),
+    Defect(
+        "unknown instruction",
+        only_torch_file(torch_archive(b"\x80\x02I7\n.")),
+        NotImplementedError,
+        (TORCH_FILE, "INT"),
+    ),
+    Defect(
+        "no state dict",
+        only_torch_file(torch_archive(b"\x80\x02N.")),
+        NotImplementedError,
+        (TORCH_FILE, "state dict", "None"),
+    ),
     Defect("weights are a folder", replace_by_folder(WEIGHTS), OSError, (WEIGHTS, "folder")),
     Defect("config is a folder", replace_by_folder(CONFIG), OSError, (CONFIG, "folder")),
     Defect("config is a pipe", make_pipe, OSError, (CONFIG, "pipe")),
@@ -636,7 +687,7 @@ def engine(tmp_path_factory) -> clusterfusion.Engine:
     [
         ("", ValueError, ["at least"]),
         (np.empty(0, np.int32), ValueError, ["at least"]),
-        ([0] * 41, ValueError, ["41", "40"]),
+        ([0] * 42, ValueError, ["42", "40"]),
         ([1, 300], IndexError, ["300", "1"]),
         ([1, 2, -1], IndexError, ["-1", "2"]),
         ([2**40], IndexError, [str(2**40)]),

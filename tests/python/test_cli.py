@@ -326,6 +326,62 @@ def test_score(model, tokenizer, oracle):
     assert float(total.split()[2]) == pytest.approx(exact.sum(), abs=1e-3)
 
 
+def test_score_pairs(model, tokenizer, oracle, tmp_path):
+    pairs = [("It was", " the best"), ("It was ", "of"), ("It\nwas", " \N{SNOWMAN}")]
+    file = tmp_path / "pairs.jsonl"
+    lines = [
+        json.dumps({"id": i, "context": context, "continuation": continuation})
+        for i, (context, continuation) in enumerate(pairs)
+    ]
+    file.write_text("\n\n".join(lines))
+    ended = run("score", model, "--pairs", "-f", file, "--json", "--top", 2)
+    assert (ended.code, ended.err) == (0, "")
+    documents = [json.loads(line) for line in ended.out.splitlines()]
+    totals = []
+    for document, (context, continuation) in zip(documents, pairs, strict=True):
+        head = tokenizer.encode(context.rstrip()).ids
+        tail = tokenizer.encode(context + continuation).ids[len(head) :]
+        exact = log_softmax(oracle.logits(head + tail))[len(head) - 1 : -1]
+        assert [token["token"] for token in document["tokens"]] == tail
+        assert document["is_greedy"] == (exact.argmax(-1) == tail).all()
+        chosen = exact[np.arange(len(tail)), tail]
+        np.testing.assert_allclose(
+            [token["logprob"] for token in document["tokens"]], chosen, atol=1e-4
+        )
+        totals.append(chosen.sum())
+        assert document["total_logprob"] == pytest.approx(totals[-1], rel=1e-5)
+        for token, row in zip(document["tokens"], exact, strict=True):
+            best = np.argsort(-row)[:2].tolist()
+            assert [likely["token"] for likely in token["top"]] == best
+
+    heading, *rows, total = run("score", model, "--pairs", stdin=file.read_bytes()).out.splitlines()
+    assert heading.split() == ["index", "tokens", "logprob", "greedy"]
+    assert [float(row.split()[2]) for row in rows] == pytest.approx(totals, abs=1e-3)
+    assert float(total.split()[2]) == pytest.approx(sum(totals), abs=1e-3)
+    assert "in 3 pairs" in total
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", [], "empty"),
+        ("\n \n", [], 'standard input has no pair; expected lines {"context": "...'),
+        ('\n{"context": "a"}', [], 'standard input, line 2 has no key "continuation"'),
+        ('{"context": "a", "continuation": 5}', [], 'line 1: "continuation".*string.*5'),
+        ('{"context": "a", "continuation": "b"', [], "line 1: broken JSON"),
+        ('["a", "b"]', [], "line 1.*object"),
+        ('{"context": "a", "continuation": ""}', [], "line 1: the continuation has no token"),
+        (json.dumps({"context": "x y" * 300, "continuation": "b"}), [], "line 1: .* at most 257"),
+        ('{"context": "a", "continuation": "b"}', ["--top", 3], "--top needs"),
+        ('{"context": "a", "continuation": "b"}', ["--no-special-tokens"], "is for one text"),
+    ],
+)
+def test_score_of_wrong_pairs(model, text, arguments, message):
+    ended = run("score", model, "--pairs", *arguments, stdin=text.encode())
+    assert ended.code in (1, 2) and ended.out == ""
+    assert re.search(message, ended.err), ended.err
+
+
 def test_perplexity(model, tokenizer, oracle, tmp_path):
     """A text that fits one window has the perplexity of its score; else windows slide."""
     text = (PROMPT + ", ") * 6
@@ -844,6 +900,25 @@ def test_interrupted_perplexity_has_no_result(long_model, tmp_path, context, num
         rb"error: interrupted (after \d+ of \d+|before the first window of) tokens.*; no result",
         process.stderr.read(),
     )
+
+
+@needs_proc
+@pytest.mark.parametrize("repeats", [2, 25_000])  # between pairs, and in the middle of one
+def test_interrupted_pairs_have_no_result(long_model, tmp_path, repeats):
+    file = tmp_path / "pairs.jsonl"
+    pair = json.dumps({"context": "aq", "continuation": "aq" * repeats})
+    file.write_text("\n".join([pair] * (100_000 // repeats)))
+    process = subprocess.Popen(
+        command_line(["score", "MODEL", "--pairs", "-f", str(file)], long_model),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    wait_until(lambda: catches_sigint(process.pid))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(TIMEOUT) == 128 + signal.SIGINT
+    assert process.stdout.read() == b""
+    error = process.stderr.read()
+    assert re.search(rb"error: interrupted after \d+ of \d+ pairs; no result", error)
 
 
 def test_no_prompt_on_a_terminal_is_misuse(model):

@@ -440,6 +440,151 @@ def test_score(engine):
     assert engine.score(tokens).total == score.total
 
 
+def test_score_of_several(engine):
+    texts = [TEXT, engine.encode("Good morning"), np.array([5, 6])]
+    scores = engine.score(texts)
+    for score, text in zip(scores, texts, strict=True):
+        alone = engine.score(text)
+        assert score.tokens == alone.tokens
+        np.testing.assert_array_equal(score.logprobs, alone.logprobs)
+        assert score.total == alone.total
+    # The last token is never fed.
+    assert len(engine.score([5] * (LONGEST + 1)).logprobs) == LONGEST
+    with pytest.raises(ValueError, match=f"{LONGEST + 2} tokens"):
+        engine.score([5] * (LONGEST + 2))
+    with pytest.raises(ValueError, match=r"prompt\[1\]: a score needs at least 2 tokens"):
+        engine.score([[1, 2], [1]])
+    with pytest.raises(TypeError, match=r"prompt\[1\]: expected"):
+        engine.score([[1, 2], 3])
+
+
+@pytest.mark.parametrize("top", [0, 1, 3, 100])
+def test_loglikelihood(engine, top):
+    """As the logits say of the whole text; pairs of one token and of more than a piece."""
+    rng = np.random.default_rng(1)
+    lengths = [(1, 1), (1, LONGEST), (LONGEST, 1), (3, 5), (70, 64), (63, 65), (20, 130)]
+    pairs = [(rng.integers(0, VOCAB, c).tolist(), rng.integers(0, VOCAB, n)) for c, n in lengths]
+    results = engine.loglikelihood([c for c, _ in pairs], [n for _, n in pairs], top=top)
+    for (context, continuation), result in zip(pairs, results, strict=True):
+        whole = context + continuation.tolist()
+        logits = engine.logits(whole[:-1]).astype(np.float64)[len(context) - 1 :]
+        exact = log_softmax(logits)
+        assert result.tokens == continuation.tolist()
+        assert result.logprobs.dtype == np.float32
+        places = np.arange(len(continuation))
+        np.testing.assert_allclose(result.logprobs, exact[places, continuation], atol=1e-5)
+        assert result.total == pytest.approx(exact[places, continuation].sum(), rel=1e-6)
+        assert result.is_greedy == (logits.argmax(-1) == continuation).all()
+        order = np.argsort(-logits, axis=-1, kind="stable")[:, :top]
+        assert [list(found) for found in result.top] == order.tolist()
+        for place, found in enumerate(result.top):
+            np.testing.assert_allclose(list(found.values()), exact[place, order[place]], atol=1e-5)
+
+
+def test_loglikelihood_is_greedy(engine):
+    text = engine.generate(TEXT, max_new_tokens=100, ignore_eos=True).tokens
+    other = [*text[:-1], (text[-1] + 1) % VOCAB]
+    prompt = engine.encode(TEXT)
+    yes, no = engine.loglikelihood([prompt, prompt], [text, other])
+    assert yes.is_greedy is True and no.is_greedy is False
+
+
+def test_loglikelihood_of_texts(engine):
+    """Divided as in lm-evaluation-harness (lm_eval.api.model.TemplateLM._encode_pair)."""
+    pairs = [
+        ("It was", " the best"),
+        ("It was ", "the best"),
+        ("It was \n\t\N{NO-BREAK SPACE}\N{IDEOGRAPHIC SPACE}\x1f", "of times"),
+        (b"It was", b" of"),
+    ]
+    results = engine.loglikelihood([c for c, _ in pairs], [n for _, n in pairs])
+    for (context, continuation), result in zip(pairs, results, strict=True):
+        if isinstance(context, bytes):
+            context, continuation = context.decode(), continuation.decode()
+        head = engine.encode(context.rstrip())
+        tail = engine.encode(context + continuation)[len(head) :]
+        assert result.tokens == tail
+        assert result.total == engine.loglikelihood([head], [tail])[0].total
+
+
+def test_loglikelihood_after_an_empty_context(engine):
+    first = engine.config.bos_token
+    if first is None:
+        first = engine.config.eos_tokens[0]
+    tokens = engine.encode(TEXT, add_special_tokens=False)
+    (result,) = engine.loglikelihood([""], [TEXT])
+    (expected,) = engine.loglikelihood([[first]], [tokens])
+    assert (result.tokens, result.total) == (tokens, expected.total)
+
+
+def test_loglikelihood_reports_progress(engine):
+    seen = []
+    engine.loglikelihood([[1]] * 3, [[2]] * 3, progress=lambda *done: seen.append(done))
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+
+    class EnoughError(Exception):
+        pass
+
+    def stop(done, total):
+        raise EnoughError
+
+    with pytest.raises(EnoughError):
+        engine.loglikelihood([[1]] * 3, [[2]] * 3, progress=stop)
+    assert engine.loglikelihood([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("contexts", "continuations", "options", "error", "message"),
+    [
+        ("It", ["a"], {}, TypeError, "contexts: expected a list of texts .*, found str"),
+        ([1, 2], [[1]], {}, TypeError, "contexts: .* of single token ids"),
+        (["It"], "a", {}, TypeError, "continuations: expected a list"),
+        (["It"], [], {}, ValueError, "one for each of 1 contexts, found 0"),
+        (["It"], [[1]], {}, TypeError, r"continuations\[0\]: expected text .*, found list"),
+        ([[1]], ["a"], {}, TypeError, r"continuations\[0\]: expected token ids .*, found str"),
+        (["It", "It"], [" a", ""], {}, ValueError, r"contexts\[1\]: the continuation has no"),
+        (["It", " "], [" a", "b"], {}, ValueError, r"contexts\[1\]: the context has no token"),
+        ([[1], []], [[1], [1]], {}, ValueError, r"contexts\[1\]: the context has no tokens"),
+        ([[1]], [[]], {}, ValueError, r"contexts\[0\]: the continuation has no tokens"),
+        ([[1]], [[VOCAB]], {}, IndexError, r"continuations\[0\]\[0\] is 400"),
+        ([[1] * 200], [[1] * 102], {}, ValueError, "302 tokens.* at most 301"),
+        ([[1]], [[1]], {"top": 101}, ValueError, r"top: expected an integer in \[0, 100\]"),
+        ([[1]], [[1]], {"top": True}, TypeError, "top: expected an integer, found bool"),
+        ([[1]], [[1]], {"progress": 1}, TypeError, "progress: expected a callable"),
+    ],
+)
+def test_loglikelihood_of_wrong_arguments(engine, contexts, continuations, options, error, message):
+    with pytest.raises(error, match=message):
+        engine.loglikelihood(contexts, continuations, **options)
+
+
+@pytest.mark.parametrize("new_tokens", [0, 5])
+def test_prompt_logprobs(engine, new_tokens):
+    tokens = engine.encode(TEXT * 8)
+    assert len(tokens) > 64  # more than one piece
+    options = {"max_new_tokens": new_tokens, "ignore_eos": True}
+    plain = engine.generate(tokens, **options)
+    assert plain.prompt_logprobs is None
+    exact = log_softmax(engine.logits(tokens).astype(np.float64))
+    for count in (0, 3):
+        result = engine.generate(tokens, prompt_logprobs=count, **options)
+        assert (result.tokens, result.text) == (plain.tokens, plain.text)
+        assert result.finish_reason == plain.finish_reason
+        assert result.logprobs is None
+        first, *rest = result.prompt_logprobs
+        assert first is None
+        assert [one.token for one in rest] == tokens[1:]
+        order = np.argsort(-exact, axis=-1, kind="stable")[:, :count]
+        for place, one in enumerate(rest):
+            assert one.logprob == pytest.approx(exact[place, one.token], abs=1e-5)
+            assert list(one.top) == order[place].tolist()
+    both = engine.generate([tokens, [1]], prompt_logprobs=0, logprobs=1, **options)
+    assert [len(one.prompt_logprobs) for one in both] == [len(tokens), 1]
+    assert [len(one.logprobs) for one in both] == [new_tokens, new_tokens]
+    with pytest.raises(ValueError, match=r"prompt_logprobs: expected an integer in \[0, 100\]"):
+        engine.generate(tokens, prompt_logprobs=101)
+
+
 def test_perplexity(engine):
     """Of one window it is the score's; tests/python/test_family.py has the windows' proof."""
     text = TEXT * 3
@@ -826,7 +971,11 @@ def test_keyboard_interrupt(long_engine, alarm):
         lambda: long_engine.perplexity(tokens, context=100, stride=2),
         lambda: long_engine.perplexity(tokens),
         lambda: long_engine.score(tokens),
+        lambda: long_engine.score([tokens, tokens]),
+        lambda: long_engine.loglikelihood([[3]], [tokens]),
+        lambda: long_engine.loglikelihood([[3]] * 100_000, [[4]] * 100_000),
         lambda: long_engine.generate(tokens, max_new_tokens=1),
+        lambda: long_engine.generate(tokens, max_new_tokens=0, prompt_logprobs=0),
     ]
     for call in calls:
         interrupted_after(0.05)

@@ -81,9 +81,12 @@ def check(figures: dict) -> None:
     assert figures["ended"]["RssFile"] > 0.6 * figures["weight_bytes"], figures
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_resident_memory(tmp_path, dtype):
-    figures = measure(write_pythia_checkpoint(tmp_path, "pythia-160m", dtype))
+@pytest.mark.parametrize(
+    ("dtype", "weights"),
+    [("float16", "safetensors"), ("float32", "safetensors"), ("float16", "torch")],
+)
+def test_resident_memory(tmp_path, dtype, weights):
+    figures = measure(write_pythia_checkpoint(tmp_path, "pythia-160m", dtype, weights=weights))
     print(figures)
     check(figures)
 

@@ -18,7 +18,7 @@ void check(bool condition) {
   if (!condition) std::abort();
 }
 
-void check_tensors(const std::vector<clusterfusion::SafetensorsTensor>& tensors,
+void check_tensors(const std::vector<clusterfusion::TensorEntry>& tensors,
                    std::span<const std::byte> file) {
   if (tensors.empty()) return;
   check(tensors.front().begin >= 8);

@@ -520,5 +520,48 @@ TEST(Threads, CancelFromAnotherThread) {
   EXPECT_EQ(generation->results()[0].finish_reason, FinishReason::cancelled);
 }
 
+// The prompt's tokens have the scores of Engine::score, whatever is generated behind them.
+TEST(Generate, ScoresThePromptIfAsked) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  for (const std::size_t length : {1u, 4u, 5u, 11u}) {
+    for (const std::int64_t new_tokens : {0, 3}) {
+      GenerateRequest request;
+      request.max_new_tokens = new_tokens;
+      for (std::size_t i = 0; i < length; ++i) {
+        request.prompt_tokens.push_back(static_cast<TokenId>(7 * i + 1));
+      }
+      const GenerateResult plain = run(*fake.engine, request);
+      EXPECT_THAT(plain.prompt_scores, IsEmpty());
+      for (const std::int32_t num_top : {0, 2}) {
+        request.num_prompt_logprobs = num_top;
+        const GenerateResult scored = run(*fake.engine, request);
+        EXPECT_EQ(scored.tokens, plain.tokens);
+        EXPECT_EQ(scored.finish_reason, plain.finish_reason);
+        ASSERT_THAT(scored.prompt_scores, SizeIs(length - 1));
+        if (length == 1) continue;
+        const ScoreResult expected = fake.engine->score(std::span(request.prompt_tokens));
+        for (std::size_t i = 0; i + 1 < length; ++i) {
+          EXPECT_EQ(scored.prompt_scores[i].token, request.prompt_tokens[i + 1]);
+          EXPECT_EQ(scored.prompt_scores[i].logprob, expected.logprobs[i]);
+          EXPECT_THAT(scored.prompt_scores[i].top, SizeIs(num_top));
+        }
+      }
+    }
+  }
+  EXPECT_THAT(fake.state->live, IsEmpty());
+}
+
+TEST(Generate, ScoresAPromptThatFillsTheContext) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  GenerateRequest request;
+  request.prompt_tokens.assign(64, 5);
+  request.max_new_tokens = 0;
+  request.num_prompt_logprobs = 0;
+  EXPECT_THAT(run(*fake.engine, request).prompt_scores, SizeIs(63));
+  request.num_prompt_logprobs = 101;
+  expect_error(ErrorKind::invalid_argument, HasSubstr("num_prompt_logprobs must be in [-1, 100]"),
+               [&] { fake.engine->generate(request); });
+}
+
 }  // namespace
 }  // namespace clusterfusion

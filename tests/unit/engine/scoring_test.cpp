@@ -1,8 +1,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <functional>
+#include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "engine/fixtures.hpp"
@@ -199,7 +203,7 @@ TEST(Perplexity, RefusesImpossibleOptions) {
 
 TEST(Score, EqualsTheLogProbabilitiesOfTheTokens) {
   const FakeEngine fake = fake_engine(hashed_logits());
-  for (const std::size_t count : {2u, 4u, 5u, 6u, 64u}) {
+  for (const std::size_t count : {2u, 4u, 5u, 6u, 64u, 65u}) {  // the last token is not fed
     const std::vector<TokenId> tokens = random_tokens(count, 6);
     const ScoreResult result = fake.engine->score(tokens);
     EXPECT_EQ(result.tokens, tokens);
@@ -221,12 +225,163 @@ TEST(Score, RefusesWhatItCannotScore) {
   expect_error(kind, HasSubstr("at least 2 tokens"),
                [&] { fake.engine->score(std::vector<TokenId>{1}); });
   expect_error(kind,
-               HasSubstr("there are 65 tokens, and the context holds 64; score a shorter "
-                         "text, or measure perplexity"),
-               [&] { fake.engine->score(random_tokens(65, 7)); });
+               HasSubstr("there are 66 tokens, and a context of 64 positions scores at most 65; "
+                         "score a shorter text, or measure perplexity"),
+               [&] { fake.engine->score(random_tokens(66, 7)); });
   expect_error(ErrorKind::out_of_range, HasSubstr("tokens[0] is -2"), [&] {
     fake.engine->score(std::vector<TokenId>{-2, 1});
   });
+}
+
+TEST(Score, OfSeveralTextsIsThatOfEach) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  const std::vector<std::vector<TokenId>> texts = {random_tokens(7, 1), random_tokens(2, 2)};
+  const std::vector<ScoreResult> results = fake.engine->score(texts);
+  ASSERT_EQ(results.size(), 2u);
+  for (std::size_t i = 0; i < 2; ++i) {
+    EXPECT_EQ(results[i].tokens, texts[i]);
+    EXPECT_EQ(results[i].logprobs, fake.engine->score(std::span(texts[i])).logprobs);
+  }
+  const std::vector<std::vector<TokenId>> wrong = {texts[0], {1}};
+  fake.state->prefill_sizes.clear();
+  expect_error(ErrorKind::invalid_argument, HasSubstr("texts[1]: a score needs at least 2 tokens"),
+               [&] { fake.engine->score(wrong); });
+  EXPECT_THAT(fake.state->prefill_sizes, IsEmpty()) << "computed before all was checked";
+}
+
+// The tokens in the order of their logits after `context`, the largest first.
+std::vector<TokenId> ranked_tokens(std::span<const TokenId> context) {
+  const std::vector<float> logits = hashed_logits()(context);
+  std::vector<TokenId> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  std::ranges::stable_sort(ids, std::ranges::greater(), [&](TokenId id) { return logits[id]; });
+  return ids;
+}
+
+TEST(Loglikelihood, IsThatOfTheContinuationsTokens) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  std::vector<LoglikelihoodRequest> requests;
+  for (const auto& [context, continuation] :
+       {std::pair{1, 1}, {1, 6}, {4, 1}, {5, 4}, {9, 7}, {1, 64}, {64, 1}, {30, 35}}) {
+    requests.push_back({random_tokens(context, 1), random_tokens(continuation, 2)});
+  }
+  const std::vector<LoglikelihoodResult> results =
+      fake.engine->loglikelihood(requests, {.num_top = 3});
+  ASSERT_EQ(results.size(), requests.size());
+  for (std::size_t r = 0; r < results.size(); ++r) {
+    std::vector<TokenId> text = requests[r].context;
+    double total = 0;
+    ASSERT_EQ(results[r].tokens.size(), requests[r].continuation.size());
+    for (std::size_t i = 0; i < results[r].tokens.size(); ++i) {
+      const ScoredToken& scored = results[r].tokens[i];
+      EXPECT_EQ(scored.token, requests[r].continuation[i]);
+      EXPECT_NEAR(scored.logprob, -negative_log_likelihood(text, scored.token), 1e-5);
+      const std::vector<TokenId> ranked = ranked_tokens(text);
+      EXPECT_EQ(scored.is_likeliest, scored.token == ranked[0]);
+      ASSERT_EQ(scored.top.size(), 3u);
+      for (std::size_t k = 0; k < 3; ++k) {
+        EXPECT_EQ(scored.top[k].token, ranked[k]);
+        EXPECT_NEAR(scored.top[k].logprob, -negative_log_likelihood(text, ranked[k]), 1e-5);
+      }
+      total += scored.logprob;
+      text.push_back(scored.token);
+    }
+    EXPECT_DOUBLE_EQ(results[r].total, total);
+  }
+  EXPECT_THAT(fake.state->live, IsEmpty());
+}
+
+TEST(Loglikelihood, KnowsWhatGreedyDecodingGives) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  GenerateRequest request;
+  request.prompt_tokens = random_tokens(5, 3);
+  request.max_new_tokens = 8;
+  request.ignore_eos = true;
+  request.allow_padded_ids = true;
+  const std::vector<TokenId> greedy = fake.engine->generate(request).tokens;
+  std::vector<LoglikelihoodRequest> requests(1 + greedy.size(), {request.prompt_tokens, greedy});
+  for (std::size_t i = 0; i < greedy.size(); ++i) {
+    requests[1 + i].continuation[i] = (greedy[i] + 1) % kVocabSize;
+  }
+  const std::vector<LoglikelihoodResult> results = fake.engine->loglikelihood(requests, {});
+  EXPECT_TRUE(results[0].is_greedy);
+  for (std::size_t i = 0; i < greedy.size(); ++i) {
+    EXPECT_FALSE(results[1 + i].is_greedy) << i;
+    EXPECT_THAT(results[1 + i].tokens[i].top, IsEmpty());
+    EXPECT_FALSE(results[1 + i].tokens[i].is_likeliest);
+  }
+}
+
+TEST(Loglikelihood, ReportsProgressAndCanBeCancelled) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  const std::vector<LoglikelihoodRequest> requests(5, {{1}, {2, 3}});
+  std::vector<std::int64_t> done;
+  LoglikelihoodOptions options;
+  options.progress = [&](std::int64_t count, std::int64_t total) {
+    EXPECT_EQ(total, 5);
+    done.push_back(count);
+    return count < 3;
+  };
+  EXPECT_EQ(fake.engine->loglikelihood(requests, options).size(), 3u);
+  EXPECT_THAT(done, testing::ElementsAre(1, 2, 3));
+  EXPECT_THAT(fake.engine->loglikelihood({}, {}), IsEmpty());
+}
+
+TEST(Loglikelihood, RefusesWhatItCannotScore) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  const auto score = [&](std::vector<TokenId> context, std::vector<TokenId> continuation) {
+    return [&fake, request = LoglikelihoodRequest{std::move(context), std::move(continuation)}] {
+      fake.engine->loglikelihood(std::vector<LoglikelihoodRequest>{{{1}, {2}}, request}, {});
+    };
+  };
+  const ErrorKind kind = ErrorKind::invalid_argument;
+  expect_error(kind, HasSubstr("requests[1]: the context has no tokens"), score({}, {1}));
+  expect_error(kind, HasSubstr("requests[1]: the continuation has no tokens"), score({1}, {}));
+  expect_error(kind, HasSubstr("there are 66 tokens, and a context of 64"),
+               score(random_tokens(60, 1), random_tokens(6, 1)));
+  expect_error(ErrorKind::out_of_range, HasSubstr("requests[1]: context[1] is 320"),
+               score({1, 320}, {1}));
+  expect_error(ErrorKind::out_of_range, HasSubstr("requests[1]: continuation[0] is -1"),
+               score({1}, {-1}));
+  EXPECT_THAT(fake.state->prefill_sizes, IsEmpty());
+  for (const std::int32_t num_top : {-1, 101}) {
+    expect_error(kind, HasSubstr("num_top must be in [0, 100]"),
+                 [&] { fake.engine->loglikelihood({}, {.num_top = num_top}); });
+  }
+}
+
+TEST(EncodePair, DividesTheWholeTextBehindTheContext) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  const auto pair = [&](std::string_view context, std::string_view continuation) {
+    const LoglikelihoodRequest tokens = fake.engine->encode_pair(context, continuation);
+    return std::pair(tokens.context, tokens.continuation);
+  };
+  const auto bytes = bytes_to_tokens;
+  EXPECT_EQ(pair("ab", "xy"), std::pair(bytes("ab"), bytes("xy")));
+  // White space goes over.
+  EXPECT_EQ(pair("ab ", "xy"), std::pair(bytes("ab"), bytes(" xy")));
+  EXPECT_EQ(pair("ab\xE3\x80\x80\x1C", "x"), std::pair(bytes("ab"), bytes("\xE3\x80\x80\x1Cx")));
+  // The whole begins with one token, the end of text, where the context alone has seven.
+  expect_error(ErrorKind::invalid_argument, HasSubstr("the continuation has no token of its own"),
+               [&] { pair("<|endof", "text|>123456"); });
+  EXPECT_EQ(pair("<|endof", "text|>12345678"), std::pair(bytes("<|endof"), bytes("78")));
+}
+
+TEST(EncodePair, PutsTheFirstTokenInPlaceOfAnEmptyContext) {
+  const FakeEngine fake = fake_engine(hashed_logits());
+  LoglikelihoodRequest pair = fake.engine->encode_pair("", "xy");
+  EXPECT_THAT(pair.context, testing::ElementsAre(kEndOfText));
+  EXPECT_EQ(pair.continuation, bytes_to_tokens("xy"));
+  pair = fake.engine->encode_pair("", "<|endoftext|>xy");
+  EXPECT_THAT(pair.context, testing::ElementsAre(kEndOfText));
+  EXPECT_EQ(pair.continuation, bytes_to_tokens("xy"));
+  const ErrorKind kind = ErrorKind::invalid_argument;
+  expect_error(kind, HasSubstr("the continuation has no token"),
+               [&] { fake.engine->encode_pair("", ""); });
+  expect_error(kind, HasSubstr("the continuation has no token"),
+               [&] { fake.engine->encode_pair("", "<|endoftext|>"); });
+  expect_error(kind, HasSubstr("the context has no token besides white space"),
+               [&] { fake.engine->encode_pair(" \n", "x"); });
 }
 
 TEST(Logits, AreThoseOfEveryPosition) {

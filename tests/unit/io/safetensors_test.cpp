@@ -15,7 +15,7 @@ using testing::expect_error;
 using testing::safetensors_file;
 using testing::safetensors_head;
 
-std::vector<SafetensorsTensor> parse(std::string_view file) {
+std::vector<TensorEntry> parse(std::string_view file) {
   return parse_safetensors(std::as_bytes(std::span(file)), "m.safetensors");
 }
 
@@ -28,9 +28,9 @@ std::string from_hex(const std::string& hex) {
 }
 
 void expect_tensors(const std::string& file, const nlohmann::json& expected) {
-  const std::vector<SafetensorsTensor> tensors = parse(file);
+  const std::vector<TensorEntry> tensors = parse(file);
   EXPECT_EQ(tensors.size(), expected.size());
-  for (const SafetensorsTensor& tensor : tensors) {
+  for (const TensorEntry& tensor : tensors) {
     ASSERT_TRUE(expected.contains(tensor.name)) << tensor.name;
     const nlohmann::json& reference = expected[tensor.name];
     EXPECT_EQ(tensor.dtype, reference["dtype"].get<std::string>());

@@ -2,7 +2,7 @@
 
 #include <string>
 
-#include "io/file_fixtures.hpp"
+#include "io/torch_fixtures.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -10,6 +10,7 @@ namespace {
 using testing::expect_error;
 using testing::safetensors_file;
 using testing::TemporaryFolder;
+using testing::torch_file;
 
 constexpr const char* kIndex = "model.safetensors.index.json";
 
@@ -136,18 +137,50 @@ TEST(TensorStore, NamesABrokenShard) {
 TEST(TensorStore, SaysWhatIsMissing) {
   const TemporaryFolder folder;
   expect_error(ErrorKind::not_found,
-               {folder.path().string(), "model.safetensors", "model.safetensors.index.json"},
+               {folder.path().string(), "model.safetensors", "model.safetensors.index.json",
+                "pytorch_model.bin", "pytorch_model.bin.index.json"},
                [&] { TensorStore{folder.path()}; });
 }
 
-TEST(TensorStore, SaysHowToConvertPickles) {
-  for (const char* pickle : {"pytorch_model.bin", "pytorch_model.bin.index.json"}) {
-    const TemporaryFolder folder;
-    folder.write(pickle, "PK");
-    expect_error(ErrorKind::unsupported,
-                 {folder.path().string(), pickle, "from_pretrained", "save_pretrained"},
-                 [&] { TensorStore{folder.path()}; });
-  }
+TEST(TensorStore, OpensTorchFiles) {
+  const TemporaryFolder folder;
+  const std::filesystem::path file =
+      folder.write("pytorch_model.bin", torch_file({{"a", "F16", {2}, "abcd"}}));
+  const TensorStore store(folder.path());
+  ASSERT_NE(store.find("a"), nullptr);
+  EXPECT_EQ(text_of(store.find("a")), "abcd");
+  EXPECT_EQ(store.find("a")->dtype, "F16");
+  EXPECT_EQ(store.find("a")->file, file.string());
+}
+
+TEST(TensorStore, OpensShardsOfTorchFiles) {
+  const TemporaryFolder folder;
+  folder.write("1.bin", torch_file({{"a", "F16", {2}, "aaaa"}, {"b", "U8", {1, 2}, "bb"}}));
+  folder.write("2.bin", torch_file({{"c", "U8", {3}, "ccc"}}));
+  folder.write("pytorch_model.bin.index.json",
+               R"({"weight_map": {"a": "1.bin", "b": "1.bin", "c": "2.bin"}})");
+  const TensorStore store(folder.path());
+  EXPECT_EQ(store.tensors().size(), 3U);
+  EXPECT_EQ(text_of(store.find("b")), "bb");
+  EXPECT_EQ(text_of(store.find("c")), "ccc");
+  folder.write("2.bin", torch_file({{"a", "U8", {3}, "ccc"}}));
+  expect_error(ErrorKind::malformed, {"\"a\"", "two shards", "1.bin", "2.bin"},
+               [&] { TensorStore{folder.path()}; });
+}
+
+// As transformers does: safetensors before torch's files, whether whole or in shards.
+TEST(TensorStore, PrefersSafetensors) {
+  const TemporaryFolder folder;
+  const auto first_tensor = [&] { return TensorStore(folder.path()).tensors().begin()->first; };
+  folder.write("shard.bin", torch_file({{"torch_shard", "U8", {1}, "d"}}));
+  folder.write("pytorch_model.bin.index.json", R"({"weight_map": {"torch_shard": "shard.bin"}})");
+  EXPECT_EQ(first_tensor(), "torch_shard");
+  folder.write("pytorch_model.bin", torch_file({{"torch", "U8", {1}, "d"}}));
+  EXPECT_EQ(first_tensor(), "torch");
+  write_shards(folder);
+  EXPECT_EQ(first_tensor(), "a");
+  folder.write("model.safetensors", safetensors_file({{"whole", "U8", {1}, "d"}}));
+  EXPECT_EQ(first_tensor(), "whole");
 }
 
 }  // namespace

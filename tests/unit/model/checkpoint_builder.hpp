@@ -64,8 +64,11 @@ struct CheckpointBuilder {
     return *std::find_if(tensors.begin(), tensors.end(),
                          [&](const RawTensor& tensor) { return tensor.name == name; });
   }
-  void write(const TemporaryFolder& folder) const {
+  void write_config(const TemporaryFolder& folder) const {
     folder.write("config.json", config.dump());
+  }
+  void write(const TemporaryFolder& folder) const {
+    write_config(folder);
     folder.write("model.safetensors", safetensors_file(tensors));
   }
 

@@ -5,6 +5,7 @@
 
 #include "clusterfusion/model.hpp"
 #include "io/file_fixtures.hpp"
+#include "io/torch_fixtures.hpp"
 #include "model/checkpoint_builder.hpp"
 
 namespace clusterfusion {
@@ -14,6 +15,7 @@ using testing::CheckpointBuilder;
 using testing::expect_error;
 using testing::safetensors_file;
 using testing::TemporaryFolder;
+using testing::torch_file;
 
 // Opens a good checkpoint after `bend`.
 void expect_refused(ErrorKind kind, const std::vector<std::string>& words,
@@ -119,6 +121,24 @@ TEST(CheckpointErrors, NamesAWrongDtype) {
   expect_refused(ErrorKind::unsupported, {"\"embed_out.weight\"", "I8"}, [](auto& c) {
     c.replace("embed_out.weight", {16, 8}, "I8", 1);
   });
+}
+
+TEST(CheckpointErrors, NamesATensorThatIsNotContiguous) {
+  const TemporaryFolder folder;
+  CheckpointBuilder builder;
+  builder.add("gpt_neox.layers.0.attention.bias", {1, 1, 4, 4}, "BOOL", 1);
+  builder.write_config(folder);
+  // A buffer may lie as it likes: nobody reads it.
+  folder.write(
+      "pytorch_model.bin",
+      torch_file(builder.tensors, {}, {{"gpt_neox.layers.0.attention.bias", {0, 0, 1, 4}}}));
+  EXPECT_EQ(Model::open(folder.path())->config().num_layers, 2);
+  folder.write("pytorch_model.bin",
+               torch_file(builder.tensors, {}, {{"gpt_neox.embed_in.weight", {1, 16}}}));
+  expect_error(ErrorKind::unsupported,
+               {"pytorch_model.bin", "\"gpt_neox.embed_in.weight\"", "not contiguous", "[16, 8]",
+                "strides [1, 16]", "v.contiguous()"},
+               [&] { Model::open(folder.path()); });
 }
 
 TEST(CheckpointErrors, NamesATruncatedFile) {

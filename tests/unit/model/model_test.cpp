@@ -10,6 +10,7 @@
 
 #include "base/tensor_view.hpp"
 #include "io/file_fixtures.hpp"
+#include "io/torch_fixtures.hpp"
 #include "model/checkpoint_builder.hpp"
 
 namespace clusterfusion {
@@ -102,7 +103,8 @@ TEST_P(SavedByTransformers, HasTheTensorsThatWereSaved) {
 
 INSTANTIATE_TEST_SUITE_P(Model, SavedByTransformers,
                          ::testing::Values("untied_float32", "tied_float16", "sharded_bfloat16",
-                                           "no_attention_bias_float16"),
+                                           "no_attention_bias_float16", "torch_file_float16",
+                                           "torch_shards_bfloat16"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(Model, OpensWithAndWithoutPrefix) {
@@ -203,6 +205,29 @@ TEST(Model, CopiesWhatIsMisaligned) {
   EXPECT_THAT(model->warnings()[0], ::testing::AllOf(::testing::HasSubstr(other.path().string()),
                                                      ::testing::HasSubstr("28 of 28 tensors"),
                                                      ::testing::HasSubstr("save_file")));
+}
+
+// As torch aligns to 64 bytes, this takes another writer.
+TEST(Model, CopiesWhatIsMisalignedInATorchFile) {
+  const TemporaryFolder folder;
+  CheckpointBuilder builder;
+  builder.write(folder);
+  const auto aligned = Model::open(folder.path());
+  const auto expected = named_views(*aligned);
+  const TemporaryFolder other;
+  builder.write_config(other);
+  const std::string file = testing::torch_file(builder.tensors, {.alignment = 1});
+  ASSERT_EQ(file.find(builder.at("gpt_neox.embed_in.weight").data) % 2, 1U);
+  other.write("pytorch_model.bin", file);
+  const auto model = Model::open(other.path());
+  for (const auto& [name, view] : named_views(*model)) {
+    EXPECT_EQ(reinterpret_cast<std::uintptr_t>(view.data) % 2, 0U) << name;
+    EXPECT_EQ(bytes_of(view), bytes_of(expected.at(name))) << name;
+  }
+  ASSERT_EQ(model->warnings().size(), 1U);
+  EXPECT_THAT(model->warnings()[0], ::testing::AllOf(::testing::HasSubstr("copied into memory"),
+                                                     ::testing::HasSubstr("pytorch_model.bin'"),
+                                                     ::testing::HasSubstr("torch.save")));
 }
 
 TEST(Model, CountsParametersAndBytes) {

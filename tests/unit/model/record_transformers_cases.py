@@ -8,10 +8,12 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections import OrderedDict
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoConfig, GPTNeoXConfig, GPTNeoXForCausalLM
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -117,6 +119,27 @@ def record_checkpoint(name: str, dtype: torch.dtype, shard_size: str, **change: 
     (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
+def use_torch_files(name: str) -> None:
+    """Turns a checkpoint's files into torch's, as transformers 4 wrote them, with its buffers."""
+    folder = DATA / "checkpoints" / name
+    mask = torch.tril(torch.ones(1, 1, 8, 8, dtype=torch.uint8))
+    buffers = {"bias": mask, "masked_bias": torch.tensor(-1e9)}
+    weight_map = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        shard = f"pytorch_{path.stem}.bin"
+        tensors = OrderedDict(load_file(path))
+        if "gpt_neox.layers.0.input_layernorm.weight" in tensors:
+            tensors |= {f"gpt_neox.layers.0.attention.{key}": b for key, b in buffers.items()}
+        torch.save(tensors, folder / shard)
+        weight_map.update({key: shard for key in tensors})
+        path.unlink()
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        index.unlink()
+        content = {"metadata": {}, "weight_map": weight_map}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main() -> None:
     """Writes everything."""
     DATA.mkdir(exist_ok=True)
@@ -131,6 +154,10 @@ def main() -> None:
     record_checkpoint("tied_float16", torch.float16, "1GB", tie_word_embeddings=True)
     record_checkpoint("sharded_bfloat16", torch.bfloat16, "4KB", use_parallel_residual=False)
     record_checkpoint("no_attention_bias_float16", torch.float16, "1GB", attention_bias=False)
+    record_checkpoint("torch_file_float16", torch.float16, "1GB")
+    use_torch_files("torch_file_float16")
+    record_checkpoint("torch_shards_bfloat16", torch.bfloat16, "4KB")
+    use_torch_files("torch_shards_bfloat16")
 
 
 if __name__ == "__main__":
