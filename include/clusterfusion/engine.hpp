@@ -20,11 +20,11 @@
 namespace clusterfusion {
 
 struct EngineOptions {
-  std::string device = "auto";     // "auto", "cpu" or "cuda"
-  int threads = 0;                 // CPU worker threads; 0: one for each usable core
-  std::int64_t max_positions = 0;  // the longest context; 0: the model's own
-  std::optional<DType> kv_dtype;   // of the KV cache; nothing: float32 on the CPU, the
-                                   // weights' type on a GPU
+  std::string device = "auto";            // "auto", "cpu" or "cuda"
+  int threads = 0;                        // CPU worker threads; 0: one for each usable core
+  std::int64_t max_positions = 0;         // the longest context; 0: the model's own
+  std::optional<DType> kv_dtype;          // of the KV cache; nothing: float32 on the CPU, the
+                                          // weights' type on a GPU
   DecodeMode mode = DecodeMode::latency;  // of a GPU: what it is to be quick at
   // Called by open() while it copies weights to a GPU, on the calling thread, with bytes done and
   // in all: first with 0, last with all. Where weights are used in place it is called once, with
