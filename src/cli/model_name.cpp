@@ -71,8 +71,8 @@ Ended run_program(std::vector<std::string> arguments) {
 }
 
 // Its standard output is the folder, or why there is none.
-std::filesystem::path download(const char* python, const ModelName& model, CheckpointFiles files,
-                               bool quiet) {
+std::filesystem::path download(const std::string& python, const ModelName& model,
+                               CheckpointFiles files, bool quiet) {
   std::vector<std::string> arguments = {python, "-c", kDownload, model.name};
   if (!model.revision.empty()) arguments.push_back("--revision=" + model.revision);
   if (files == CheckpointFiles::tokenizer) arguments.push_back("--tokenizer-only");
@@ -85,14 +85,27 @@ std::filesystem::path download(const char* python, const ModelName& model, Check
   return ended.output;
 }
 
+// The Python that downloads: the one that the environment names or, for the program of a wheel, the
+// one that the wheel was installed for, which lies beside it. Empty if there is none.
+std::string downloading_python() {
+  if (const char* named = std::getenv(kHubPython)) return named;
+#ifdef CLUSTERFUSION_WHEEL
+  std::error_code error;
+  const auto program = std::filesystem::read_symlink("/proc/self/exe", error);
+  const auto beside = program.parent_path() / "python3";
+  if (!error && std::filesystem::exists(beside, error)) return beside;
+#endif
+  return {};
+}
+
 }  // namespace
 
 std::filesystem::path find_or_download(const ModelName& model, CheckpointFiles files, bool quiet) {
   try {
     return find_checkpoint(model.name, model.revision, files);
   } catch (const Error& missing) {
-    const char* python = std::getenv(kHubPython);
-    if (missing.kind() != ErrorKind::not_found || python == nullptr) throw;
+    const std::string python = downloading_python();
+    if (missing.kind() != ErrorKind::not_found || python.empty()) throw;
     return download(python, model, files, quiet);
   }
 }

@@ -454,6 +454,17 @@ def test_program_of_an_installation_downloads(hub, client, files):
     assert hub.requests == []
 
 
+WHEEL_PROGRAM = Path(sys.executable).with_name("clusterfusion")
+
+
+@pytest.mark.skipif(not WHEEL_PROGRAM.exists(), reason="no wheel is installed for this Python")
+def test_program_of_a_wheel_downloads_by_the_python_beside_it(hub, client, files):
+    ended = client.run([WHEEL_PROGRAM, "info", NAME, "--json"])
+    assert info(ended)["num_parameters"] > 0
+    (commit,) = hub.models[NAME].commits
+    assert client.snapshot(commit) == set(files)
+
+
 @needs_program
 def test_program_downloads_quietly(client):
     python = {"CLUSTERFUSION_HUB_PYTHON": sys.executable}
