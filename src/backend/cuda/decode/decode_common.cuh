@@ -2,6 +2,7 @@
 // where things lie.
 #pragma once
 
+#include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/decode/decode_params.hpp"
 #include "backend/cuda/device/counter.cuh"
 #include "backend/cuda/device/elect.cuh"
@@ -200,12 +201,6 @@ __device__ __forceinline__ StreamedLayer layer_at(const DecodeParams& p, int lay
           of_layer(p, first.attention_out_bias, layer),
           of_layer(p, first.mlp_up_bias, layer),
           of_layer(p, first.mlp_down_bias, layer)};
-}
-
-// Where element `index` of a vector of activations lies: of each 8, the words (pairs) 1 and 2
-// change places, so that the words of an operand of the tensor cores lie side by side.
-__device__ __forceinline__ int operand_order(int index) {
-  return (index & ~6) | (index & 2) << 1 | (index & 4) >> 1;
 }
 
 __device__ __forceinline__ char* lamport_set(const DecodeParams& p, int epoch) {

@@ -1,4 +1,5 @@
-// Conversions between the weights' 16-bit types and float32, and the activation functions.
+// Conversions between the weights' 16-bit types and float32, the order of activations in memory,
+// and the activation functions.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -39,6 +40,12 @@ __device__ __forceinline__ float exp2_approximately(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+// Where element `index` of a vector of activations lies: of each 8, the words (pairs) 1 and 2
+// change places, so that the words of an operand of the tensor cores lie side by side.
+__device__ __forceinline__ int operand_order(int index) {
+  return (index & ~6) | (index & 2) << 1 | (index & 4) >> 1;
 }
 
 __device__ __forceinline__ float activate(Activation activation, float x) {

@@ -6,20 +6,15 @@
 //
 // Lane (g, q) has of operand row g the elements 32 i + 8 q .. + 7 of its warp's share: 16 bytes, as
 // many as it loads of the matrix, and the tensor cores take them as they come. Words 0 and 2 (in
-// operand order: elements 0, 1 and 2, 3) are row g of m16n8k16, words 1 and 3 (elements 4, 5 and 6,
+// operand_order: elements 0, 1 and 2, 3) are row g of m16n8k16, words 1 and 3 (elements 4, 5 and 6,
 // 7) row g + 8. So of a product with a weight's first two words rows 0 to 7 count, and of one with
 // its last two rows 8 to 15.
 #pragma once
 
+#include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/stream/shared.cuh"
 
 namespace clusterfusion::cuda::stream {
-
-// Where element `index` of a vector of activations lies: of each 8, the words (pairs) 1 and 2
-// change places.
-__device__ __forceinline__ int operand_order(int index) {
-  return (index & ~6) | (index & 2) << 1 | (index & 4) >> 1;
-}
 
 template <int kOperandRows, int kPieces>
 class Activations {

@@ -35,7 +35,7 @@ class SharedSetup {
       mbarrier_init(&control->partial_empty[buffer], kArrivals);
     }
     mbarrier_fence_init();
-    control->begun = control->cleared = control->zero = 0;
+    control->begun = control->cleared = 0;
   }
 
   __device__ __forceinline__ void init_phases() {

@@ -75,7 +75,6 @@ struct StreamShared {
   plan::AttentionSplits splits[plan::kMaxRows];
   int first_task[plan::kMaxRows];
   int token;
-  std::uint32_t zero;
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;
   // Epochs e that all blocks have begun, as this block knows: the Lamport set of epoch e + 1 is

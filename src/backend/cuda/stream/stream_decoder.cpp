@@ -218,6 +218,8 @@ void StreamDecoder::fill_table(std::span<const DecodeRow> rows, char* host, cons
 void StreamDecoder::launch(std::span<const DecodeRow> rows, std::int32_t steps,
                            cudaStream_t stream) {
   const auto count = static_cast<std::int32_t>(rows.size());
+  require(steps <= max_steps_, ErrorKind::internal,
+          "streaming: expected at most {} steps, found {}", max_steps_, steps);
   params_.steps = steps;
   params_.layout = layout_of(count);
   const plan::StreamMemory memory = plan::stream_memory(plan_, config_, limits_, count);
@@ -235,35 +237,38 @@ void StreamDecoder::launch(std::span<const DecodeRow> rows, std::int32_t steps,
   launch_stream(kernel, params_, limits_.sm_count, memory.shared_bytes, stream);
 }
 
-void StreamDecoder::enqueue(std::span<const DecodeRow> rows, std::int32_t steps, bool with_logits,
-                            cudaStream_t stream) {
-  char* host = host_tables_.as<>();
-  char* device = tables_.as<>();
-  fill_table(rows, host, device);
-  const std::int64_t bytes =
-      table_.pages + static_cast<std::int64_t>(rows.size() * max_pages_ * sizeof(char*));
-  check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "sending rows");
-  params_.logits = with_logits ? logits_.as<float>() : nullptr;
-  params_.chosen = chosen_.as<std::int32_t>();
-  launch(rows, steps, stream);
-}
-
-void StreamDecoder::enqueue_step(std::span<const DecodeRow> rows, std::int32_t index,
-                                 std::span<const TokenId* const> device_inputs,
-                                 cudaStream_t stream) {
+char* StreamDecoder::send(std::span<const DecodeRow> rows, std::int32_t index,
+                          cudaStream_t stream) {
+  require(index < max_steps_ && std::ssize(rows) <= plan::kMaxRows, ErrorKind::internal,
+          "streaming: expected at most {} rows and {} steps, found {} rows in step {}",
+          plan::kMaxRows, max_steps_, rows.size(), index);
   char* host = host_tables_.as<>() + index * table_.bytes;
   char* device = tables_.as<>() + index * table_.bytes;
   fill_table(rows, host, device);
   const std::int64_t bytes =
       table_.pages + static_cast<std::int64_t>(rows.size() * max_pages_ * sizeof(char*));
   check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "sending rows");
+  params_.chosen = chosen_.as<std::int32_t>() + index * plan::kMaxRows;
+  return device;
+}
+
+void StreamDecoder::enqueue(std::span<const DecodeRow> rows, std::int32_t steps, bool with_logits,
+                            cudaStream_t stream) {
+  send(rows, 0, stream);
+  params_.logits = with_logits ? logits_.as<float>() : nullptr;
+  launch(rows, steps, stream);
+}
+
+void StreamDecoder::enqueue_step(std::span<const DecodeRow> rows, std::int32_t index,
+                                 std::span<const TokenId* const> device_inputs,
+                                 cudaStream_t stream) {
+  char* table = send(rows, index, stream);
   for (std::size_t i = 0; i < device_inputs.size(); ++i)
     if (device_inputs[i] != nullptr)
-      check(cudaMemcpyAsync(device + i * sizeof(StreamedRow) + offsetof(StreamedRow, token),
+      check(cudaMemcpyAsync(table + i * sizeof(StreamedRow) + offsetof(StreamedRow, token),
                             device_inputs[i], sizeof(TokenId), cudaMemcpyDeviceToDevice, stream),
             "handing on tokens");
   params_.logits = logits_.as<float>();
-  params_.chosen = chosen_.as<std::int32_t>() + index * plan::kMaxRows;
   launch(rows, 1, stream);
 }
 

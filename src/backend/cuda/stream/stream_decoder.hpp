@@ -68,6 +68,8 @@ class StreamDecoder {
   void describe_model(const ModelConfig& config, const DeviceModel& weights);
   RowsLayout layout_of(std::int32_t rows) const;
   void fill_table(std::span<const DecodeRow> rows, char* host, const char* device);
+  // Sends the rows of step `index` of a series; returns their table on the device.
+  char* send(std::span<const DecodeRow> rows, std::int32_t index, cudaStream_t stream);
   void launch(std::span<const DecodeRow> rows, std::int32_t steps, cudaStream_t stream);
 
   ModelConfig config_;
