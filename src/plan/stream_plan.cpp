@@ -61,20 +61,25 @@ std::int64_t attention_bytes(const ModelConfig& config, std::int32_t rows) {
 
 }  // namespace
 
-StreamPlan make_stream_plan(const ModelConfig& config, const KvPlan& kv,
-                            const DeviceLimits& limits) {
+ProductCuts cut_products(const ModelConfig& config) {
   const std::int64_t hidden = config.hidden_size;
-  const std::int64_t part = hidden <= kPartColumns ? kPartColumns : kWidePartColumns;
-  StreamPlan plan;
-  plan.qkv = cut("the QKV matrix", 3 * hidden, hidden, part, 1);
-  plan.mlp_up = cut("the first MLP matrix", config.intermediate_size, hidden, part, 1);
-  plan.attention_out = cut("the attention output matrix", hidden, hidden, part, 1);
+  const std::int64_t part =
+      hidden <= kPartColumns ? kPartColumns : std::max(hidden, kWidePartColumns);
+  ProductCuts cuts;
+  cuts.qkv = cut("the QKV matrix", 3 * hidden, hidden, part, 1);
+  cuts.mlp_up = cut("the first MLP matrix", config.intermediate_size, hidden, part, 1);
+  cuts.attention_out = cut("the attention output matrix", hidden, hidden, part, 1);
   // Parts as wide as the other matrices where that is possible.
   const bool even = hidden >= 1024 && config.intermediate_size % hidden == 0;
-  plan.mlp_down = cut("the second MLP matrix", hidden, config.intermediate_size,
+  cuts.mlp_down = cut("the second MLP matrix", hidden, config.intermediate_size,
                       even ? hidden : part, kMaxResidualParts - 1);
-  plan.lm_head = cut("the LM head", config.vocab_size, hidden, part, 1);
-  plan.kv = kv;
+  cuts.lm_head = cut("the LM head", config.vocab_size, hidden, part, 1);
+  return cuts;
+}
+
+StreamPlan make_stream_plan(const ModelConfig& config, const KvPlan& kv,
+                            const DeviceLimits& limits) {
+  StreamPlan plan{cut_products(config), kv};
   std::int32_t pieces = 0;
   for (const ProductCut* product :
        {&plan.qkv, &plan.mlp_up, &plan.attention_out, &plan.mlp_down, &plan.lm_head}) {

@@ -65,8 +65,13 @@ struct ProductCut {
   std::int64_t stage_bytes() const noexcept { return kChunkRows * row_pitch(); }
 };
 
-struct StreamPlan {
+// A model's matrices. All kernels that compute many rows cut them alike, so that a row has the same
+// bits whichever computes it.
+struct ProductCuts {
   ProductCut qkv, attention_out, mlp_up, mlp_down, lm_head;
+};
+
+struct StreamPlan : ProductCuts {
   KvPlan kv;
   std::int32_t pieces = 0;  // of any matrix, at most: 2 or 4
   // A ring stage: a piece or KV block, and behind it the biases of the chunk's rows. Multiples of
@@ -82,6 +87,10 @@ struct StreamMemory {
   std::int32_t stages = 0;
   std::int64_t shared_bytes = 0;  // of the whole block
 };
+
+// Errors: unsupported if a number of columns is no multiple of kStepColumns, or the MLP is too wide
+// (names it).
+ProductCuts cut_products(const ModelConfig& config);
 
 // `kv` is how the cache is laid out; it is the same for every kernel of a backend.
 // Errors: unsupported if the model's shape cannot be streamed (names the number that does not fit)

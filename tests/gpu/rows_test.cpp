@@ -70,12 +70,34 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 class Rows : public GpuTest, public testing::WithParamInterface<Shape> {
  protected:
-  void compare(bool filters, int mixtures, int longest) {
-    const ModelConfig config = config_of(GetParam());
+  void SetUp() override {
+    GpuTest::SetUp();
+    if (IsSkipped()) return;
+    config = config_of(GetParam());
     BackendOptions options;
     options.mode = DecodeMode::throughput;
-    const auto backend = make_cuda_backend(make_random_model(config), options);
-    std::mt19937 random(std::hash<std::string>{}(GetParam().name) % 1000);
+    backend = make_cuda_backend(make_random_model(config), options);
+    random.seed(std::hash<std::string>{}(GetParam().name) % 1000);
+  }
+
+  void compare_many(int most) {
+    const int longest = std::min(GetParam().positions * 2, 300);
+    for (const int count : {17, 32, 33, 64, 65, 129, 256, most}) {
+      std::vector<Request> requests;
+      for (int i = 0; i < count; ++i)
+        requests.push_back(random_request(random, config.vocab_size, longest, false));
+      const auto together = run(*backend, config.vocab_size, requests, 2, 3);
+      for (int i = 0; i < count; i += 1 + static_cast<int>(random() % 8)) {
+        const auto alone =
+            run(*backend, config.vocab_size, std::span(requests).subspan(i, 1), 2, 3);
+        ASSERT_EQ(together[i].tokens, alone[0].tokens) << "row " << i << " of " << count;
+        ASSERT_TRUE(same_bits(together[i].logits, alone[0].logits))
+            << "row " << i << " of " << count;
+      }
+    }
+  }
+
+  void compare(bool filters, int mixtures, int longest) {
     for (int mixture = 0; mixture < mixtures; ++mixture) {
       const int count = mixture < 5 ? 1 << mixture : 1 + static_cast<int>(random() % 40);
       const auto steps = static_cast<std::int32_t>(1 + random() % 16);
@@ -93,11 +115,17 @@ class Rows : public GpuTest, public testing::WithParamInterface<Shape> {
       }
     }
   }
+
+  ModelConfig config;
+  std::unique_ptr<Backend> backend;
+  std::mt19937 random;
 };
 
 TEST_P(Rows, AreTheSameInAnyCompany) {
   compare(false, 8, std::min(GetParam().positions * 3, 2500));
 }
+// More than the streaming kernel takes; and each row alone is computed by it.
+TEST_P(Rows, AreTheSameAmongMany) { compare_many(300); }
 TEST_P(Rows, AreTheSameInAnyCompanyWithFilters) { compare(true, 3, 40); }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, Rows, testing::ValuesIn(gpu_shapes()),

@@ -14,6 +14,7 @@
 #include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/decode/decode_timeline.hpp"
 #include "backend/cuda/device_model.hpp"
+#include "backend/cuda/gemm/gemm_decoder.hpp"
 #include "backend/cuda/kv_pool.hpp"
 #include "backend/cuda/memory.hpp"
 #include "backend/cuda/prefill/prefill.hpp"
@@ -33,6 +34,8 @@ constexpr std::int32_t kDecodeAhead = 16;
 // Prompts up to this length go token by token through the decode kernel: from two tokens on, one
 // pass of matrix-matrix work is quicker (Pythia-2.8B, H100: 2.9 ms for 2 to 16 tokens).
 constexpr std::int64_t kStreamedPrompt = 1;
+// Up to so many rows the streaming kernel is quicker than the series of kernels.
+constexpr std::size_t kStreamedRows = 16;
 // Of one launch.
 constexpr std::int64_t kMaxSteps = std::max<std::int64_t>(kDecodeAhead, kStreamedPrompt);
 
@@ -163,7 +166,7 @@ class CudaBackend final : public Backend {
     check_decode(sequences, inputs, steps, sampled, logits);
     for (std::size_t b = 0; b < sequences.size(); ++b)
       reserve(sequences[b], find(sequences[b]).length + steps);
-    if (!stream_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
+    if (!gemm_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
     std::vector<std::size_t> together;
     for (std::size_t b = 0; b < sequences.size(); ++b) {
       if (needs_host(find(sequences[b]).sampling))
@@ -171,7 +174,7 @@ class CudaBackend final : public Backend {
       else
         together.push_back(b);
     }
-    constexpr auto most = static_cast<std::size_t>(plan::kMaxRows);
+    constexpr auto most = static_cast<std::size_t>(kMaxGemmRows);
     for (std::size_t first = 0; first < together.size(); first += most) {
       const std::size_t count = std::min(most, together.size() - first);
       decode_rows(
@@ -219,9 +222,7 @@ class CudaBackend final : public Backend {
  private:
   void prepare() {
     const ModelConfig& config = model_->config();
-    if (mode_ == DecodeMode::throughput && StreamDecoder::supports(config, plan_.kv, properties_))
-      stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_,
-                              kDecodeAhead);
+    prepare_rows();
     const int fragments = fragments_needed(config, plan_);
     kernel_ = find_decode_kernel(config.dtype, fragments, static_cast<int>(config.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
@@ -231,6 +232,24 @@ class CudaBackend final : public Backend {
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
     allocate_scratch();
     point_at_weights();
+  }
+
+  void prepare_rows() {
+    const ModelConfig& config = model_->config();
+    if (mode_ != DecodeMode::throughput || !GemmDecoder::supports(config)) return;
+    gemm_decoder_.emplace(
+        config, plan_.kv, weights_,
+        plan::DeviceLimits{properties_.multiProcessorCount,
+                           static_cast<std::int64_t>(properties_.sharedMemPerBlockOptin)},
+        max_positions_, kDecodeAhead);
+    if (StreamDecoder::supports(config, plan_.kv, properties_))
+      stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_,
+                              kDecodeAhead);
+  }
+  // The quicker of those that there are; the bits are the same.
+  RowDecoder& decoder_of(std::size_t rows) {
+    if (stream_decoder_ && rows <= kStreamedRows) return *stream_decoder_;
+    return *gemm_decoder_;
   }
 
   void allocate_scratch() {
@@ -476,17 +495,18 @@ class CudaBackend final : public Backend {
       if (filters) filtered.push_back(row);
       rows.push_back(row_of(sequence, call.input(row), !filters));
     }
+    RowDecoder& decoder = decoder_of(rows.size());
     if (filtered.empty())
-      stream_decoder_->enqueue(rows, call.steps, !call.logits.empty(), stream_);
+      decoder.enqueue(rows, call.steps, !call.logits.empty(), stream_);
     else
-      enqueue_with_samplers(call, rows, filtered);
-    take_chosen(call, filtered);
-    fetch_row_logits(call);
+      enqueue_with_samplers(decoder, call, rows, filtered);
+    take_chosen(decoder, call, filtered);
+    fetch_row_logits(decoder, call);
   }
-  void fetch_row_logits(const DecodeCall& call) {
+  void fetch_row_logits(const RowDecoder& decoder, const DecodeCall& call) {
     const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
     for (std::size_t row = 0; row < call.count() && !call.logits.empty(); ++row)
-      check(cudaMemcpy(call.logits.data() + call.rows[row] * vocab, stream_decoder_->logits(row),
+      check(cudaMemcpy(call.logits.data() + call.rows[row] * vocab, decoder.logits(row),
                        vocab * sizeof(float), cudaMemcpyDeviceToHost),
             "fetching logits");
   }
@@ -494,26 +514,27 @@ class CudaBackend final : public Backend {
   // One sequence, step by step: the host chooses its tokens, for what the device does not know.
   void decode_row_with_host(const DecodeCall& call) {
     Sequence& sequence = find(call.sequence(0));
+    RowDecoder& decoder = decoder_of(1);
     TokenId input = call.input(0);
     for (std::int32_t step = 0; step < call.steps; ++step) {
       const DecodeRow row = row_of(sequence, input, false);
-      stream_decoder_->enqueue(std::span(&row, 1), 1, true, stream_);
+      decoder.enqueue(std::span(&row, 1), 1, true, stream_);
       std::int32_t chosen = 0;
-      check(cudaMemcpyAsync(&chosen, stream_decoder_->chosen(), sizeof(chosen),
-                            cudaMemcpyDeviceToHost, stream_),
+      check(cudaMemcpyAsync(&chosen, decoder.chosen(), sizeof(chosen), cudaMemcpyDeviceToHost,
+                            stream_),
             "fetching tokens");
       check(cudaStreamSynchronize(stream_), "running the streaming kernel");
       require_finite(chosen, sequence.length);
       append(sequence, std::span(&input, 1));
       SampledToken* room = call.room(step, 0);
       if (room == nullptr) continue;
-      check(cudaMemcpy(host_logits_.data(), stream_decoder_->logits(0),
-                       host_logits_.size() * sizeof(float), cudaMemcpyDeviceToHost),
+      check(cudaMemcpy(host_logits_.data(), decoder.logits(0), host_logits_.size() * sizeof(float),
+                       cudaMemcpyDeviceToHost),
             "fetching logits");
       *room = sequence.sampler.sample(host_logits_);
       input = room->token;
     }
-    fetch_row_logits(call);
+    fetch_row_logits(decoder, call);
   }
 
   static void require_finite(std::int32_t chosen, std::int64_t position) {
@@ -525,8 +546,8 @@ class CudaBackend final : public Backend {
 
   // A launch for each step, and behind it the samplers of the rows that have one, which leave the
   // next step's inputs.
-  void enqueue_with_samplers(const DecodeCall& call, std::vector<DecodeRow> rows,
-                             std::span<const std::size_t> filtered) {
+  void enqueue_with_samplers(RowDecoder& decoder, const DecodeCall& call,
+                             std::vector<DecodeRow> rows, std::span<const std::size_t> filtered) {
     while (row_samplers_.size() < filtered.size())
       row_samplers_.emplace_back(model_->config().vocab_size, kDecodeAhead);
     for (std::size_t i = 0; i < filtered.size(); ++i) {
@@ -538,25 +559,25 @@ class CudaBackend final : public Backend {
     }
     std::vector<const TokenId*> inputs(call.count(), nullptr);
     for (std::int32_t step = 0; step < call.steps; ++step) {
-      stream_decoder_->enqueue_step(rows, step, inputs, stream_);
+      decoder.enqueue_step(rows, step, inputs, stream_);
       for (std::size_t row = 0; row < call.count(); ++row) {
-        inputs[row] = stream_decoder_->chosen(step) + row;
+        inputs[row] = decoder.chosen(step) + row;
         ++rows[row].position;
       }
       for (std::size_t i = 0; i < filtered.size(); ++i)
-        inputs[filtered[i]] =
-            row_samplers_[i].choose(stream_decoder_->logits(filtered[i]), stream_);
+        inputs[filtered[i]] = row_samplers_[i].choose(decoder.logits(filtered[i]), stream_);
     }
     for (std::size_t i = 0; i < filtered.size(); ++i) row_samplers_[i].fetch(stream_);
   }
 
   // Waits for what was enqueued and appends it to the sequences. Errors: non_finite.
-  void take_chosen(const DecodeCall& call, std::span<const std::size_t> filtered) {
+  void take_chosen(const RowDecoder& decoder, const DecodeCall& call,
+                   std::span<const std::size_t> filtered) {
     const bool in_series = !filtered.empty();
-    const std::size_t stride = in_series ? plan::kMaxRows : call.count();
+    const std::size_t stride = in_series ? decoder.max_rows() : call.count();
     std::vector<std::int32_t> chosen(call.steps * stride);
-    check(cudaMemcpyAsync(chosen.data(), stream_decoder_->chosen(),
-                          chosen.size() * sizeof(std::int32_t), cudaMemcpyDeviceToHost, stream_),
+    check(cudaMemcpyAsync(chosen.data(), decoder.chosen(), chosen.size() * sizeof(std::int32_t),
+                          cudaMemcpyDeviceToHost, stream_),
           "fetching tokens");
     check(cudaStreamSynchronize(stream_), "running the streaming kernel");
     for (std::int32_t step = 0; step < call.steps; ++step)
@@ -666,6 +687,7 @@ class CudaBackend final : public Backend {
   DeviceSampler sampler_;
   std::deque<DeviceSampler> row_samplers_;
   std::optional<StreamDecoder> stream_decoder_;
+  std::optional<GemmDecoder> gemm_decoder_;
   BackendInfo info_;
   DeviceMemory counters_, lamport_, logits_, tokens_, page_table_;
   std::vector<float> host_logits_;

@@ -20,11 +20,12 @@
 
 namespace clusterfusion::cuda::stream {
 
-// `kMaxSteps`: 16-wide steps of a head, at most.
-template <typename T, int kMaxSteps>
+// `kMaxSteps`: 16-wide steps of a head, at most. `Block`: what knows the threads and where things
+// are, Consumer or what stands for it in a kernel of attention alone.
+template <typename T, int kMaxSteps, typename Block = Consumer>
 class Attention {
  public:
-  __device__ __forceinline__ explicit Attention(Consumer& consumer) : c(consumer) {}
+  __device__ __forceinline__ explicit Attention(Block& block) : c(block) {}
 
   // All tasks of this block in this layer. Scratch must be free.
   __device__ __forceinline__ void run(int step) {
@@ -38,13 +39,7 @@ class Attention {
       if (c.next.label.first != label) {
         label = c.next.label.first;
         task = task_of(label, step);
-        prepare(task);
-        load_query(query);
-        state.maximum = -INFINITY;
-        state.sum = 0.0f;
-#pragma unroll
-        for (int t = 0; t < kMaxSteps; ++t)
-          state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
+        begin(task, query, state);
       }
       constexpr int kLast = 1 << 30;
       const bool is_last = (c.next.label.second & kLast) != 0;
@@ -57,17 +52,8 @@ class Attention {
     }
   }
 
- private:
-  // Wide heads have no registers left for the query.
-  static constexpr bool kQueryInRegisters = kMaxSteps <= 8;
-  // Positions that a warp takes at once, in two halves of 8.
-  static constexpr int kGroup = plan::kMinKvBlockPositions;
-  static_assert(kGroup == 16);
-  // Steps of a head whose keys, or values, are under way together. What is behind the head's end is
-  // zero: no branch keeps loads and products apart.
-  static constexpr int kStepsAtOnce = kMaxSteps <= 5 ? kMaxSteps : 4;
-  static_assert(kMaxSteps % kStepsAtOnce == 0);
-
+  // A split of one head's context for a group of rows, in steps: begin(), attend_block() for each
+  // block of the split, combine_warps(); by all threads.
   struct Task {
     int head, split, splits;
     int first_row, rows;  // of the step: the queries
@@ -80,6 +66,145 @@ class Attention {
     }
     __device__ __forceinline__ int last_position() const { return position(rows - 1); }
   };
+
+ private:
+  // Wide heads have no registers left for the query.
+  static constexpr bool kQueryInRegisters = kMaxSteps <= 8;
+
+ public:
+  struct Query {
+    uint2 step[kQueryInRegisters ? kMaxSteps : 1];
+  };
+  // State of one warp's online softmax over its positions; base-2 logarithms.
+  struct Softmax {
+    float maximum;  // of query g / 2
+    float sum;      // of query g / 2: this lane's columns
+    // Of query q: [0] + [1] is dimension 16 t + g, [2] + [3] 16 t + g + 8.
+    float output[kMaxSteps][4];
+  };
+
+  __device__ __forceinline__ void begin(const Task& task, Query& query, Softmax& state) {
+    prepare(task);
+    load_query(query);
+    clear(state);
+  }
+  __device__ __forceinline__ void clear(Softmax& state) const {
+    state.maximum = -INFINITY;
+    state.sum = 0.0f;
+#pragma unroll
+    for (int t = 0; t < kMaxSteps; ++t)
+      state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
+  }
+
+  // This warp's group of positions of one block, which has landed. The warps take the groups of one
+  // block after the other in turn.
+  __device__ __forceinline__ void attend_block(const Task& task, int block, const Query& query,
+                                               Softmax& state) {
+    const int groups = c.p.kv_block_positions / kGroup;
+    const int group = (c.warp - block * groups) & (plan::kConsumerWarps - 1);
+    if (group >= groups) return;
+    const int first = block * c.p.kv_block_positions + group * kGroup;
+    if (first > task.last_position()) return;
+    const int row_bytes = c.p.head_dim * 2;
+    char* keys =
+        static_cast<char*>(__cvta_shared_to_generic(c.ring.data())) + group * kGroup * row_bytes;
+    attend_group(task, first, keys, keys + c.p.kv_block_positions * row_bytes, query, state);
+  }
+
+  // A group of positions from `first` on, whose keys and values lie in shared memory.
+  __device__ __forceinline__ void attend_group(const Task& task, int first, char* keys,
+                                               char* values, const Query& query, Softmax& state) {
+    const int row_bytes = c.p.head_dim * 2;
+    if (task.first_position < first + kGroup) insert_fresh(task, first, keys, values);
+
+    float score[2][4] = {};  // of the group's halves
+    multiply_keys(query, shared_address(keys + c.g * row_bytes) + c.q * 8, score);
+    // Lanes point at the halves' rows, at the first and the second 8 dimensions of a step.
+    const std::uint32_t rows =
+        shared_address(values + (c.lane / 16 * 8 + c.lane % 8) * row_bytes) + c.lane / 8 % 2 * 16;
+    uint4 value[kStepsAtOnce];
+    load_values(rows, 0, value);
+    std::uint32_t weights[2];
+    const float correction = weigh(first, task, score, state, weights);
+#pragma unroll
+    for (int begin = 0; begin < kMaxSteps; begin += kStepsAtOnce) {
+      if (begin > 0) load_values(rows, begin, value);
+#pragma unroll
+      for (int i = 0; i < kStepsAtOnce; ++i) {
+        float(&output)[4] = state.output[begin + i];
+        for (float& element : output) element *= correction;
+        mma_16x8x16<T>(output, value[i], weights[0], weights[1]);
+      }
+    }
+  }
+
+  // Merges the eight warps' states of one task: each query's output if there is one split, else a
+  // partial result for the combiners.
+  __device__ __forceinline__ void combine_warps(const Task& task, const Softmax& state) {
+    for (int r = 0; r < task.rows; ++r) {
+      keep(state, r, states() + c.warp * (c.p.head_dim + 2));
+      c.barrier();
+      merge(task, task.first_row + r, states());
+      c.barrier();
+    }
+  }
+
+  // Query r's part of this warp's state: maximum, sum, and the output, not normalised.
+  __device__ __forceinline__ void keep(const Softmax& state, int r, float* own) const {
+    const float sum = warp_sum<4>(state.sum);
+#pragma unroll
+    for (int t = 0; t < kMaxSteps; ++t) {
+      if (16 * t >= c.p.head_dim || c.q != r) continue;
+      own[2 + 16 * t + c.g] = both_parts(state.output[t][0], state.output[t][1]);
+      own[2 + 16 * t + c.g + 8] = both_parts(state.output[t][2], state.output[t][3]);
+    }
+    if (c.lane == 8 * r) {
+      own[0] = state.maximum;
+      own[1] = sum;
+    }
+  }
+
+  // What the warps have kept of one row's query.
+  __device__ __forceinline__ void merge(const Task& task, int row, const float* of_warp) {
+    const int stride = c.p.head_dim + 2;
+    float maximum = -INFINITY;
+    for (int w = 0; w < plan::kConsumerWarps; ++w) maximum = fmaxf(maximum, of_warp[w * stride]);
+    float factor[plan::kConsumerWarps];
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < plan::kConsumerWarps; ++w) {
+      factor[w] = exp2f(of_warp[w * stride] - maximum);
+      total = fmaf(of_warp[w * stride + 1], factor[w], total);
+    }
+    float* partial =
+        c.template lamport<float>(c.p.layout.partials) +
+        static_cast<std::int64_t>((row * c.p.num_heads + task.head) * c.p.max_splits + task.split) *
+            stride;
+    const int first = task.head * c.p.head_dim;
+    for (int dim = c.thread; dim < c.p.head_dim; dim += Block::kThreads) {
+      float value = 0.0f;
+#pragma unroll
+      for (int w = 0; w < plan::kConsumerWarps; ++w)
+        value = fmaf(of_warp[w * stride + 2 + dim], factor[w], value);
+      if (task.splits == 1)
+        lamport_store(c.template attention_output<T>(row, first + dim),
+                      static_cast<T>(value / total));
+      else
+        lamport_store(partial + 2 + dim, value);
+    }
+    if (task.splits > 1 && c.thread < 2)
+      lamport_store(partial + c.thread, c.thread == 0 ? maximum : total);
+  }
+
+ private:
+  // Positions that a warp takes at once, in two halves of 8.
+  static constexpr int kGroup = plan::kMinKvBlockPositions;
+  static_assert(kGroup == 16);
+  // Steps of a head whose keys, or values, are under way together. What is behind the head's end is
+  // zero: no branch keeps loads and products apart.
+  static constexpr int kStepsAtOnce = kMaxSteps <= 5 ? kMaxSteps : 4;
+  static_assert(kMaxSteps % kStepsAtOnce == 0);
+
   __device__ __forceinline__ Task task_of(int label, int step) const {
     const RowGroup& group = c.control->groups[label & 31];
     Task task;
@@ -148,11 +273,11 @@ class Attention {
     constexpr int kBatch = 2;  // of inputs whose loads are under way
     const int count = (task.rows + 2 * task.fresh_rows()) * c.p.head_dim;
 #pragma unroll 1
-    for (int first = c.thread; first < count; first += kBatch * kConsumerThreads) {
+    for (int first = c.thread; first < count; first += kBatch * Block::kThreads) {
       Input input[kBatch];
       std::uint32_t value[kBatch], other[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) input[i] = input_of(task, first + i * kConsumerThreads);
+      for (int i = 0; i < kBatch; ++i) input[i] = input_of(task, first + i * Block::kThreads);
       bool missing = true;
       while (missing) {
         missing = false;
@@ -173,7 +298,8 @@ class Attention {
     c.barrier();
   }
   __device__ __forceinline__ void put(const Input& input, float value, float other) const {
-    if (input.other != nullptr) value = value * input.angle.x + input.sign * other * input.angle.y;
+    if (input.other != nullptr)
+      value = fmaf(value, input.angle.x, __fmul_rn(input.sign * other, input.angle.y));
     if (input.kind > 0) {
       fresh()[(input.row * 2 + input.kind - 1) * c.p.head_dim + input.dim] = static_cast<T>(value);
       return;
@@ -186,9 +312,6 @@ class Attention {
     query[c.p.head_dim] = static_cast<T>(isinf(rounded) ? 0.0f : value - rounded);
   }
 
-  struct Query {
-    uint2 step[kQueryInRegisters ? kMaxSteps : 1];
-  };
   // Step t of operand row g. Rows of queries that are not there hold anything finite or not: what
   // comes of them is looked at by nobody.
   __device__ __forceinline__ uint2 query_step(int t) const {
@@ -204,54 +327,10 @@ class Attention {
 
   // ---------------------------------------------------------------- one block of positions
 
-  // State of one warp's online softmax over its positions; base-2 logarithms.
-  struct Softmax {
-    float maximum;  // of query g / 2
-    float sum;      // of query g / 2: this lane's columns
-    // Of query q: [0] + [1] is dimension 16 t + g, [2] + [3] 16 t + g + 8.
-    float output[kMaxSteps][4];
-  };
-
   // A product's two parts together. What is infinite stays so: the second part is then zero times
   // infinity, or infinity of another sign.
   __device__ __forceinline__ static float both_parts(float first, float second) {
     return isinf(first) ? first : first + second;
-  }
-
-  // This warp's group of positions of one block, which has landed. The warps take the groups of one
-  // block after the other in turn.
-  __device__ __forceinline__ void attend_block(const Task& task, int block, const Query& query,
-                                               Softmax& state) {
-    const int groups = c.p.kv_block_positions / kGroup;
-    const int group = (c.warp - block * groups) & (plan::kConsumerWarps - 1);
-    if (group >= groups) return;
-    const int first = block * c.p.kv_block_positions + group * kGroup;
-    if (first > task.last_position()) return;
-    const int row_bytes = c.p.head_dim * 2;
-    char* keys =
-        static_cast<char*>(__cvta_shared_to_generic(c.ring.data())) + group * kGroup * row_bytes;
-    char* values = keys + c.p.kv_block_positions * row_bytes;
-    if (task.first_position < first + kGroup) insert_fresh(task, first, keys, values);
-
-    float score[2][4] = {};  // of the group's halves
-    multiply_keys(query, shared_address(keys + c.g * row_bytes) + c.q * 8, score);
-    // Lanes point at the halves' rows, at the first and the second 8 dimensions of a step.
-    const std::uint32_t rows =
-        shared_address(values + (c.lane / 16 * 8 + c.lane % 8) * row_bytes) + c.lane / 8 % 2 * 16;
-    uint4 value[kStepsAtOnce];
-    load_values(rows, 0, value);
-    std::uint32_t weights[2];
-    const float correction = weigh(first, task, score, state, weights);
-#pragma unroll
-    for (int begin = 0; begin < kMaxSteps; begin += kStepsAtOnce) {
-      if (begin > 0) load_values(rows, begin, value);
-#pragma unroll
-      for (int i = 0; i < kStepsAtOnce; ++i) {
-        float(&output)[4] = state.output[begin + i];
-        for (float& element : output) element *= correction;
-        mma_16x8x16<T>(output, value[i], weights[0], weights[1]);
-      }
-    }
   }
 
   // Puts keys and values of the step's own rows at positions `first` .. + 15 into the landed block,
@@ -347,7 +426,7 @@ class Attention {
     const float base = maximum == -INFINITY ? 0.0f : maximum;
     const float correction = exp2_approximately(state.maximum - base);
     state.maximum = maximum;
-    state.sum *= correction;
+    state.sum = __fmul_rn(state.sum, correction);
     const bool counts = c.g / 2 < task.rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -361,59 +440,7 @@ class Attention {
     return __shfl_sync(kAllLanes, correction, 8 * c.q);
   }
 
-  // ---------------------------------------------------------------- merging
-
-  // Merges the eight warps' states of one task: each query's output if there is one split, else a
-  // partial result for the combiners.
-  __device__ __forceinline__ void combine_warps(const Task& task, const Softmax& state) {
-    const int stride = c.p.head_dim + 2;
-    const float sum = warp_sum<4>(state.sum);
-    for (int r = 0; r < task.rows; ++r) {
-      float* own = states() + c.warp * stride;
-#pragma unroll
-      for (int t = 0; t < kMaxSteps; ++t) {
-        if (16 * t >= c.p.head_dim || c.q != r) continue;
-        own[2 + 16 * t + c.g] = both_parts(state.output[t][0], state.output[t][1]);
-        own[2 + 16 * t + c.g + 8] = both_parts(state.output[t][2], state.output[t][3]);
-      }
-      if (c.lane == 8 * r) {
-        own[0] = state.maximum;
-        own[1] = sum;
-      }
-      c.barrier();
-      merge(task, task.first_row + r);
-      c.barrier();
-    }
-  }
-  __device__ __forceinline__ void merge(const Task& task, int row) {
-    const int stride = c.p.head_dim + 2;
-    const float* of_warp = states();
-    float maximum = -INFINITY;
-    for (int w = 0; w < plan::kConsumerWarps; ++w) maximum = fmaxf(maximum, of_warp[w * stride]);
-    float total = 0.0f;
-    for (int w = 0; w < plan::kConsumerWarps; ++w)
-      total += of_warp[w * stride + 1] * exp2f(of_warp[w * stride] - maximum);
-    float* partial =
-        c.template lamport<float>(c.p.layout.partials) +
-        static_cast<std::int64_t>((row * c.p.num_heads + task.head) * c.p.max_splits + task.split) *
-            stride;
-    T* output = c.template lamport<T>(c.p.layout.attention) +
-                static_cast<std::int64_t>(row) * c.p.hidden_size;
-    const int first = task.head * c.p.head_dim;
-    for (int dim = c.thread; dim < c.p.head_dim; dim += kConsumerThreads) {
-      float value = 0.0f;
-      for (int w = 0; w < plan::kConsumerWarps; ++w)
-        value += of_warp[w * stride + 2 + dim] * exp2f(of_warp[w * stride] - maximum);
-      if (task.splits == 1)
-        lamport_store(output + operand_order(first + dim), static_cast<T>(value / total));
-      else
-        lamport_store(partial + 2 + dim, value);
-    }
-    if (task.splits > 1 && c.thread < 2)
-      lamport_store(partial + c.thread, c.thread == 0 ? maximum : total);
-  }
-
-  Consumer& c;
+  Block& c;
 };
 
 }  // namespace clusterfusion::cuda::stream

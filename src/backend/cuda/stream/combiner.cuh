@@ -9,6 +9,47 @@
 
 namespace clusterfusion::cuda::stream {
 
+// Element `index` of the row's attention output, from what `splits` splits have of it in Lamport
+// set `set`.
+__device__ __forceinline__ float combine_splits(const StreamParams& p, const char* set, int row,
+                                                int index, int splits) {
+  const int head = index / p.head_dim, dim = index % p.head_dim;
+  const int stride = p.head_dim + 2;
+  const float* partials =
+      reinterpret_cast<const float*>(set + p.layout.partials) +
+      static_cast<std::int64_t>(row * p.num_heads + head) * p.max_splits * stride;
+  float maximum = -INFINITY;
+  for (int split = 0; split < splits; ++split)
+    maximum = fmaxf(maximum, lamport_wait(partials + split * stride));
+  float total = 0.0f, value = 0.0f;
+  constexpr int kBatch = 4;  // splits whose loads are under way
+  for (int first = 0; first < splits; first += kBatch) {
+    std::uint32_t bits[3][kBatch];
+    bool missing = true;
+    while (missing) {
+      missing = false;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float* partial = partials + min(first + i, splits - 1) * stride;
+        bits[0][i] = lamport_load(partial);
+        bits[1][i] = lamport_load(partial + 1);
+        bits[2][i] = lamport_load(partial + 2 + dim);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        missing |= bits[0][i] == kNotReady || bits[1][i] == kNotReady || bits[2][i] == kNotReady;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i >= splits) break;
+      const float factor = exp2f(__uint_as_float(bits[0][i]) - maximum);
+      total = fmaf(__uint_as_float(bits[1][i]), factor, total);
+      value = fmaf(__uint_as_float(bits[2][i]), factor, value);
+    }
+  }
+  return value / total;
+}
+
 template <typename T>
 class Combiner {
  public:
@@ -45,46 +86,12 @@ class Combiner {
         .splits;
   }
 
-  // Element `index` of the row's attention output, which may be behind the last.
   __device__ __forceinline__ void combine(char* set, int row, int index, int splits) const {
     if (index >= p.num_heads * p.head_dim) return;
-    const int head = index / p.head_dim, dim = index % p.head_dim;
-    const int stride = p.head_dim + 2;
-    const float* partials =
-        reinterpret_cast<const float*>(set + p.layout.partials) +
-        static_cast<std::int64_t>(row * p.num_heads + head) * p.max_splits * stride;
-    float maximum = -INFINITY;
-    for (int split = 0; split < splits; ++split)
-      maximum = fmaxf(maximum, lamport_wait(partials + split * stride));
-    float total = 0.0f, value = 0.0f;
-    constexpr int kBatch = 4;  // splits whose loads are under way
-    for (int first = 0; first < splits; first += kBatch) {
-      std::uint32_t bits[3][kBatch];
-      bool missing = true;
-      while (missing) {
-        missing = false;
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const float* partial = partials + min(first + i, splits - 1) * stride;
-          bits[0][i] = lamport_load(partial);
-          bits[1][i] = lamport_load(partial + 1);
-          bits[2][i] = lamport_load(partial + 2 + dim);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          missing |= bits[0][i] == kNotReady || bits[1][i] == kNotReady || bits[2][i] == kNotReady;
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i >= splits) break;
-        const float factor = exp2f(__uint_as_float(bits[0][i]) - maximum);
-        total = fmaf(__uint_as_float(bits[1][i]), factor, total);
-        value = fmaf(__uint_as_float(bits[2][i]), factor, value);
-      }
-    }
     T* output = reinterpret_cast<T*>(set + p.layout.attention) +
                 static_cast<std::int64_t>(row) * p.hidden_size;
-    lamport_store(output + operand_order(index), static_cast<T>(value / total));
+    lamport_store(output + operand_order(index),
+                  static_cast<T>(combine_splits(p, set, row, index, splits)));
   }
 
   const StreamParams& p;

@@ -2,6 +2,7 @@
 // in the ring.
 #pragma once
 
+#include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/stream/shared.cuh"
 
 namespace clusterfusion::cuda::stream {
@@ -29,6 +30,7 @@ class StreamRing : public RingConsumer {
 };
 
 struct Consumer {
+  static constexpr int kThreads = kConsumerThreads;  // that share a task
   const StreamParams& p;
   StreamShared* control;
   char* scratch;
@@ -65,6 +67,13 @@ struct Consumer {
   template <typename Element>
   __device__ __forceinline__ Element* lamport(std::int32_t offset) const {
     return reinterpret_cast<Element*>(lamport_set(p, epoch) + offset);
+  }
+
+  // Element `index` of attention's output for a row.
+  template <typename T>
+  __device__ __forceinline__ T* attention_output(int row, int index) const {
+    return lamport<T>(p.layout.attention) + static_cast<std::int64_t>(row) * p.hidden_size +
+           operand_order(index);
   }
 
   // To be called by all threads, behind a barrier, when this block has read all that it needs of

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/layer_norm.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/choose_token.cuh"
 #include "backend/cuda/stream/consumer.cuh"
@@ -214,38 +215,21 @@ class Residual {
   __device__ __forceinline__ float2 shifted_sums(const Elements& x, float shift, int which) const {
     float2 sums = make_float2(0.0f, 0.0f);
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const float first = holds(j) ? x[j].x - shift : 0.0f;
-      const float second = holds(j) ? x[j].y - shift : 0.0f;
-      sums.x += first + second;
-      sums.y = fmaf(first, first, fmaf(second, second, sums.y));
-    }
+    for (int j = 0; j < kPairs; ++j)
+      if (holds(j)) add_shifted(sums, x[j], shift);
     return block_sum(sums, which);
   }
 
-  struct Moments {
-    float mean, inverse_deviation;
-  };
-  // Mean and deviation of x, in one pass over x - shift, where the shift is the mean of the layer
-  // before: exact to rounding as long as the mean has moved by no more than a few deviations. Where
-  // it has moved further, a second pass with the mean just found.
   __device__ __forceinline__ Moments moments(const Elements& x, bool begins_epoch) {
-    float2 sums = shifted_sums(x, mean_before, 0);
-    if (begins_epoch) c.begin_epoch();
-    float moved = sums.x * c.p.inverse_hidden_size;
-    float variance = sums.y * c.p.inverse_hidden_size - moved * moved;
-    float mean = mean_before + moved;
-    constexpr float kFewDeviations = 16.0f;  // squared: four bits of the variance are lost at most
-    if (!(moved * moved <= kFewDeviations * variance)) {
-      sums = shifted_sums(x, mean, 1);
-      moved = sums.x * c.p.inverse_hidden_size;
-      variance = sums.y * c.p.inverse_hidden_size - moved * moved;
-      mean += moved;
-    }
-    mean_before = mean;
+    const Moments result = find_moments(mean_before, c.p.inverse_hidden_size, c.p.layer_norm_eps,
+                                        [&](float shift, int pass) {
+                                          const float2 sums = shifted_sums(x, shift, pass);
+                                          if (pass == 0 && begins_epoch) c.begin_epoch();
+                                          return sums;
+                                        });
     // Behind it this epoch's Lamport set is clear, and the sums of before may be overwritten.
     c.barrier();
-    return {mean, rsqrtf(variance + c.p.layer_norm_eps)};
+    return result;
   }
 
   // Normalised x, rounded: to its Lamport buffer, or as vector `slot` to shared memory.
@@ -259,10 +243,8 @@ class Residual {
     for (int j = 0; j < kPairs; ++j) {
       const float2 weight = unpack<T>(norm.weight[j]);
       const float2 bias = unpack<T>(norm.bias[j]);
-      const float first = (x[j].x - m.mean) * m.inverse_deviation;
-      const float second = (x[j].y - m.mean) * m.inverse_deviation;
       const std::uint32_t rounded =
-          pack<T>(fmaf(first, weight.x, bias.x), fmaf(second, weight.y, bias.y));
+          pack<T>(normalized(x[j].x, m, weight.x, bias.x), normalized(x[j].y, m, weight.y, bias.y));
       if (!holds(j)) continue;
       if (stays)
         local[operand_order(element(j)) / 2] = rounded;

@@ -1,0 +1,73 @@
+// Decode steps of many rows as a series of kernels: matrix products, attention, the residual
+// stream. For more rows than the streaming kernel takes, and for shapes that do not stream. A row's
+// bits are those of the streaming kernel.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "backend/cuda/device_model.hpp"
+#include "backend/cuda/gemm/product_params.hpp"
+#include "backend/cuda/gemm/row_step.hpp"
+#include "backend/cuda/memory.hpp"
+#include "backend/cuda/row_decoder.hpp"
+#include "backend/cuda/stream/row_tables.hpp"
+#include "plan/stream_plan.hpp"
+
+namespace clusterfusion::cuda {
+
+// Rows of one step, at most.
+inline constexpr std::int32_t kMaxGemmRows = 256;
+
+class GemmDecoder final : public RowDecoder {
+ public:
+  // Whether there are kernels for this shape.
+  static bool supports(const ModelConfig& config);
+
+  // Errors: unsupported (see supports()), out_of_memory.
+  GemmDecoder(const ModelConfig& config, const plan::KvPlan& kv, const DeviceModel& weights,
+              const plan::DeviceLimits& limits, std::int64_t max_positions, std::int32_t max_steps);
+
+  std::int32_t max_rows() const noexcept override { return kMaxGemmRows; }
+  void enqueue(std::span<const DecodeRow> rows, std::int32_t steps, bool with_logits,
+               cudaStream_t stream) override;
+  void enqueue_step(std::span<const DecodeRow> rows, std::int32_t index,
+                    std::span<const TokenId* const> device_inputs, cudaStream_t stream) override;
+  const float* logits(std::size_t row) const noexcept override {
+    return logits_.as<float>() + row * static_cast<std::size_t>(params_.logits_stride);
+  }
+  const std::int32_t* chosen(std::int32_t index = 0) const noexcept override {
+    return chosen_.as<std::int32_t>() + index * kMaxGemmRows;
+  }
+
+ private:
+  // Where the inputs of a step lie: tokens[row * stride].
+  struct Inputs {
+    const std::int32_t* tokens;
+    std::int32_t stride;
+  };
+  void begin(std::span<const DecodeRow> rows, cudaStream_t stream);
+  void run_step(std::int32_t step, const Inputs& inputs, std::int32_t* chosen, cudaStream_t stream);
+  void run_layer(std::int32_t layer, std::int32_t step, cudaStream_t stream);
+  void run_products(std::int32_t layer, std::span<const plan::Stream> streams, cudaStream_t stream);
+  void add_operands(plan::Stream stream, std::int32_t layer, ProductParams& products) const;
+  ProductOperand operand_of(plan::Stream stream, std::int32_t layer, std::int32_t part) const;
+  // In front of a phase that normalises; `layer` may be behind the last.
+  void normalize(std::int32_t layer, bool begins_layer, const Inputs* inputs, cudaStream_t stream);
+
+  ModelConfig config_;
+  plan::ProductCuts cuts_;
+  plan::DeviceLimits limits_;
+  std::int32_t max_steps_;
+  RowsAttention attention_;
+  StreamParams params_;
+  RowTables tables_;
+  std::int32_t splits_ = 1;              // of attention in this step, at most
+  std::vector<std::int32_t> positions_;  // of the rows, in the first step
+  DeviceMemory vectors_, residual_, means_, logits_, chosen_;
+};
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,60 @@
+// What a step of many rows does between its products: see row_step.cu and attention_kernel.cuh.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "backend/cuda/stream/stream_params.hpp"
+
+namespace clusterfusion::cuda {
+
+// What enters a LayerNorm, for all rows.
+struct ResidualParams {
+  // Inputs of a step, whose embeddings the residual stream begins with; null: it goes on.
+  // tokens[row * token_stride] each.
+  const std::int32_t* tokens;
+  std::int32_t token_stride;
+  // Vectors of RowsLayout::residual that earlier products owe it: [first, last).
+  std::int32_t first_owed, last_owed;
+  // What it is normalised with, and where the result goes: bytes of the Lamport set. One or two.
+  struct Norm {
+    const void *weight, *bias;  // 16-bit [hidden]
+    std::int32_t output;
+  } norms[2];
+  std::int32_t norm_count;
+  float* residual;  // [rows, hidden]
+  float* means;     // [rows], of the LayerNorms before
+};
+
+// The longest row that launch_residual() takes.
+inline constexpr std::int64_t kMaxResidualSize = 8192;
+
+// The residual stream of each row takes what products owe it and is normalised.
+void launch_residual(DType dtype, const StreamParams& params, const ResidualParams& residual,
+                     cudaStream_t stream);
+
+// Each row's token, from its logits: chosen[row], -1 if a logit is not finite. `step` counts from
+// the rows' positions.
+void launch_choice(const StreamParams& params, const float* logits, std::int32_t step,
+                   std::int32_t* chosen, cudaStream_t stream);
+
+// Attention of one layer for all groups of rows, from RowsLayout::qkv to RowsLayout::attention, in
+// paired_rows.
+class RowsAttention {
+ public:
+  // Whether the build has a kernel for such heads.
+  static bool supports(DType dtype, std::int64_t head_dim);
+
+  // Errors: unsupported.
+  RowsAttention(DType dtype, std::int64_t head_dim, const plan::DeviceLimits& limits);
+
+  // No group has more than `splits` splits.
+  void launch(const StreamParams& params, std::int32_t layer, std::int32_t step,
+              std::int32_t splits, cudaStream_t stream) const;
+
+ private:
+  const void* attend_ = nullptr;
+  const void* combine_ = nullptr;
+  std::int32_t sm_count_, warps_, warp_bytes_;
+};
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,89 @@
+#include "backend/cuda/stream/row_tables.hpp"
+
+#include <algorithm>
+#include <cstddef>
+
+#include "backend/cuda/check.hpp"
+#include "base/fail.hpp"
+
+namespace clusterfusion::cuda {
+namespace {
+
+// Rows of one sequence share their attention at consecutive positions with the same splits.
+std::vector<RowGroup> groups_of(std::span<const DecodeRow> rows, const StreamParams& params,
+                                std::int32_t sm_count) {
+  const auto splits_of = [&](const DecodeRow& row) {
+    return plan::attention_splits(static_cast<std::int32_t>(row.position + 1),
+                                  params.kv_block_positions, params.num_heads, params.head_dim,
+                                  sm_count);
+  };
+  std::vector<RowGroup> groups;
+  std::int32_t sequence_first = 0;
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(rows.size()); ++i) {
+    const bool same_sequence = i > 0 && rows[i].pages.data() == rows[i - 1].pages.data();
+    if (!same_sequence) sequence_first = i;
+    const auto splits = splits_of(rows[i]);
+    const bool shares = same_sequence && groups.back().rows < plan::kTaskQueries &&
+                        splits_of(rows[i - 1]).blocks_per_split == splits.blocks_per_split &&
+                        splits_of(rows[i - 1]).splits == splits.splits;
+    if (shares)
+      ++groups.back().rows;
+    else
+      groups.push_back({i, 1, sequence_first});
+  }
+  return groups;
+}
+
+}  // namespace
+
+RowTables::RowTables(std::int32_t max_rows, std::int64_t max_pages, std::int32_t count)
+    : max_rows_(max_rows),
+      count_(count),
+      max_pages_(max_pages),
+      groups_(max_rows * static_cast<std::int64_t>(sizeof(StreamedRow))),
+      pages_(groups_ + max_rows * static_cast<std::int64_t>(sizeof(RowGroup) + 4)),
+      bytes_(pages_ + max_rows * max_pages * static_cast<std::int64_t>(sizeof(char*))),
+      device_(count * bytes_, "tables of rows"),
+      host_(count * bytes_, "tables of rows") {}
+
+void RowTables::send(std::span<const DecodeRow> rows, std::int32_t index, std::int32_t sm_count,
+                     StreamParams& params, cudaStream_t stream) {
+  require(index < count_ && std::ssize(rows) <= max_rows_, ErrorKind::internal,
+          "rows: expected at most {} of them and {} tables, found {} rows for table {}", max_rows_,
+          count_, rows.size(), index);
+  char* host = host_.as<>() + index * bytes_;
+  char* device = device_.as<>() + index * bytes_;
+  fill(rows, host, device);
+  const auto groups = groups_of(rows, params, sm_count);
+  std::copy(groups.begin(), groups.end(), reinterpret_cast<RowGroup*>(host + groups_));
+  const std::int64_t bytes =
+      pages_ + static_cast<std::int64_t>(rows.size()) * max_pages_ * std::int64_t{sizeof(char*)};
+  check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "sending rows");
+  params.rows = static_cast<std::int32_t>(rows.size());
+  params.groups = static_cast<std::int32_t>(groups.size());
+  params.row_table = reinterpret_cast<const StreamedRow*>(device);
+  params.group_table = reinterpret_cast<const RowGroup*>(device + groups_);
+}
+
+void RowTables::fill(std::span<const DecodeRow> rows, char* host, const char* device) {
+  auto* row_table = reinterpret_cast<StreamedRow*>(host);
+  auto* pages = reinterpret_cast<char**>(host + pages_);
+  const auto* device_pages = reinterpret_cast<char* const*>(device + pages_);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    const std::int64_t first = static_cast<std::int64_t>(i) * max_pages_;
+    row_table[i] = {.position = static_cast<std::int32_t>(rows[i].position),
+                    .token = rows[i].input,
+                    .temperature = rows[i].temperature,
+                    .drawable_vocab_size = rows[i].drawable_vocab_size,
+                    .seed = rows[i].seed,
+                    .kv_pages = device_pages + first};
+    std::copy(rows[i].pages.begin(), rows[i].pages.end(), pages + first);
+  }
+}
+
+TokenId* RowTables::input(std::int32_t index, std::size_t row) const noexcept {
+  char* of_row = device_.as<>() + index * bytes_ + row * sizeof(StreamedRow);
+  return reinterpret_cast<TokenId*>(of_row + offsetof(StreamedRow, token));
+}
+
+}  // namespace clusterfusion::cuda

@@ -1,0 +1,85 @@
+#include "backend/cuda/stream/stream_setup.hpp"
+
+#include <algorithm>
+
+namespace clusterfusion::cuda {
+namespace {
+
+StreamedProduct streamed(const plan::ProductCut& cut) {
+  StreamedProduct product;
+  product.rows = static_cast<std::int32_t>(cut.rows);
+  product.parts = cut.parts;
+  product.chunks = cut.chunks;
+  product.pieces = cut.pieces;
+  product.iterations = cut.iterations;
+  product.piece_steps = cut.piece_steps();
+  product.piece_bytes = static_cast<std::int32_t>(cut.piece_columns() * 2);
+  product.part_bytes = static_cast<std::int32_t>(cut.part_columns() * 2);
+  product.row_bytes = static_cast<std::int32_t>(cut.columns * 2);
+  product.row_pitch = static_cast<std::int32_t>(cut.row_pitch());
+  return product;
+}
+
+std::int32_t max_splits(const ModelConfig& config, std::int32_t sm_count) {
+  return std::clamp(sm_count / static_cast<std::int32_t>(config.num_heads), 1, plan::kMaxSplits);
+}
+
+}  // namespace
+
+StreamParams describe_model(const ModelConfig& config, const plan::ProductCuts& cuts,
+                            const plan::KvPlan& kv, const DeviceModel& weights,
+                            std::int32_t sm_count) {
+  StreamParams p{};
+  p.qkv = streamed(cuts.qkv);
+  p.mlp_up = streamed(cuts.mlp_up);
+  p.mlp_down = streamed(cuts.mlp_down);
+  p.attention_out = streamed(cuts.attention_out);
+  p.lm_head = streamed(cuts.lm_head);
+  p.first_layer = weights.layers().front();
+  p.layer_stride = weights.layer_stride();
+  p.embedding = weights.embedding();
+  p.lm_head_weight = weights.lm_head();
+  p.final_norm_weight = weights.final_norm_weight();
+  p.final_norm_bias = weights.final_norm_bias();
+  p.rotary = weights.rotary();
+  p.num_layers = static_cast<std::int32_t>(config.num_layers);
+  p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
+  p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);
+  p.num_heads = static_cast<std::int32_t>(config.num_heads);
+  p.head_dim = static_cast<std::int32_t>(config.head_dim);
+  p.rotary_dim = static_cast<std::int32_t>(config.rotary_dim);
+  p.vocab_size = static_cast<std::int32_t>(config.vocab_size);
+  p.layer_norm_eps = static_cast<float>(config.layer_norm_eps);
+  p.inverse_hidden_size = 1.0f / static_cast<float>(config.hidden_size);
+  p.activation = config.activation;
+  p.parallel_residual = config.parallel_residual;
+  p.kv_head_bytes = static_cast<std::int32_t>(kv.head_bytes);
+  p.kv_block_bytes = static_cast<std::int32_t>(kv.block_bytes);
+  p.kv_block_positions = kv.block_positions;
+  p.max_splits = max_splits(config, sm_count);
+  return p;
+}
+
+RowsLayout rows_layout(const ModelConfig& config, const plan::ProductCuts& cuts,
+                       std::int32_t sm_count, std::int32_t rows) {
+  RowsLayout layout{};
+  const auto take = [&](std::int64_t bytes) {
+    const std::int32_t offset = layout.bytes;
+    layout.bytes += static_cast<std::int32_t>((bytes + 255) / 256 * 256);
+    return offset;
+  };
+  const std::int64_t hidden = config.hidden_size;
+  layout.input_norm = take(rows * hidden * 2);
+  layout.post_norm = take(rows * hidden * 2);
+  layout.qkv = take(rows * hidden * 12);
+  layout.mlp = take(rows * config.intermediate_size * 2);
+  layout.attention = take(rows * hidden * 2);
+  layout.residual = take((cuts.mlp_down.parts + 1) * rows * hidden * 4);
+  layout.partials =
+      take(rows * config.num_heads * max_splits(config, sm_count) * (config.head_dim + 2) * 4);
+  layout.candidates = take(std::int64_t{rows} * sm_count * kReducerWarps *
+                           static_cast<std::int64_t>(sizeof(Candidate)));
+  return layout;
+}
+
+}  // namespace clusterfusion::cuda
