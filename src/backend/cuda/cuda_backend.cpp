@@ -237,11 +237,8 @@ class CudaBackend final : public Backend {
   void prepare_rows() {
     const ModelConfig& config = model_->config();
     if (mode_ != DecodeMode::throughput || !GemmDecoder::supports(config)) return;
-    gemm_decoder_.emplace(
-        config, plan_.kv, weights_,
-        plan::DeviceLimits{properties_.multiProcessorCount,
-                           static_cast<std::int64_t>(properties_.sharedMemPerBlockOptin)},
-        max_positions_, kDecodeAhead);
+    gemm_decoder_.emplace(config, plan_.kv, weights_, properties_.multiProcessorCount,
+                          max_positions_, kDecodeAhead);
     if (StreamDecoder::supports(config, plan_.kv, properties_))
       stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_,
                               kDecodeAhead);

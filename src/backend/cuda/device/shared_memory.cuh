@@ -19,6 +19,12 @@ __device__ __forceinline__ void store_shared(std::uint32_t address, float value)
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_4(std::uint32_t address, const float4& values) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(values.x),
+               "f"(values.y), "f"(values.z), "f"(values.w)
+               : "memory");
+}
+
 // Two words, or zeros if they do not count.
 __device__ __forceinline__ uint2 load_shared_2_if(std::uint32_t address, int counts) {
   uint2 words;

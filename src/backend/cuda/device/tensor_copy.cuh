@@ -8,8 +8,8 @@
 
 namespace clusterfusion::device {
 
-// Copies the box at (column, row) of a tensor of two dimensions, as its map says; rows that lie
-// outside arrive as zeros, and count. `target` (a multiple of 128) and `barrier` are addresses in
+// Copies the box at (column, row) of a tensor of two dimensions, as its map says; what lies outside
+// arrives as zeros, and counts. `target` (a multiple of 128) and `barrier` are addresses in
 // shared memory. The map lies in parameters of the kernel, or in constant memory.
 __device__ __forceinline__ void tensor_copy_to_shared(std::uint32_t target, const CUtensorMap& map,
                                                       int column, int row, std::uint32_t barrier) {
@@ -17,6 +17,17 @@ __device__ __forceinline__ void tensor_copy_to_shared(std::uint32_t target, cons
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3}], [%4];" ::"r"(target),
       "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The same of a tensor of three dimensions.
+__device__ __forceinline__ void tensor_copy_to_shared(std::uint32_t target, const CUtensorMap& map,
+                                                      int column, int row, int layer,
+                                                      std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(target),
+      "l"(&map), "r"(column), "r"(row), "r"(layer), "r"(barrier)
       : "memory");
 }
 

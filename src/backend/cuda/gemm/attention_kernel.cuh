@@ -1,7 +1,7 @@
-// Attention of many rows as a kernel of its own. A warp has a task of the streaming kernel
-// (stream/attention.cuh) and does what that kernel's eight warps do, one after the other, with the
-// same arithmetic in the same order. Groups of 16 positions come by asynchronous copies into a ring
-// of the warp's own, so warps wait for nobody.
+// Attention of many rows as a kernel of its own. A block of few warps has a task of the streaming
+// kernel (stream/attention.cuh) and does what that kernel's eight warps do, each of its warps
+// several of them one after the other, with the same arithmetic in the same order. Groups of 16
+// positions come by asynchronous copies into a ring of each warp's own.
 #pragma once
 
 #include "backend/cuda/device/async_copy.cuh"
@@ -16,11 +16,13 @@ namespace clusterfusion::cuda::gemm {
 using namespace device;
 
 // What stands for stream::Consumer.
-struct AttentionWarp {
-  static constexpr int kThreads = 32;  // that share a task
+struct AttentionBlock {
+  static constexpr int kThreads = kAttentionWarps * 32;  // that share a task
+  static constexpr int kInputsAtOnce = 4;                // of a thread, whose loads are under way
   const StreamParams& p;
   char* scratch;
-  int thread, warp, lane, g, q;
+  int thread, warp, lane, g, q;  // warp: the streaming kernel's
+  float inverse_head_dim;
   struct Ring {
     const char* from;  // the KV block that is attended to, in its page
     __device__ __forceinline__ std::uint64_t copied_from() const {
@@ -28,16 +30,21 @@ struct AttentionWarp {
     }
   } ring;
 
-  __device__ __forceinline__ AttentionWarp(const StreamParams& params, char* scratch)
+  __device__ __forceinline__ AttentionBlock(const StreamParams& params, char* scratch)
       : p(params),
         scratch(scratch),
-        thread(static_cast<int>(threadIdx.x) % 32),
+        thread(static_cast<int>(threadIdx.x)),
         warp(0),
-        lane(thread),
+        lane(thread % 32),
         g(lane / 4),
         q(lane % 4),
+        inverse_head_dim(1.0f / static_cast<float>(params.head_dim)),
         ring{} {}
-  __device__ __forceinline__ void barrier() const { __syncwarp(); }
+  __device__ __forceinline__ void barrier() const { __syncthreads(); }
+  // index / head_dim: exact, as both are small.
+  __device__ __forceinline__ int vector_of(int index) const {
+    return static_cast<int>((static_cast<float>(index) + 0.5f) * inverse_head_dim);
+  }
   template <typename Element>
   __device__ __forceinline__ Element* lamport(std::int32_t offset) const {
     return reinterpret_cast<Element*>(p.lamport + offset);
@@ -55,105 +62,127 @@ __device__ __forceinline__ plan::AttentionSplits splits_of(const StreamParams& p
                                 p.num_heads, p.head_dim, sm_count);
 }
 
-// The groups of positions of one split, in the order of the streaming kernel's warps: all of warp
-// 0, then all of warp 1, ... Group n of the context is warp n % 8's.
+// The groups of positions of one split, in the order of the streaming kernel's warps, of which this
+// warp does every kAttentionWarps-th. Group n of the context is warp n % 8's.
 class GroupOrder {
  public:
-  __device__ __forceinline__ GroupOrder(int begin, int end) : begin_(begin), end_(end) { find(); }
-  __device__ __forceinline__ bool is_over() const { return warp_ == plan::kConsumerWarps; }
+  __device__ __forceinline__ GroupOrder(int first_warp, int begin, int end)
+      : begin_(begin), end_(end), warp_(first_warp) {
+    find();
+  }
+  __device__ __forceinline__ bool is_over() const { return warp_ >= plan::kConsumerWarps; }
   __device__ __forceinline__ int group() const { return group_; }
   __device__ __forceinline__ int warp() const { return warp_; }
   __device__ __forceinline__ void advance() {
     group_ += plan::kConsumerWarps;
     if (group_ < end_) return;
-    ++warp_;
+    warp_ += kAttentionWarps;
     find();
   }
 
  private:
   __device__ __forceinline__ void find() {
-    for (; warp_ < plan::kConsumerWarps; ++warp_) {
+    for (; warp_ < plan::kConsumerWarps; warp_ += kAttentionWarps) {
       group_ = begin_ + ((warp_ - begin_) & (plan::kConsumerWarps - 1));
       if (group_ < end_) return;
     }
   }
   int begin_, end_;
-  int warp_ = 0, group_ = 0;
+  int warp_, group_ = 0;
 };
 
 // One warp's ring of groups of positions: 16 keys and 16 values of a head each.
 class GroupRing {
  public:
   static constexpr int kGroup = plan::kMinKvBlockPositions;
+  static constexpr int kPageGroups = plan::kKvPagePositions / kGroup;
 
   __device__ __forceinline__ GroupRing(const StreamParams& p, char* const* pages, int layer,
                                        int head, char* shared)
-      : p_(p),
-        pages_(pages),
-        layer_(layer),
-        head_(head),
-        half_bytes_(kGroup * p.head_dim * 2),
+      : pages_(pages),
+        of_head_(static_cast<std::int64_t>(layer * p.num_heads + head) * p.kv_head_bytes),
+        block_positions_log2_(p.kv_block_positions == 64   ? 6
+                              : p.kv_block_positions == 32 ? 5
+                                                           : 4),
+        block_bytes_(p.kv_block_bytes),
+        row_bytes_(p.head_dim * 2),
         shared_(shared) {}
 
   // The KV block that a group lies in.
   __device__ __forceinline__ char* block_of(int group) const {
-    return stream::kv_block(p_, pages_, layer_, head_, group * kGroup / p_.kv_block_positions);
+    const int block = group % kPageGroups * kGroup >> block_positions_log2_;
+    return pages_[group / kPageGroups] + of_head_ + block * block_bytes_;
   }
   __device__ __forceinline__ char* keys(int stage) const {
-    return shared_ + stage * 2 * half_bytes_;
+    return shared_ + stage * 2 * kGroup * row_bytes_;
   }
-  __device__ __forceinline__ char* values(int stage) const { return keys(stage) + half_bytes_; }
+  __device__ __forceinline__ char* values(int stage) const {
+    return keys(stage) + kGroup * row_bytes_;
+  }
   __device__ __forceinline__ void load(int group, int stage) const {
-    const char* from = block_of(group) + group * kGroup % p_.kv_block_positions * p_.head_dim * 2;
-    const char* value_from = from + p_.kv_block_positions * p_.head_dim * 2;
-    const auto to = static_cast<std::uint32_t>(__cvta_generic_to_shared(keys(stage)));
-    for (int byte = static_cast<int>(threadIdx.x) % 32 * 16; byte < half_bytes_; byte += 32 * 16) {
-      copy_16(to + byte, from + byte);
-      copy_16(to + half_bytes_ + byte, value_from + byte);
-    }
+    const int block_positions = 1 << block_positions_log2_;
+    const int lane_byte = static_cast<int>(threadIdx.x) % 32 * 16;
+    const char* from =
+        block_of(group) + (group * kGroup & (block_positions - 1)) * row_bytes_ + lane_byte;
+    const char* value_from = from + block_positions * row_bytes_;
+    const std::uint32_t to = shared_address(keys(stage)) + lane_byte;
+    const int bytes = kGroup * row_bytes_;
+#pragma unroll 5
+    for (int byte = 0; byte < bytes; byte += 32 * 16)
+      if (byte + lane_byte < bytes) {
+        copy_16(to + byte, from + byte);
+        copy_16(to + bytes + byte, value_from + byte);
+      }
   }
 
  private:
-  const StreamParams& p_;
   char* const* pages_;
-  int layer_, head_, half_bytes_;
+  std::int64_t of_head_;
+  int block_positions_log2_, block_bytes_, row_bytes_;
   char* shared_;
 };
 
-// Tasks in order of splits, groups of rows, heads; a warp each.
+// The groups of positions of a task's split: [begin, end).
+struct Extent {
+  int splits, begin, end;
+};
+__device__ __forceinline__ Extent extent_of(const StreamParams& p, int row, int split, int step,
+                                            int sm_count, int most_splits) {
+  constexpr int kGroup = GroupRing::kGroup;
+  const int groups = (p.row_table[row].position + step) / kGroup + 1;
+  if (most_splits == 1) return {1, 0, groups};
+  const plan::AttentionSplits cut = splits_of(p, row, step, sm_count);
+  const int groups_of_split = cut.blocks_per_split * (p.kv_block_positions / kGroup);
+  const int begin = split * groups_of_split;
+  return {cut.splits, begin, min(begin + groups_of_split, groups)};
+}
+
+// Grid: heads, groups of rows, splits. A block has a task.
 template <typename T, int kHeadSteps>
-__global__ void __launch_bounds__(kMaxAttentionWarps * 32)
-    attention_kernel(const __grid_constant__ StreamParams p, std::int32_t layer, std::int32_t step,
-                     std::int32_t sm_count, std::int32_t splits) {
-  using Attention = stream::Attention<T, kHeadSteps, AttentionWarp>;
-  constexpr int kStages = kAttentionStages;
+__global__ void __launch_bounds__(kAttentionWarps * 32, 8)
+    attention_kernel(const __grid_constant__ StreamParams p, AttentionMemory memory,
+                     std::int32_t layer, std::int32_t step, std::int32_t sm_count) {
+  using Attention = stream::Attention<T, kHeadSteps, AttentionBlock>;
+  constexpr int kStages = kAttentionStages, kGroup = GroupRing::kGroup;
   extern __shared__ __align__(128) char shared[];
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int number = static_cast<int>(blockIdx.x * (blockDim.x / 32)) + warp;
-  const int task_group = number / p.num_heads % p.groups;
-  const RowGroup group = p.group_table[task_group];
+  const RowGroup group = p.group_table[blockIdx.y];
   const int last = group.first_row + group.rows - 1;
-  const plan::AttentionSplits cut = splits_of(p, last, step, sm_count);
   typename Attention::Task task;
-  task.head = number % p.num_heads;
-  task.split = number / p.num_heads / p.groups;
-  task.splits = cut.splits;
+  task.head = static_cast<int>(blockIdx.x);
+  task.split = static_cast<int>(blockIdx.z);
+  const Extent extent = extent_of(p, last, task.split, step, sm_count, static_cast<int>(gridDim.z));
+  task.splits = extent.splits;
   task.first_row = group.first_row;
   task.rows = group.rows;
   task.first_fresh = group.sequence_first;
   task.first_position = p.row_table[group.sequence_first].position + step;
-  if (task.split >= min(splits, cut.splits)) return;
+  if (task.split >= extent.splits) return;
 
-  const AttentionMemory memory = attention_memory(p.head_dim);
-  char* own = shared + warp * memory.warp_bytes;
-  AttentionWarp block(p, own + memory.ring_bytes);
-  const GroupRing ring(p, p.row_table[last].kv_pages, layer, task.head, own);
-  constexpr int kGroup = GroupRing::kGroup;
-  const int groups_of_block = p.kv_block_positions / kGroup;
-  const int begin = task.split * cut.blocks_per_split * groups_of_block;
-  const int end =
-      min(begin + cut.blocks_per_split * groups_of_block, task.last_position() / kGroup + 1);
-  GroupOrder coming(begin, end);
+  AttentionBlock block(p, shared + kAttentionWarps * memory.ring_bytes);
+  const GroupRing ring(p, p.row_table[last].kv_pages, layer, task.head,
+                       shared + warp * memory.ring_bytes);
+  GroupOrder coming(warp, extent.begin, extent.end);
   const auto load = [&](int stage) {
     if (!coming.is_over()) {
       ring.load(coming.group(), stage);
@@ -162,6 +191,7 @@ __global__ void __launch_bounds__(kMaxAttentionWarps * 32)
     commit_copies();
   };
   // Keys and values of earlier steps are there: the grid before this one waited for theirs.
+#pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
   wait_for_dependencies();
   start_dependents();
@@ -177,22 +207,22 @@ __global__ void __launch_bounds__(kMaxAttentionWarps * 32)
            (r == 0 ? 0 : memory.extra_floats + (r - 1) * state_floats);
   };
   int stage = 0;
-  GroupOrder order(begin, end);
-  for (block.warp = 0; block.warp < plan::kConsumerWarps; ++block.warp) {
+  GroupOrder order(warp, extent.begin, extent.end);
+  for (block.warp = warp; block.warp < plan::kConsumerWarps; block.warp += kAttentionWarps) {
     attention.clear(state);
     for (; !order.is_over() && order.warp() == block.warp; order.advance()) {
       wait_for_copies_but<kStages - 2>();
       __syncwarp();
-      load((stage + kStages - 1) % kStages);
+      load(stage == 0 ? kStages - 1 : stage - 1);
       block.ring.from = ring.block_of(order.group());
       attention.attend_group(task, order.group() * kGroup, ring.keys(stage), ring.values(stage),
                              query, state);
-      stage = (stage + 1) % kStages;
+      stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     for (int r = 0; r < task.rows; ++r)
       attention.keep(state, r, kept(r) + block.warp * (p.head_dim + 2));
   }
-  __syncwarp();
+  __syncthreads();
   for (int r = 0; r < task.rows; ++r) attention.merge(task, task.first_row + r, kept(r));
 }
 

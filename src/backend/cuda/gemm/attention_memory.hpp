@@ -7,23 +7,24 @@
 
 namespace clusterfusion::cuda::gemm {
 
-inline constexpr std::int32_t kMaxAttentionWarps = 8;
+// Of a block.
+inline constexpr std::int32_t kAttentionWarps = 2;
 // Groups of positions in a warp's ring.
-inline constexpr std::int32_t kAttentionStages = 4;
+inline constexpr std::int32_t kAttentionStages = 2;
 
-// Of one warp.
 struct AttentionMemory {
-  std::int32_t ring_bytes;    // then scratch of stream::Attention
+  std::int32_t ring_bytes;    // of each warp; then scratch of stream::Attention
   std::int32_t extra_floats;  // in scratch, where the states of further rows begin
-  std::int32_t warp_bytes;
+  std::int32_t bytes;         // of a block
 };
-constexpr AttentionMemory attention_memory(std::int32_t head_dim) {
+// `rows` of a task, at most, and of its sequence in a step.
+constexpr AttentionMemory attention_memory(std::int32_t head_dim, std::int32_t rows,
+                                           std::int32_t sequence_rows) {
   const std::int32_t ring = kAttentionStages * 2 * plan::kMinKvBlockPositions * head_dim * 2;
   const std::int32_t states = plan::kConsumerWarps * (head_dim + 2);
-  const std::int32_t vectors = (plan::kTaskQueries + plan::kMaxSequenceRows) * 2 * head_dim * 2;
+  const std::int32_t vectors = (plan::kTaskQueries + sequence_rows) * 2 * head_dim * 2;
   const std::int32_t extra = states + vectors / 4;
-  const std::int32_t bytes = ring + (extra + (plan::kTaskQueries - 1) * states) * 4;
-  return {ring, extra, (bytes + 127) / 128 * 128};
+  return {ring, extra, kAttentionWarps * ring + (extra + (rows - 1) * states) * 4};
 }
 
 }  // namespace clusterfusion::cuda::gemm

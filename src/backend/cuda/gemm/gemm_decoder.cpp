@@ -5,6 +5,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/gemm/product_kernel.hpp"
+#include "backend/cuda/ops/driver_function.hpp"
 #include "backend/cuda/stream/stream_setup.hpp"
 #include "base/fail.hpp"
 #include "plan/product_tiles.hpp"
@@ -17,6 +18,30 @@ namespace {
 
 // Of input vectors, as paired_rows.cuh has them.
 constexpr std::int32_t lines_of(std::int32_t rows) { return (rows + 15) / 16 * 16; }
+
+// Boxes of `box_rows` rows and a step's columns. `sizes`: columns, rows and so on; `strides`, in
+// bytes, of all but the columns.
+CUtensorMap box_map(DType dtype, const void* data, std::vector<std::uint64_t> sizes,
+                    const std::vector<std::uint64_t>& strides, std::int32_t box_rows) {
+  static const auto encode =
+      driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
+  std::vector<std::uint32_t> box(sizes.size(), 1);
+  box[0] = plan::kStepColumns;
+  box[1] = static_cast<std::uint32_t>(box_rows);
+  const std::vector<std::uint32_t> steps(sizes.size(), 1);
+  CUtensorMap map;
+  const CUresult result = encode(
+      &map,
+      dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      static_cast<std::uint32_t>(sizes.size()), const_cast<void*>(data), sizes.data(),
+      strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  require(result == CUDA_SUCCESS, ErrorKind::internal,
+          "the driver makes no map of a [{}, {}] matrix: error {}", sizes[1], sizes[0],
+          static_cast<int>(result));
+  return map;
+}
 
 }  // namespace
 
@@ -31,16 +56,16 @@ bool GemmDecoder::supports(const ModelConfig& config) {
 }
 
 GemmDecoder::GemmDecoder(const ModelConfig& config, const plan::KvPlan& kv,
-                         const DeviceModel& weights, const plan::DeviceLimits& limits,
+                         const DeviceModel& weights, std::int32_t sm_count,
                          std::int64_t max_positions, std::int32_t max_steps)
     : config_(config),
       cuts_(plan::cut_products(config)),
-      limits_(limits),
+      sm_count_(sm_count),
       max_steps_(max_steps),
-      attention_(config.dtype, config.head_dim, limits),
-      params_(describe_model(config, cuts_, kv, weights, limits.sm_count)),
+      attention_(config.dtype, config.head_dim, sm_count),
+      params_(describe_model(config, cuts_, kv, weights, sm_count)),
       tables_(kMaxGemmRows, max_positions / plan::kKvPagePositions + 1, 1) {
-  vectors_ = DeviceMemory(rows_layout(config, cuts_, limits.sm_count, kMaxGemmRows).bytes,
+  vectors_ = DeviceMemory(rows_layout(config, cuts_, sm_count, kMaxGemmRows).bytes,
                           "vectors of many rows");
   params_.lamport = vectors_.as<>();
   params_.logits_stride = static_cast<std::int32_t>((config.vocab_size + 3) / 4 * 4);
@@ -52,8 +77,15 @@ GemmDecoder::GemmDecoder(const ModelConfig& config, const plan::KvPlan& kv,
 }
 
 void GemmDecoder::begin(std::span<const DecodeRow> rows, cudaStream_t stream) {
-  tables_.send(rows, 0, limits_.sm_count, params_, stream);
-  params_.layout = rows_layout(config_, cuts_, limits_.sm_count, lines_of(params_.rows));
+  extent_ = tables_.send(rows, 0, sm_count_, params_, stream);
+  params_.layout = rows_layout(config_, cuts_, sm_count_, lines_of(params_.rows));
+  phases_.clear();
+  for (std::int32_t index = 0; index < plan::layer_phases(config_.parallel_residual); ++index) {
+    const plan::Phase phase = plan::layer_phase(config_.parallel_residual, index);
+    const std::array streams{phase.first, phase.second};
+    phases_.push_back(products_of(std::span(streams).first(phase.second == Stream::none ? 1 : 2)));
+  }
+  phases_.push_back(products_of(std::array{Stream::lm_head}));
   positions_.clear();
   for (const DecodeRow& row : rows) positions_.push_back(static_cast<std::int32_t>(row.position));
 }
@@ -89,16 +121,16 @@ void GemmDecoder::run_step(std::int32_t step, const Inputs& inputs, std::int32_t
                            cudaStream_t stream) {
   splits_ = 1;
   for (const std::int32_t position : positions_)
-    splits_ = std::max(splits_,
-                       plan::attention_splits(position + step + 1, params_.kv_block_positions,
-                                              params_.num_heads, params_.head_dim, limits_.sm_count)
-                           .splits);
+    splits_ =
+        std::max(splits_, plan::attention_splits(position + step + 1, params_.kv_block_positions,
+                                                 params_.num_heads, params_.head_dim, sm_count_)
+                              .splits);
   for (std::int32_t layer = 0; layer < params_.num_layers; ++layer) {
     normalize(layer, true, layer == 0 ? &inputs : nullptr, stream);
     run_layer(layer, step, stream);
   }
   normalize(params_.num_layers, true, nullptr, stream);
-  run_products(0, std::array{Stream::lm_head}, stream);
+  run_products(phases_.back(), 0, stream);
   launch_choice(params_, logits_.as<float>(), step, chosen, stream);
 }
 
@@ -107,9 +139,8 @@ void GemmDecoder::run_layer(std::int32_t layer, std::int32_t step, cudaStream_t 
   for (std::int32_t index = 0; index < phases; ++index) {
     const plan::Phase phase = plan::layer_phase(config_.parallel_residual, index);
     if (phase.first == Stream::mlp_up) normalize(layer, false, nullptr, stream);
-    if (phase.attention_before) attention_.launch(params_, layer, step, splits_, stream);
-    const std::array streams{phase.first, phase.second};
-    run_products(layer, std::span(streams).first(phase.second == Stream::none ? 1 : 2), stream);
+    if (phase.attention_before) attention_.launch(params_, extent_, splits_, layer, step, stream);
+    run_products(phases_[index], layer, stream);
   }
 }
 
@@ -145,77 +176,105 @@ void GemmDecoder::normalize(std::int32_t layer, bool begins_layer, const Inputs*
   launch_residual(config_.dtype, params_, r, stream);
 }
 
-void GemmDecoder::run_products(std::int32_t layer, std::span<const Stream> streams,
-                               cudaStream_t stream) {
+void GemmDecoder::run_products(ProductParams products, std::int32_t layer,
+                               cudaStream_t stream) const {
+  for (std::int32_t i = 0; i < products.count; ++i) {
+    ProductOperand& operand = products.operands[i];
+    operand.layer = layer;
+    if (operand.biases != nullptr) operand.biases += layer * params_.layer_stride / 4;
+  }
+  launch_products(config_.dtype, products, stream);
+}
+
+ProductParams GemmDecoder::products_of(std::span<const Stream> streams) const {
   ProductParams products{};
   products.rows = params_.rows;
-  products.lines = lines_of(params_.rows);
   products.activation = params_.activation;
-  for (const Stream which : streams) add_operands(which, layer, products);
+  for (std::size_t i = 0; i < streams.size(); ++i)
+    add_operands(streams[i], static_cast<std::int32_t>(i), products);
   const ProductBlock block = product_block(params_.rows);
   products.row_blocks = (params_.rows + block.rows - 1) / block.rows;
   std::array<std::int32_t, kMaxProductOperands> chunks{};
   for (std::int32_t i = 0; i < products.count; ++i) chunks[i] = products.operands[i].chunks;
   products.tile_chunks = plan::tile_chunks(std::span(chunks).first(products.count),
-                                           products.row_blocks, block.max_chunks, limits_.sm_count);
+                                           products.row_blocks, block.max_chunks, sm_count_);
   for (std::int32_t i = 0; i < products.count; ++i) {
     ProductOperand& operand = products.operands[i];
     operand.tiles = (operand.chunks + products.tile_chunks - 1) / products.tile_chunks;
     products.tiles += operand.tiles;
   }
-  launch_products(config_.dtype, products, stream);
+  for (std::size_t i = 0; i < streams.size(); ++i) {
+    const Matrix matrix = matrix_of(streams[i]);
+    products.weight_maps[i] = weight_map(matrix, products.tile_chunks * plan::kChunkRows);
+    products.input_maps[i] = input_map(matrix, block.rows);
+  }
+  return products;
 }
 
-void GemmDecoder::add_operands(Stream stream, std::int32_t layer, ProductParams& products) const {
-  const std::int32_t parts = stream == Stream::mlp_down ? params_.mlp_down.parts : 1;
-  for (std::int32_t part = 0; part < parts; ++part)
-    products.operands[products.count++] = operand_of(stream, layer, part);
+void GemmDecoder::add_operands(Stream stream, std::int32_t source, ProductParams& products) const {
+  const Matrix matrix = matrix_of(stream);
+  const StreamedProduct& product = *matrix.product;
+  const bool is_head = stream == Stream::lm_head;
+  const std::int32_t part_columns = product.part_bytes / 2;
+  for (std::int32_t part = 0; part < product.parts; ++part) {
+    ProductOperand& operand = products.operands[products.count++];
+    operand.stream = stream;
+    operand.source = source;
+    operand.first_column = part * part_columns;
+    operand.columns = product.row_bytes / 2;
+    operand.rows = product.rows;
+    if (matrix.biases != nullptr && part == 0)
+      operand.biases = reinterpret_cast<const float*>(matrix.biases);
+    operand.output = matrix.output + std::int64_t{part} * params_.rows * params_.hidden_size * 4;
+    operand.output_row = is_head ? params_.logits_stride : product.rows;
+    operand.pieces = product.pieces;
+    operand.iterations = product.iterations;
+    operand.piece_steps = product.piece_steps;
+    operand.chunks = product.chunks;
+  }
 }
 
-ProductOperand GemmDecoder::operand_of(Stream stream, std::int32_t layer, std::int32_t part) const {
+GemmDecoder::Matrix GemmDecoder::matrix_of(Stream stream) const {
   const StreamedLayer& first = params_.first_layer;
   const RowsLayout& layout = params_.layout;
-  struct Source {
-    const StreamedProduct* product;
-    const char *weights, *biases;
-    std::int32_t input, output;
-  };
-  const auto source = [&]() -> Source {
-    switch (stream) {
-      case Stream::qkv:
-        return {&params_.qkv, first.qkv, first.qkv_bias, layout.input_norm, layout.qkv};
-      case Stream::mlp_up:
-        return {&params_.mlp_up, first.mlp_up, first.mlp_up_bias, layout.post_norm, layout.mlp};
-      case Stream::mlp_down:
-        return {&params_.mlp_down, first.mlp_down, first.mlp_down_bias, layout.mlp,
-                layout.residual};
-      case Stream::attention_out:
-        return {&params_.attention_out, first.attention_out, first.attention_out_bias,
-                layout.attention,
-                layout.residual + params_.mlp_down.parts * params_.rows * params_.hidden_size * 4};
-      default: return {&params_.lm_head, params_.lm_head_weight, nullptr, layout.input_norm, 0};
-    }
-  }();
-  const StreamedProduct& product = *source.product;
-  const std::int64_t of_layer = stream == Stream::lm_head ? 0 : layer * params_.layer_stride;
-  ProductOperand operand{};
-  operand.stream = stream;
-  operand.weights = source.weights + of_layer + std::int64_t{part} * product.part_bytes;
-  if (source.biases != nullptr && part == 0)
-    operand.biases = reinterpret_cast<const float*>(source.biases + of_layer);
-  operand.input = params_.lamport + source.input + std::int64_t{part} * product.part_bytes;
-  operand.output = stream == Stream::lm_head
-                       ? reinterpret_cast<char*>(logits_.as<float>())
-                       : params_.lamport + source.output +
-                             std::int64_t{part} * params_.rows * params_.hidden_size * 4;
-  operand.row_bytes = operand.input_row_bytes = product.row_bytes;
-  operand.rows = product.rows;
-  operand.output_row = stream == Stream::lm_head ? params_.logits_stride : product.rows;
-  operand.pieces = product.pieces;
-  operand.iterations = product.iterations;
-  operand.piece_steps = product.piece_steps;
-  operand.chunks = product.chunks;
-  return operand;
+  char* vectors = params_.lamport;
+  switch (stream) {
+    case Stream::qkv:
+      return {&params_.qkv, first.qkv, first.qkv_bias, vectors + layout.input_norm,
+              vectors + layout.qkv};
+    case Stream::mlp_up:
+      return {&params_.mlp_up, first.mlp_up, first.mlp_up_bias, vectors + layout.post_norm,
+              vectors + layout.mlp};
+    case Stream::mlp_down:
+      return {&params_.mlp_down, first.mlp_down, first.mlp_down_bias, vectors + layout.mlp,
+              vectors + layout.residual};
+    case Stream::attention_out:
+      return {&params_.attention_out, first.attention_out, first.attention_out_bias,
+              vectors + layout.attention,
+              vectors + layout.residual +
+                  std::int64_t{params_.mlp_down.parts} * params_.rows * params_.hidden_size * 4};
+    default:
+      return {&params_.lm_head, params_.lm_head_weight, nullptr, vectors + layout.input_norm,
+              logits_.as<>()};
+  }
+}
+
+CUtensorMap GemmDecoder::weight_map(const Matrix& matrix, std::int32_t box_rows) const {
+  const auto columns = static_cast<std::uint64_t>(matrix.product->row_bytes / 2);
+  const bool is_head = matrix.product == &params_.lm_head;
+  const std::uint64_t layers = is_head ? 1 : params_.num_layers;
+  const auto layer_stride =
+      static_cast<std::uint64_t>(layers > 1 ? params_.layer_stride : matrix.product->row_bytes);
+  return box_map(config_.dtype, matrix.weights,
+                 {columns, static_cast<std::uint64_t>(matrix.product->rows), layers},
+                 {columns * 2, layer_stride}, box_rows);
+}
+
+CUtensorMap GemmDecoder::input_map(const Matrix& matrix, std::int32_t box_rows) const {
+  const auto columns = static_cast<std::uint64_t>(matrix.product->row_bytes / 2);
+  return box_map(config_.dtype, matrix.input,
+                 {columns, static_cast<std::uint64_t>(lines_of(params_.rows))}, {columns * 2},
+                 box_rows);
 }
 
 }  // namespace clusterfusion::cuda

@@ -29,7 +29,7 @@ class GemmDecoder final : public RowDecoder {
 
   // Errors: unsupported (see supports()), out_of_memory.
   GemmDecoder(const ModelConfig& config, const plan::KvPlan& kv, const DeviceModel& weights,
-              const plan::DeviceLimits& limits, std::int64_t max_positions, std::int32_t max_steps);
+              std::int32_t sm_count, std::int64_t max_positions, std::int32_t max_steps);
 
   std::int32_t max_rows() const noexcept override { return kMaxGemmRows; }
   void enqueue(std::span<const DecodeRow> rows, std::int32_t steps, bool with_logits,
@@ -52,19 +52,32 @@ class GemmDecoder final : public RowDecoder {
   void begin(std::span<const DecodeRow> rows, cudaStream_t stream);
   void run_step(std::int32_t step, const Inputs& inputs, std::int32_t* chosen, cudaStream_t stream);
   void run_layer(std::int32_t layer, std::int32_t step, cudaStream_t stream);
-  void run_products(std::int32_t layer, std::span<const plan::Stream> streams, cudaStream_t stream);
-  void add_operands(plan::Stream stream, std::int32_t layer, ProductParams& products) const;
-  ProductOperand operand_of(plan::Stream stream, std::int32_t layer, std::int32_t part) const;
+  // `products` are those of the first layer.
+  void run_products(ProductParams products, std::int32_t layer, cudaStream_t stream) const;
+  ProductParams products_of(std::span<const plan::Stream> streams) const;
+  // A matrix of the first layer, what it multiplies, and where the result goes.
+  struct Matrix {
+    const StreamedProduct* product;
+    const char *weights, *biases;
+    char *input, *output;
+  };
+  Matrix matrix_of(plan::Stream stream) const;
+  // All parts of a matrix, whose maps are number `source`.
+  void add_operands(plan::Stream stream, std::int32_t source, ProductParams& products) const;
+  CUtensorMap weight_map(const Matrix& matrix, std::int32_t box_rows) const;
+  CUtensorMap input_map(const Matrix& matrix, std::int32_t box_rows) const;
   // In front of a phase that normalises; `layer` may be behind the last.
   void normalize(std::int32_t layer, bool begins_layer, const Inputs* inputs, cudaStream_t stream);
 
   ModelConfig config_;
   plan::ProductCuts cuts_;
-  plan::DeviceLimits limits_;
-  std::int32_t max_steps_;
+  std::int32_t sm_count_, max_steps_;
   RowsAttention attention_;
   StreamParams params_;
   RowTables tables_;
+  // For the rows of begin():
+  RowTables::Extent extent_;
+  std::vector<ProductParams> phases_;    // of the first layer, and the LM head
   std::int32_t splits_ = 1;              // of attention in this step, at most
   std::vector<std::int32_t> positions_;  // of the rows, in the first step
   DeviceMemory vectors_, residual_, means_, logits_, chosen_;

@@ -1,19 +1,24 @@
 // Many rows times a layer's matrices, on tensor cores, with the partial sums of the streaming
 // kernel in its order: a row has the same bits here and there, however many rows there are.
 //
-// A block multiplies up to 64 rows by a tile of up to 24 chunks (8 rows of a matrix each). Steps of
-// 32 columns come through stages of shared memory by asynchronous copies of 16 bytes, inputs and
-// weights alike, each step as [rows][64 bytes]: eight lanes read 128 bytes side by side. The steps
-// come in the order of the streaming kernel's warps (plan::ProductCut): all that its warp 0 sums,
-// then all of warp 1, and so on, each a chain of its own.
+// A block multiplies up to 64 rows by a tile of up to 24 chunks (8 rows of a matrix each). A
+// thread, the producer, brings steps of 32 columns by bulk copies of boxes, inputs and weights
+// alike, into stages of two steps; each step lies there as [lines][64 bytes], so that eight lanes
+// read 128 bytes side by side. The steps come in the order of the streaming kernel's warps
+// (plan::ProductCut): all that its warp 0 sums, then all of warp 1, and so on, each a chain of its
+// own, filled up with zeros to whole stages. Eight warps multiply.
+#include <algorithm>
+
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/dependent_launch.hpp"
-#include "backend/cuda/device/async_copy.cuh"
+#include "backend/cuda/device/elect.cuh"
 #include "backend/cuda/device/grid_dependency.cuh"
 #include "backend/cuda/device/lamport_buffer.cuh"
+#include "backend/cuda/device/mbarrier.cuh"
 #include "backend/cuda/device/mma.cuh"
 #include "backend/cuda/device/shared_memory.cuh"
+#include "backend/cuda/device/tensor_copy.cuh"
 #include "backend/cuda/gemm/paired_rows.cuh"
 #include "backend/cuda/gemm/product_kernel.hpp"
 #include "backend/cuda/with_type.cuh"
@@ -23,139 +28,149 @@ namespace {
 
 using namespace device;
 
-constexpr int kThreads = plan::kConsumerWarps * 32;
-constexpr int kStepBytes = plan::kStepColumns * 2;  // of one row
+constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
+constexpr int kThreads = kConsumerThreads + 32;
+constexpr int kStepBytes = plan::kStepColumns * 2;  // of one line
 constexpr int kStageSteps = 2;
-static_assert(kStageSteps == 2);
 
 // What a block computes: kMTiles x 16 rows for each of kMWarps groups of warps; of the chunks, the
 // warps of a group have up to kNTiles each.
-template <int kTheMTiles, int kTheMWarps, int kTheNTiles, int kTheStages>
+template <int kTheMTiles, int kTheMWarps, int kTheNTiles, int kTheBlocks>
 struct BlockShape {
   static constexpr int kMTiles = kTheMTiles, kMWarps = kTheMWarps, kNTiles = kTheNTiles;
-  static constexpr int kStages = kTheStages;
+  static constexpr int kBlocksOfMultiprocessor = kTheBlocks;
   static constexpr int kNWarps = plan::kConsumerWarps / kMWarps;
   static constexpr int kRows = 16 * kMTiles * kMWarps;
   static constexpr int kMaxChunks = kNTiles * kNWarps;
-  static constexpr int kCopies = (kRows + plan::kChunkRows * kMaxChunks + kThreads / 4 - 1) /
-                                 (kThreads / 4);  // of one thread for a step
-  static constexpr int kBlocksOfMultiprocessor = kRows <= 32 ? 2 : 1;
+  static constexpr int kSumBytes = kMTiles * kNTiles * kConsumerThreads * 16;
 };
-using Rows16 = BlockShape<1, 1, 3, 5>;
-using Rows32 = BlockShape<2, 1, 3, 5>;
-using Rows64 = BlockShape<2, 2, 5, 6>;
+using Rows16 = BlockShape<1, 1, 3, 2>;
+using Rows32 = BlockShape<1, 2, 5, 2>;
+using Rows64 = BlockShape<2, 2, 5, 1>;
 
 // Of a piece, the steps that warp `warp` of the streaming kernel multiplies.
 __device__ __forceinline__ int steps_of(const ProductOperand& operand, int warp) {
   return max(0, min(operand.iterations, operand.piece_steps - warp * operand.iterations));
 }
+// Stages that hold all of them.
+__device__ __forceinline__ int stages_of(const ProductOperand& operand, int warp) {
+  return (operand.pieces * steps_of(operand, warp) + kStageSteps - 1) / kStageSteps;
+}
 
-// Copies of one thread: 16 bytes of some rows of each step, first the inputs', then the weights'.
-// All lines of inputs are among the first copies of the threads.
-template <typename Shape>
-class Loader {
+constexpr int kMaxStages = 8;
+
+// The barriers of the ring.
+struct Ring {
+  std::uint64_t full[kMaxStages], empty[kMaxStages];
+};
+// One side's place in it.
+struct Place {
+  int stage = 0;
+  std::uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage < stages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+// What a block has to do.
+struct Tile {
+  const ProductOperand& operand;
+  int first_row, first_chunk, chunks;
+  int step_bytes;             // in shared memory
+  int stages;                 // of the ring
+  std::uint32_t ring;         // addresses in shared memory: the first stage,
+  std::uint32_t full, empty;  // and the barriers
+};
+
+// The steps in their order, whole stages of each warp of the streaming kernel.
+class StepOrder {
  public:
-  static_assert(Shape::kRows <= kThreads / 4);
-
-  __device__ __forceinline__ Loader(const ProductParams& p, const ProductOperand& operand,
-                                    int first_row, int first_chunk, int chunks,
-                                    std::uint32_t stages)
-      : o_(operand), left_(operand.pieces * operand.piece_steps) {
-    const int thread = static_cast<int>(threadIdx.x);
-    const int row = thread / 4;  // of the first copy; further ones are kThreads / 4 apart
-    const int rows = Shape::kRows + chunks * plan::kChunkRows;
-    has_input_ = row < Shape::kRows;
-    step_bytes_ = rows * kStepBytes;
-    next_.to = stages + thread * 16;
-    begin_ = next_.to;
-    end_ = next_.to + Shape::kStages * kStageSteps * step_bytes_;
-#pragma unroll
-    for (int i = 0; i < Shape::kCopies; ++i) {
-      const int line = row + i * (kThreads / 4);
-      copies_ += line < rows;
-      // What is behind the end of either is multiplied too, for nobody.
-      const int weight = first_chunk * plan::kChunkRows + line - Shape::kRows;
-      next_.from[i] =
-          line < Shape::kRows
-              ? operand.input + static_cast<std::int64_t>(min(first_row + line, p.lines - 1)) *
-                                    operand.input_row_bytes
-              : operand.weights +
-                    static_cast<std::int64_t>(min(weight, operand.rows - 1)) * operand.row_bytes;
-      next_.from[i] += thread % 4 * 16;
+  __device__ __forceinline__ explicit StepOrder(const ProductOperand& operand) : o_(operand) {
+    begin_warp();
+  }
+  __device__ __forceinline__ bool is_over() const { return left_ == 0; }
+  // Its first column; behind the last one, where there are zeros, if the stage is to be filled up.
+  __device__ __forceinline__ int column() const {
+    return piece_ < o_.pieces ? o_.first_column + column_ : o_.columns;
+  }
+  __device__ __forceinline__ void advance() {
+    column_ += plan::kStepColumns;
+    if (++step_ == steps_) {
+      step_ = 0;
+      ++piece_;
+      column_ += (o_.piece_steps - steps_) * plan::kStepColumns;
     }
-    next_.run = steps_of(operand, 0);
+    if (--left_ > 0 || ++warp_ == plan::kConsumerWarps) return;
+    begin_warp();
   }
-
-  // The weights of the steps that the ring has room for at first: they are there before anything
-  // else is.
-  __device__ __forceinline__ void begin() {
-    Place place = next_;
-    for (int step = 0; step < min(kAhead, left_); ++step)
-      copy([&](int i) { return i > 0 || !has_input_; }, place);
-  }
-  // And then what they are multiplied by.
-  __device__ __forceinline__ void begin_inputs() {
-    for (int stage = 0; stage < Shape::kStages - 1; ++stage) {
-      for (int i = 0; i < kStageSteps && left_ > 0; ++i, --left_)
-        copy([&](int i) { return i == 0 && has_input_; }, next_);
-      commit_copies();
-    }
-  }
-  // The stage behind those under way. Its place must be free.
-  __device__ __forceinline__ void load_stage() {
-#pragma unroll
-    for (int i = 0; i < kStageSteps; ++i)
-      if (left_ > 0) {
-        copy([](int) { return true; }, next_);
-        --left_;
-      }
-    commit_copies();
-  }
-
-  __device__ __forceinline__ int step_bytes() const { return step_bytes_; }
 
  private:
-  static constexpr int kAhead = (Shape::kStages - 1) * kStageSteps;
-
-  // Of the step that comes next.
-  struct Place {
-    const char* from[Shape::kCopies];
-    std::uint32_t to;
-    int run;                  // steps that follow each other, this one the first
-    int warp = 0, piece = 0;  // whose run it is
-  };
-
-  template <typename Which>
-  __device__ __forceinline__ void copy(Which&& which, Place& place) const {
-    int distance = kStepBytes;
-    if (--place.run == 0) distance = next_run(place);
-#pragma unroll
-    for (int i = 0; i < Shape::kCopies; ++i) {
-      if (i < copies_ && which(i)) copy_16(place.to + i * (kThreads * 16), place.from[i]);
-      place.from[i] += distance;
-    }
-    place.to += step_bytes_;
-    if (place.to == end_) place.to = begin_;
-  }
-  // From a run's last step to the first of the next: that of the same warp in the next piece, or of
-  // the next warp in the first.
-  __device__ __forceinline__ int next_run(Place& place) const {
-    const int last =
-        place.piece * o_.piece_steps + place.warp * o_.iterations + steps_of(o_, place.warp) - 1;
-    if (++place.piece == o_.pieces) {
-      place.piece = 0;
-      ++place.warp;
-    }
-    place.run = steps_of(o_, place.warp);
-    return (place.piece * o_.piece_steps + place.warp * o_.iterations - last) * kStepBytes;
+  __device__ __forceinline__ void begin_warp() {
+    steps_ = steps_of(o_, warp_);
+    left_ = stages_of(o_, warp_) * kStageSteps;
+    step_ = piece_ = 0;
+    column_ = warp_ * o_.iterations * plan::kStepColumns;
   }
 
   const ProductOperand& o_;
-  int left_, step_bytes_;
-  int copies_ = 0;
-  bool has_input_;
-  std::uint32_t begin_, end_;
-  Place next_;
+  int warp_ = 0, piece_, step_, steps_, column_;
+  int left_;  // of this warp
+};
+
+// For one thread.
+template <typename Shape>
+class Producer {
+ public:
+  __device__ __forceinline__ Producer(const ProductParams& p, const Tile& tile)
+      : t_(tile),
+        o_(tile.operand),
+        weights_(p.weight_maps[tile.operand.source]),
+        inputs_(p.input_maps[tile.operand.source]) {}
+
+  __device__ __forceinline__ void run() const {
+    // The weights of the first stages are there before anything else is.
+    StepOrder weights(o_);
+    for (int stage = 0; stage < t_.stages && !weights.is_over(); ++stage) {
+      mbarrier_arrive_expect(t_.full + 8 * stage, kStageSteps * t_.step_bytes);
+      for (int i = 0; i < kStageSteps; ++i, weights.advance())
+        copy_weights(stage, i, weights.column());
+    }
+    wait_for_dependencies();
+    start_dependents();
+    StepOrder inputs(o_);
+    for (int stage = 0; stage < t_.stages && !inputs.is_over(); ++stage)
+      for (int i = 0; i < kStageSteps; ++i, inputs.advance())
+        copy_inputs(stage, i, inputs.column());
+    Place place;
+    while (!inputs.is_over()) {
+      mbarrier_wait(t_.empty + 8 * place.stage, place.parity);
+      mbarrier_arrive_expect(t_.full + 8 * place.stage, kStageSteps * t_.step_bytes);
+      for (int i = 0; i < kStageSteps; ++i, inputs.advance()) {
+        copy_inputs(place.stage, i, inputs.column());
+        copy_weights(place.stage, i, inputs.column());
+      }
+      place.advance(t_.stages);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ std::uint32_t place_of(int stage, int step) const {
+    return t_.ring + (stage * kStageSteps + step) * t_.step_bytes;
+  }
+  __device__ __forceinline__ void copy_inputs(int stage, int step, int column) const {
+    tensor_copy_to_shared(place_of(stage, step), inputs_, column, t_.first_row,
+                          t_.full + 8 * stage);
+  }
+  __device__ __forceinline__ void copy_weights(int stage, int step, int column) const {
+    tensor_copy_to_shared(place_of(stage, step) + Shape::kRows * kStepBytes, weights_, column,
+                          t_.first_chunk * plan::kChunkRows, o_.layer, t_.full + 8 * stage);
+  }
+
+  const Tile& t_;
+  const ProductOperand& o_;
+  const CUtensorMap &weights_, &inputs_;
 };
 
 // Not inlined: it is long, and a thread has many pairs.
@@ -165,86 +180,117 @@ __device__ __noinline__ std::uint32_t activated(Activation activation, float fir
 }
 
 template <typename T, typename Shape>
-class Tile {
+class Consumer {
  public:
-  __device__ __forceinline__ Tile(const ProductOperand& operand, int first_chunk, int chunks)
-      : o_(operand), first_chunk_(first_chunk), chunks_(chunks) {
+  // `sums`: in shared memory, Shape::kSumBytes.
+  __device__ __forceinline__ Consumer(const Tile& tile, std::uint32_t sums)
+      : t_(tile), o_(tile.operand), sums_(sums + static_cast<int>(threadIdx.x) * 16) {
     const int warp = static_cast<int>(threadIdx.x) / 32;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    g_ = lane / 4;
-    q_ = lane % 4;
+    lane_ = static_cast<int>(threadIdx.x) % 32;
     m_warp_ = warp % Shape::kMWarps;
     n_warp_ = warp / Shape::kMWarps;
-    left_ = o_.pieces * steps_of(o_, 0);
+    const int own = lane_ / 4 * kStepBytes + lane_ % 4 * 16;
+    input_ = own + m_warp_ * Shape::kMTiles * 16 * kStepBytes;
+    // A warp without a chunk multiplies the last one again, for nobody.
+#pragma unroll
+    for (int n = 0; n < Shape::kNTiles; ++n)
+      weight_[n] =
+          own + (Shape::kRows + min(chunk(n), tile.chunks - 1) * plan::kChunkRows) * kStepBytes;
   }
 
-  // One step, which lies at `stage`.
-  __device__ __forceinline__ void multiply(std::uint32_t stage) {
-    uint4 input[2][Shape::kMTiles];  // lines 8 h + g of each 16
-    const std::uint32_t own = stage + g_ * kStepBytes + q_ * 16;
-#pragma unroll
-    for (int m = 0; m < Shape::kMTiles; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h)
-        input[h][m] =
-            load_shared_4(own + ((m_warp_ * Shape::kMTiles + m) * 16 + 8 * h) * kStepBytes);
+  __device__ __forceinline__ void run() {
+    Place place;
+#pragma unroll 1
+    for (int warp = 0; warp < plan::kConsumerWarps; ++warp) {
+      const int stages = stages_of(o_, warp);
+#pragma unroll 1
+      for (int i = 0; i < stages; ++i) {
+        mbarrier_wait(t_.full + 8 * place.stage, place.parity);
+        const std::uint32_t stage = t_.ring + place.stage * kStageSteps * t_.step_bytes;
+        multiply(stage);
+        multiply(stage + t_.step_bytes);
+        __syncwarp();
+        if (lane_ == 0) mbarrier_arrive(t_.empty + 8 * place.stage);
+        place.advance(t_.stages);
+      }
+      if (warp == 0) start_dependents();  // behind the producer, as the first inputs are there
+      end_warp(warp == 0);
+    }
+  }
+
+  __device__ __forceinline__ void store(const ProductParams& p) const {
 #pragma unroll
     for (int n = 0; n < Shape::kNTiles; ++n) {
-      if (chunk(n) >= chunks_) break;
-      const uint4 weight =
-          load_shared_4(own + (Shape::kRows + chunk(n) * plan::kChunkRows) * kStepBytes);
+      if (chunk(n) >= t_.chunks) continue;
 #pragma unroll
       for (int m = 0; m < Shape::kMTiles; ++m) {
-        mma_16x8x16<T>(chain_[0][m][n], input[0][m], weight.x, weight.y);
-        mma_16x8x16<T>(chain_[1][m][n], input[1][m], weight.z, weight.w);
+        const float4 sum = load_sum(m, n);
+        const int row = t_.first_row + (m_warp_ * Shape::kMTiles + m) * 16 + lane_ / 4;
+        if (row < p.rows) store_pair(p, row, index(n), sum.x, sum.y);
+        if (row + 8 < p.rows) store_pair(p, row + 8, index(n), sum.z, sum.w);
       }
     }
-    if (--left_ == 0) end_warp();
-  }
-
-  // The results, for rows from `first_row` on, of which there are `rows` in all.
-  __device__ __forceinline__ void store(const ProductParams& p, int first_row) const {
-#pragma unroll
-    for (int m = 0; m < Shape::kMTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = first_row + (m_warp_ * Shape::kMTiles + m) * 16 + 8 * half + g_;
-        if (row >= p.rows) continue;
-#pragma unroll
-        for (int n = 0; n < Shape::kNTiles; ++n)
-          if (chunk(n) < chunks_)
-            store_pair(p, row, index(n), sum_[m][n][2 * half], sum_[m][n][2 * half + 1]);
-      }
   }
 
  private:
   __device__ __forceinline__ int chunk(int n) const { return n * Shape::kNWarps + n_warp_; }
   // Row of the matrix of this lane's first column of tile n.
   __device__ __forceinline__ int index(int n) const {
-    return (first_chunk_ + chunk(n)) * plan::kChunkRows + 2 * q_;
+    return (t_.first_chunk + chunk(n)) * plan::kChunkRows + 2 * (lane_ % 4);
+  }
+
+  __device__ __forceinline__ void multiply(std::uint32_t step) {
+    uint4 input[Shape::kMTiles][2], weight[Shape::kNTiles];  // inputs: lines 8 h + g of each 16
+#pragma unroll
+    for (int m = 0; m < Shape::kMTiles; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        input[m][h] = load_shared_4(step + input_ + (16 * m + 8 * h) * kStepBytes);
+#pragma unroll
+    for (int n = 0; n < Shape::kNTiles; ++n) weight[n] = load_shared_4(step + weight_[n]);
+#pragma unroll
+    for (int n = 0; n < Shape::kNTiles; ++n)
+#pragma unroll
+      for (int m = 0; m < Shape::kMTiles; ++m) {
+        mma_16x8x16<T>(chain_[0][m][n], input[m][0], weight[n].x, weight[n].y);
+        mma_16x8x16<T>(chain_[1][m][n], input[m][1], weight[n].z, weight[n].w);
+      }
+  }
+
+  // This thread's sums over the warps of the streaming kernel so far.
+  __device__ __forceinline__ std::uint32_t place_of(int m, int n) const {
+    return sums_ + (m * Shape::kNTiles + n) * kConsumerThreads * 16;
+  }
+  __device__ __forceinline__ float4 load_sum(int m, int n) const {
+    const uint4 bits = load_shared_4(place_of(m, n));
+    return make_float4(__uint_as_float(bits.x), __uint_as_float(bits.y), __uint_as_float(bits.z),
+                       __uint_as_float(bits.w));
   }
 
   // A warp of the streaming kernel would hand over its sums now; the first adds the biases.
-  __device__ __forceinline__ void end_warp() {
-    const bool adds = warp_ == 0 && o_.biases != nullptr;
+  __device__ __forceinline__ void end_warp(bool is_first) {
 #pragma unroll
     for (int n = 0; n < Shape::kNTiles; ++n) {
       float2 bias = make_float2(0.0f, 0.0f);
-      if (adds && chunk(n) < chunks_) {
+      if (is_first && o_.biases != nullptr && chunk(n) < t_.chunks) {
         if (index(n) < o_.rows) bias.x = __ldg(o_.biases + index(n));
         if (index(n) + 1 < o_.rows) bias.y = __ldg(o_.biases + index(n) + 1);
       }
 #pragma unroll
-      for (int m = 0; m < Shape::kMTiles; ++m)
+      for (int m = 0; m < Shape::kMTiles; ++m) {
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (!is_first) sum = load_sum(m, n);
+        float(&first)[4] = chain_[0][m][n];
+        float(&second)[4] = chain_[1][m][n];
+        sum.x += first[0] + second[0] + bias.x;
+        sum.y += first[1] + second[1] + bias.y;
+        sum.z += first[2] + second[2] + bias.x;
+        sum.w += first[3] + second[3] + bias.y;
+        store_shared_4(place_of(m, n), sum);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float& first = chain_[0][m][n][i];
-          float& second = chain_[1][m][n][i];
-          sum_[m][n][i] += first + second + (i % 2 == 0 ? bias.x : bias.y);
-          first = second = 0.0f;
-        }
+        for (int i = 0; i < 4; ++i) first[i] = second[i] = 0.0f;
+      }
     }
-    left_ = o_.pieces * steps_of(o_, ++warp_);
   }
 
   __device__ __forceinline__ void store_pair(const ProductParams& p, int row, int index,
@@ -263,62 +309,66 @@ class Tile {
     if (index + 1 < o_.rows) lamport_store(to + 1, second);
   }
 
+  const Tile& t_;
   const ProductOperand& o_;
-  int first_chunk_, chunks_;
-  int g_, q_, m_warp_, n_warp_;
-  int warp_ = 0;  // of the streaming kernel
-  int left_;      // steps of it
+  std::uint32_t sums_;
+  int lane_, m_warp_, n_warp_;
+  int input_, weight_[Shape::kNTiles];  // in a step, of this lane's first values
   float chain_[2][Shape::kMTiles][Shape::kNTiles][4] = {};
-  float sum_[Shape::kMTiles][Shape::kNTiles][4] = {};
 };
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, Shape::kBlocksOfMultiprocessor)
-    product_kernel(const __grid_constant__ ProductParams p) {
+    product_kernel(const __grid_constant__ ProductParams p, int stages) {
   extern __shared__ __align__(128) char shared[];
+  __shared__ Ring ring;
   const int row_block = static_cast<int>(blockIdx.x) % p.row_blocks;
-  int tile = static_cast<int>(blockIdx.x) / p.row_blocks;
-  int number = 0;
-  while (tile >= p.operands[number].tiles) tile -= p.operands[number++].tiles;
+  int number = 0, index = static_cast<int>(blockIdx.x) / p.row_blocks;
+  while (index >= p.operands[number].tiles) index -= p.operands[number++].tiles;
   const ProductOperand& operand = p.operands[number];
-  const int first_row = row_block * Shape::kRows;
-  const int first_chunk = tile * p.tile_chunks;
-  const int chunks = min(p.tile_chunks, operand.chunks - first_chunk);
-  const int steps = operand.pieces * operand.piece_steps;
-
-  const auto stages = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-  Loader<Shape> loader(p, operand, first_row, first_chunk, chunks, stages);
-  Tile<T, Shape> result(operand, first_chunk, chunks);
-  loader.begin();
-  wait_for_dependencies();
-  start_dependents();
-  loader.begin_inputs();
-  std::uint32_t place = stages;
-  const std::uint32_t end = stages + Shape::kStages * kStageSteps * loader.step_bytes();
-#pragma unroll 1
-  for (int step = 0; step < steps; step += kStageSteps) {
-    wait_for_copies_but<Shape::kStages - 2>();
-    __syncthreads();
-    loader.load_stage();
-    result.multiply(place);
-    if (step + 1 < steps) result.multiply(place + loader.step_bytes());
-    place += kStageSteps * loader.step_bytes();
-    if (place == end) place = stages;
+  const int first_chunk = index * p.tile_chunks;
+  const Tile tile{operand,
+                  row_block * Shape::kRows,
+                  first_chunk,
+                  min(p.tile_chunks, operand.chunks - first_chunk),
+                  (Shape::kRows + p.tile_chunks * plan::kChunkRows) * kStepBytes,
+                  stages,
+                  shared_address(shared) + Shape::kSumBytes,
+                  shared_address(ring.full),
+                  shared_address(ring.empty)};
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < stages; ++stage) {
+      mbarrier_init(&ring.full[stage], 1);
+      mbarrier_init(&ring.empty[stage], plan::kConsumerWarps);
+    }
+    mbarrier_fence_init();
   }
-  result.store(p, first_row);
+  __syncthreads();
+  if (threadIdx.x >= kConsumerThreads) {
+    if (elect_one()) Producer<Shape>(p, tile).run();
+    return;
+  }
+  Consumer<T, Shape> consumer(tile, shared_address(shared));
+  consumer.run();
+  consumer.store(p);
 }
+
+// Shared memory of a block, where so many share a multiprocessor (of any Hopper or newer chip).
+constexpr std::int32_t shared_bytes(int blocks) { return blocks == 2 ? 112 * 1024 : 224 * 1024; }
 
 template <typename T, typename Shape>
 void launch(const ProductParams& params, cudaStream_t stream) {
   const auto kernel = product_kernel<T, Shape>;
-  const std::size_t bytes = static_cast<std::size_t>(Shape::kStages) * kStageSteps * kStepBytes *
-                            (Shape::kRows + plan::kChunkRows * params.tile_chunks);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
+  const std::int32_t stage_bytes =
+      kStageSteps * kStepBytes * (Shape::kRows + plan::kChunkRows * params.tile_chunks);
+  const std::int32_t room = shared_bytes(Shape::kBlocksOfMultiprocessor) - Shape::kSumBytes;
+  const int stages = std::min(kMaxStages, room / stage_bytes);
+  const std::int32_t bytes = Shape::kSumBytes + stages * stage_bytes;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "reserving shared memory for products");
   const DependentLaunch how(dim3(static_cast<unsigned>(params.tiles * params.row_blocks)),
-                            dim3(kThreads), bytes, stream);
-  check(cudaLaunchKernelEx(how.config(), kernel, params), "starting products of many rows");
+                            dim3(kThreads), static_cast<std::size_t>(bytes), stream);
+  check(cudaLaunchKernelEx(how.config(), kernel, params, stages), "starting products of many rows");
 }
 
 }  // namespace

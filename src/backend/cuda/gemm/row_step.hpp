@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include "backend/cuda/stream/row_tables.hpp"
 #include "backend/cuda/stream/stream_params.hpp"
 
 namespace clusterfusion::cuda {
@@ -45,16 +46,16 @@ class RowsAttention {
   static bool supports(DType dtype, std::int64_t head_dim);
 
   // Errors: unsupported.
-  RowsAttention(DType dtype, std::int64_t head_dim, const plan::DeviceLimits& limits);
+  RowsAttention(DType dtype, std::int64_t head_dim, std::int32_t sm_count);
 
   // No group has more than `splits` splits.
-  void launch(const StreamParams& params, std::int32_t layer, std::int32_t step,
-              std::int32_t splits, cudaStream_t stream) const;
+  void launch(const StreamParams& params, const RowTables::Extent& extent, std::int32_t splits,
+              std::int32_t layer, std::int32_t step, cudaStream_t stream) const;
 
  private:
   const void* attend_ = nullptr;
   const void* combine_ = nullptr;
-  std::int32_t sm_count_, warps_, warp_bytes_;
+  std::int32_t sm_count_;
 };
 
 }  // namespace clusterfusion::cuda

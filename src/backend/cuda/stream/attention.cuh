@@ -250,9 +250,9 @@ class Attention {
   __device__ __forceinline__ Input input_of(const Task& task, int index) const {
     Input input;
     const int head_dim = c.p.head_dim;
-    const int vector = index / head_dim;
+    const int vector = c.vector_of(index);
     if (vector >= task.rows + 2 * task.fresh_rows()) return input;
-    input.dim = index % head_dim;
+    input.dim = index - vector * head_dim;
     input.kind = vector < task.rows ? 0 : 1 + (vector - task.rows) % 2;
     input.row = vector < task.rows ? vector : (vector - task.rows) / 2;
     const int of_step = input.kind == 0 ? task.first_row + input.row : task.first_fresh + input.row;
@@ -270,7 +270,7 @@ class Attention {
 
   // All threads.
   __device__ __forceinline__ void prepare(const Task& task) {
-    constexpr int kBatch = 2;  // of inputs whose loads are under way
+    constexpr int kBatch = Block::kInputsAtOnce;
     const int count = (task.rows + 2 * task.fresh_rows()) * c.p.head_dim;
 #pragma unroll 1
     for (int first = c.thread; first < count; first += kBatch * Block::kThreads) {
