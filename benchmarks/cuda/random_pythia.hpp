@@ -25,6 +25,7 @@ inline constexpr Shape kShapes[] = {
     {"pythia-410m", 1024, 24, 16, 50304}, {"pythia-1b", 2048, 16, 8, 50304},
     {"pythia-1.4b", 2048, 24, 16, 50304}, {"pythia-2.8b", 2560, 32, 32, 50304},
     {"pythia-6.9b", 4096, 32, 32, 50432}, {"pythia-12b", 5120, 36, 40, 50688},
+    {"gpt-neox-20b", 6144, 44, 64, 50432},
 };
 
 inline const Shape* find_shape(std::string_view name) {

@@ -75,10 +75,11 @@ bool can_cut(std::int64_t columns) {
 bool can_attend(std::int64_t head_dim) { return head_dim % 16 == 0 && head_dim <= kMaxHeadDim; }
 
 KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
-  require(can_attend(config.head_dim), ErrorKind::unsupported,
-          "the streaming decode kernel needs a head size that is a multiple of 16 and at most {}, "
-          "found {}; run this model on the CPU (device \"cpu\")",
-          kMaxHeadDim, config.head_dim);
+  require(
+      can_attend(config.head_dim), ErrorKind::unsupported,
+      "attention on the GPU needs a head size that is a multiple of 16 and at most {}, found {}; "
+      "run this model on the CPU (device \"cpu\")",
+      kMaxHeadDim, config.head_dim);
   KvPlan kv;
   kv.block_positions = kKvPagePositions;
   while (kv.block_positions * config.head_dim * 4 > stage_bytes) kv.block_positions /= 2;
@@ -168,6 +169,10 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
       static_cast<std::int32_t>(std::clamp<std::int64_t>(left, plan.sum_slots, kMaxSumSlots));
   plan.shared_bytes = fixed + plan.sum_slots * 4 + plan.stages * plan.stage_bytes;
   return plan;
+}
+
+KvPlan make_page_plan(const ModelConfig& config) {
+  return plan_kv(config, kKvPagePositions * config.head_dim * 4);
 }
 
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {

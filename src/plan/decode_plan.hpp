@@ -151,6 +151,10 @@ struct DecodePlan {
 // does not fit) or the device's shared memory is too small for two stages.
 DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits);
 
+// How the cache of a model is laid out that no streaming kernel reads: whole pages. Errors:
+// unsupported (head size).
+KvPlan make_page_plan(const ModelConfig& config);
+
 // Whether make_decode_plan() gives a plan, for callers that have another way.
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits);
 

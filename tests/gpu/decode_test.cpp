@@ -93,6 +93,8 @@ TEST_P(DecodeKernel, IsBitIdenticalFromRunToRun) {
   ASSERT_EQ(decoded_logits(*other, config.vocab_size, tokens), decoded) << "another backend";
 }
 
+INSTANTIATE_TEST_SUITE_P(Unstreamed, DecodeKernel, testing::ValuesIn(unstreamed_shapes()),
+                         [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(Shapes, DecodeKernel, testing::ValuesIn(gpu_shapes()),
                          [](const auto& info) { return info.param.name; });
 

@@ -54,6 +54,17 @@ inline std::vector<Shape> gpu_shapes() {
   };
 }
 
+// Shapes that no one kernel streams: a series of kernels decodes them.
+inline std::vector<Shape> unstreamed_shapes() {
+  constexpr auto kErf = Activation::gelu_erf;
+  return {
+      {"neox_20b_like", 6144, 64, 24576, 1, 5003, 24},
+      {"hidden_2816", 2816, 44, 11264, 2, 5003, 16},
+      {"odd_mlp", 704, 11, 1856, 2, 1009, 64, false, kErf, DType::bfloat16},
+      {"heads_of_96", 96 * 7, 7, 96 * 11, 3, 777, 48},
+  };
+}
+
 inline ModelConfig config_of(const Shape& shape) {
   ModelConfig config = small_config();
   config.hidden_size = shape.hidden;

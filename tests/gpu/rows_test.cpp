@@ -128,6 +128,8 @@ TEST_P(Rows, AreTheSameInAnyCompany) {
 TEST_P(Rows, AreTheSameAmongMany) { compare_many(300); }
 TEST_P(Rows, AreTheSameInAnyCompanyWithFilters) { compare(true, 3, 40); }
 
+INSTANTIATE_TEST_SUITE_P(Unstreamed, Rows, testing::ValuesIn(unstreamed_shapes()),
+                         [](const auto& info) { return info.param.name; });
 INSTANTIATE_TEST_SUITE_P(Shapes, Rows, testing::ValuesIn(gpu_shapes()),
                          [](const auto& info) { return info.param.name; });
 

@@ -73,14 +73,27 @@ std::int64_t longest_context(const ModelConfig& config, const BackendOptions& op
   return options.max_positions ? options.max_positions : config.max_positions;
 }
 
+plan::DeviceLimits limits_of(const cudaDeviceProp& properties) {
+  return {properties.multiProcessorCount,
+          static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
+}
+
+// The decode kernel's plan; without stages for a model that it cannot stream but a series of
+// kernels can decode. Errors: unsupported, in the words of the decode kernel.
+plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
+  if (plan::can_stream(config, limits_of(properties)) || !GemmDecoder::supports(config, properties))
+    return plan::make_decode_plan(config, limits_of(properties));
+  plan::DecodePlan plan;
+  plan.kv = plan::make_page_plan(config);
+  return plan;
+}
+
 class CudaBackend final : public Backend {
  public:
   CudaBackend(std::shared_ptr<const Model> model, const BackendOptions& options)
       : model_(std::move(model)),
         properties_(device_properties()),
-        plan_(plan::make_decode_plan(
-            model_->config(), {properties_.multiProcessorCount,
-                               static_cast<std::int64_t>(properties_.sharedMemPerBlockOptin)})),
+        plan_(decode_plan_of(model_->config(), properties_)),
         max_positions_(longest_context(model_->config(), options)),
         mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
@@ -188,6 +201,9 @@ class CudaBackend final : public Backend {
     reserve(id, sequence.length + 1);
     const auto sms = static_cast<std::size_t>(properties_.multiProcessorCount);
     const bool of_rows = stream_decoder_.has_value();
+    require(of_rows || streams(), ErrorKind::unsupported,
+            "a timeline shows one kernel; this model is decoded by a series of kernels, as no one "
+            "kernel streams matrices of its sizes");
     constexpr static std::size_t kFirst = 0;
     std::vector<std::uint64_t> times(sms * (model_->config().num_layers + 1) *
                                      timeline_points(of_rows));
@@ -220,26 +236,32 @@ class CudaBackend final : public Backend {
   }
 
  private:
+  // Whether the decode kernel for one row takes this model.
+  bool streams() const noexcept { return plan_.stages > 0; }
+
   void prepare() {
     const ModelConfig& config = model_->config();
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
+    host_logits_.resize(config.vocab_size);
     prepare_rows();
+    if (!streams()) return;
     const int fragments = fragments_needed(config, plan_);
     kernel_ = find_decode_kernel(config.dtype, fragments, static_cast<int>(config.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
     params_ = stream_params(config, plan_, properties_.multiProcessorCount,
                             fragments <= kFragmentsOfHalfProducts);
     read_more_late(params_);
-    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
     allocate_scratch();
     point_at_weights();
   }
 
   void prepare_rows() {
     const ModelConfig& config = model_->config();
-    if (mode_ != DecodeMode::throughput || !GemmDecoder::supports(config)) return;
+    const bool wanted = mode_ == DecodeMode::throughput || !streams();
+    if (!wanted || !GemmDecoder::supports(config, properties_)) return;
     gemm_decoder_.emplace(config, plan_.kv, weights_, properties_.multiProcessorCount,
                           max_positions_, kDecodeAhead);
-    if (StreamDecoder::supports(config, plan_.kv, properties_))
+    if (streams() && StreamDecoder::supports(config, plan_.kv, properties_))
       stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_,
                               kDecodeAhead);
   }
@@ -258,7 +280,6 @@ class CudaBackend final : public Backend {
     lamport_ = DeviceMemory(std::int64_t{kLamportSets} * params_.layout.bytes, "Lamport buffers");
     params_.lamport = lamport_.as<>();
     logits_ = DeviceMemory(kMaxSteps * config.vocab_size * 4, "logits");
-    host_logits_.resize(config.vocab_size);
     tokens_ = DeviceMemory(kMaxSteps * 4 * 2, "tokens");
     const std::int64_t pages = info_.max_positions / kKvPagePositions + 1;
     page_table_ = DeviceMemory(pages * sizeof(char*), "the page table");
@@ -366,7 +387,7 @@ class CudaBackend final : public Backend {
   // At most prefill_.max_tokens() of a prompt; a few go quicker one by one.
   void prefill_piece(Sequence& sequence, std::span<const TokenId> tokens,
                      const PrefillOutput& output) {
-    if (std::ssize(tokens) <= kStreamedPrompt) {
+    if (streams() && std::ssize(tokens) <= kStreamedPrompt) {
       stream_prompt(sequence, tokens, output);
       return;
     }

@@ -45,13 +45,15 @@ CUtensorMap box_map(DType dtype, const void* data, std::vector<std::uint64_t> si
 
 }  // namespace
 
-bool GemmDecoder::supports(const ModelConfig& config) {
+bool GemmDecoder::supports(const ModelConfig& config, const cudaDeviceProp& properties) {
   try {
     plan::cut_products(config);
   } catch (const Error&) {
     return false;
   }
+  const auto shared_bytes = static_cast<std::int64_t>(properties.sharedMemPerBlockOptin);
   return config.dtype != DType::float32 && config.hidden_size <= kMaxResidualSize &&
+         shared_bytes >= kProductSharedBytes &&
          RowsAttention::supports(config.dtype, config.head_dim);
 }
 

@@ -25,7 +25,7 @@ inline constexpr std::int32_t kMaxGemmRows = 256;
 class GemmDecoder final : public RowDecoder {
  public:
   // Whether there are kernels for this shape.
-  static bool supports(const ModelConfig& config);
+  static bool supports(const ModelConfig& config, const cudaDeviceProp& properties);
 
   // Errors: unsupported (see supports()), out_of_memory.
   GemmDecoder(const ModelConfig& config, const plan::KvPlan& kv, const DeviceModel& weights,

@@ -353,8 +353,10 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocksOfMultiprocessor)
   consumer.store(p);
 }
 
-// Shared memory of a block, where so many share a multiprocessor (of any Hopper or newer chip).
-constexpr std::int32_t shared_bytes(int blocks) { return blocks == 2 ? 112 * 1024 : 224 * 1024; }
+// Shared memory of a block, where so many share a multiprocessor.
+constexpr std::int32_t shared_bytes(int blocks) {
+  return static_cast<std::int32_t>(kProductSharedBytes) / blocks;
+}
 
 template <typename T, typename Shape>
 void launch(const ProductParams& params, cudaStream_t stream) {

@@ -7,6 +7,9 @@
 
 namespace clusterfusion::cuda {
 
+// Of a block, at most.
+inline constexpr std::int64_t kProductSharedBytes = 224 * 1024;
+
 // What one block of the kernel can compute, for so many rows in all.
 struct ProductBlock {
   std::int32_t rows;
