@@ -106,6 +106,7 @@ hub_cache = find_function(_library, "hub_cache")
 hub_find = find_function(_library, "hub_find")
 
 engine_open = find_function(_library, "engine_open")
+engine_from_tensors = find_function(_library, "engine_from_tensors")
 engine_config = find_function(_library, "engine_config")
 engine_info = find_function(_library, "engine_info")
 engine_generation_config = find_function(_library, "engine_generation_config")
