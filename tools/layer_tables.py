@@ -93,7 +93,7 @@ def call_overhead_table(*results: Result | None) -> str:
 
     lines = [["µs a call, median (smallest)", *columns.values()]]
     for reading in readings:
-        device = reading["machine"]["device"].removeprefix("NVIDIA ").partition(" ")[0]
+        device = reading["machine"]["device"].removeprefix("NVIDIA ").partition(" ")[0].rstrip(",")
         lines.append(
             [f"{device}, host {reading['host']}", *(cell(reading, name) for name in columns)]
         )
