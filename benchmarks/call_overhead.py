@@ -1,6 +1,8 @@
 """What a layer call costs from Python: time of the calling thread on a layer of almost no size.
 
-The time includes computing that layer; on a GPU the work is only enqueued. Prints one JSON object.
+The measure is torch.add with a new result, in the same run. On a GPU the work is only enqueued; on
+the CPU the time includes computing that layer, so there the call is timed without it as well.
+Prints one JSON object, and to stderr how many times a torch.add each call takes.
 
     python benchmarks/call_overhead.py --output benchmarks/results/call_overhead_h100.json
 """
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clusterfusion import _layer_calls, _torch_calls, ops
+from clusterfusion import _layer_calls, ops
 from clusterfusion.pythia import LayerSizes, layer_calls
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
@@ -30,6 +32,7 @@ SIZES = torch_layer.TINY
 # Fewer than the launches that wait in a GPU's queue: behind these the thread would be held up.
 CALLS = 200
 ROUNDS = 200
+ADD = "torch.add"
 WARM_UP_SECONDS = 1.0
 
 
@@ -84,18 +87,23 @@ def microseconds(
     }
 
 
+def without_computing(call: _layer_calls.LayerCall) -> _layer_calls.LayerCall:
+    """The same call, whose tensors are taken and checked, and not computed with."""
+    native, results = call.native, len(call.results)
+    return call._replace(native=lambda *arguments: native(*arguments[:-results]))
+
+
 def measure(device: torch.device) -> dict[str, dict[str, float]]:
-    """Time the calls with new results, with given ones, and by torch's dispatcher."""
+    """Time the calls with new results, with given ones, by torch's dispatcher, and their parts."""
     tensors = torch_layer.random_tensors(SIZES, torch.float16, device, 8)
-    layer = list(tensors.values())
+    layer = tuple(tensors.values())
     options = {"num_heads": SIZES.num_heads, "rotary_dim": SIZES.rotary_dim}
     parts = ops.attention_mlp_up(*layer[:15], 3, **options)
     out = ops.decoder_layer(*layer, 3, **options)
     operator = torch.ops.clusterfusion.decoder_layer
     settings = (3, None, *options.values(), 1e-5, "gelu", False, 0, 0)
-    # The parts of one call, and those of the other way, through apache-tvm-ffi.
     whole, plain = _layer_calls.DECODER_LAYER, (3, *settings[2:])
-    eager, given = _layer_calls.EAGER_DECODER_LAYER, tuple(layer)
+    checked = without_computing(whole)
     down = (layer[0], *parts[:2], *layer[15:])
     one = ops.mlp_down(*down)
     sizes = LayerSizes(SIZES.hidden, SIZES.intermediate, SIZES.num_heads, SIZES.rotary_dim)
@@ -112,16 +120,17 @@ def measure(device: torch.device) -> dict[str, dict[str, float]]:
         "a model's attention_only": caller(named.attention_only, *layer[:15], 3),
         "a model's mlp_only": caller(named.mlp_only, *down),
         "decoder_layer by torch's dispatcher": lambda: operator(*layer, *settings),
-        "decoder_layer, its C function": lambda: eager(*given, *plain, None),
-        "decoder_layer, its C function, out": lambda: eager(*given, *plain, out),
-        "decoder_layer, the other way": lambda: _torch_calls._run_native(whole, given, plain, None),
+        "decoder_layer, not computed": lambda: _layer_calls.make_call(checked, layer, plain, None),
+        "decoder_layer, out, not computed": lambda: _layer_calls.make_call(
+            checked, layer, plain, out
+        ),
         "decoder_layer, its three results": lambda: whole.allocate(
             layer[0].new_empty, layer, plain
         ),
         "decoder_layer, arguments taken and checked": lambda: whole.native(*layer, *plain),
         "decoder_layer, the library's call": lambda: whole.native(*layer, *plain, *out),
         "one empty tensor of torch": lambda: layer[0].new_empty(1, SIZES.hidden),
-        # How fast the host is: about the least that torch does.
+        ADD: lambda: torch.add(down[0], down[1]),
         "torch.add, out": lambda: torch.add(down[0], down[1], out=one),
         "nothing": lambda: None,
     }
@@ -138,10 +147,11 @@ def main() -> None:
     timing.add_output_argument(parser)
     args = parser.parse_args()
     with torch.inference_mode():
-        result = {
-            "machine": timing.machine(args.device),
-            "microseconds_per_call": measure(args.device),
-        }
+        times = measure(args.device)
+    result = {"machine": timing.machine(args.device), "microseconds_per_call": times}
+    for name, found in times.items():
+        share = found["median"] / times[ADD]["median"]
+        print(f"{found['median']:7.2f} µs  {share:5.2f} x torch.add  {name}", file=sys.stderr)
     timing.write_result(result, args.output)
 
 

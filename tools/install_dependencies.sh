@@ -22,7 +22,7 @@ packages=(g++ ccache cmake ninja-build libhwy-dev libsimdjson-dev nlohmann-json3
   libutf8proc-dev libcli11-dev libfmt-dev libdlpack-dev)
 programs=(cmake ninja)
 if [ "$purpose" != build ]; then
-  packages+=(python3 python3-dev python3-venv)
+  packages+=(python3 python3-venv)
   programs+=(python3)
 fi
 if [ "$purpose" = test ]; then

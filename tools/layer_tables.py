@@ -78,8 +78,10 @@ def call_overhead_table(*results: Result | None) -> str:
         "attention_mlp_up, out": "`out=`",
         "mlp_down": "`mlp_down`",
         "mlp_down, out": "`out=`",
-        "decoder_layer, the other way": "`decoder_layer` by apache-tvm-ffi",
-        "torch.add, out": "`torch.add(out=)`",
+        "decoder_layer, not computed": "`decoder_layer`, not computed",
+        "decoder_layer, out, not computed": "`out=`",
+        "torch.add": "`torch.add`",
+        "torch.add, out": "`out=`",
     }
     readings = [reading for result in results if result for reading in result["readings"]]
     if not readings:
@@ -91,7 +93,7 @@ def call_overhead_table(*results: Result | None) -> str:
 
     lines = [["µs a call, median (smallest)", *columns.values()]]
     for reading in readings:
-        device = reading["machine"]["device"].removeprefix("NVIDIA ").partition(" ")[0]
+        device = reading["machine"]["device"].removeprefix("NVIDIA ").partition(" ")[0].rstrip(",")
         lines.append(
             [f"{device}, host {reading['host']}", *(cell(reading, name) for name in columns)]
         )
@@ -130,40 +132,6 @@ def ablation_tables(result: Result | None) -> str:
         "a layer's output against float64.\n\n"
         + "\n".join(filter(None, [*tables, image if tables[0] else ""]))
     )
-
-
-def cluster_tables(result: Result | None) -> str:
-    """The cluster primitives beside other ways to do the same."""
-    if result is None:
-        return ""
-    tables = [cluster_table(result["results"], name) for name in ("reduce", "gather")]
-    return (
-        f"Nanoseconds a call on {result['device']}: one block of {result['threads']} threads on "
-        f"each SM, {result['calls']} calls in one launch, each on what the one before has left; "
-        f"medians of {result['repeats']}. `bytes` is what every block has afterwards. In bold: "
-        "what the primitive does at that size.\n\n" + "\n".join(tables)
-    )
-
-
-def cluster_table(rows: list[dict[str, Any]], operation: str) -> str:
-    """One primitive: a row for each cluster size and number of bytes, a column for each way."""
-    chosen = [row for row in rows if row["operation"] == operation]
-    ways = list(dict.fromkeys(row["way"] for row in chosen))
-    lines = [[f"`cluster_{operation}`: blocks, bytes", *ways, "times as fast as global memory"]]
-    for cluster, size in dict.fromkeys((row["cluster"], row["bytes"]) for row in chosen):
-        found = {r["way"]: r for r in chosen if (r["cluster"], r["bytes"]) == (cluster, size)}
-        (own,) = (row for row in found.values() if row["chosen"])
-        cells = [
-            f"**{found[way]['ns']:.0f}**"
-            if found.get(way) is own
-            else f"{found[way]['ns']:.0f}"
-            if way in found
-            else ""
-            for way in ways
-        ]
-        faster = found["global memory"]["ns"] / own["ns"]
-        lines.append([f"{cluster}, {size}", *cells, f"{faster:.1f}"])
-    return markdown_parts.table(lines)
 
 
 def sample_time_table(results: list[Result] | None) -> str:

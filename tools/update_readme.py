@@ -299,15 +299,9 @@ def layer_calls(text: str) -> str:
         layer_tables.ablation_tables(load("ablation_h100.json")),
     ]
     text = with_tables(text, "measured", tables, "## Measured\n")
-    chips = ("h100", "h200")
+    chips = ("h100", "h200", "cpu")
     costs = [layer_tables.call_overhead_table(*(load(f"call_overhead_{c}.json") for c in chips))]
     return with_tables(text, "cost", costs, "")
-
-
-def cluster_primitives(text: str) -> str:
-    """docs/cluster-primitives.md with its tables."""
-    tables = [layer_tables.cluster_tables(load("cluster_primitives_h100.json"))]
-    return with_tables(text, "measured", tables, "## Measured\n")
 
 
 def decode_kernel(text: str) -> str:
@@ -321,7 +315,6 @@ def documents() -> dict[Path, Callable[[str], str]]:
     return {
         README: readme,
         DOCS / "layer-calls.md": layer_calls,
-        DOCS / "cluster-primitives.md": cluster_primitives,
         DOCS / "decode-kernel.md": decode_kernel,
     }
 

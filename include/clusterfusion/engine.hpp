@@ -208,6 +208,11 @@ class Engine {
   // options. What a user should know though it runs is in warnings().
   static std::unique_ptr<Engine> open(const std::filesystem::path& path,
                                       const EngineOptions& options = {});
+  // The same of a model that is open already (EngineOptions::revision says nothing then). Without a
+  // tokenizer it takes and gives token ids only.
+  static std::unique_ptr<Engine> open(std::shared_ptr<const Model> model,
+                                      std::shared_ptr<const Tokenizer> tokenizer,
+                                      const EngineOptions& options = {});
   virtual ~Engine() = default;
 
   virtual const Model& model() const noexcept = 0;

@@ -94,6 +94,19 @@ struct ModelWeights {
   DLTensor lm_head;                             // [vocab, hidden]; the embedding if tied
 };
 
+// A model whose tensors somebody else has in memory, such as a framework of Python's.
+struct ModelInMemory {
+  struct Tensor {
+    std::string name;  // as transformers' GPTNeoXForCausalLM names it
+    DLTensor view;     // on the CPU, row-major without gaps
+  };
+  std::string name;               // stands for a folder in messages
+  std::string config;             // the text of a config.json
+  std::string generation_config;  // the text of a generation_config.json; empty if there is none
+  std::vector<Tensor> tensors;
+  std::shared_ptr<const void> owner;  // of the tensors' memory; kept as long as the model
+};
+
 // A checkpoint folder, opened. The weights are memory-mapped read-only and used in place: pages
 // come in as they are touched. Only tensors that begin at no multiple of their element's size are
 // copied, and warnings() tells. Immutable; may be shared between threads.
@@ -107,6 +120,10 @@ class Model {
   // Errors: not_found, permission_denied, io, malformed, unsupported; those of find_checkpoint().
   static std::shared_ptr<const Model> open(const std::filesystem::path& folder,
                                            const std::string& revision = "");
+
+  // The same of tensors in memory, which are used in place: who changes them changes the model, of
+  // which an engine may hold parts in another form. Errors: malformed, unsupported.
+  static std::shared_ptr<const Model> from_memory(ModelInMemory given);
 
   virtual ~Model() = default;
   Model(const Model&) = delete;

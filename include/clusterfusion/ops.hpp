@@ -106,7 +106,7 @@ void mlp_down(const MlpDownTensors& tensors, const DLTensor& output, void* strea
 
 enum class DecoderLayerVariant {
   fused,  // one kernel, where the shape is one that can be streamed
-  split,  // two then, without a grid-wide barrier; the same as fused for other shapes
+  split,  // two then, one for each half of the layer; the same as fused for other shapes
 };
 
 void decoder_layer(const LayerTensors& tensors, const DLTensor& mlp_down_weight,

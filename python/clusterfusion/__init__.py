@@ -37,6 +37,7 @@ from clusterfusion.results import (
     TokenLogprobs,
 )
 from clusterfusion.tokenizer import Tokenizer
+from clusterfusion.transformers_models import from_transformers, patch, unpatch
 
 __version__: str = _native.version()
 
@@ -56,8 +57,10 @@ __all__ = [
     "TokenLogprobs",
     "Tokenizer",
     "__version__",
+    "from_transformers",
     "hub",
     "ops",
+    "patch",
     "pythia_2b8_attention_only",
     "pythia_2b8_create_graph_context",
     "pythia_2b8_decoder_layer",
@@ -72,4 +75,5 @@ __all__ = [
     "pythia_6b9_destroy_graph_context",
     "pythia_6b9_graph_decode_step",
     "pythia_6b9_mlp_only",
+    "unpatch",
 ]

@@ -1,16 +1,14 @@
 """How a layer call gets from Python's tensors to the C++ library and back.
 
-The plain call on torch tensors is the short way: one C function (python/src/eager.cpp) makes the
-results and calls the library with all tensors, on torch's current stream. It leaves whatever is not
-as usual to the other way, make_call(): results from the caller's framework, then one call of the
-library through apache-tvm-ffi. Nothing is looked at in Python unless something went wrong. torch's
-dispatcher is gone through only where it is needed: under torch.compile, with fake tensors, and
-where a gradient is asked for (there is none).
+The results come from the caller's framework, each with memory of its own; then one call of the
+library, through apache-tvm-ffi, takes all tensors by DLPack and runs on torch's current stream.
+Nothing is looked at in Python unless something went wrong. torch's dispatcher is gone through only
+where it is needed: under torch.compile, with fake tensors, and where a gradient is asked for (there
+is none).
 """
 
 from __future__ import annotations
 
-import functools
 import operator
 import sys
 from collections.abc import Callable, Sequence
@@ -20,11 +18,6 @@ import numpy as np
 import tvm_ffi
 
 from clusterfusion import _native
-
-try:
-    from clusterfusion import _eager
-except ImportError:  # built without Python's headers, or this Python has no stable ABI
-    _eager = None  # type: ignore[assignment]
 
 Tensor: TypeAlias = Any  # torch.Tensor or numpy.ndarray
 Allocate: TypeAlias = Callable[..., Tensor]  # of a shape's sizes
@@ -146,66 +139,27 @@ GRAPH_CONTEXT = LayerCall(
 Run: TypeAlias = Callable[
     [LayerCall, tuple[Tensor, ...], tuple[Any, ...], Sequence[Tensor] | None], Any
 ]
-# How a call is made in the other way, by the type of its first tensor; _run_subclass() where that
-# is not here.
+# How a call is made, by the type of its first tensor; _run_subclass() where that is not here.
 FRAMEWORKS: dict[type, Run] = {}
 SUBCLASSES: dict[type, Run] = {}
-
-_CALLS = {call.name: call for call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER)}
-
-
-def make_call(name: str, *arguments: Any) -> Any:
-    """Makes the call of this name in the other way. Its arguments: tensors, settings, `out`."""
-    call = _CALLS[name]
-    count = len(call.tensors)
-    tensors, settings, out = arguments[:count], arguments[count:-1], arguments[-1]
-    return FRAMEWORKS.get(type(tensors[0]), _run_subclass)(call, tensors, settings, out)
-
 
 # apache-tvm-ffi imports torch wherever there is one. Before 2.4 torch.library has no custom_op.
 _torch: Any = sys.modules.get("torch")
 HAS_TORCH = hasattr(getattr(_torch, "library", None), "custom_op")
 
 
-def _never() -> bool:
-    return False
+def make_call(
+    call: LayerCall,
+    tensors: tuple[Tensor, ...],
+    settings: tuple[Any, ...],
+    out: Sequence[Tensor] | None,
+) -> Any:
+    """Makes a call in the way of its first tensor's framework.
 
-
-# Whether torch.compile traces, which cannot see into the extension.
-is_compiling: Callable[[], bool] = _torch.compiler.is_dynamo_compiling if HAS_TORCH else _never
-
-
-def _eager_function(call: LayerCall) -> Callable[..., Any] | None:
-    function: Callable[..., Any] | None = getattr(_eager, call.name, None) if HAS_TORCH else None
-    return function
-
-
-# What makes a call from its tensors, settings and `out`: where is_compiling(), and elsewhere.
-TRACED_ATTENTION_MLP_UP = functools.partial(make_call, ATTENTION_MLP_UP.name)
-TRACED_MLP_DOWN = functools.partial(make_call, MLP_DOWN.name)
-TRACED_DECODER_LAYER = functools.partial(make_call, DECODER_LAYER.name)
-EAGER_ATTENTION_MLP_UP = _eager_function(ATTENTION_MLP_UP) or TRACED_ATTENTION_MLP_UP
-EAGER_MLP_DOWN = _eager_function(MLP_DOWN) or TRACED_MLP_DOWN
-EAGER_DECODER_LAYER = _eager_function(DECODER_LAYER) or TRACED_DECODER_LAYER
-
-
-def set_up_eager(other_way: Callable[..., Any] = make_call) -> bool:
-    """Lets the extension know torch, and what to call with a name and arguments for the rest.
-
-    Returns whether it makes calls by itself, which it does with a torch on which it can look at
-    tensors: it tries that on some.
+    Raises:
+        TypeError: The first tensor is neither torch's nor NumPy's.
     """
-    if _eager is None:
-        return False
-    parameter = _torch.nn.Parameter
-    samples = (
-        _torch.empty(2, 3, 4, dtype=_torch.float16, device="cpu"),
-        _torch.empty(6, 8, dtype=_torch.bfloat16, device="cpu")[1:, ::2],
-        parameter(_torch.empty(5, dtype=_torch.float32, device="cpu"), requires_grad=False),
-        _torch.empty((), dtype=_torch.int32, device="cpu"),
-    )
-    made: bool = _eager.set_up(_native.ops_eager_calls(), other_way, _torch, parameter, samples)
-    return made
+    return FRAMEWORKS.get(type(tensors[0]), _run_subclass)(call, tensors, settings, out)
 
 
 def _run_subclass(
@@ -214,11 +168,7 @@ def _run_subclass(
     settings: tuple[Any, ...],
     out: Sequence[Tensor] | None,
 ) -> Any:
-    """Makes a call whose first tensor is of a subclass of a known type.
-
-    Raises:
-        TypeError: The first tensor is neither torch's nor NumPy's.
-    """
+    """Makes a call whose first tensor is of a subclass of a known type."""
     for base, run in SUBCLASSES.items():
         if isinstance(tensors[0], base):
             return run(call, tensors, settings, out)

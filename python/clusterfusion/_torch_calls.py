@@ -24,8 +24,6 @@ from clusterfusion._layer_calls import (
     check,
     check_out,
     explain,
-    is_compiling,
-    set_up_eager,
 )
 
 _SETTING_TYPES = {
@@ -45,7 +43,7 @@ def _run(
     settings: tuple[Any, ...],
     out: Sequence[torch.Tensor] | None,
 ) -> tuple[torch.Tensor, ...]:
-    if is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return _dispatch(call, tensors, settings, out)
     if torch.is_grad_enabled() and _wants_gradient(tensors):
         check(call, tensors, settings)  # whose errors say more than the dispatcher's
@@ -171,6 +169,5 @@ def _register(call: LayerCall) -> None:
 for _call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER):
     _register(_call)
 
-set_up_eager()
 FRAMEWORKS[torch.Tensor] = FRAMEWORKS[torch.nn.Parameter] = _run
 SUBCLASSES[torch.Tensor] = _dispatch

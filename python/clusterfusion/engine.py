@@ -269,24 +269,22 @@ class Engine:
         Warns (UserWarning) of what a user should know of the checkpoint though it runs.
         """
         self._open_handle = None
-        report = None if progress is None else _Reporter(callback("progress", progress))
-        arguments = (
-            text_option("device", device),
-            integer("threads", threads, INT32_MIN, INT32_MAX),
-            integer("context", context, 1) if context is not None else 0,
-            text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
-            text_option("mode", mode),
-        )
+        report = _reporter(progress)
+        arguments = _open_arguments(device, threads, context, kv_dtype, mode)
         folder = hub.resolve(path, revision)
+        self._open(lambda: _native.engine_open(folder, *arguments, report), report, stacklevel=3)
+
+    def _open(self, make: Callable[[], Any], report: _Reporter | None, stacklevel: int) -> None:
+        """Takes the handle that `make` returns, and warns of what the library says of it."""
         try:
             with in_callers_words():
-                self._open_handle = _native.engine_open(folder, *arguments, report)
+                self._open_handle = make()
         except Exception:
             if report is not None and report.raised is not None:
                 raise report.raised from None
             raise
         for message in _native.engine_warnings(self._handle):
-            warnings.warn(str(message), UserWarning, stacklevel=2)
+            warnings.warn(str(message), UserWarning, stacklevel=stacklevel)
 
     @property
     def _handle(self) -> Any:
@@ -623,6 +621,23 @@ class _Reporter:
         except BaseException as error:
             self.raised = error
             raise
+
+
+def _reporter(progress: Callable[[int, int], object] | None) -> _Reporter | None:
+    return None if progress is None else _Reporter(callback("progress", progress))
+
+
+def _open_arguments(
+    device: str, threads: int, context: int | None, kv_dtype: str | None, mode: str
+) -> tuple[Any, ...]:
+    """The options of an engine as the library takes them."""
+    return (
+        text_option("device", device),
+        integer("threads", threads, INT32_MIN, INT32_MAX),
+        integer("context", context, 1) if context is not None else 0,
+        text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
+        text_option("mode", mode),
+    )
 
 
 def _requests(

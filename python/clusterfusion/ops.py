@@ -25,15 +25,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clusterfusion._layer_calls import (
-    EAGER_ATTENTION_MLP_UP,
-    EAGER_DECODER_LAYER,
-    EAGER_MLP_DOWN,
+    ATTENTION_MLP_UP,
+    DECODER_LAYER,
     HAS_TORCH,
-    TRACED_ATTENTION_MLP_UP,
-    TRACED_DECODER_LAYER,
-    TRACED_MLP_DOWN,
+    MLP_DOWN,
     Tensor,
-    is_compiling,
+    make_call,
 )
 
 if HAS_TORCH:
@@ -104,30 +101,34 @@ def attention_mlp_up(
         attn_output [1, hidden] (with bias, without residual), mlp_intermediate [intermediate]
         (after the activation), k_new and v_new [1, num_heads, head_dim] (what the caches got).
     """
-    call = TRACED_ATTENTION_MLP_UP if is_compiling() else EAGER_ATTENTION_MLP_UP
-    return call(
-        input,
-        weight_qkv,
-        bias_qkv,
-        weight_o,
-        bias_o,
-        k_cache,
-        v_cache,
-        ln_weight,
-        ln_bias,
-        cos,
-        sin,
-        post_ln_weight,
-        post_ln_bias,
-        mlp_up_weight,
-        mlp_up_bias,
-        current_seq_len,
-        num_heads,
-        rotary_dim,
-        layer_norm_eps,
-        activation,
-        0,
-        0,
+    return make_call(
+        ATTENTION_MLP_UP,
+        (
+            input,
+            weight_qkv,
+            bias_qkv,
+            weight_o,
+            bias_o,
+            k_cache,
+            v_cache,
+            ln_weight,
+            ln_bias,
+            cos,
+            sin,
+            post_ln_weight,
+            post_ln_bias,
+            mlp_up_weight,
+            mlp_up_bias,
+        ),
+        (
+            current_seq_len,
+            num_heads,
+            rotary_dim,
+            layer_norm_eps,
+            activation,
+            0,
+            0,
+        ),
         out,
     )
 
@@ -154,15 +155,19 @@ def mlp_down(
     Returns:
         hidden_states + attn_output + the MLP's output, in the shape of `hidden_states`.
     """
-    call = TRACED_MLP_DOWN if is_compiling() else EAGER_MLP_DOWN
-    results = call(
-        hidden_states,
-        attn_output,
-        mlp_intermediate,
-        mlp_down_weight,
-        mlp_down_bias,
-        0,
-        0,
+    results = make_call(
+        MLP_DOWN,
+        (
+            hidden_states,
+            attn_output,
+            mlp_intermediate,
+            mlp_down_weight,
+            mlp_down_bias,
+        ),
+        (
+            0,
+            0,
+        ),
         None if out is None else (out,),
     )
     return results[0]
@@ -197,40 +202,45 @@ def decoder_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes a whole decoder layer for one new token.
 
-    Arguments are those of :func:`attention_mlp_up` and :func:`mlp_down`. `split` asks for two
-    kernels without a grid-wide barrier instead of one with it; on the CPU both are the same. `out`
-    holds the three results to write to, instead of new ones.
+    Arguments are those of :func:`attention_mlp_up` and :func:`mlp_down`. `split` asks for
+    one kernel for each half of the layer instead of one for both, where the shape is one that can
+    be streamed; elsewhere both are the same. `out` holds the three results to write to, instead of
+    new ones.
 
     Returns:
         output (the layer's, in the shape of `input`), k_new and v_new [1, num_heads, head_dim]
         (what the caches got).
     """
-    call = TRACED_DECODER_LAYER if is_compiling() else EAGER_DECODER_LAYER
-    return call(
-        input,
-        weight_qkv,
-        bias_qkv,
-        weight_o,
-        bias_o,
-        k_cache,
-        v_cache,
-        ln_weight,
-        ln_bias,
-        cos,
-        sin,
-        post_ln_weight,
-        post_ln_bias,
-        mlp_up_weight,
-        mlp_up_bias,
-        mlp_down_weight,
-        mlp_down_bias,
-        current_seq_len,
-        num_heads,
-        rotary_dim,
-        layer_norm_eps,
-        activation,
-        split,
-        0,
-        0,
+    return make_call(
+        DECODER_LAYER,
+        (
+            input,
+            weight_qkv,
+            bias_qkv,
+            weight_o,
+            bias_o,
+            k_cache,
+            v_cache,
+            ln_weight,
+            ln_bias,
+            cos,
+            sin,
+            post_ln_weight,
+            post_ln_bias,
+            mlp_up_weight,
+            mlp_up_bias,
+            mlp_down_weight,
+            mlp_down_bias,
+        ),
+        (
+            current_seq_len,
+            num_heads,
+            rotary_dim,
+            layer_norm_eps,
+            activation,
+            split,
+            0,
+            0,
+        ),
         out,
     )

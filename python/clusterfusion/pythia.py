@@ -15,16 +15,13 @@ import numpy as np
 
 from clusterfusion._arguments import integer
 from clusterfusion._layer_calls import (
-    EAGER_ATTENTION_MLP_UP,
-    EAGER_DECODER_LAYER,
-    EAGER_MLP_DOWN,
+    ATTENTION_MLP_UP,
+    DECODER_LAYER,
     GRAPH_CONTEXT,
-    TRACED_ATTENTION_MLP_UP,
-    TRACED_DECODER_LAYER,
-    TRACED_MLP_DOWN,
+    MLP_DOWN,
     Tensor,
     check,
-    is_compiling,
+    make_call,
 )
 
 
@@ -126,30 +123,34 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             [{intermediate}] (after GELU), k_new (after RoPE) and v_new
             [1, {num_heads}, {head_dim}].
         """
-        call = TRACED_ATTENTION_MLP_UP if is_compiling() else EAGER_ATTENTION_MLP_UP
-        return call(
-            input,
-            weight_qkv,
-            bias_qkv,
-            weight_o,
-            bias_o,
-            k_cache,
-            v_cache,
-            ln_weight,
-            ln_bias,
-            cos,
-            sin,
-            post_ln_weight,
-            post_ln_bias,
-            mlp_up_weight,
-            mlp_up_bias,
-            current_seq_len,
-            num_heads,
-            rotary_dim,
-            _EPS,
-            _ACTIVATION,
-            hidden,
-            intermediate,
+        return make_call(
+            ATTENTION_MLP_UP,
+            (
+                input,
+                weight_qkv,
+                bias_qkv,
+                weight_o,
+                bias_o,
+                k_cache,
+                v_cache,
+                ln_weight,
+                ln_bias,
+                cos,
+                sin,
+                post_ln_weight,
+                post_ln_bias,
+                mlp_up_weight,
+                mlp_up_bias,
+            ),
+            (
+                current_seq_len,
+                num_heads,
+                rotary_dim,
+                _EPS,
+                _ACTIVATION,
+                hidden,
+                intermediate,
+            ),
             None,
         )
 
@@ -172,15 +173,19 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         Returns:
             hidden_states + attn_output + the MLP's output, in the shape of hidden_states.
         """
-        call = TRACED_MLP_DOWN if is_compiling() else EAGER_MLP_DOWN
-        results = call(
-            hidden_states,
-            attn_output,
-            mlp_intermediate,
-            mlp_down_weight,
-            mlp_down_bias,
-            hidden,
-            intermediate,
+        results = make_call(
+            MLP_DOWN,
+            (
+                hidden_states,
+                attn_output,
+                mlp_intermediate,
+                mlp_down_weight,
+                mlp_down_bias,
+            ),
+            (
+                hidden,
+                intermediate,
+            ),
             None,
         )
         return results[0]
@@ -214,33 +219,37 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
                 output (the layer's, in the shape of input), k_new (after RoPE) and v_new
                 [1, {num_heads}, {head_dim}].
             """
-            call = TRACED_DECODER_LAYER if is_compiling() else EAGER_DECODER_LAYER
-            return call(
-                input,
-                weight_qkv,
-                bias_qkv,
-                weight_o,
-                bias_o,
-                k_cache,
-                v_cache,
-                ln_weight,
-                ln_bias,
-                cos,
-                sin,
-                post_ln_weight,
-                post_ln_bias,
-                mlp_up_weight,
-                mlp_up_bias,
-                mlp_down_weight,
-                mlp_down_bias,
-                current_seq_len,
-                num_heads,
-                rotary_dim,
-                _EPS,
-                _ACTIVATION,
-                split,
-                hidden,
-                intermediate,
+            return make_call(
+                DECODER_LAYER,
+                (
+                    input,
+                    weight_qkv,
+                    bias_qkv,
+                    weight_o,
+                    bias_o,
+                    k_cache,
+                    v_cache,
+                    ln_weight,
+                    ln_bias,
+                    cos,
+                    sin,
+                    post_ln_weight,
+                    post_ln_bias,
+                    mlp_up_weight,
+                    mlp_up_bias,
+                    mlp_down_weight,
+                    mlp_down_bias,
+                ),
+                (
+                    current_seq_len,
+                    num_heads,
+                    rotary_dim,
+                    _EPS,
+                    _ACTIVATION,
+                    split,
+                    hidden,
+                    intermediate,
+                ),
                 None,
             )
 
@@ -348,33 +357,37 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             _require_same("k_cache", k_cache, context.k_cache, ctx_id)
         if v_cache is not context.v_cache:
             _require_same("v_cache", v_cache, context.v_cache, ctx_id)
-        call = TRACED_DECODER_LAYER if is_compiling() else EAGER_DECODER_LAYER
-        return call(
-            input,
-            context.weight_qkv,
-            bias_qkv,
-            context.weight_o,
-            bias_o,
-            k_cache,
-            v_cache,
-            ln_weight,
-            ln_bias,
-            cos,
-            sin,
-            post_ln_weight,
-            post_ln_bias,
-            context.mlp_up_weight,
-            mlp_up_bias,
-            context.mlp_down_weight,
-            mlp_down_bias,
-            current_seq_len,
-            num_heads,
-            rotary_dim,
-            _EPS,
-            _ACTIVATION,
-            False,
-            hidden,
-            intermediate,
+        return make_call(
+            DECODER_LAYER,
+            (
+                input,
+                context.weight_qkv,
+                bias_qkv,
+                context.weight_o,
+                bias_o,
+                k_cache,
+                v_cache,
+                ln_weight,
+                ln_bias,
+                cos,
+                sin,
+                post_ln_weight,
+                post_ln_bias,
+                context.mlp_up_weight,
+                mlp_up_bias,
+                context.mlp_down_weight,
+                mlp_down_bias,
+            ),
+            (
+                current_seq_len,
+                num_heads,
+                rotary_dim,
+                _EPS,
+                _ACTIVATION,
+                False,
+                hidden,
+                intermediate,
+            ),
             None,
         )
 
@@ -426,7 +439,7 @@ def _name_and_document(prefix: str, sizes: LayerSizes, calls: LayerCalls) -> Non
         "rotary_dim": sizes.rotary_dim,
     }
     for name, function in calls._asdict().items():
-        how = ", in two launches without a grid-wide barrier" if name.endswith("split") else ""
+        how = ", one launch for each half of it" if name.endswith("split") else ""
         function.__name__ = function.__qualname__ = f"{prefix}_{name}"
         function.__doc__ = (inspect.getdoc(function) or "").format(**words, how=how)
 

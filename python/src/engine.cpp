@@ -2,6 +2,7 @@
 
 #include <tvm/ffi/extra/c_env_api.h>
 
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -31,9 +32,10 @@ DecodeMode to_mode(const std::string& name) {
   return *mode;
 }
 
-EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads,
-                      std::int64_t context, ffi::String kv_dtype, ffi::String mode,
-                      ffi::Optional<ffi::Function> progress) {
+// The options in the order in which Python passes them.
+EngineOptions to_options(const std::string& device, std::int64_t threads, std::int64_t context,
+                         const std::string& kv_dtype, const std::string& mode,
+                         const ffi::Optional<ffi::Function>& progress) {
   EngineOptions options;
   options.device = device;
   options.threads = static_cast<int>(threads);
@@ -48,7 +50,34 @@ EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads
   // Python's signal handlers (Ctrl-C) run while a call computes, in the main thread; what they
   // raise waits there until the call has ended.
   options.interrupted = [] { return TVMFFIEnvCheckSignals() != 0; };
+  return options;
+}
+
+EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads,
+                      std::int64_t context, ffi::String kv_dtype, ffi::String mode,
+                      ffi::Optional<ffi::Function> progress) {
+  const EngineOptions options = to_options(device, threads, context, kv_dtype, mode, progress);
   return EngineRef(ffi::make_object<EngineObj>(Engine::open(std::string(path), options)));
+}
+
+// Of a model in memory, whose texts are (name, config.json, generation_config.json or "").
+EngineRef engine_from_tensors(ffi::Array<ffi::String> texts, ffi::Array<ffi::String> names,
+                              ffi::Array<ffi::Tensor> tensors,
+                              ffi::Optional<TokenizerRef> tokenizer, ffi::String device,
+                              std::int64_t threads, std::int64_t context, ffi::String kv_dtype,
+                              ffi::String mode, ffi::Optional<ffi::Function> progress) {
+  ModelInMemory given;
+  given.name = texts[0];
+  given.config = texts[1];
+  given.generation_config = texts[2];
+  for (std::int64_t i = 0; i < static_cast<std::int64_t>(names.size()); ++i) {
+    given.tensors.push_back({names[i], *tensors[i].GetDLTensorPtr()});
+  }
+  given.owner = std::make_shared<const ffi::Array<ffi::Tensor>>(tensors);
+  const EngineOptions options = to_options(device, threads, context, kv_dtype, mode, progress);
+  return EngineRef(ffi::make_object<EngineObj>(
+      Engine::open(Model::from_memory(std::move(given)),
+                   tokenizer ? (*tokenizer)->tokenizer : nullptr, options)));
 }
 
 Fields engine_config(EngineRef engine) { return to_ffi(engine->engine->model().config()); }
@@ -203,6 +232,7 @@ double engine_measure_read_ceiling(EngineRef engine) {
 ffi::String version() { return CLUSTERFUSION_VERSION; }
 
 CLUSTERFUSION_EXPORT(engine_open)
+CLUSTERFUSION_EXPORT(engine_from_tensors)
 CLUSTERFUSION_EXPORT(engine_config)
 CLUSTERFUSION_EXPORT(engine_info)
 CLUSTERFUSION_EXPORT(engine_generation_config)

@@ -9,9 +9,7 @@
 #include <string>
 #include <string_view>
 
-#include "backend/layer_ops.hpp"
 #include "base/fail.hpp"
-#include "eager.hpp"
 #include "export.hpp"
 #include "layer_arguments.hpp"
 #include "model/config_reader.hpp"
@@ -186,55 +184,7 @@ ffi::Tensor ops_as_bfloat16(ffi::Tensor bits) {
                                          DLDataType{kDLBfloat, 16, 1}, bits.device());
 }
 
-// Runs `call` and returns whether it threw nothing.
-template <typename Call>
-bool succeeds(const Call& call) noexcept {
-  try {
-    call();
-    return true;
-  } catch (...) {
-    return false;
-  }
-}
-
-constexpr EagerCalls kEagerCalls{
-    .is_capturing =
-        [](DLDevice device, void* stream) noexcept {
-          if (device.device_type == kDLCPU) return false;
-          bool capturing = true;
-          succeeds([&] { capturing = cuda::is_capturing({device.device_id, stream}); });
-          return capturing;
-        },
-    .find_activation =
-        [](std::string_view name, Activation& activation) noexcept {
-          return succeeds([&] { activation = parse_activation(name, "activation:"); });
-        },
-    .attention_mlp_up =
-        [](const AttentionMlpUpArguments& given, const ops::AttentionMlpUpResults& results,
-           void* stream) noexcept {
-          return succeeds([&] {
-            attention_mlp_up(given.tensors, given.options, results, stream, given.expected);
-          });
-        },
-    .mlp_down =
-        [](const MlpDownArguments& given, const DLTensor& output, void* stream) noexcept {
-          return succeeds([&] { mlp_down(given.tensors, output, stream, given.expected); });
-        },
-    .decoder_layer =
-        [](const DecoderLayerArguments& given, const ops::DecoderLayerResults& results,
-           void* stream) noexcept {
-          return succeeds([&] {
-            decoder_layer(given.tensors, given.mlp_down_weight, given.mlp_down_bias, given.options,
-                          results, given.variant, stream, given.expected);
-          });
-        },
-};
-
-// The address of the table in eager.hpp.
-std::int64_t ops_eager_calls() { return reinterpret_cast<std::intptr_t>(&kEagerCalls); }
-
 CLUSTERFUSION_EXPORT(ops_as_bfloat16)
-CLUSTERFUSION_EXPORT(ops_eager_calls)
 
 }  // namespace
 

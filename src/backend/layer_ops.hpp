@@ -85,7 +85,7 @@ struct DecoderLayerTask {
   const void* mlp_down_weight = nullptr;  // [hidden, intermediate]
   const void* mlp_down_bias = nullptr;    // [hidden]
   void* output = nullptr;                 // [hidden]
-  bool split = false;                     // two launches instead of one with a grid-wide barrier
+  bool split = false;                     // a launch for each half instead of one for both
 };
 
 namespace cpu {
@@ -101,8 +101,6 @@ namespace cuda {
 void attention_mlp_up(const AttentionMlpUpTask& task, const LayerStream& stream);
 void mlp_down(const MlpDownTask& task, const LayerStream& stream);
 void decoder_layer(const DecoderLayerTask& task, const LayerStream& stream);
-// Whether the stream is being captured in a graph.
-bool is_capturing(const LayerStream& stream);
 }  // namespace cuda
 
 }  // namespace clusterfusion

@@ -20,6 +20,8 @@ void add_perplexity_command(CLI::App& app, Command& selected);
 void add_tokenize_command(CLI::App& app, Command& selected);
 void add_info_command(CLI::App& app, Command& selected);
 void add_bench_command(CLI::App& app, Command& selected);
+void add_completion_command(CLI::App& app, Command& selected);
+void add_man_page_command(CLI::App& app, Command& selected);
 
 // A subcommand whose options fill `settings` and that then calls `run`. The help ends with `notes`
 // (the keys of the JSON document, how it ends) and `example`.

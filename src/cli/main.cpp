@@ -29,6 +29,8 @@ void add_commands(CLI::App& app, Command& selected) {
   add_tokenize_command(app, selected);
   add_info_command(app, selected);
   add_bench_command(app, selected);
+  add_completion_command(app, selected);
+  add_man_page_command(app, selected);
   app.footer(
       "Each command's --help ends with an example.\n"
       "Exit codes: 0 done; 1 failed (a file, memory, the device, ...); 2 misused (an option, a\n"

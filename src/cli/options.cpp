@@ -4,6 +4,7 @@
 
 #include "base/fail.hpp"
 #include "cli/number.hpp"
+#include "cli/option_table.hpp"
 #include "cli/progress.hpp"
 #include "cli/terminal.hpp"
 #include "cli/token_text.hpp"
@@ -35,7 +36,7 @@ void add_model_options(CLI::App& app, ModelName& model, const std::string& what)
 void add_engine_options(CLI::App& app, EngineSettings& settings) {
   add_model_options(app, settings.model, "checkpoint folder in Hugging Face layout");
   app.add_option("--device", settings.options.device, "where to compute: auto, cpu or cuda")
-      ->transform(CLI::IsMember({"auto", "cpu", "cuda"}).description(""))
+      ->transform(one_of({"auto", "cpu", "cuda"}))
       ->type_name("NAME")
       ->capture_default_str();
   add_number(app, "--threads", settings.options.threads, "CPU threads; 0: one for each usable core",
@@ -43,11 +44,11 @@ void add_engine_options(CLI::App& app, EngineSettings& settings) {
       ->capture_default_str();
   app.add_option("--kv-dtype", settings.kv_dtype,
                  "type of the KV cache: float32, float16 or bfloat16")
-      ->transform(CLI::IsMember({"float32", "float16", "bfloat16"}).description(""))
+      ->transform(one_of({"float32", "float16", "bfloat16"}))
       ->type_name("NAME");
   app.add_option("--mode", settings.mode,
                  "what a GPU is to be quick at: latency (of one sequence) or throughput (of many)")
-      ->transform(CLI::IsMember({"latency", "throughput"}).description(""))
+      ->transform(one_of({"latency", "throughput"}))
       ->type_name("NAME")
       ->capture_default_str();
 }

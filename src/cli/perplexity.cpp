@@ -8,6 +8,7 @@
 #include "cli/commands.hpp"
 #include "cli/interrupt.hpp"
 #include "cli/number.hpp"
+#include "cli/option_table.hpp"
 #include "cli/options.hpp"
 #include "cli/progress.hpp"
 #include "cli/report_format.hpp"
@@ -106,7 +107,7 @@ void add_perplexity_command(CLI::App& app, Command& selected) {
           "--method",
           [settings](const std::string& name) { settings->window.method = kMethods.at(name); },
           "how tokens are scored and counted: each-token or transformers-docs")
-      ->transform(CLI::IsMember({"each-token", "transformers-docs"}).description(""))
+      ->transform(one_of({"each-token", "transformers-docs"}))
       ->type_name("NAME")
       ->default_str("each-token");
   add_report_options(command, settings->report);

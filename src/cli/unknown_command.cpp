@@ -33,8 +33,10 @@ std::optional<std::string> unknown_command(const CLI::App& app, int argc, char**
   if (argc < 2 || argv[1][0] == '-') return std::nullopt;
   const std::string_view word = argv[1];
   std::vector<std::string> names;
-  for (const CLI::App* command : app.get_subcommands({})) names.push_back(command->get_name());
-  if (std::ranges::count(names, word) > 0) return std::nullopt;
+  for (const CLI::App* command : app.get_subcommands({})) {
+    if (command->get_name() == word) return std::nullopt;
+    if (!command->get_group().empty()) names.push_back(command->get_name());
+  }
   const auto closest = std::ranges::min_element(
       names, {}, [&](const std::string& name) { return edit_distance(word, name); });
   std::string message =

@@ -24,6 +24,16 @@ BackendOptions check_options(const EngineOptions& options, const ModelConfig& co
           .load_progress = options.load_progress};
 }
 
+std::unique_ptr<Engine> open_on(DeviceChoice choice, std::shared_ptr<const Model> model,
+                                std::shared_ptr<const Tokenizer> tokenizer,
+                                const EngineOptions& options) {
+  const BackendOptions backend_options = check_options(options, model->config());
+  std::unique_ptr<Backend> backend = make_backend(options.device, choice, model, backend_options);
+  require_intact(*model);
+  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
+                     options.interrupted);
+}
+
 }  // namespace
 
 void apply_generation_config(const GenerationConfig& config, GenerateRequest& request) {
@@ -58,7 +68,7 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& name,
   DeviceChoice choice = choose_device(options.device);
   const std::filesystem::path path = find_checkpoint(name, options.revision);
   std::shared_ptr<const Model> model = Model::open(path);
-  const BackendOptions backend_options = check_options(options, model->config());
+  check_options(options, model->config());
   std::shared_ptr<const Tokenizer> tokenizer;
   const std::filesystem::path tokenizer_file = path / "tokenizer.json";
   std::error_code error;
@@ -67,10 +77,13 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& name,
       std::filesystem::file_type::not_found) {
     tokenizer = Tokenizer::open(path);
   }
-  std::unique_ptr<Backend> backend = make_backend(options.device, choice, model, backend_options);
-  require_intact(*model);
-  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
-                     options.interrupted);
+  return open_on(std::move(choice), std::move(model), std::move(tokenizer), options);
+}
+
+std::unique_ptr<Engine> Engine::open(std::shared_ptr<const Model> model,
+                                     std::shared_ptr<const Tokenizer> tokenizer,
+                                     const EngineOptions& options) {
+  return open_on(choose_device(options.device), std::move(model), std::move(tokenizer), options);
 }
 
 std::vector<GenerateResult> Engine::generate(std::vector<GenerateRequest> requests,

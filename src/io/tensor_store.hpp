@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "io/mapped_file.hpp"
@@ -22,7 +23,7 @@ struct StoredTensor {
   std::string dtype;  // as safetensors spells it
   std::vector<std::int64_t> shape;
   std::vector<std::int64_t> strides;  // in elements; empty if row-major without gaps
-  std::span<const std::byte> data;    // in the mapped file; tensors may share it
+  std::span<const std::byte> data;    // in the mapped file, say; tensors may share it
   std::string file;                   // its path, for messages
 };
 
@@ -43,11 +44,14 @@ class TensorStore {
   // Errors: not_found, permission_denied, io, malformed; unsupported, see the readers of files.
   explicit TensorStore(const std::filesystem::path& folder);
 
+  using Tensors = std::map<std::string, StoredTensor, std::less<>>;
+  // Of tensors that lie in memory of others; `name` stands for the folder.
+  TensorStore(std::filesystem::path name, Tensors tensors)
+      : folder_(std::move(name)), tensors_(std::move(tensors)) {}
+
   const std::filesystem::path& folder() const noexcept { return folder_; }
   // By name. Each tensor stands in exactly one file.
-  const std::map<std::string, StoredTensor, std::less<>>& tensors() const noexcept {
-    return tensors_;
-  }
+  const Tensors& tensors() const noexcept { return tensors_; }
   // Null if there is no such tensor.
   const StoredTensor* find(std::string_view name) const;
   // The first file of which parts could not be read any more, or null.
@@ -67,7 +71,7 @@ class TensorStore {
 
   std::filesystem::path folder_;
   std::vector<MappedFile> files_;
-  std::map<std::string, StoredTensor, std::less<>> tensors_;
+  Tensors tensors_;
 };
 
 }  // namespace clusterfusion

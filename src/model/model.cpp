@@ -8,6 +8,7 @@
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
 #include "clusterfusion/hub.hpp"
+#include "io/json.hpp"
 #include "io/mapped_file.hpp"
 #include "io/tensor_store.hpp"
 #include "model/config_reader.hpp"
@@ -27,10 +28,11 @@ std::string index_text(const DLTensor& tensor, std::int64_t index) {
   return fmt::format("{}, {}", index / tensor.shape[1], index % tensor.shape[1]);
 }
 
-class MappedModel : public Model {
+// Of tensors in files or in memory.
+class StoredModel : public Model {
  public:
-  MappedModel(const std::filesystem::path& folder, ModelConfig config) : store_(folder) {
-    folder_ = folder;
+  StoredModel(TensorStore store, ModelConfig config) : store_(std::move(store)) {
+    folder_ = store_.folder();
     config_ = std::move(config);
     BoundWeights bound = bind_weights(store_, config_, shapes_);
     weights_ = std::move(bound.weights);
@@ -50,12 +52,6 @@ class MappedModel : public Model {
     return std::nullopt;
   }
 
-  GenerationConfig generation_config() const override {
-    const std::filesystem::path path = folder_ / kGenerationConfig;
-    if (!is_there(path)) return {};
-    return parse_generation_config(read_file(path, kMaxConfigBytes), path.string());
-  }
-
   std::optional<std::string> find_lost_file() const override {
     const MappedFile* lost = store_.find_lost_file();
     return lost == nullptr ? std::nullopt : std::optional(lost->path().string());
@@ -68,6 +64,77 @@ class MappedModel : public Model {
   ShapeStorage shapes_;
   std::vector<NamedTensor> tensors_;
   TensorCopies copies_;
+};
+
+class MappedModel final : public StoredModel {
+ public:
+  MappedModel(const std::filesystem::path& folder, ModelConfig config)
+      : StoredModel(TensorStore(folder), std::move(config)) {}
+
+  GenerationConfig generation_config() const override {
+    const std::filesystem::path path = folder_ / kGenerationConfig;
+    if (!is_there(path)) return {};
+    return parse_generation_config(read_file(path, kMaxConfigBytes), path.string());
+  }
+};
+
+// Where a text of a model in memory would stand in a checkpoint, for messages.
+std::string place_in(const ModelInMemory& given, const char* file) {
+  return fmt::format("{} of {}", file, given.name);
+}
+
+ModelConfig read_config(const ModelInMemory& given) {
+  ModelConfig config = parse_config(given.config, place_in(given, "config.json"));
+  if (!given.generation_config.empty()) {
+    apply_generation_config(given.generation_config, place_in(given, kGenerationConfig), config);
+  }
+  return config;
+}
+
+// As safetensors spells it, or what no checkpoint has.
+std::string spelling_of(const DLTensor& tensor) {
+  const std::optional<DType> known = dtype_of(tensor);
+  if (!known) {
+    return fmt::format("{} of {} bits", tensor.dtype.code == kDLFloat ? "float" : "integer",
+                       static_cast<int>(tensor.dtype.bits));
+  }
+  return *known == DType::float16 ? "F16" : *known == DType::bfloat16 ? "BF16" : "F32";
+}
+
+TensorStore store_of(const ModelInMemory& given) {
+  TensorStore::Tensors tensors;
+  for (const auto& [name, view] : given.tensors) {
+    require(view.device.device_type == kDLCPU, ErrorKind::unsupported,
+            "{}: tensor {} is not in the memory of the CPU (DLPack device type {}); copy it there",
+            given.name, quote(name), static_cast<int>(view.device.device_type));
+    require(is_contiguous(view), ErrorKind::unsupported,
+            "{}: tensor {} is not contiguous; make it so (tensor.contiguous())", given.name,
+            quote(name));
+    const std::span data(data_of(view), static_cast<std::size_t>(num_bytes(view)));
+    const bool is_new =
+        tensors
+            .try_emplace(
+                name,
+                StoredTensor{
+                    spelling_of(view), {view.shape, view.shape + view.ndim}, {}, data, given.name})
+            .second;
+    require(is_new, ErrorKind::malformed, "{}: two tensors are named {}", given.name, quote(name));
+  }
+  return {given.name, std::move(tensors)};
+}
+
+class MemoryModel final : public StoredModel {
+ public:
+  explicit MemoryModel(ModelInMemory given)
+      : StoredModel(store_of(given), read_config(given)), given_(std::move(given)) {}
+
+  GenerationConfig generation_config() const override {
+    if (given_.generation_config.empty()) return {};
+    return parse_generation_config(given_.generation_config, place_in(given_, kGenerationConfig));
+  }
+
+ private:
+  const ModelInMemory given_;
 };
 
 void check_folder(const std::filesystem::path& folder) {
@@ -132,6 +199,10 @@ std::shared_ptr<const Model> Model::open(const std::filesystem::path& name,
   const std::filesystem::path folder = find_checkpoint(name, revision);
   check_folder(folder);
   return std::make_shared<MappedModel>(folder, read_config(folder));
+}
+
+std::shared_ptr<const Model> Model::from_memory(ModelInMemory given) {
+  return std::make_shared<MemoryModel>(std::move(given));
 }
 
 std::int64_t Model::num_parameters() const noexcept {

@@ -23,6 +23,7 @@ struct Shape {
   Activation activation = Activation::gelu_erf;
   DType dtype = DType::float16;
   int positions = 70;
+  bool attention_bias = true;
 };
 
 inline std::ostream& operator<<(std::ostream& out, const Shape& shape) { return out << shape.name; }
@@ -37,6 +38,7 @@ inline std::vector<Shape> gpu_shapes() {
       {"tiny", 128, 4, 512, 2, 301, 8},
       {"tiny_sequential", 128, 4, 512, 2, 301, 8, false},
       {"tiny_bf16", 128, 4, 512, 2, 301, 8, true, kErf, DType::bfloat16},
+      {"tiny_without_attention_bias", 128, 4, 512, 2, 301, 8, true, kErf, kHalf, 70, false},
       {"one_layer", 128, 4, 512, 1, 301, 8},
       {"head_16", 128, 8, 512, 3, 1000, 4},
       {"pythia_70m_like", 512, 8, 2048, 3, 5003, 16},
@@ -69,6 +71,7 @@ inline ModelConfig config_of(const Shape& shape) {
   ModelConfig config = small_config();
   config.hidden_size = shape.hidden;
   config.num_heads = shape.heads;
+  config.attention_bias = shape.attention_bias;
   config.head_dim = shape.hidden / shape.heads;
   config.intermediate_size = shape.intermediate;
   config.num_layers = shape.layers;

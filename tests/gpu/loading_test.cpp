@@ -54,7 +54,6 @@ std::vector<T> fetch(const void* from, std::int64_t count) {
 // What a tensor must be on the device, in the matrices' type or in float32.
 std::vector<float> values_of(const DLTensor& tensor, std::int64_t count) {
   std::vector<float> values(count);
-  if (!is_present(tensor)) return values;
   const DType dtype = *dtype_of(tensor);
   for (std::int64_t i = 0; i < count; ++i) {
     const std::byte* element = data_of(tensor) + i * size_of(dtype);
@@ -82,8 +81,10 @@ void expect_norm(const void* found, const DLTensor& expected, DType dtype, const
     ASSERT_EQ(bits[i], narrow(values[i], dtype)) << name << " [" << i << "]";
 }
 
-void expect_bias(const char* found, const DLTensor& expected, std::int64_t count,
-                 const char* name) {
+void expect_bias(const char* found, const DLTensor& expected, const char* name) {
+  ASSERT_EQ(found != nullptr, is_present(expected)) << name;
+  if (found == nullptr) return;
+  const std::int64_t count = num_elements(expected);
   EXPECT_EQ(fetch<float>(found, count), values_of(expected, count)) << name;
 }
 
@@ -104,10 +105,10 @@ void expect_same(const Model& model, const DeviceModel& device) {
     expect_norm(to.input_norm_bias, from.input_norm_bias, config.dtype, "input_norm.bias");
     expect_norm(to.post_norm_weight, from.post_norm_weight, config.dtype, "post_norm.weight");
     expect_norm(to.post_norm_bias, from.post_norm_bias, config.dtype, "post_norm.bias");
-    expect_bias(to.qkv_bias, from.qkv_bias, 3 * config.hidden_size, "qkv.bias");
-    expect_bias(to.attention_out_bias, from.attention_out_bias, config.hidden_size, "out.bias");
-    expect_bias(to.mlp_up_bias, from.mlp_up_bias, config.intermediate_size, "mlp_up.bias");
-    expect_bias(to.mlp_down_bias, from.mlp_down_bias, config.hidden_size, "mlp_down.bias");
+    expect_bias(to.qkv_bias, from.qkv_bias, "qkv.bias");
+    expect_bias(to.attention_out_bias, from.attention_out_bias, "out.bias");
+    expect_bias(to.mlp_up_bias, from.mlp_up_bias, "mlp_up.bias");
+    expect_bias(to.mlp_down_bias, from.mlp_down_bias, "mlp_down.bias");
   }
   expect_matrix(device.embedding(), weights.embedding, "embedding");
   expect_matrix(device.lm_head(), weights.lm_head, "lm_head");

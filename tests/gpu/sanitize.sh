@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
 # The GPU tests' small shapes and a few tokens of the demo model under compute-sanitizer:
 #   tests/gpu/sanitize.sh BUILD_DIR [LOG_DIR [TOOL ...]]
-# Tools: memcheck, synccheck, initcheck and racecheck unless others are named. SANITIZE_PROGRAMS names
-# the programs. racecheck looks at fewer of them, and needs a build of its own for all but the cluster
-# tests: RACECHECK_BUILD (docs/testing.md). Prints a line for each tool and program; exits with 1 if a
-# program failed, did not end in time, or an error was found.
+# Tools: memcheck, synccheck and initcheck unless others are named, and racecheck where RACECHECK_BUILD
+# names the build of its own that it needs (docs/testing.md). SANITIZE_PROGRAMS names the programs;
+# racecheck looks at fewer of them. Prints a line for each tool and program; exits with 1 if a program
+# failed, did not end in time, or an error was found, with 2 for wrong arguments.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 build=${1:?usage: tests/gpu/sanitize.sh BUILD_DIR [LOG_DIR [TOOL ...]]}
 logs=${2:-$(mktemp -d)}
 shift $(($# < 2 ? $# : 2))
 tools=("$@")
-((${#tools[@]})) || tools=(memcheck synccheck initcheck racecheck)
+((${#tools[@]})) || tools=(memcheck synccheck initcheck ${RACECHECK_BUILD:+racecheck})
+if [[ " ${tools[*]} " == *" racecheck "* && -z ${RACECHECK_BUILD:-} ]]; then
+  echo "sanitize.sh: racecheck needs a build of its own in RACECHECK_BUILD (docs/testing.md)" >&2
+  exit 2
+fi
 seconds=${SANITIZE_SECONDS:-150} # for each program
 mkdir -p "$logs"
 
@@ -21,7 +25,6 @@ filter_of() { # filter_of PROGRAM: which of gpu_test's tests that is, if it is s
   local held="*.EndOnTheSmsThatThereAre/*:*.TakeInBlocksThatStartLate/*"
   case $1 in
     gpu_test) echo "*/tiny*:*/one_layer:*/head_16:PoisonedMemory.*-*LayerShapes*:*LayerRuns*" ;;
-    cluster) echo "*/Cluster.Sums/4:*/Cluster.SoftmaxStates/2:*/Cluster.KeepsTheOrderOfRanks/8" ;;
     # Without the tests that hold SMs: the tools let one kernel run after the other.
     layer) echo "*LayerShapes*/tiny*:*LayerShapes*/head_16:*LayerShapes*/long_context:*LayerRuns*/tiny-$held" ;;
     layer_small) echo "*LayerShapes*/tiny*:*LayerShapes*/head_16" ;;
@@ -32,11 +35,11 @@ under() { # under TOOL PROGRAM
   local -a command options=()
   if [[ $1 == racecheck ]]; then
     # A step takes seconds. cuBLASLt's kernels are not ours to check.
-    bin=${RACECHECK_BUILD:-$build}/bin tokens=4 sampled=4
+    bin=$RACECHECK_BUILD/bin tokens=4 sampled=4
     options=(--kernel-name kernel_substring=clusterfusion)
   fi
   case $2 in
-    gpu_test | cluster | layer | layer_small)
+    gpu_test | layer | layer_small)
       export CLUSTERFUSION_LAYER_REPEATS=3
       command=("$bin/gpu_test" --gtest_brief=1 "--gtest_filter=$(filter_of "$2")") ;;
     greedy) command=("$bin/clusterfusion" generate models/demo --device cuda
@@ -51,10 +54,9 @@ programs_of() { # programs_of TOOL
   if [[ -n ${SANITIZE_PROGRAMS:-} ]]; then
     echo "$SANITIZE_PROGRAMS"
   elif [[ $1 == racecheck ]]; then
-    echo cluster
-    [[ -z ${RACECHECK_BUILD:-} ]] || echo layer_small greedy sampled
+    echo layer_small greedy sampled
   else
-    echo gpu_test cluster layer greedy sampled
+    echo gpu_test layer greedy sampled
   fi
 }
 

@@ -30,7 +30,8 @@ from tokenizers import Tokenizer
 
 TIMEOUT = 120
 PROMPT = "It was the best of times"
-COMMANDS = ["generate", "score", "perplexity", "tokenize", "info", "bench"]
+MODEL_COMMANDS = ["generate", "score", "perplexity", "tokenize", "info", "bench"]
+COMMANDS = [*MODEL_COMMANDS, "completion"]
 # Long enough that no test sees the end of a generation which it interrupts.
 LONG_CONTEXT = 60000
 
@@ -138,7 +139,7 @@ def test_help_ends_with_an_example_that_works(command, model, tmp_path):
     assert run(*words[1:], cwd=tmp_path).code == 0
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", MODEL_COMMANDS)
 def test_help_names_the_keys_of_the_json_document(command, model):
     arguments = {
         "info": [],
@@ -704,6 +705,8 @@ ALL_COMMANDS = [
     ["tokenize", "MODEL", "-p", PROMPT],
     ["info", "MODEL"],
     ["bench", "MODEL", "--contexts", "4", "--tokens", "2", "--repeats", "1"],
+    ["completion", "bash"],
+    ["man-page"],
 ]
 
 

@@ -108,3 +108,16 @@ def test_installed_headers_stand_alone(prefix, tmp_path):
         source.write_text(f"#include <clusterfusion/{header.name}>\n")
         flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", f"-I{prefix}/include"]
         run(compiler, *flags, "-fsyntax-only", source)
+
+
+@pytest.mark.parametrize(
+    ("file", "arguments"),
+    [
+        ("share/bash-completion/completions/clusterfusion", ["completion", "bash"]),
+        ("share/zsh/site-functions/_clusterfusion", ["completion", "zsh"]),
+        ("share/man/man1/clusterfusion.1", ["man-page"]),
+    ],
+)
+def test_installed_beside_the_program(prefix, file, arguments):
+    """Where the shells and man look, and what the program itself prints."""
+    assert (prefix / file).read_text() == run(prefix / "bin/clusterfusion", *arguments).stdout

@@ -85,23 +85,6 @@ def call_overhead() -> dict:
     return {"readings": [{"host": "A", "machine": MACHINE, "microseconds_per_call": times}]}
 
 
-def primitives() -> dict:
-    ways = {"directly": 300.0, "in slices": 250.0, "global memory": 1200.0}
-    rows = [
-        {"operation": "reduce", "way": way, "chosen": way == chosen, "cluster": 4, "bytes": size}
-        | {"clusters": 30, "ns": ns, "low": ns, "high": ns}
-        for size, chosen in ((256, "directly"), (10240, "in slices"))
-        for way, ns in ways.items()
-        if way != "directly" or size == 256
-    ] + [
-        {"operation": "gather", "way": way, "chosen": way == "push", "cluster": 16, "bytes": 256}
-        | {"clusters": 7, "ns": ns, "low": ns, "high": ns}
-        for way, ns in (("push", 400.0), ("global memory", 1000.0))
-    ]
-    about = {"benchmark": "cluster_primitives", "device": "NVIDIA H100", "threads": 256}
-    return about | {"calls": 1000, "repeats": 15, "results": rows}
-
-
 def sample_time() -> list[dict]:
     kernels = [
         {"logits": logits, "setting": setting, "us": us, "low": us - 1, "high": us + 1}
@@ -117,7 +100,6 @@ def sample_time() -> list[dict]:
 FILES = {
     "ablation_h100.json": ablation(),
     "layer_calls_h100.json": layer_calls(),
-    "cluster_primitives_h100.json": primitives(),
     "sample_time_h100.json": sample_time(),
 }
 
@@ -173,17 +155,6 @@ def test_ablation_without_graphs():
     text = layer_tables.ablation_tables(eager)
     assert "CUDA graphs" not in text and "svg" not in text
     assert len(cells(text)) == 2 + len(VARIANTS)
-
-
-def test_cluster_primitives():
-    rows = cells(layer_tables.cluster_tables(primitives()))
-    assert rows[0] == [
-        *("`cluster_reduce`: blocks, bytes", "directly", "in slices", "global memory"),
-        "times as fast as global memory",
-    ]
-    assert rows[2] == ["4, 256", "**300**", "250", "1200", "4.0"]
-    assert rows[3] == ["4, 10240", "", "**250**", "1200", "4.8"]
-    assert rows[6] == ["16, 256", "**400**", "1000", "2.5"]
 
 
 def test_sampling_kernel():

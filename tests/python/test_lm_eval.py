@@ -225,6 +225,7 @@ def test_equals_hf(model, hf):
         ({"dtype": "bfloat16"}, ValueError, "dtype: expected auto or float"),
         ({"batch_size": "many"}, ValueError, "batch_size"),
         ({"device": "mps"}, ValueError, "device"),
+        ({"mode": "quick"}, ValueError, "mode: expected 'latency' or 'throughput'"),
         ({"max_length": LONGEST + 1}, ValueError, "context must be in"),
         ({"pretrained": "/nowhere"}, FileNotFoundError, "nowhere"),
     ],
@@ -232,6 +233,14 @@ def test_equals_hf(model, hf):
 def test_refuses_wrong_arguments(folder, arguments, error, message):
     with pytest.raises(error, match=message):
         ClusterFusionLM(**{"pretrained": str(folder), "device": "cpu", **arguments})
+
+
+def test_mode(folder, model):
+    """Of a GPU; on the CPU both are the same."""
+    other = ClusterFusionLM(pretrained=str(folder), device="cpu", mode="throughput")
+    requests = instances("generate_until", [("it was the", {"max_gen_toks": 8})])
+    expected = model.generate_until(requests, disable_tqdm=True)
+    assert other.generate_until(requests, disable_tqdm=True) == expected
 
 
 def test_refuses_requests_without_room(model):

@@ -5,6 +5,8 @@ On the CPU, or on the device that CLUSTERFUSION_TEST_DEVICE names.
 
 from __future__ import annotations
 
+import gc
+import io
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
 
 import torch_layer  # noqa: E402
 from layer_reference import Sizes, random_arrays  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_layer import Tensors, relative_error  # noqa: E402
 
 DEVICE = torch.device(os.environ.get("CLUSTERFUSION_TEST_DEVICE", "cpu"))
@@ -194,6 +197,93 @@ def test_out():
     results = run_layer(tensors, out=out)
     assert all(result is o for result, o in zip(results, out, strict=True))
     assert equal(results, expected)
+
+
+class Other(TorchDispatchMode):
+    """A mode of torch that makes other tensors than those that were asked for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result.float() if function is torch.ops.aten.new_empty.default else result
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_results_are_ordinary_tensors(mode):
+    """Each has memory of its own, as any other new tensor has."""
+    with mode():
+        results = run_all(small_tensors(), SMALL, 3)
+        others = run_all(small_tensors(), SMALL, 3)
+        like = small_tensors()["input"].new_empty(1)
+    for result, other in zip(results, others, strict=True):
+        assert type(result) is torch.Tensor
+        assert result.untyped_storage().nbytes() == result.nbytes
+        assert result.storage_offset() == 0
+        assert result.is_contiguous()
+        assert result.is_inference() == like.is_inference()
+        assert not result._is_view() and result._base is None and not result.requires_grad
+        if mode is not torch.inference_mode:
+            assert result._version == 0
+        saved = io.BytesIO()
+        torch.save(result, saved)
+        assert saved.tell() < result.nbytes + 2000
+        saved.seek(0)
+        assert torch.equal(torch.load(saved).to(DEVICE), result)
+        with mode():
+            result.resize_(2 * result.numel()).fill_(7)
+            result.untyped_storage().resize_(0)
+            assert result.untyped_storage().nbytes() == 0
+        assert torch.isfinite(other).all() and not (other == 7).all()
+    assert equal(others, run_all(small_tensors(), SMALL, 3))
+
+
+def test_results_that_a_mode_changes():
+    with Other(), pytest.raises(TypeError, match=r"^output: expected dtype float16"):
+        run_layer(small_tensors())
+
+
+def test_results_that_are_fake():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    tensors = small_tensors()
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(TypeError, match=r"^output: "):
+        run_layer(tensors)
+
+
+def test_under_vmap():
+    """Its tensors are plain ones by their type, but have no memory of their own."""
+    tensors = small_tensors()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return run_layer(tensors | {"input": x})[0]
+
+    with pytest.raises(TypeError, match=r"^input: expected a dense tensor"):
+        torch.vmap(run)(torch.stack([tensors["input"], tensors["input"]]))
+
+
+def test_nothing_is_kept():
+    """Neither a call's arguments nor what it makes, whether it succeeds or not."""
+    tensors = small_tensors()
+    wrong = tensors | {"weight_o": tensors["weight_o"].float()}
+    out = run_layer(tensors)
+    values = [*tensors.values(), wrong["weight_o"], *out]
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            run_layer(tensors)
+            run_layer(tensors, out=out)
+            with pytest.raises(TypeError, match=r"^weight_o: "):
+                run_layer(wrong)
+
+    def allocated() -> int:
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    run(20)
+    before, blocks = [sys.getrefcount(value) for value in values], allocated()
+    run(500)
+    after = allocated()
+    assert [sys.getrefcount(value) for value in values] == before
+    assert abs(after - blocks) < 100
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])

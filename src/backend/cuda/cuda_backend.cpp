@@ -30,14 +30,9 @@ namespace clusterfusion {
 namespace cuda {
 namespace {
 
-constexpr std::int32_t kDecodeAhead = 16;
-// Prompts up to this length go token by token through the decode kernel: from two tokens on, one
-// pass of matrix-matrix work is quicker (Pythia-2.8B, H100: 2.9 ms for 2 to 16 tokens).
-constexpr std::int64_t kStreamedPrompt = 1;
+constexpr std::int32_t kDecodeAhead = 16;  // steps of one launch, at most
 // Up to so many rows the streaming kernel is quicker than the series of kernels.
 constexpr std::size_t kStreamedRows = 16;
-// Of one launch.
-constexpr std::int64_t kMaxSteps = std::max<std::int64_t>(kDecodeAhead, kStreamedPrompt);
 
 cudaDeviceProp device_properties() {
   int device = 0;
@@ -219,7 +214,7 @@ class CudaBackend final : public Backend {
       if (of_rows)
         decode_rows({std::span(&id, 1), std::span(&input, 1), {}, {}, std::span(&kFirst, 1), 1});
       else
-        run(sequence, std::span(&input, 1), 1, 0, false, 0.0f);
+        run(sequence, input, 1, 0, false, 0.0f);
     } catch (...) {
       record(nullptr);
       throw;
@@ -274,19 +269,20 @@ class CudaBackend final : public Backend {
   void allocate_scratch() {
     const ModelConfig& config = model_->config();
     const std::int64_t phases = num_phases(config.num_layers, config.parallel_residual);
-    counters_ = DeviceMemory((kMaxSteps * phases + 1) * 4, "counters");
+    counters_ = DeviceMemory((kDecodeAhead * phases + 1) * 4, "counters");
     params_.tickets = counters_.as<std::uint32_t>();
-    params_.arrivals = params_.tickets + kMaxSteps * phases;
+    params_.arrivals = params_.tickets + kDecodeAhead * phases;
     lamport_ = DeviceMemory(std::int64_t{kLamportSets} * params_.layout.bytes, "Lamport buffers");
     params_.lamport = lamport_.as<>();
-    logits_ = DeviceMemory(kMaxSteps * config.vocab_size * 4, "logits");
-    tokens_ = DeviceMemory(kMaxSteps * 4 * 2, "tokens");
+    logits_ = DeviceMemory(kDecodeAhead * config.vocab_size * 4, "logits");
+    tokens_ = DeviceMemory(kDecodeAhead * 4 * 2, "tokens");
     const std::int64_t pages = info_.max_positions / kKvPagePositions + 1;
     page_table_ = DeviceMemory(pages * sizeof(char*), "the page table");
     params_.kv_pages = page_table_.as<char*>();
     params_.given_tokens = tokens_.as<std::int32_t>();
-    params_.chosen = tokens_.as<std::int32_t>() + kMaxSteps;
-    host_chosen_.resize(kMaxSteps);
+    params_.given_count = 1;
+    params_.chosen = tokens_.as<std::int32_t>() + kDecodeAhead;
+    host_chosen_.resize(kDecodeAhead);
   }
 
   void point_at_weights() {
@@ -384,44 +380,34 @@ class CudaBackend final : public Backend {
     return piece;
   }
 
-  // At most prefill_.max_tokens() of a prompt; a few go quicker one by one.
+  // At most prefill_.max_tokens() of a prompt. One token goes through the decode kernel: from two
+  // on, matrix-matrix work is quicker (Pythia-2.8B, H100: 2.9 ms for 2 to 16 tokens).
   void prefill_piece(Sequence& sequence, std::span<const TokenId> tokens,
                      const PrefillOutput& output) {
-    if (streams() && std::ssize(tokens) <= kStreamedPrompt) {
-      stream_prompt(sequence, tokens, output);
-      return;
-    }
+    if (streams() && tokens.size() == 1) return stream_token(sequence, tokens[0], output);
     prefill_.run(tokens, sequence.length, sequence.pages, output, stream_);
     sequence.length += std::ssize(tokens);
     sequence.sampler.append(tokens);
   }
 
-  // Token by token through the decode kernel.
-  void stream_prompt(Sequence& sequence, std::span<const TokenId> tokens,
-                     const PrefillOutput& output) {
-    const std::int64_t count = std::ssize(tokens);
-    const std::int64_t vocab = model_->config().vocab_size;
-    const bool every = !output.all_logits.empty() || !output.targets.empty();
-    const std::int64_t first_scored = every ? 0 : output.last_logits.empty() ? count : count - 1;
-    run(sequence, tokens, count, first_scored, true, 0.0f);
-    for (std::int64_t step = first_scored; step < count; ++step) {
-      if (!output.all_logits.empty())
-        copy_logits(step - first_scored, output.all_logits.subspan(step * vocab, vocab));
-      if (output.targets.empty() || output.targets[step] < 0) continue;
-      copy_logits(step - first_scored, host_logits_);
-      output.target_logprobs[step] = log_probability(host_logits_, output.targets[step]);
-    }
-    if (!output.last_logits.empty()) copy_logits(count - 1 - first_scored, output.last_logits);
+  void stream_token(Sequence& sequence, TokenId token, const PrefillOutput& output) {
+    const bool scored =
+        !output.all_logits.empty() || !output.targets.empty() || !output.last_logits.empty();
+    run(sequence, token, 1, scored ? 0 : 1, true, 0.0f);
+    if (!output.all_logits.empty()) copy_logits(0, output.all_logits);
+    if (!output.last_logits.empty()) copy_logits(0, output.last_logits);
+    if (output.targets.empty() || output.targets[0] < 0) return;
+    copy_logits(0, host_logits_);
+    output.target_logprobs[0] = log_probability(host_logits_, output.targets[0]);
   }
 
-  // `steps` steps of one sequence in one launch: the first inputs are `given`, later ones what was
-  // chosen before. Errors: non_finite, with the sequence as it was.
-  void run(Sequence& sequence, std::span<const TokenId> given, std::int64_t steps,
-           std::int64_t first_scored, bool want_logits, float temperature) {
-    send(sequence, given);
+  // `steps` steps of one sequence in one launch: the first one's input is given, those of later
+  // ones are what was chosen before. Errors: non_finite, with the sequence as it was.
+  void run(Sequence& sequence, TokenId input, std::int64_t steps, std::int64_t first_scored,
+           bool want_logits, float temperature) {
+    send(sequence, input);
     params_.first_position = static_cast<std::int32_t>(sequence.length);
     params_.steps = static_cast<std::int32_t>(steps);
-    params_.given_count = static_cast<std::int32_t>(given.size());
     params_.first_scored_step = static_cast<std::int32_t>(first_scored);
     params_.logits = want_logits ? logits_.as<float>() : nullptr;
     params_.temperature = temperature;
@@ -429,10 +415,9 @@ class CudaBackend final : public Backend {
     params_.drawable_vocab_size = drawable_vocab_size(sequence.sampling);
     launch(params_);
     wait(sequence.length, steps, first_scored);
-    append(sequence, given);
+    append(sequence, std::span(&input, 1));
     // Inputs that the device chose for itself.
-    append(sequence,
-           std::span<const TokenId>(host_chosen_).subspan(given.size() - 1, steps - given.size()));
+    append(sequence, std::span<const TokenId>(host_chosen_).first(steps - 1));
   }
 
   std::int32_t drawable_vocab_size(const SamplingParams& sampling) const {
@@ -441,10 +426,9 @@ class CudaBackend final : public Backend {
     return static_cast<std::int32_t>(wanted > 0 ? std::min(wanted, all) : all);
   }
 
-  void send(const Sequence& sequence, std::span<const TokenId> given) {
-    check(cudaMemcpyAsync(tokens_.as<>(), given.data(), given.size_bytes(), cudaMemcpyHostToDevice,
-                          stream_),
-          "sending tokens");
+  void send(const Sequence& sequence, const TokenId& input) {
+    check(cudaMemcpyAsync(tokens_.as<>(), &input, sizeof(input), cudaMemcpyHostToDevice, stream_),
+          "sending a token");
     check(cudaMemcpyAsync(page_table_.as<>(), sequence.pages.data(),
                           sequence.pages.size() * sizeof(char*), cudaMemcpyHostToDevice, stream_),
           "sending the page table");
@@ -638,7 +622,7 @@ class CudaBackend final : public Backend {
   void decode_in_one_launch(Sequence& sequence, TokenId input, std::int32_t steps,
                             std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
                             std::span<float> logits) {
-    run(sequence, std::span(&input, 1), steps, 0, !logits.empty(), sequence.sampling.temperature);
+    run(sequence, input, steps, 0, !logits.empty(), sequence.sampling.temperature);
     for (std::int32_t step = 0; !sampled.empty() && step < steps; ++step)
       sampled[step * batch + b] = SampledToken{host_chosen_[step], 0.0f, {}};
     if (!logits.empty()) copy_logits(steps - 1, logits);
@@ -650,7 +634,7 @@ class CudaBackend final : public Backend {
                         std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
                         std::span<float> logits) {
     for (std::int32_t step = 0; step < steps; ++step) {
-      run(sequence, std::span(&input, 1), 1, 0, true, 0.0f);
+      run(sequence, input, 1, 0, true, 0.0f);
       copy_logits(0, host_logits_);
       if (sampled.empty()) continue;
       SampledToken token = sequence.sampler.sample(host_logits_);
@@ -669,10 +653,9 @@ class CudaBackend final : public Backend {
     std::vector<TokenId> tokens(before.begin(), before.end());
     tokens.push_back(input);
     sampler_.begin(sequence.sampling, tokens, sequence.length + 1, stream_);
-    send(sequence, std::span(&input, 1));
+    send(sequence, input);
     DecodeParams params = params_;
     params.steps = 1;
-    params.given_count = 1;
     params.first_scored_step = 0;
     params.logits = logits_.as<float>();
     params.temperature = 0.0f;

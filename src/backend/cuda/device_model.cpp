@@ -57,10 +57,11 @@ class Arena {
         num_elements(tensor), [&](std::int64_t i) { return rounded(element(tensor, i)); });
   }
 
-  // A bias in float32; zeros if absent.
-  const char* bias(const DLTensor& tensor, std::int64_t count) {
-    return place_converted<float>(
-        count, [&](std::int64_t i) { return is_present(tensor) ? element(tensor, i) : 0.0f; });
+  // A bias in float32, or null if there is none.
+  const char* bias(const DLTensor& tensor) {
+    if (!is_present(tensor)) return nullptr;
+    return place_converted<float>(num_elements(tensor),
+                                  [&](std::int64_t i) { return element(tensor, i); });
   }
 
  private:
@@ -102,8 +103,7 @@ class Arena {
   std::deque<std::vector<std::byte>> converted_;  // vectors, and embeddings of another type
 };
 
-StreamedLayer place_layer(Arena& arena, const LayerWeights& layer, const ModelConfig& config) {
-  const std::int64_t hidden = config.hidden_size;
+StreamedLayer place_layer(Arena& arena, const LayerWeights& layer) {
   StreamedLayer result;
   result.qkv = arena.matrix(layer.qkv_weight);
   result.mlp_up = arena.matrix(layer.mlp_up_weight);
@@ -113,10 +113,10 @@ StreamedLayer place_layer(Arena& arena, const LayerWeights& layer, const ModelCo
   result.input_norm_bias = arena.matrix(layer.input_norm_bias);
   result.post_norm_weight = arena.matrix(layer.post_norm_weight);
   result.post_norm_bias = arena.matrix(layer.post_norm_bias);
-  result.qkv_bias = arena.bias(layer.qkv_bias, 3 * hidden);
-  result.attention_out_bias = arena.bias(layer.attention_out_bias, hidden);
-  result.mlp_up_bias = arena.bias(layer.mlp_up_bias, config.intermediate_size);
-  result.mlp_down_bias = arena.bias(layer.mlp_down_bias, hidden);
+  result.qkv_bias = arena.bias(layer.qkv_bias);
+  result.attention_out_bias = arena.bias(layer.attention_out_bias);
+  result.mlp_up_bias = arena.bias(layer.mlp_up_bias);
+  result.mlp_down_bias = arena.bias(layer.mlp_down_bias);
   return result;
 }
 
@@ -186,7 +186,7 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
       arena.begin_placing(weights_.as<>());
     }
     for (std::int64_t i = 0; i < config.num_layers; ++i)
-      layers_[i] = place_layer(arena, weights.layers[i], config);
+      layers_[i] = place_layer(arena, weights.layers[i]);
     embedding_ = arena.matrix(weights.embedding);
     lm_head_ =
         weights.lm_head.data == weights.embedding.data ? embedding_ : arena.matrix(weights.lm_head);

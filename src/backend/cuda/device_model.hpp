@@ -26,7 +26,7 @@ struct DeviceModelOptions {
 class DeviceModel {
  public:
   // Copies everything; the matrices must be float16 or bfloat16. Norm parameters become the
-  // matrices' type, biases float32, absent biases zero.
+  // matrices' type, biases float32, absent biases null.
   // Errors: unsupported (dtype); out_of_memory before anything is copied.
   DeviceModel(const Model& model, const DeviceModelOptions& options);
 

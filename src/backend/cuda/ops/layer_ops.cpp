@@ -349,12 +349,4 @@ void decoder_layer(const DecoderLayerTask& task, const LayerStream& where) {
   down_alone(plan, scratch, down, stream);
 }
 
-bool is_capturing(const LayerStream& where) {
-  if (where.stream == nullptr) return false;  // the default stream cannot be
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(where.stream), &status),
-        "asking about capture");
-  return status != cudaStreamCaptureStatusNone;
-}
-
 }  // namespace clusterfusion::cuda

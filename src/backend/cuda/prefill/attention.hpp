@@ -12,7 +12,7 @@ namespace clusterfusion::cuda {
 inline constexpr int kAttentionThreads = 128;
 
 // The cache of one sequence and one layer, as plan::KvPlan lays it out.
-struct PagedCache {
+struct PromptCache {
   char* const* pages;         // on the device: the page of each 64 positions
   std::int64_t layer_offset;  // of this layer in a page, in bytes
   std::int32_t head_bytes;    // one page of one head
@@ -31,7 +31,7 @@ struct AttentionParams {
   // [rows, heads * head_dim], 16-bit: queries, rotated and scaled so that scores come out as
   // base-2 logarithms; replaced by the heads' outputs.
   void* query;
-  PagedCache cache;            // keys and values of all positions up to first_position + count
+  PromptCache cache;           // keys and values of all positions up to first_position + count
   const PromptExtent* extent;  // on the device
   std::int32_t rows;           // at least the extent's count
   std::int32_t num_heads, head_dim;

@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Where the key of a position lies in the cache; its value lies block_bytes / 2 behind.
-__device__ __forceinline__ char* cached_key(const PagedCache& cache, int position, int head,
+__device__ __forceinline__ char* cached_key(const PromptCache& cache, int position, int head,
                                             int head_dim) {
   const int slot = position % plan::kKvPagePositions;
   const int in_block = slot & ((1 << cache.log2_block) - 1);
