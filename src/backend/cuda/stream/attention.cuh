@@ -52,7 +52,7 @@ class Attention {
       c.ring.release(c.lane);
       c.look();
       if (!is_last) continue;
-      combine_warps(task, state);
+      combine_warps(task, state, label);
       label = -1;
     }
   }
@@ -365,7 +365,7 @@ class Attention {
 
   // Merges the eight warps' states of one task: each query's output if there is one split, else a
   // partial result for the combiners.
-  __device__ __forceinline__ void combine_warps(const Task& task, const Softmax& state) {
+  __device__ __forceinline__ void combine_warps(const Task& task, const Softmax& state, int label) {
     const int stride = c.p.head_dim + 2;
     const float sum = warp_sum<4>(state.sum);
     for (int r = 0; r < task.rows; ++r) {
@@ -381,16 +381,18 @@ class Attention {
         own[1] = sum;
       }
       c.barrier();
-      merge(task, task.first_row + r);
+      merge(task, task.first_row + r, label);
       c.barrier();
     }
   }
-  __device__ __forceinline__ void merge(const Task& task, int row) {
+  __device__ __forceinline__ void merge(const Task& task, int row, int label) {
     const int stride = c.p.head_dim + 2;
     const float* of_warp = states();
     float maximum = -INFINITY;
     for (int w = 0; w < plan::kConsumerWarps; ++w) maximum = fmaxf(maximum, of_warp[w * stride]);
-    float total = 0.0f;
+    // Of an ablated head infinity, so that value / total is zero. With several splits the combiners
+    // write zeros and look at no partial result.
+    float total = is_ablated(label) ? INFINITY : 0.0f;
     for (int w = 0; w < plan::kConsumerWarps; ++w)
       total += of_warp[w * stride + 1] * exp2f(of_warp[w * stride] - maximum);
     float* partial =

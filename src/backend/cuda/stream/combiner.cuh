@@ -30,7 +30,7 @@ class Combiner {
             if (splits == 1) continue;
             if (!waited) block_counter_wait(&control->cleared, epoch, kNap);
             waited = true;
-            combine(lamport_set(p, epoch), row, item * 32 + lane, splits);
+            combine(lamport_set(p, epoch), layer, row, item * 32 + lane, splits);
           }
         }
       }
@@ -46,9 +46,13 @@ class Combiner {
   }
 
   // Element `index` of the row's attention output, which may be behind the last.
-  __device__ __forceinline__ void combine(char* set, int row, int index, int splits) const {
+  __device__ __forceinline__ void combine(char* set, int layer, int row, int index,
+                                          int splits) const {
     if (index >= p.num_heads * p.head_dim) return;
     const int head = index / p.head_dim, dim = index % p.head_dim;
+    T* output = reinterpret_cast<T*>(set + p.layout.attention) +
+                static_cast<std::int64_t>(row) * p.hidden_size + operand_order(index);
+    if (p.ablated.has_head(layer * p.num_heads + head)) return lamport_store(output, T(0.0f));
     const int stride = p.head_dim + 2;
     const float* partials =
         reinterpret_cast<const float*>(set + p.layout.partials) +
@@ -82,9 +86,7 @@ class Combiner {
         value = fmaf(__uint_as_float(bits[2][i]), factor, value);
       }
     }
-    T* output = reinterpret_cast<T*>(set + p.layout.attention) +
-                static_cast<std::int64_t>(row) * p.hidden_size;
-    lamport_store(output + operand_order(index), static_cast<T>(value / total));
+    lamport_store(output, static_cast<T>(value / total));
   }
 
   const StreamParams& p;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "backend/cuda/device_model.hpp"
+#include "backend/cuda/interventions/device_interventions.hpp"
 #include "backend/cuda/memory.hpp"
 #include "backend/cuda/stream/stream_params.hpp"
 #include "plan/stream_plan.hpp"
@@ -46,6 +47,9 @@ class StreamDecoder {
   // device_inputs[b], on the device, where that is not null.
   void enqueue_step(std::span<const DecodeRow> rows, std::int32_t index,
                     std::span<const TokenId* const> device_inputs, cudaStream_t stream);
+
+  // Of all rows of the following launches.
+  void intervene(const LaunchInterventions& interventions) noexcept { interventions.tell(params_); }
 
   // float32 [vocab] on the device, of the last step; 16-byte aligned.
   const float* logits(std::size_t row) const noexcept {
