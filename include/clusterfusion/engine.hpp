@@ -12,6 +12,8 @@
 #include <vector>
 
 #include "clusterfusion/decode_mode.hpp"
+#include "clusterfusion/hidden_states.hpp"
+#include "clusterfusion/interventions.hpp"
 #include "clusterfusion/model.hpp"
 #include "clusterfusion/sampling.hpp"
 #include "clusterfusion/timeline.hpp"
@@ -259,6 +261,26 @@ class Engine {
   // the tokenizer puts before the text.
   PerplexityResult perplexity(std::string_view text, bool add_special_tokens,
                               const PerplexityOptions& options);
+
+  // Activations of `tokens`, in the order of the names and of the layers. They are not checked:
+  // where the model computes NaN there is NaN. Two names of one activation share its memory.
+  // Errors: invalid_argument (no tokens or too many, a name that is not known: the message lists
+  // those that are), out_of_range (a token or a layer), out_of_memory.
+  virtual std::vector<NamedActivation> hidden_states(std::span<const TokenId> tokens,
+                                                     const HiddenStatesOptions& options) = 0;
+
+  // From now on adds scale x vectors to the residual streams; instead of what was added before; no
+  // vectors: nothing any more. For each layer one vector at most. Errors: invalid_argument (sizes,
+  // a layer twice), out_of_range (a layer), non_finite (a value, also after scaling).
+  //
+  // This and ablate() hold for all that begins after they return: generations, scores, logits,
+  // hidden states. What has begun before (a Generation with its start()) ends as it began, so a
+  // result depends on its request and on the interventions at its beginning, and on nothing else.
+  // Without interventions the same code runs as if there were none.
+  virtual void steer(std::vector<SteeringVector> vectors, float scale = 1.0f) = 0;
+  // From now on leaves these parts out, and only these; {} brings all back. Errors:
+  // invalid_argument (a part twice), out_of_range (a layer, a head).
+  virtual void ablate(const Ablation& ablation) = 0;
 
   // Reads the weights once with all threads, without computing, and returns bytes per second: what
   // decoding could reach at best. Measured once (the best of several passes) and remembered.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from clusterfusion import _native, hub
+from clusterfusion import _interventions, _native, hub
 from clusterfusion._arguments import (
     INT32_MAX,
     INT32_MIN,
@@ -222,6 +222,10 @@ class Engine:
     arguments, IndexError for token ids outside the vocabulary, MemoryError if the KV cache does not
     fit, ArithmeticError if the model computes NaN or infinity.
     """
+
+    # What holds for requests that begin now.
+    _steering = _interventions.NO_STEERING
+    _ablation = _interventions.NO_ABLATION
 
     def __init__(
         self,
@@ -573,6 +577,125 @@ class Engine:
             return Perplexity(**_native.engine_perplexity_of_text(self._handle, text, *options))
         tokens = prompt_tokens("prompt", prompt)
         return Perplexity(**_native.engine_perplexity(self._handle, tokens, *options))
+
+    def hidden_states(
+        self,
+        prompt: Prompt,
+        layers: Sequence[int] | None = None,
+        at: str | Sequence[str] = "hidden_states[*]",
+    ) -> dict[str, Any]:
+        """Computes activations of a text by their names.
+
+        Names are those of TransformerLens, of transformers' result ``hidden_states`` and of
+        transformers' modules, whose output is meant; ``*`` stands for each of ``layers``:
+
+        ==================================  ===================================================
+        ``blocks.*.hook_resid_pre``         The residual stream before a layer, steering included.
+        ``hidden_states[*]``                The same; entry ``num_layers``, the last, is what comes
+                                            out of the final LayerNorm, as in transformers.
+        ``blocks.*.hook_attn_out``,         Attention's output, projected, with bias.
+        ``gpt_neox.layers.*.attention``
+        ``blocks.*.hook_mlp_out``,          The MLP's output.
+        ``gpt_neox.layers.*.mlp``
+        ``blocks.*.hook_resid_post``,       The residual stream behind a layer.
+        ``gpt_neox.layers.*``
+        ``ln_final.hook_normalized``,       What the LM head reads.
+        ``gpt_neox.final_layer_norm``
+        ==================================  ===================================================
+
+        ``hook_resid_pre`` alone stands for ``blocks.*.hook_resid_pre``, and so on. The numbers are
+        those of TransformerLens' ``from_pretrained_no_processing``.
+
+        Args:
+            prompt: n token ids, or a text that becomes them; n at most the context.
+            layers: Numbers that ``*`` stands for; None for all.
+            at: A name, or several.
+
+        Returns:
+            By name, with the layer's number: float32 [n, hidden_size]. NumPy arrays on the CPU; on
+            a GPU arrays in its memory that speak DLPack (``torch.from_dlpack(array)``) and own that
+            memory. Names of the same activation share it. The values are not checked: where the
+            model computes NaN there is NaN.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: A name is not known (the message lists those that are), or there are no
+                tokens, or too many.
+            IndexError: A layer or a token id is out of range.
+            MemoryError: Memory does not suffice.
+        """
+        numbers = None if layers is None else _interventions.integers("layers", layers)
+        found = _native.engine_hidden_states(
+            self._handle, self._token_ids(prompt), _interventions.names("at", at), numbers
+        )
+        on_host = self.device == "cpu"
+        return {str(name): np.from_dlpack(value) if on_host else value for name, value in found}
+
+    def steer(self, vectors: Mapping[int, Any] | None, scale: float = 1.0) -> _interventions.Undo:
+        """From now on adds vectors to the residual stream before layers.
+
+        In prefill and in every decode step (activation addition). What was added before is added no
+        more; None turns steering off. All requests that begin from now on are steered: texts,
+        scores, logits, hidden states. What has begun before ends as it began.
+
+            >>> engine.steer({3: vector}, scale=4.0)
+            >>> engine.steer(None)
+            >>> with engine.steer({3: vector}):
+            ...     steered = engine.generate("I think that")
+
+        Args:
+            vectors: By layer: an array [hidden_size], added at every position; or
+                [positions, hidden_size], whose row i is added at position i, and nothing behind the
+                last. NumPy, torch (any device), anything that speaks DLPack on the CPU.
+            scale: What the vectors are multiplied by, in float32.
+
+        Returns:
+            An object for a ``with`` block, which puts back what held before; else to be dropped.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: An array has the wrong shape.
+            IndexError: There is no such layer.
+            ArithmeticError: An array holds NaN or infinity, also after scaling.
+        """
+        before = self._steering
+        self._set_steering(_interventions.steering(vectors, scale, self.config.hidden_size))
+        return _interventions.Undo(lambda: self._set_steering(before))
+
+    def ablate(
+        self, heads: Mapping[int, Sequence[int]] | None = None, mlps: Sequence[int] = ()
+    ) -> _interventions.Undo:
+        """From now on leaves attention heads and MLPs out (zero ablation), and only these.
+
+        Without arguments all are back. It holds for what begins from now on, as in :meth:`steer`.
+
+        Args:
+            heads: By layer: numbers of heads, whose outputs become zero before attention's output
+                projection (TransformerLens' ``hook_z``).
+            mlps: Layers whose MLP adds nothing to the residual stream, its bias included
+                (``hook_mlp_out``).
+
+        Returns:
+            An object for a ``with`` block, which puts back what held before; else to be dropped.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: A head or an MLP is named twice.
+            IndexError: There is no such layer or head.
+            NotImplementedError: The model has more heads than the GPU's kernels have bits for; at
+                the next request.
+        """
+        before = self._ablation
+        self._set_ablation(_interventions.ablation(heads, mlps))
+        return _interventions.Undo(lambda: self._set_ablation(before))
+
+    def _set_steering(self, steering: _interventions.Steering) -> None:
+        _native.engine_steer(self._handle, *steering)
+        self._steering = steering
+
+    def _set_ablation(self, ablation: _interventions.Ablation) -> None:
+        _native.engine_ablate(self._handle, *ablation)
+        self._ablation = ablation
 
     def measure_read_ceiling(self) -> float:
         """Returns the bytes per second at which the device reads the weights and does no more.

@@ -4,12 +4,12 @@
 // paged KV are part of the contract; so is sampling, because a device that had to send logits to
 // the host for each token would wait for the host.
 //
-// Numbers: the result for a sequence depends on its own tokens and the backend's mode only, alone
-// or in a batch with others, and the same calls give the same bits from run to run. On the CPU the
-// calls do not matter either: prefilling n tokens in any number of pieces, or decoding them one by
-// one, with any number of threads, gives the same bits. On a GPU a prefill is summed in another
-// order than decode steps, and in another for other numbers of tokens, so these agree up to
-// rounding.
+// Numbers: the result for a sequence depends on its own tokens, its interventions and the backend's
+// mode only, alone or in a batch with others, and the same calls give the same bits from run to
+// run. On the CPU the calls do not matter either: prefilling n tokens in any number of pieces, or
+// decoding them one by one, with any number of threads, gives the same bits. On a GPU a prefill is
+// summed in another order than decode steps, and in another for other numbers of tokens, so these
+// agree up to rounding.
 //
 // Threads: calls on one Backend must not overlap; the engine sees to it.
 #pragma once
@@ -22,6 +22,9 @@
 #include <string>
 #include <vector>
 
+#include "backend/activation_output.hpp"
+#include "backend/interventions.hpp"
+#include "base/host_tensor.hpp"
 #include "base/stop_request.hpp"
 #include "clusterfusion/decode_mode.hpp"
 #include "clusterfusion/error.hpp"
@@ -70,6 +73,8 @@ struct PrefillOutput {
   std::span<float> target_logprobs;
   // The token sampled at the last position, with the sequence's SamplingParams.
   SampledToken* sampled = nullptr;
+  // Activations of the tokens of this piece.
+  std::vector<ActivationOutput> activations = {};
 };
 
 class Backend {
@@ -80,6 +85,19 @@ class Backend {
 
   // A new, empty sequence. The sampler sees every token of the sequence (repetition penalty).
   virtual SequenceId create_sequence(const SamplingParams& sampling) = 0;
+  // What changes the way of an empty sequence through the layers, for all its tokens; null:
+  // nothing. Errors: unsupported.
+  virtual void intervene(SequenceId sequence, std::shared_ptr<const Interventions> interventions) {
+    static_cast<void>(sequence);
+    if (interventions == nullptr) return;
+    throw Error(ErrorKind::unsupported,
+                "device \"" + info().name + "\" knows neither steering nor ablation");
+  }
+  // Memory for an activation: float32 [tokens, hidden], on this device. It may outlive the backend.
+  // Errors: out_of_memory.
+  virtual std::shared_ptr<DLTensor> allocate_activation(std::int64_t tokens, std::int64_t hidden) {
+    return make_host_tensor(tokens, hidden);
+  }
   // Gives its pages back to the pool.
   virtual void release_sequence(SequenceId sequence) = 0;
   // Positions that hold keys and values.

@@ -23,6 +23,7 @@ BatchGeneration::BatchGeneration(std::shared_ptr<SharedBackend> backend,
                                  std::shared_ptr<const Tokenizer> tokenizer,
                                  std::vector<PreparedRequest> requests, Clock::time_point started)
     : backend_(std::move(backend)), started_(started), results_(requests.size()) {
+  const std::shared_ptr<const Interventions> interventions = backend_->interventions().now();
   sequences_.reserve(requests.size());
   for (std::size_t index = 0; index < requests.size(); ++index) {
     PreparedRequest& request = requests[index];
@@ -34,7 +35,8 @@ BatchGeneration::BatchGeneration(std::shared_ptr<SharedBackend> backend,
       continue;
     }
     auto handle = std::make_unique<SequenceHandle>(
-        *backend_, request.sampling, std::ssize(request.prompt) + request.max_new_tokens);
+        *backend_, request.sampling, std::ssize(request.prompt) + request.max_new_tokens,
+        interventions);
     TextStream text(tokenizer, request.skip_special_tokens, std::move(request.stop_strings));
     sequences_.push_back({index, std::move(request), std::move(text), std::move(handle)});
   }

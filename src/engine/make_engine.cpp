@@ -2,6 +2,7 @@
 
 #include "base/fail.hpp"
 #include "engine/generation.hpp"
+#include "engine/hidden_states.hpp"
 #include "engine/prepare_request.hpp"
 #include "engine/scoring.hpp"
 #include "engine/shared_backend.hpp"
@@ -96,6 +97,16 @@ class BackendEngine final : public Engine {
   PerplexityResult perplexity(std::span<const TokenId> tokens, std::int64_t bytes,
                               const PerplexityOptions& options) override {
     return compute_perplexity(*backend_, tokens, bytes, options);
+  }
+  std::vector<NamedActivation> hidden_states(std::span<const TokenId> tokens,
+                                             const HiddenStatesOptions& options) override {
+    return compute_hidden_states(*backend_, tokens, options);
+  }
+  void steer(std::vector<SteeringVector> vectors, float scale) override {
+    backend_->interventions().steer(model_->config(), std::move(vectors), scale);
+  }
+  void ablate(const Ablation& ablation) override {
+    backend_->interventions().ablate(model_->config(), ablation);
   }
   double measure_read_ceiling() override { return backend_->measure_read_ceiling(); }
   DecodeTiming time_decode(std::span<const TokenId> prompt, std::int64_t num_tokens) override {

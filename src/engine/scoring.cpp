@@ -127,11 +127,15 @@ void check_numbered(const char* list, std::size_t index, Check check) {
   }
 }
 
+using InterventionsPointer = std::shared_ptr<const Interventions>;
+
 LoglikelihoodResult loglikelihood_of(SharedBackend& backend, const LoglikelihoodRequest& request,
-                                     std::int32_t num_top) {
+                                     std::int32_t num_top,
+                                     const InterventionsPointer& interventions) {
   const std::span<const TokenId> context = request.context;
   const std::span<const TokenId> continuation = request.continuation;
-  const SequenceHandle sequence(backend, {}, std::ssize(context) + std::ssize(continuation) - 1);
+  const SequenceHandle sequence(backend, {}, std::ssize(context) + std::ssize(continuation) - 1,
+                                interventions);
   prefill_in_pieces(backend, sequence, context.first(context.size() - 1),
                     [](std::size_t, std::size_t) { return PrefillOutput{}; });
 
@@ -149,6 +153,16 @@ LoglikelihoodResult loglikelihood_of(SharedBackend& backend, const Loglikelihood
   }
   for (const ScoredToken& token : result.tokens) result.total += token.logprob;
   result.is_greedy = std::ranges::all_of(result.tokens, &ScoredToken::is_likeliest);
+  return result;
+}
+
+ScoreResult score_of(SharedBackend& backend, std::span<const TokenId> tokens,
+                     const InterventionsPointer& interventions) {
+  const SequenceHandle sequence(backend, {}, std::ssize(tokens) - 1, interventions);
+  ScoreResult result;
+  result.tokens.assign(tokens.begin(), tokens.end());
+  result.logprobs = next_token_logprobs(backend, sequence, tokens, 0);
+  result.total = sum_of(result.logprobs);
   return result;
 }
 
@@ -174,12 +188,7 @@ void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
 
 ScoreResult compute_score(SharedBackend& backend, std::span<const TokenId> tokens) {
   check_score(tokens, backend);
-  const SequenceHandle sequence(backend, {}, std::ssize(tokens) - 1);
-  ScoreResult result;
-  result.tokens.assign(tokens.begin(), tokens.end());
-  result.logprobs = next_token_logprobs(backend, sequence, tokens, 0);
-  result.total = sum_of(result.logprobs);
-  return result;
+  return score_of(backend, tokens, backend.interventions().now());
 }
 
 std::vector<ScoreResult> compute_scores(SharedBackend& backend,
@@ -188,7 +197,9 @@ std::vector<ScoreResult> compute_scores(SharedBackend& backend,
     check_numbered("texts", i, [&] { check_score(texts[i], backend); });
   }
   std::vector<ScoreResult> results;
-  for (const std::vector<TokenId>& text : texts) results.push_back(compute_score(backend, text));
+  const InterventionsPointer interventions = backend.interventions().now();
+  for (const std::vector<TokenId>& text : texts)
+    results.push_back(score_of(backend, text, interventions));
   return results;
 }
 
@@ -201,8 +212,9 @@ std::vector<LoglikelihoodResult> compute_loglikelihoods(
     check_numbered("requests", i, [&] { check_pair(requests[i], backend); });
   }
   std::vector<LoglikelihoodResult> results;
+  const InterventionsPointer interventions = backend.interventions().now();
   for (const LoglikelihoodRequest& request : requests) {
-    results.push_back(loglikelihood_of(backend, request, options.num_top));
+    results.push_back(loglikelihood_of(backend, request, options.num_top, interventions));
     if (options.progress && !options.progress(std::ssize(results), std::ssize(requests))) break;
   }
   return results;

@@ -60,10 +60,12 @@ void SharedBackend::explain_non_finite(const Error& error) const {
 }
 
 SequenceHandle::SequenceHandle(SharedBackend& backend, const SamplingParams& sampling,
-                               std::int64_t positions)
+                               std::int64_t positions,
+                               std::shared_ptr<const Interventions> interventions)
     : backend_(backend), id_(backend.run([&](Backend& device) {
         const SequenceId id = device.create_sequence(sampling);
         try {
+          device.intervene(id, std::move(interventions));
           device.reserve(id, positions);
         } catch (...) {
           device.release_sequence(id);

@@ -10,6 +10,7 @@
 
 #include "backend/backend.hpp"
 #include "clusterfusion/error.hpp"
+#include "engine/intervention_state.hpp"
 #include "engine/turn_mutex.hpp"
 #include "model/intact.hpp"
 
@@ -51,6 +52,9 @@ class SharedBackend {
     }
   }
 
+  // What sequences that begin now are steered by.
+  InterventionState& interventions() noexcept { return interventions_; }
+
   // Measured at the first call and remembered.
   double measure_read_ceiling();
   // 0 before measure_read_ceiling().
@@ -76,6 +80,7 @@ class SharedBackend {
   std::shared_ptr<const Model> model_;
   std::unique_ptr<Backend> backend_;
   TurnMutex turn_;
+  InterventionState interventions_;
   StopRequest interrupted_;
   std::chrono::steady_clock::time_point next_question_;  // of interrupted_
   std::once_flag measured_;
@@ -85,9 +90,13 @@ class SharedBackend {
 // A sequence of a backend, released with the handle.
 class SequenceHandle {
  public:
-  // A new sequence that may grow to `positions` without further allocation.
-  // Errors: those of Backend::create_sequence() and reserve().
-  SequenceHandle(SharedBackend& backend, const SamplingParams& sampling, std::int64_t positions);
+  // A new sequence that may grow to `positions` without further allocation. Calls with several
+  // sequences pass the interventions that held when they began; without, it is those of now.
+  // Errors: those of Backend::create_sequence(), intervene() and reserve().
+  SequenceHandle(SharedBackend& backend, const SamplingParams& sampling, std::int64_t positions,
+                 std::shared_ptr<const Interventions> interventions);
+  SequenceHandle(SharedBackend& backend, const SamplingParams& sampling, std::int64_t positions)
+      : SequenceHandle(backend, sampling, positions, backend.interventions().now()) {}
   ~SequenceHandle();
   SequenceHandle(const SequenceHandle&) = delete;
   SequenceHandle& operator=(const SequenceHandle&) = delete;

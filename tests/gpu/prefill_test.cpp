@@ -74,7 +74,7 @@ class Prompter {
   std::int64_t num_graphs() const { return prefill_.num_graphs(); }
 
   void run(std::span<const TokenId> tokens, std::int64_t first, const PrefillOutput& output) {
-    prefill_.run(tokens, first, pages_, output, nullptr);
+    prefill_.run(tokens, first, pages_, nullptr, output, nullptr);
   }
 
   // Logits at every position, in pieces that end at `cuts` and at the end.

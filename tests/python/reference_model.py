@@ -117,7 +117,8 @@ class ReferenceModel:
             [first * cos - second * sin, second * cos + first * sin, rest], axis=-1
         )
 
-    def attention(self, x: np.ndarray, name: str) -> np.ndarray:
+    def heads(self, x: np.ndarray, name: str) -> np.ndarray:
+        """What attention's heads give, [positions, heads * head_dim]."""
         positions = x.shape[0]
         qkv = self.linear(x, f"{name}.query_key_value")
         qkv = qkv.reshape(positions, self.num_heads, 3 * self.head_dim).transpose(1, 0, 2)
@@ -127,8 +128,10 @@ class ReferenceModel:
         scores[:, ~np.tri(positions, dtype=bool)] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        heads = (weights @ value).transpose(1, 0, 2).reshape(positions, -1)
-        return self.linear(heads, f"{name}.dense")
+        return (weights @ value).transpose(1, 0, 2).reshape(positions, -1)
+
+    def attention(self, x: np.ndarray, name: str) -> np.ndarray:
+        return self.linear(self.heads(x, name), f"{name}.dense")
 
     def mlp(self, x: np.ndarray, name: str) -> np.ndarray:
         activation = ACTIVATIONS[self.config["hidden_act"]]

@@ -1,10 +1,12 @@
 """The examples that README shows build and run as a user would build and run them."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import clusterfusion
 import pytest
@@ -82,6 +84,36 @@ def test_decoder_layer_example(demo_model):
     expected = clusterfusion.Engine(demo_model).generate(PROMPT, max_new_tokens=51)
     result = run(sys.executable, ROOT / "examples/python/decoder_layer.py", demo_model, PROMPT)
     assert result.stdout == PROMPT + expected.text + "\n"
+
+
+def test_steering_example(demo_model, tmp_path):
+    """Words of the sea become likelier with the scale, and the plot shows it."""
+    plot = tmp_path / "steering.svg"
+    result = run(sys.executable, ROOT / "examples/python/steering.py", demo_model, plot)
+    rows = [line.split() for line in result.stdout.splitlines()[1:10]]
+    scales, sea = ([float(row[i].rstrip("%")) for row in rows] for i in (0, 1))
+    assert scales == [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
+    assert sea[2] < sea[4] / 2
+    assert sea[6] > sea[4] * 2
+    root = ElementTree.parse(plot).getroot()
+    assert len(root.findall("{http://www.w3.org/2000/svg}polyline")) == 3
+
+
+def test_steering_example_says_what_it_takes():
+    result = run(sys.executable, ROOT / "examples/python/steering.py", status=2)
+    assert "usage: steering.py FOLDER [PLOT.svg]" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_page_about_looking_inside(demo_model, monkeypatch):
+    """Its Python runs as it stands there, block after block."""
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/looking-inside.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(block, names)
 
 
 def test_cpp_example(demo_model, expected, cpp_example):

@@ -33,6 +33,7 @@ struct Sequence {
   Sampler sampler;
   std::int64_t length = 0;
   std::vector<std::byte*> pages;
+  std::shared_ptr<const Interventions> interventions;
 };
 
 std::string cpu_model_name() {
@@ -98,6 +99,14 @@ class CpuBackend final : public Backend {
   SequenceId create_sequence(const SamplingParams& sampling) override {
     sequences_.try_emplace(next_id_, sampling, config_.vocab_size);
     return next_id_++;
+  }
+
+  void intervene(SequenceId id, std::shared_ptr<const Interventions> interventions) override {
+    Sequence& sequence = find(id);
+    require(sequence.length == 0, ErrorKind::invalid_argument,
+            "sequence {} has {} positions already: interventions begin with a sequence", id,
+            sequence.length);
+    sequence.interventions = std::move(interventions);
   }
 
   void release_sequence(SequenceId id) override {
@@ -242,7 +251,10 @@ void CpuBackend::prefill(SequenceId id, std::span<const TokenId> tokens,
 
 void CpuBackend::prefill_piece(SequenceId id, Sequence& sequence, std::span<const TokenId> tokens,
                                std::size_t begin, std::size_t end, const PrefillOutput& output) {
-  const Segment segment{tokens.subspan(begin, end - begin), sequence.length, sequence.pages};
+  const std::vector<ActivationOutput> activations =
+      rows_from(static_cast<std::int64_t>(begin), config_.hidden_size, output.activations);
+  const Segment segment{tokens.subspan(begin, end - begin), sequence.length, sequence.pages,
+                        sequence.interventions.get(), activations};
   transformer_.run({&segment, 1});
   const std::int64_t position = sequence.length;
   sequence.length += static_cast<std::int64_t>(end - begin);
@@ -328,7 +340,11 @@ void CpuBackend::decode_rows(std::span<const SequenceId> ids, std::span<const To
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   std::vector<Segment> segments;
   for (std::size_t b = begin; b < end; ++b) {
-    segments.push_back({inputs.subspan(b, 1), sequences[b]->length, sequences[b]->pages});
+    segments.push_back({inputs.subspan(b, 1),
+                        sequences[b]->length,
+                        sequences[b]->pages,
+                        sequences[b]->interventions.get(),
+                        {}});
     sequences[b]->sampler.append(inputs.subspan(b, 1));
   }
   transformer_.run(segments);

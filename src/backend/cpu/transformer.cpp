@@ -54,7 +54,8 @@ Transformer::Transformer(const Model& model, const KvPool& pool, ThreadPool& thr
       embedding_(matrix_of(model.weights().embedding)),
       lm_head_(matrix_of(model.weights().lm_head)),
       final_norm_{vector_of(model.weights().final_norm_weight),
-                  vector_of(model.weights().final_norm_bias)} {
+                  vector_of(model.weights().final_norm_bias)},
+      hooks_(model.config()) {
   for (const LayerWeights& w : model.weights().layers) {
     layers_.push_back({{vector_of(w.input_norm_weight), vector_of(w.input_norm_bias)},
                        {vector_of(w.post_norm_weight), vector_of(w.post_norm_bias)},
@@ -70,7 +71,7 @@ Transformer::Transformer(const Model& model, const KvPool& pool, ThreadPool& thr
   // Strides a little beyond the width: rows that lie a power of two apart share cache sets.
   const auto stride = [](std::int64_t width) { return padded(width) + kLanes; };
   hidden_.stride = stride(config_.hidden_size);
-  norm_a_.stride = norm_b_.stride = attention_.stride = hidden_.stride;
+  norm_a_.stride = norm_b_.stride = attention_.stride = branch_.stride = hidden_.stride;
   qkv_.stride = stride(3 * config_.hidden_size);
   mlp_.stride = stride(config_.intermediate_size);
   cos_sin_.stride = config_.rotary_dim;
@@ -92,17 +93,20 @@ std::int64_t Transformer::Job::row_bytes() const noexcept {
 }
 
 void Transformer::reserve(std::int64_t rows) {
-  for (Activations* a : {&hidden_, &norm_a_, &norm_b_, &qkv_, &attention_, &mlp_, &cos_sin_}) {
-    if (a->rows >= rows) continue;
-    const auto count = static_cast<std::size_t>(std::max<std::int64_t>(rows * a->stride, 1));
-    a->rows = 0;
-    a->data = hwy::AllocateAligned<float>(count);
-    require(a->data != nullptr, ErrorKind::out_of_memory,
-            "activations of {} tokens need {} bytes, which the machine does not have", rows,
-            count * sizeof(float));
-    std::fill_n(a->data.get(), count, 0.0f);
-    a->rows = rows;
-  }
+  for (Activations* a : {&hidden_, &norm_a_, &norm_b_, &qkv_, &attention_, &mlp_, &cos_sin_})
+    reserve(*a, rows);
+}
+
+void Transformer::reserve(Activations& activations, std::int64_t rows) {
+  if (activations.rows >= rows) return;
+  const auto count = static_cast<std::size_t>(std::max<std::int64_t>(rows * activations.stride, 1));
+  activations.rows = 0;
+  activations.data = hwy::AllocateAligned<float>(count);
+  require(activations.data != nullptr, ErrorKind::out_of_memory,
+          "activations of {} tokens need {} bytes, which the machine does not have", rows,
+          count * sizeof(float));
+  std::fill_n(activations.data.get(), count, 0.0f);
+  activations.rows = rows;
 }
 
 void Transformer::embed(std::span<const Segment> segments) {
@@ -266,7 +270,24 @@ void Transformer::attention(std::span<const Segment> segments, std::int64_t laye
   }
 }
 
+// x += branch, by way of memory of its own if a hook looks at it; the sums are the same.
+void Transformer::add_branch(Product product, LayerHooks::Branch branch, std::int64_t layer) {
+  if (!hooks_.look_at_branches(layer)) return multiply_all(std::array{Job{{product}}});
+  reserve(branch_, rows_);
+  product.out = branch_.data.get();
+  product.out_stride = branch_.stride;
+  product.add_to_out = false;
+  multiply_all(std::array{Job{{product}}});
+  hooks_.at_branch(branch, layer, branch_.hooked());
+  for (std::int64_t row = 0; row < rows_; ++row) {
+    float* to = hidden_.row(row);
+    const float* from = branch_.row(row);
+    for (std::int64_t i = 0; i < config_.hidden_size; ++i) to[i] += from[i];
+  }
+}
+
 void Transformer::run_layer(std::span<const Segment> segments, std::int64_t index) {
+  using Branch = LayerHooks::Branch;
   const Layer& layer = layers_[static_cast<std::size_t>(index)];
   const Job qkv{{product(layer.qkv, layer.qkv_bias, norm_a_, qkv_, false)}};
   const Product out =
@@ -274,28 +295,55 @@ void Transformer::run_layer(std::span<const Segment> segments, std::int64_t inde
   const Job up{{product(layer.mlp_up, layer.mlp_up_bias, norm_b_, mlp_, false)}, true};
   const Product down = product(layer.mlp_down, layer.mlp_down_bias, mlp_, hidden_, true);
 
+  hooks_.before_layer(index, hidden_.hooked());
   normalize(layer.input_norm, norm_a_);
   if (config_.parallel_residual) {
     normalize(layer.post_norm, norm_b_);
     multiply_all(std::array{qkv, up});
     attention(segments, index);
-    multiply_all(std::array{Job{{down, out}}});
+    hooks_.at_heads(index, attention_.hooked());
+    if (hooks_.look_at_branches(index)) {
+      add_branch(down, Branch::mlp, index);
+      add_branch(out, Branch::attention, index);
+    } else {
+      multiply_all(std::array{Job{{down, out}}});
+    }
   } else {
     multiply_all(std::array{qkv});
     attention(segments, index);
-    multiply_all(std::array{Job{{out}}});
+    hooks_.at_heads(index, attention_.hooked());
+    add_branch(out, Branch::attention, index);
     normalize(layer.post_norm, norm_b_);
     multiply_all(std::array{up});
-    multiply_all(std::array{Job{{down}}});
+    add_branch(down, Branch::mlp, index);
   }
+  hooks_.after_layer(index, hidden_.hooked());
 }
 
 void Transformer::run(std::span<const Segment> segments) {
   rows_ = 0;
   for (const Segment& s : segments) rows_ += static_cast<std::int64_t>(s.tokens.size());
   reserve(rows_);
+  hook(segments);
   embed(segments);
   for (std::int64_t i = 0; i < config_.num_layers; ++i) run_layer(segments, i);
+  hand_out_final_norm();
+}
+
+void Transformer::hook(std::span<const Segment> segments) {
+  hooks_.clear();
+  std::int64_t row = 0;
+  for (const Segment& s : segments) {
+    const auto count = static_cast<std::int64_t>(s.tokens.size());
+    hooks_.add({row, count, s.first_position, s.interventions, s.activations});
+    row += count;
+  }
+}
+
+void Transformer::hand_out_final_norm() {
+  if (!hooks_.want({ActivationKind::final_norm, 0})) return;
+  normalize(final_norm_, norm_a_);
+  hooks_.at_final_norm(norm_a_.hooked());
 }
 
 void Transformer::logits(std::int64_t first, std::int64_t rows, float* out) {

@@ -10,6 +10,7 @@
 
 #include "backend/cpu/kernels.hpp"
 #include "backend/cpu/kv_pool.hpp"
+#include "backend/cpu/layer_hooks.hpp"
 #include "backend/cpu/rotary.hpp"
 #include "base/thread_pool.hpp"
 #include "clusterfusion/model.hpp"
@@ -21,6 +22,8 @@ struct Segment {
   std::span<const TokenId> tokens;
   std::int64_t first_position = 0;
   std::span<std::byte* const> pages;  // enough for first_position + tokens.size() positions
+  const Interventions* interventions = nullptr;  // of its sequence, or none
+  std::span<const ActivationOutput> activations = {};
 };
 
 class Transformer {
@@ -45,6 +48,7 @@ class Transformer {
     std::int64_t stride = 0;
     std::int64_t rows = 0;
     float* row(std::int64_t r) const noexcept { return data.get() + r * stride; }
+    HookedRows hooked() const noexcept { return {data.get(), stride}; }
   };
   struct Norm {
     std::vector<float> weight, bias;
@@ -70,6 +74,7 @@ class Transformer {
   };
 
   void reserve(std::int64_t rows);
+  void reserve(Activations& activations, std::int64_t rows);
   void embed(std::span<const Segment> segments);
   void normalize(const Norm& norm, Activations& out);
   void multiply_all(std::span<const Job> jobs);
@@ -83,6 +88,9 @@ class Transformer {
   void attend_head(const Segment& segment, std::int64_t row, std::int64_t begin, std::int64_t end,
                    std::int64_t layer, std::int64_t head, int thread);
   void run_layer(std::span<const Segment> segments, std::int64_t index);
+  void add_branch(Product product, LayerHooks::Branch branch, std::int64_t layer);
+  void hook(std::span<const Segment> segments);
+  void hand_out_final_norm();
 
   const ModelConfig& config_;
   const KvPool& pool_;
@@ -95,6 +103,8 @@ class Transformer {
   std::int64_t rows_ = 0;  // of the last run
 
   Activations hidden_, norm_a_, norm_b_, qkv_, attention_, mlp_, cos_sin_;
+  LayerHooks hooks_;
+  Activations branch_;  // what attention or the MLP gives, where a hook looks at it
   std::vector<std::int64_t> positions_;
   std::vector<std::vector<float>> attention_scratch_;  // one for each thread
 };

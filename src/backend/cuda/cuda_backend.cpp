@@ -14,7 +14,9 @@
 #include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/decode/decode_timeline.hpp"
 #include "backend/cuda/device_model.hpp"
+#include "backend/cuda/device_tensor.hpp"
 #include "backend/cuda/gemm/gemm_decoder.hpp"
+#include "backend/cuda/interventions/device_interventions.hpp"
 #include "backend/cuda/kv_pool.hpp"
 #include "backend/cuda/memory.hpp"
 #include "backend/cuda/prefill/prefill.hpp"
@@ -55,6 +57,12 @@ struct Sequence {
   Sampler sampler;
   std::int64_t length = 0;
   std::vector<char*> pages;
+  std::shared_ptr<DeviceInterventions> interventions = {};
+
+  // Of the next `steps` decode steps, how many may share a launch.
+  std::int32_t steps_alike(std::int32_t steps) const {
+    return interventions != nullptr && length < interventions->steered_positions() ? 1 : steps;
+  }
 };
 
 // Checks the options, before anything is loaded. Errors: unsupported, invalid_argument.
@@ -94,6 +102,7 @@ class CudaBackend final : public Backend {
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
         pool_(plan_.kv.page_bytes),
         prefill_(model_->config(), weights_, plan_.kv, max_positions_),
+        interventions_(model_->config(), weights_),
         sampler_(model_->config().vocab_size, kDecodeAhead) {
     const ModelConfig& config = model_->config();
     info_.name = "cuda";
@@ -116,6 +125,18 @@ class CudaBackend final : public Backend {
     sequences_.emplace(id,
                        Sequence{sampling, Sampler(sampling, model_->config().vocab_size), 0, {}});
     return id;
+  }
+
+  void intervene(SequenceId id, std::shared_ptr<const Interventions> interventions) override {
+    Sequence& sequence = find(id);
+    require(sequence.length == 0, ErrorKind::invalid_argument,
+            "sequence {} has {} positions already: interventions begin with a sequence", id,
+            sequence.length);
+    sequence.interventions = interventions_.on_device(interventions, stream_);
+  }
+
+  std::shared_ptr<DLTensor> allocate_activation(std::int64_t tokens, std::int64_t hidden) override {
+    return make_device_tensor(tokens, hidden);
   }
 
   void release_sequence(SequenceId id) override {
@@ -177,16 +198,21 @@ class CudaBackend final : public Backend {
     if (!gemm_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
     std::vector<std::size_t> together;
     for (std::size_t b = 0; b < sequences.size(); ++b) {
-      if (needs_host(find(sequences[b]).sampling))
+      const Sequence& sequence = find(sequences[b]);
+      if (needs_host(sequence.sampling))
         decode_row_with_host({sequences, inputs, sampled, logits, std::span(&b, 1), steps});
+      else if (sequence.steps_alike(2) == 1)
+        decode_row_by_steps({sequences, inputs, sampled, logits, std::span(&b, 1), steps});
       else
         together.push_back(b);
     }
     constexpr auto most = static_cast<std::size_t>(kMaxGemmRows);
-    for (std::size_t first = 0; first < together.size(); first += most) {
-      const std::size_t count = std::min(most, together.size() - first);
-      decode_rows(
-          {sequences, inputs, sampled, logits, std::span(together).subspan(first, count), steps});
+    for (const std::vector<std::size_t>& group : alike_groups(sequences, together)) {
+      for (std::size_t first = 0; first < group.size(); first += most) {
+        const std::size_t count = std::min(most, group.size() - first);
+        decode_rows(
+            {sequences, inputs, sampled, logits, std::span(group).subspan(first, count), steps});
+      }
     }
   }
 
@@ -374,6 +400,8 @@ class CudaBackend final : public Backend {
       piece.targets = output.targets.subspan(begin, count);
       piece.target_logprobs = output.target_logprobs.subspan(begin, count);
     }
+    piece.activations = rows_from(static_cast<std::int64_t>(begin), model_->config().hidden_size,
+                                  output.activations);
     if (begin + count < total) return piece;
     piece.last_logits = output.last_logits;
     if (output.sampled && piece.last_logits.empty()) piece.last_logits = host_logits_;
@@ -384,8 +412,10 @@ class CudaBackend final : public Backend {
   // on, matrix-matrix work is quicker (Pythia-2.8B, H100: 2.9 ms for 2 to 16 tokens).
   void prefill_piece(Sequence& sequence, std::span<const TokenId> tokens,
                      const PrefillOutput& output) {
-    if (streams() && tokens.size() == 1) return stream_token(sequence, tokens[0], output);
-    prefill_.run(tokens, sequence.length, sequence.pages, output, stream_);
+    if (streams() && tokens.size() == 1 && output.activations.empty())
+      return stream_token(sequence, tokens[0], output);
+    prefill_.run(tokens, sequence.length, sequence.pages, sequence.interventions.get(), output,
+                 stream_);
     sequence.length += std::ssize(tokens);
     sequence.sampler.append(tokens);
   }
@@ -401,8 +431,9 @@ class CudaBackend final : public Backend {
     output.target_logprobs[0] = log_probability(host_logits_, output.targets[0]);
   }
 
-  // `steps` steps of one sequence in one launch: the first one's input is given, those of later
-  // ones are what was chosen before. Errors: non_finite, with the sequence as it was.
+  // `steps` steps of one sequence in one launch (at most steps_alike()): the first one's input is
+  // given, those of later ones are what was chosen before. Errors: non_finite, with the sequence as
+  // it was.
   void run(Sequence& sequence, TokenId input, std::int64_t steps, std::int64_t first_scored,
            bool want_logits, float temperature) {
     send(sequence, input);
@@ -413,6 +444,7 @@ class CudaBackend final : public Backend {
     params_.temperature = temperature;
     params_.seed = sequence.sampling.seed;
     params_.drawable_vocab_size = drawable_vocab_size(sequence.sampling);
+    interventions_.at_step(sequence.interventions, sequence.length, stream_).tell(params_);
     launch(params_);
     wait(sequence.length, steps, first_scored);
     append(sequence, std::span(&input, 1));
@@ -487,7 +519,42 @@ class CudaBackend final : public Backend {
             .pages = sequence.pages};
   }
 
-  // All in the same launches. Errors: non_finite, with the sequences as they were.
+  // Rows whose interventions are the same share launches.
+  std::vector<std::vector<std::size_t>> alike_groups(std::span<const SequenceId> sequences,
+                                                     std::span<const std::size_t> rows) {
+    std::vector<std::vector<std::size_t>> groups;
+    for (const std::size_t row : rows) {
+      const auto& own = find(sequences[row]).interventions;
+      const auto same = std::ranges::find_if(groups, [&](const auto& group) {
+        return find(sequences[group.front()]).interventions == own;
+      });
+      if (same == groups.end())
+        groups.push_back({row});
+      else
+        same->push_back(row);
+    }
+    return groups;
+  }
+
+  // One sequence, a launch for each step that is steered as its position is.
+  void decode_row_by_steps(const DecodeCall& call) {
+    const std::size_t batch = call.sequences.size();
+    std::vector<TokenId> inputs(call.inputs.begin(), call.inputs.end());
+    Sequence& sequence = find(call.sequence(0));
+    std::int32_t alike = 0;
+    for (std::int32_t done = 0; done < call.steps; done += alike) {
+      alike = sequence.steps_alike(call.steps - done);
+      DecodeCall part = call;
+      part.inputs = inputs;
+      part.steps = alike;
+      if (!call.sampled.empty()) part.sampled = call.sampled.subspan(done * batch, alike * batch);
+      decode_rows(part);
+      if (!call.sampled.empty()) inputs[call.rows[0]] = part.room(alike - 1, 0)->token;
+    }
+  }
+
+  // All in the same launches; interventions and steps are alike. Errors: non_finite, with the
+  // sequences as they were.
   void decode_rows(const DecodeCall& call) {
     std::vector<DecodeRow> rows;
     std::vector<std::size_t> filtered;  // rows whose tokens the sampler chooses
@@ -498,12 +565,16 @@ class CudaBackend final : public Backend {
       rows.push_back(row_of(sequence, call.input(row), !filters));
     }
     RowDecoder& decoder = decoder_of(rows.size());
+    tell_interventions(decoder, find(call.sequence(0)));
     if (filtered.empty())
       decoder.enqueue(rows, call.steps, !call.logits.empty(), stream_);
     else
       enqueue_with_samplers(decoder, call, rows, filtered);
     take_chosen(decoder, call, filtered);
     fetch_row_logits(decoder, call);
+  }
+  void tell_interventions(RowDecoder& decoder, const Sequence& sequence) {
+    decoder.intervene(interventions_.at_step(sequence.interventions, sequence.length, stream_));
   }
   void fetch_row_logits(const RowDecoder& decoder, const DecodeCall& call) {
     const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
@@ -520,6 +591,7 @@ class CudaBackend final : public Backend {
     TokenId input = call.input(0);
     for (std::int32_t step = 0; step < call.steps; ++step) {
       const DecodeRow row = row_of(sequence, input, false);
+      tell_interventions(decoder, sequence);
       decoder.enqueue(std::span(&row, 1), 1, true, stream_);
       std::int32_t chosen = 0;
       check(cudaMemcpyAsync(&chosen, decoder.chosen(), sizeof(chosen), cudaMemcpyDeviceToHost,
@@ -622,10 +694,15 @@ class CudaBackend final : public Backend {
   void decode_in_one_launch(Sequence& sequence, TokenId input, std::int32_t steps,
                             std::span<SampledToken> sampled, std::size_t b, std::size_t batch,
                             std::span<float> logits) {
-    run(sequence, input, steps, 0, !logits.empty(), sequence.sampling.temperature);
-    for (std::int32_t step = 0; !sampled.empty() && step < steps; ++step)
-      sampled[step * batch + b] = SampledToken{host_chosen_[step], 0.0f, {}};
-    if (!logits.empty()) copy_logits(steps - 1, logits);
+    std::int32_t alike = 0;
+    for (std::int32_t done = 0; done < steps; done += alike) {
+      alike = sequence.steps_alike(steps - done);
+      run(sequence, input, alike, 0, !logits.empty(), sequence.sampling.temperature);
+      for (std::int32_t step = 0; !sampled.empty() && step < alike; ++step)
+        sampled[(done + step) * batch + b] = SampledToken{host_chosen_[step], 0.0f, {}};
+      input = host_chosen_[alike - 1];
+    }
+    if (!logits.empty()) copy_logits(alike - 1, logits);
   }
 
   // A launch for each step, whose logits come to the host, where the token is chosen: for what the
@@ -662,6 +739,7 @@ class CudaBackend final : public Backend {
     params.drawable_vocab_size = drawable_vocab_size(sequence.sampling);
     for (std::int32_t step = 0; step < steps; ++step) {
       params.first_position = static_cast<std::int32_t>(sequence.length) + step;
+      interventions_.at_step(sequence.interventions, params.first_position, stream_).tell(params);
       params.chosen = params_.chosen + step;  // -1 if the logits are not finite
       launch(params);
       params.given_tokens = sampler_.choose(logits_.as<float>(), stream_);
@@ -685,6 +763,7 @@ class CudaBackend final : public Backend {
   DeviceModel weights_;
   KvPool pool_;
   Prefill prefill_;
+  InterventionTable interventions_;
   DeviceSampler sampler_;
   std::deque<DeviceSampler> row_samplers_;
   std::optional<StreamDecoder> stream_decoder_;

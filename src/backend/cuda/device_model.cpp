@@ -185,8 +185,11 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
       weights_ = DeviceMemory(arena.used(), "the weights");
       arena.begin_placing(weights_.as<>());
     }
-    for (std::int64_t i = 0; i < config.num_layers; ++i)
+    for (std::int64_t i = 0; i < config.num_layers; ++i) {
       layers_[i] = place_layer(arena, weights.layers[i]);
+      const char* place = arena.bias(weights.layers[i].mlp_down_bias);
+      if (i == 0) steered_biases_ = const_cast<char*>(place);  // into weights_, which is ours
+    }
     embedding_ = arena.matrix(weights.embedding);
     lm_head_ =
         weights.lm_head.data == weights.embedding.data ? embedding_ : arena.matrix(weights.lm_head);

@@ -36,6 +36,10 @@ class DeviceModel {
   std::int64_t layer_stride() const noexcept {
     return layers_.size() > 1 ? layers_[1].qkv - layers_[0].qkv : 0;
   }
+  // A second place for the biases of the second MLP matrix in each layer: for layer 0; the others'
+  // lie layer_stride() further. Holds the model's own at first; decode steps that steer write there
+  // (interventions/device_interventions.hpp).
+  char* steered_biases() const noexcept { return steered_biases_; }
   const char* embedding() const noexcept { return embedding_; }
   const char* lm_head() const noexcept { return lm_head_; }
   const void* final_norm_weight() const noexcept { return final_norm_weight_; }
@@ -48,6 +52,7 @@ class DeviceModel {
  private:
   DeviceMemory weights_, rotary_;
   std::vector<StreamedLayer> layers_;
+  char* steered_biases_ = nullptr;
   const char* embedding_ = nullptr;
   const char* lm_head_ = nullptr;
   const void* final_norm_weight_ = nullptr;

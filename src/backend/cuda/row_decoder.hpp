@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 
+#include "backend/cuda/interventions/device_interventions.hpp"
 #include "clusterfusion/model.hpp"
 
 namespace clusterfusion::cuda {
@@ -27,6 +28,8 @@ class RowDecoder {
   // Of one step.
   virtual std::int32_t max_rows() const noexcept = 0;
 
+  // Of all rows of what is enqueued from now on.
+  virtual void intervene(const LaunchInterventions& interventions) noexcept = 0;
   // Enqueues `steps` steps of `rows`: the first step's inputs are the rows', each later one's the
   // token that the row has chosen. More than one step only where each sequence has one row. If
   // `with_logits`, the last step's go to logits().
@@ -36,8 +39,7 @@ class RowDecoder {
   // but for their positions, each one behind the last step's. Input b is device_inputs[b], on the
   // device, where that is not null.
   virtual void enqueue_step(std::span<const DecodeRow> rows, std::int32_t index,
-                            std::span<const TokenId* const> device_inputs,
-                            cudaStream_t stream) = 0;
+                            std::span<const TokenId* const> device_inputs, cudaStream_t stream) = 0;
 
   // float32 [vocab] on the device, of the last step; 16-byte aligned.
   virtual const float* logits(std::size_t row) const noexcept = 0;

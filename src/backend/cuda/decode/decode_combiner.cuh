@@ -22,21 +22,22 @@ class SplitCombiner {
       for (int layer = 0; layer < p.num_layers; ++layer, ++epoch) {
         if (splits == 1) continue;
         block_counter_wait(&control->swept, epoch, kNap);
-        combine(epoch, splits, static_cast<int>(blockIdx.x));
+        combine(epoch, layer, splits, static_cast<int>(blockIdx.x));
       }
     }
   }
 
   // The share of block `number`, when the splits' results come.
-  __device__ __forceinline__ void combine(int epoch, int splits, int number) const {
+  __device__ __forceinline__ void combine(int epoch, int layer, int splits, int number) const {
     const int parts = (p.head_dim + 31) / 32;
     for (int task = number; task < p.num_heads * parts; task += static_cast<int>(gridDim.x))
-      combine(lamport_set(p, epoch), task / parts, task % parts * 32 + lane, splits);
+      combine(lamport_set(p, epoch), layer, task / parts, task % parts * 32 + lane, splits);
   }
 
  private:
   // Dimension `dim` of a head, which may be behind the last.
-  __device__ __forceinline__ void combine(char* set, int head, int dim, int splits) const {
+  __device__ __forceinline__ void combine(char* set, int layer, int head, int dim,
+                                          int splits) const {
     const int stride = p.head_dim + 2;
     const float* partials =
         reinterpret_cast<const float*>(set + p.layout.partials) + head * splits * stride;
@@ -51,7 +52,8 @@ class SplitCombiner {
         weighted_sum(partials + 2 + min(dim, p.head_dim - 1), stride, splits, factor);
     if (dim >= p.head_dim) return;
     T* output = reinterpret_cast<T*>(set + p.layout.attention);
-    lamport_store(output + operand_order(head * p.head_dim + dim), static_cast<T>(value / total));
+    const float result = p.ablated.has_head(layer * p.num_heads + head) ? 0.0f : value / total;
+    lamport_store(output + operand_order(head * p.head_dim + dim), static_cast<T>(result));
   }
 
   // The sum over splits of value[split * stride] times the factor that lane `split` holds.

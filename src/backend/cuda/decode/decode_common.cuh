@@ -52,6 +52,7 @@ struct SharedControl {
   };
   DealtPhase phases[kMaxPhases];
   int token;
+  bool ablates_mlp;  // of this epoch's layer
   std::uint32_t zero;
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;

@@ -143,6 +143,8 @@ class DecodeStep {
   // a barrier before and one behind.
   __device__ __forceinline__ void begin_epoch() {
     if (thread != 0) return;
+    if constexpr (Cache::kManyLayers)
+      control->ablates_mlp = p.ablated.any && p.ablated.has_mlp(epoch % epochs_per_step(p));
     block_counter_store(&control->begun, epoch + 1);
     block_counter_wait(&control->swept, epoch);
   }
@@ -944,7 +946,7 @@ class DecodeStep {
       const int block = what.label.second;
       attend_block(layer, head, block, position, what.data, query, state);
       release_stage();
-      if (block == last_block) combine_warps(head, task, splits.splits, state);
+      if (block == last_block) combine_warps(layer, head, task, splits.splits, state);
     }
   }
 
@@ -1110,7 +1112,7 @@ class DecodeStep {
 
   // Merges the eight warps' states of one task: the head's output if it has one split, else a
   // partial result for the combiners.
-  __device__ __forceinline__ void combine_warps(int head, int task, int num_splits,
+  __device__ __forceinline__ void combine_warps(int layer, int head, int task, int num_splits,
                                                 const Softmax& state) {
     const int stride = p.head_dim + 2;
     float* own = sums + warp * stride;
@@ -1128,7 +1130,9 @@ class DecodeStep {
     consumer_barrier();
     float maximum = -INFINITY;
     for (int w = 0; w < plan::kConsumerWarps; ++w) maximum = fmaxf(maximum, sums[w * stride]);
-    float total = 0.0f;
+    // Of an ablated head infinity, so that value / total is zero. With several splits the combiners
+    // write zeros.
+    float total = is_ablated(layer, head) ? INFINITY : 0.0f;
     for (int w = 0; w < plan::kConsumerWarps; ++w)
       total += sums[w * stride + 1] * exp2f(sums[w * stride] - maximum);
     float* partial = lamport<float>(p.layout.partials) + task * stride;
@@ -1145,6 +1149,12 @@ class DecodeStep {
     if (num_splits > 1 && thread < 2)
       lamport_store(partial + thread, thread == 0 ? maximum : total);
     consumer_barrier();
+  }
+
+  // Interventions are the engine's alone.
+  __device__ __forceinline__ bool is_ablated(int layer, int head) const {
+    if constexpr (Cache::kManyLayers) return p.ablated.has_head(layer * p.num_heads + head);
+    return false;
   }
 
   // ---------------------------------------------------------------- the step
@@ -1211,16 +1221,19 @@ class DecodeStep {
   }
 
   // x takes what it is owed and is normalised: of the epoch before in the first part, of attention
-  // in the second one of a layer with sequential residual.
+  // in the second one of a layer with sequential residual; before the first layer, what steers it.
   __device__ __forceinline__ void prepare_input(int index, int part) {
     forget_indices();
     if (!norms_loaded) load_norms(index);
-    if (index > 0 || part > 0) {
+    const bool is_first = index == 0 && part == 0;
+    if (!is_first || p.first_steering != nullptr) {
       char* set = lamport_set(p, part == 0 ? epoch - 1 : epoch);
       const auto* attention = reinterpret_cast<const float*>(set + p.layout.delta_attention);
       const auto* mlp = reinterpret_cast<const float*>(set + p.layout.delta_mlp);
-      add_deltas(part == 0 ? mlp : attention,
-                 part == 0 && p.parallel_residual ? attention : nullptr);
+      add_deltas(is_first    ? p.first_steering
+                 : part == 0 ? mlp
+                             : attention,
+                 part == 0 && !is_first && p.parallel_residual ? attention : nullptr);
     }
     mark(TimelinePoint::input);
     const Moments m = moments(part == 0);
@@ -1267,8 +1280,8 @@ class DecodeStep {
         stream, matrix, fragments,
         [&](int row, float value) {
           if (stream == Stream::mlp_up) {
-            lamport_store(lamport<T>(p.layout.mlp) + operand_order(row),
-                          static_cast<T>(activate(p.activation, value)));
+            const float activated = control->ablates_mlp ? 0.0f : activate(p.activation, value);
+            lamport_store(lamport<T>(p.layout.mlp) + operand_order(row), static_cast<T>(activated));
             return;
           }
           if (result != nullptr) lamport_store(result + row, value);

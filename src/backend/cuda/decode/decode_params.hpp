@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "backend/cuda/interventions/ablation_bits.hpp"
 #include "clusterfusion/model.hpp"
 #include "plan/decode_plan.hpp"
 
@@ -105,6 +106,8 @@ struct DecodeParams {
   StreamedLayer first_layer;
   std::int64_t layer_stride;
   const void* embedding;
+  const float* first_steering;  // [hidden]: added to the residual stream before layer 0; or null
+  AblationBits ablated;
   const char* lm_head_weight;
   const void* final_norm_weight;
   const void* final_norm_bias;

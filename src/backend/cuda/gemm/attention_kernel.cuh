@@ -173,6 +173,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
   task.split = static_cast<int>(blockIdx.z);
   const Extent extent = extent_of(p, last, task.split, step, sm_count, static_cast<int>(gridDim.z));
   task.splits = extent.splits;
+  task.ablated = p.ablated.has_head(layer * p.num_heads + task.head);
   task.first_row = group.first_row;
   task.rows = group.rows;
   task.first_fresh = group.sequence_first;
@@ -228,8 +229,8 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
 
 // Grid: elements of a row by threads, rows.
 template <typename T>
-__global__ void combine_kernel(const __grid_constant__ StreamParams p, std::int32_t step,
-                               std::int32_t sm_count) {
+__global__ void combine_kernel(const __grid_constant__ StreamParams p, std::int32_t layer,
+                               std::int32_t step, std::int32_t sm_count) {
   wait_for_dependencies();
   start_dependents();
   const int row = static_cast<int>(blockIdx.y);
@@ -238,7 +239,9 @@ __global__ void combine_kernel(const __grid_constant__ StreamParams p, std::int3
   if (splits == 1 || index >= p.num_heads * p.head_dim) return;
   T* output = reinterpret_cast<T*>(p.lamport + p.layout.attention) +
               2 * paired_word(row, index / 2, p.hidden_size / 2) + index % 2;
-  *output = static_cast<T>(stream::combine_splits(p, p.lamport, row, index, splits));
+  const bool ablated = p.ablated.has_head(layer * p.num_heads + index / p.head_dim);
+  *output =
+      static_cast<T>(ablated ? 0.0f : stream::combine_splits(p, p.lamport, row, index, splits));
 }
 
 }  // namespace clusterfusion::cuda::gemm

@@ -183,6 +183,7 @@ void GemmDecoder::run_products(ProductParams products, std::int32_t layer,
   for (std::int32_t i = 0; i < products.count; ++i) {
     ProductOperand& operand = products.operands[i];
     operand.layer = layer;
+    operand.ablated = operand.stream == Stream::mlp_up && params_.ablated.has_mlp(layer);
     if (operand.biases != nullptr) operand.biases += layer * params_.layer_stride / 4;
   }
   launch_products(config_.dtype, products, stream);

@@ -32,6 +32,9 @@ class GemmDecoder final : public RowDecoder {
               std::int32_t sm_count, std::int64_t max_positions, std::int32_t max_steps);
 
   std::int32_t max_rows() const noexcept override { return kMaxGemmRows; }
+  void intervene(const LaunchInterventions& interventions) noexcept override {
+    interventions.tell(params_);
+  }
   void enqueue(std::span<const DecodeRow> rows, std::int32_t steps, bool with_logits,
                cudaStream_t stream) override;
   void enqueue_step(std::span<const DecodeRow> rows, std::int32_t index,

@@ -299,7 +299,7 @@ class Consumer {
       if (index >= o_.rows) return;
       auto* to = reinterpret_cast<std::uint32_t*>(o_.output) +
                  gemm::paired_word(row, index / 2, o_.output_row / 2);
-      *to = activated<T>(p.activation, first, second);
+      *to = o_.ablated ? 0 : activated<T>(p.activation, first, second);
       return;
     }
     float* to = reinterpret_cast<float*>(o_.output) +

@@ -25,6 +25,7 @@ struct ProductOperand {
   std::int32_t pieces, iterations, piece_steps;  // plan::ProductCut
   std::int32_t chunks;
   std::int32_t tiles;  // of so many chunks that a block computes
+  bool ablated;        // zeros are its results
 };
 
 // Products that can be computed at the same time: of one or two matrices.

@@ -120,6 +120,14 @@ class ResidualRow {
 #pragma unroll
     for (int j = 0; j < kPairs; ++j)
       if (holds(j)) x[j] = unpack<T>(__ldg(from + pair(j)));
+    if (p.first_steering == nullptr) return;
+    const auto* steering = reinterpret_cast<const float2*>(p.first_steering);
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      if (!holds(j)) continue;
+      const float2 more = __ldg(steering + pair(j));
+      x[j] = make_float2(x[j].x + more.x, x[j].y + more.y);
+    }
   }
   __device__ __forceinline__ void publish(const Moments& m, const std::uint32_t (&weights)[kPairs],
                                           const std::uint32_t (&biases)[kPairs],

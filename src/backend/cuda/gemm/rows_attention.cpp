@@ -65,7 +65,7 @@ void RowsAttention::launch(const StreamParams& params, const RowTables::Extent& 
       dim3(gemm::kAttentionWarps * 32), static_cast<std::size_t>(memory.bytes), stream);
   check(cudaLaunchKernelExC(how.config(), attend_, arguments), "starting attention of many rows");
   if (splits == 1) return;
-  void* combine_arguments[] = {&copy, &the_step, &sm_count};
+  void* combine_arguments[] = {&copy, &the_layer, &the_step, &sm_count};
   const auto elements = static_cast<unsigned>(params.num_heads * params.head_dim);
   const DependentLaunch combine(
       dim3((elements + kThreads - 1) / kThreads, static_cast<unsigned>(params.rows)),

@@ -385,7 +385,7 @@ __device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedCo
   if (splits == 1) return;
   const SplitCombiner<T> combiner(layer.stream, control);
   const int half = control->scratch_half;
-  combiner.combine(half, splits, control->block_number);
+  combiner.combine(half, 0, splits, control->block_number);
   // Whose share comes late is known when attention is over: then this waits for nothing else.
   block_counter_wait(&control->attended, 1, /*nanoseconds=*/100);
   int number = 0;
@@ -393,7 +393,7 @@ __device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedCo
     if (lane == 0) number = next_late(layer, control, Share::combination);
     number = __shfl_sync(kAllLanes, number, 0);
     if (number < 0) return;
-    combiner.combine(half, splits, number);
+    combiner.combine(half, 0, splits, number);
   }
 }
 

@@ -169,15 +169,20 @@ std::int64_t Prefill::num_graphs() const noexcept {
 }
 
 void Prefill::run(std::span<const TokenId> tokens, std::int64_t first_position,
-                  std::span<char* const> pages, const PrefillOutput& output, cudaStream_t stream) {
+                  std::span<char* const> pages, const DeviceInterventions* interventions,
+                  const PrefillOutput& output, cudaStream_t stream) {
   const auto count = static_cast<std::int64_t>(tokens.size());
   require(count >= 1 && count <= max_tokens_, ErrorKind::internal,
           "prefill: expected 1 to {} tokens, found {}", max_tokens_, count);
   extent_ = {static_cast<std::int32_t>(count), static_cast<std::int32_t>(first_position)};
   rows_ = padded(count);
   attention_.rows = static_cast<std::int32_t>(rows_);
+  const PrefillHooks hooks(config_, interventions, output.activations, first_position, count);
+  hooks_ = hooks.empty() ? nullptr : &hooks;
   send(tokens, pages, stream);
   run_layers(stream);
+  if (hooks_ != nullptr) hooks_->at_final_norm(x_, weights_, stream);
+  hooks_ = nullptr;
   score(first_asked_row(output, count), output, stream);
   check(cudaStreamSynchronize(stream), "reading a prompt");
   collect_scores(output);
@@ -200,6 +205,7 @@ void Prefill::send(std::span<const TokenId> tokens, std::span<char* const> pages
 // The first prompt with a number of rows goes launch by launch, so that cuBLASLt chooses and loads
 // its kernels outside of a capture.
 void Prefill::run_layers(cudaStream_t stream) {
+  if (hooks_ != nullptr) return launch_layers(stream);
   const auto found = graphs_.find(rows_);
   if (found == graphs_.end()) {
     launch_layers(stream);
@@ -221,7 +227,15 @@ void Prefill::launch_layers(cudaStream_t stream) {
 
 void Prefill::run_layer(std::int64_t index, cudaStream_t stream) {
   const StreamedLayer& layer = weights_.layers()[static_cast<std::size_t>(index)];
-  attention_.cache.layer_offset = index * config_.num_heads * attention_.cache.head_bytes;
+  layer_ = index;
+  if (hooks_ != nullptr) hooks_->before_layer(index, x_, stream);
+  run_branches(layer, stream);
+  if (hooks_ != nullptr) hooks_->after_layer(index, x_, stream);
+}
+
+// Attention and MLP, in parallel or one after the other.
+void Prefill::run_branches(const StreamedLayer& layer, cudaStream_t stream) {
+  attention_.cache.layer_offset = layer_ * config_.num_heads * attention_.cache.head_bytes;
   const LayerNormOutput before_attention{layer.input_norm_weight, layer.input_norm_bias, normed_};
   const LayerNormOutput before_mlp{layer.post_norm_weight, layer.post_norm_bias, mlp_normed_};
   if (!config_.parallel_residual) {
@@ -234,7 +248,8 @@ void Prefill::run_layer(std::int64_t index, cudaStream_t stream) {
   }
   normalise(before_attention, before_mlp, stream);
   const std::int64_t qkv_elements = rows_ * 3 * config_.hidden_size;
-  if (qkv_elements + rows_ * config_.intermediate_size > wide_elements_) {
+  if (qkv_elements + rows_ * config_.intermediate_size > wide_elements_ ||
+      looks_at(PrefillHooks::Branch::mlp)) {
     add_mlp(layer, wide_, products_, stream);
     attend(layer, stream);
   } else {
@@ -269,24 +284,37 @@ void Prefill::attend(const StreamedLayer& layer, cudaStream_t stream) {
                             static_cast<std::int32_t>(config_.rotary_dim)};
   launch_rotary(config_.dtype, rotary, attention_, stream);
   launch_attention(attention_kernel_, attention_, stream);
+  if (hooks_ != nullptr) hooks_->at_heads(layer_, heads_, stream);
+}
+
+// x += what a branch has given by itself, for a hook to look at it
+void Prefill::add_branch(PrefillHooks::Branch branch, float* rows, cudaStream_t stream) {
+  hooks_->at_branch(branch, layer_, rows, stream);
+  launch_add(x_, rows, extent_.count * config_.hidden_size, stream);
 }
 
 // x += the heads' outputs, projected
 void Prefill::add_attention(const StreamedLayer& layer, cudaStream_t stream) {
+  // By way of the memory of the queries, keys and values, which is free by now.
+  const bool apart = looks_at(PrefillHooks::Branch::attention);
   products_.multiply({.x = heads_,
                       .weight = layer.attention_out,
                       .bias = floats(layer.attention_out_bias),
-                      .y = x_,
+                      .y = apart ? wide_ : x_,
                       .rows = rows_,
                       .in = config_.hidden_size,
                       .out = config_.hidden_size,
-                      .accumulate = true},
+                      .accumulate = !apart},
                      stream);
+  if (apart) add_branch(PrefillHooks::Branch::attention, wide_, stream);
 }
 
 // x += mlp(mlp_normed), by way of `wide`
 void Prefill::add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& products,
                       cudaStream_t stream) {
+  const bool apart = looks_at(PrefillHooks::Branch::mlp);
+  if (hooks_ != nullptr && hooks_->ablates_mlp(layer_))
+    return hooks_->at_branch(PrefillHooks::Branch::mlp, layer_, nullptr, stream);
   products.multiply({.x = mlp_normed_,
                      .weight = layer.mlp_up,
                      .bias = floats(layer.mlp_up_bias),
@@ -300,12 +328,13 @@ void Prefill::add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& p
   products.multiply({.x = active_,
                      .weight = layer.mlp_down,
                      .bias = floats(layer.mlp_down_bias),
-                     .y = x_,
+                     .y = apart ? wide : x_,
                      .rows = rows_,
                      .in = config_.intermediate_size,
                      .out = config_.hidden_size,
-                     .accumulate = true},
+                     .accumulate = !apart},
                     stream);
+  if (apart) add_branch(PrefillHooks::Branch::mlp, wide, stream);
 }
 
 // Final LayerNorm and LM head from `first_row` on, in slices whose logits fit into wide_.

@@ -25,6 +25,7 @@
 #include "backend/cuda/memory.hpp"
 #include "backend/cuda/prefill/attention.hpp"
 #include "backend/cuda/prefill/matrix_product.hpp"
+#include "backend/cuda/prefill/prefill_hooks.hpp"
 #include "backend/cuda/prefill/row_kernels.hpp"
 #include "plan/decode_plan.hpp"
 
@@ -49,9 +50,11 @@ class Prefill {
   // Appends `tokens` at `first_position` to the sequence whose keys and values lie in `pages` (one
   // for each kKvPagePositions, enough for the new tokens) and waits for the outputs that are asked
   // for; `output.sampled` is the caller's business. Positions from first_position on may hold
-  // anything before. Errors: non_finite (at an asked-for position), those of CUDA.
+  // anything before. `interventions` may be null; with them, and where activations are asked for,
+  // layers go launch by launch. Errors: non_finite (at an asked-for position), those of CUDA.
   void run(std::span<const TokenId> tokens, std::int64_t first_position,
-           std::span<char* const> pages, const PrefillOutput& output, cudaStream_t stream);
+           std::span<char* const> pages, const DeviceInterventions* interventions,
+           const PrefillOutput& output, cudaStream_t stream);
 
   // How many numbers of rows have a graph.
   std::int64_t num_graphs() const noexcept;
@@ -61,11 +64,16 @@ class Prefill {
   void run_layers(cudaStream_t stream);
   void launch_layers(cudaStream_t stream);
   void run_layer(std::int64_t index, cudaStream_t stream);
+  void run_branches(const StreamedLayer& layer, cudaStream_t stream);
   void normalise(const LayerNormOutput& first, const LayerNormOutput& second, cudaStream_t stream);
   void attend(const StreamedLayer& layer, cudaStream_t stream);
   void add_attention(const StreamedLayer& layer, cudaStream_t stream);
   void add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& products,
                cudaStream_t stream);
+  bool looks_at(PrefillHooks::Branch branch) const {
+    return hooks_ != nullptr && hooks_->look_at_branch(branch, layer_);
+  }
+  void add_branch(PrefillHooks::Branch branch, float* rows, cudaStream_t stream);
   void score(std::int64_t first_row, const PrefillOutput& output, cudaStream_t stream);
   void collect_scores(const PrefillOutput& output) const;
 
@@ -103,6 +111,8 @@ class Prefill {
   std::int32_t* targets_ = nullptr;
   RowScore* scores_ = nullptr;
   // Of the run and the layer in progress.
+  const PrefillHooks* hooks_ = nullptr;  // if they have something to do
+  std::int64_t layer_ = 0;
   AttentionParams attention_{};
   PromptExtent extent_{};
   std::int64_t rows_ = 0;  // at least the number of tokens

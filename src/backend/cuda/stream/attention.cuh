@@ -56,6 +56,7 @@ class Attention {
   // block of the split, combine_warps(); by all threads.
   struct Task {
     int head, split, splits;
+    bool ablated;         // the head is left out
     int first_row, rows;  // of the step: the queries
     int first_fresh;      // first row of the step that is of the same sequence
     int first_position;   // of row first_fresh
@@ -170,7 +171,9 @@ class Attention {
     float maximum = -INFINITY;
     for (int w = 0; w < plan::kConsumerWarps; ++w) maximum = fmaxf(maximum, of_warp[w * stride]);
     float factor[plan::kConsumerWarps];
-    float total = 0.0f;
+    // Of an ablated head infinity, so that value / total is zero. With several splits the combiners
+    // write zeros and look at no partial result.
+    float total = task.ablated ? INFINITY : 0.0f;
 #pragma unroll
     for (int w = 0; w < plan::kConsumerWarps; ++w) {
       factor[w] = exp2f(of_warp[w * stride] - maximum);
@@ -211,6 +214,7 @@ class Attention {
     task.head = label >> 5 & 511;
     task.split = label >> 14 & 31;
     task.splits = label >> 19 & 31;
+    task.ablated = is_ablated(label);
     task.first_row = group.first_row;
     task.rows = group.rows;
     task.first_fresh = group.sequence_first;

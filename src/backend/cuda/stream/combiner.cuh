@@ -71,7 +71,7 @@ class Combiner {
             if (splits == 1) continue;
             if (!waited) block_counter_wait(&control->cleared, epoch, kNap);
             waited = true;
-            combine(lamport_set(p, epoch), row, item * 32 + lane, splits);
+            combine(lamport_set(p, epoch), layer, row, item * 32 + lane, splits);
           }
         }
       }
@@ -86,12 +86,15 @@ class Combiner {
         .splits;
   }
 
-  __device__ __forceinline__ void combine(char* set, int row, int index, int splits) const {
+  // Element `index` of the row's attention output, which may be behind the last.
+  __device__ __forceinline__ void combine(char* set, int layer, int row, int index,
+                                          int splits) const {
     if (index >= p.num_heads * p.head_dim) return;
     T* output = reinterpret_cast<T*>(set + p.layout.attention) +
-                static_cast<std::int64_t>(row) * p.hidden_size;
-    lamport_store(output + operand_order(index),
-                  static_cast<T>(combine_splits(p, set, row, index, splits)));
+                static_cast<std::int64_t>(row) * p.hidden_size + operand_order(index);
+    if (p.ablated.has_head(layer * p.num_heads + index / p.head_dim))
+      return lamport_store(output, T(0.0f));
+    lamport_store(output, static_cast<T>(combine_splits(p, set, row, index, splits)));
   }
 
   const StreamParams& p;

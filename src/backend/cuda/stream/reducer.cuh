@@ -64,7 +64,7 @@ class Reducer {
       if (4 * k >= p.rows) break;
       const int row = 4 * k + lane / 8;
       const float value = folded(sum(k), slots);
-      if (counts && row < p.rows) store(stream, output, row, width, index, value);
+      if (counts && row < p.rows) store(stream, output, row, width, index, value, epoch);
     }
   }
 
@@ -87,13 +87,18 @@ class Reducer {
   }
 
   __device__ __forceinline__ void store(Stream stream, char* output, int row, int width, int index,
-                                        float value) const {
+                                        float value, int epoch) const {
     const std::int64_t first = static_cast<std::int64_t>(row) * width;
     if (stream == Stream::mlp_up)
       lamport_store(reinterpret_cast<T*>(output) + first + operand_order(index),
-                    static_cast<T>(activate(p.activation, value)));
+                    static_cast<T>(mlp_is_ablated(epoch) ? 0.0f : activate(p.activation, value)));
     else
       lamport_store(reinterpret_cast<float*>(output) + first + index, value);
+  }
+
+  // The MLP of this epoch's layer.
+  __device__ __forceinline__ bool mlp_is_ablated(int epoch) const {
+    return p.ablated.any && p.ablated.has_mlp(epoch % epochs_per_step(p));
   }
 
   // For whole warps. Lane 8 j + k keeps the best of row 4 k + j.

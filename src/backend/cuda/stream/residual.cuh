@@ -30,6 +30,7 @@ class Residual {
     for (int j = 0; j < kPairs; ++j) {
       if (holds(j)) kept()[from_first(j) / 2] = unpack<T>(__ldg(of_token + element(j) / 2));
     }
+    if (c.p.first_steering != nullptr) steer();
   }
 
   // For all blocks, in front of a phase that normalises. `layer` may be behind the last.
@@ -84,6 +85,17 @@ class Residual {
   const int row;
 
  private:
+  __device__ __forceinline__ void steer() const {
+    const auto* steering = reinterpret_cast<const float2*>(c.p.first_steering + element(0));
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      if (!holds(j)) continue;
+      float2& own = kept()[from_first(j) / 2];
+      const float2 more = __ldg(steering + from_first(j) / 2);
+      own = make_float2(own.x + more.x, own.y + more.y);
+    }
+  }
+
   // Pair j of this thread begins at this element.
   __device__ __forceinline__ int element(int j) const {
     return 2 * (c.thread + kConsumerThreads * j);

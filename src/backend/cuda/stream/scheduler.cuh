@@ -180,7 +180,8 @@ class Scheduler {
     const int head = task / splits.splits, split = task % splits.splits;
     const int first = split * splits.blocks_per_split;
     const int end = min(first + splits.blocks_per_split, splits.blocks);
-    const int label = group | head << 5 | split << 14 | splits.splits << 19;
+    int label = group | head << 5 | split << 14 | splits.splits << 19;
+    if (p.ablated.has_head(layer * p.num_heads + head)) label |= kAblatedHead;
     const char* next = kv_block(p, pages, layer, head, first);
 #pragma unroll 1
     for (int block = first; block < end; ++block) {

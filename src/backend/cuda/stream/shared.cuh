@@ -96,6 +96,9 @@ __device__ __forceinline__ char* shared_ring(const StreamParams& p, char* shared
 
 // The id of a ring stage: which epoch and phase it belongs to, and which operand.
 inline constexpr int kAttentionPhase = 7;
+// In the label of a task of attention: its head is left out.
+inline constexpr int kAblatedHead = -0x7fffffff - 1;  // the sign
+__device__ __forceinline__ bool is_ablated(int label) { return label < 0; }
 __device__ __forceinline__ int phase_id(int epoch, int phase) { return epoch * 8 + phase; }
 __device__ __forceinline__ int ring_id(int phase_id, int operand) { return phase_id * 8 + operand; }
 __device__ __forceinline__ int phase_id_of(int ring_id) { return ring_id >> 3; }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "backend/cuda/device_model.hpp"
+#include "backend/cuda/interventions/device_interventions.hpp"
 #include "backend/cuda/memory.hpp"
 #include "backend/cuda/row_decoder.hpp"
 #include "backend/cuda/stream/row_tables.hpp"
@@ -34,6 +35,9 @@ class StreamDecoder final : public RowDecoder {
                cudaStream_t stream) override;
   void enqueue_step(std::span<const DecodeRow> rows, std::int32_t index,
                     std::span<const TokenId* const> device_inputs, cudaStream_t stream) override;
+  void intervene(const LaunchInterventions& interventions) noexcept override {
+    interventions.tell(params_);
+  }
   const float* logits(std::size_t row) const noexcept override {
     return logits_.as<float>() + row * static_cast<std::size_t>(params_.logits_stride);
   }

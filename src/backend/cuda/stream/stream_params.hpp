@@ -63,6 +63,8 @@ struct StreamParams {
   StreamedLayer first_layer;
   std::int64_t layer_stride;
   const void* embedding;
+  const float* first_steering;  // of all rows: as in DecodeParams
+  AblationBits ablated;
   const char* lm_head_weight;
   const void* final_norm_weight;
   const void* final_norm_bias;
