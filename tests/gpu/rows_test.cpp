@@ -3,17 +3,21 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
+#include <memory>
 #include <random>
 #include <span>
 #include <vector>
 
 #include "gpu_fixture.hpp"
+#include "support/random_interventions.hpp"
 
 namespace clusterfusion::test {
 namespace {
 
 struct Request {
-  std::vector<TokenId> prompt;
+  std::shared_ptr<const Interventions> interventions = nullptr;
+  std::vector<TokenId> prompt = {};
   SamplingParams sampling;
   TokenId input = 0;
 };
@@ -44,6 +48,7 @@ std::vector<Outcome> run(Backend& backend, std::int64_t vocab, std::span<const R
   std::vector<TokenId> inputs;
   for (const Request& request : requests) {
     ids.push_back(backend.create_sequence(request.sampling));
+    backend.intervene(ids.back(), request.interventions);
     backend.prefill(ids.back(), request.prompt, {});
     inputs.push_back(request.input);
   }
@@ -80,12 +85,15 @@ class Rows : public GpuTest, public testing::WithParamInterface<Shape> {
     random.seed(std::hash<std::string>{}(GetParam().name) % 1000);
   }
 
-  void compare_many(int most) {
+  void compare_many(std::initializer_list<int> counts,
+                    const std::shared_ptr<const Interventions>& interventions = nullptr) {
     const int longest = std::min(GetParam().positions * 2, 300);
-    for (const int count : {17, 32, 33, 64, 65, 129, 256, most}) {
+    for (const int count : counts) {
       std::vector<Request> requests;
-      for (int i = 0; i < count; ++i)
+      for (int i = 0; i < count; ++i) {
         requests.push_back(random_request(random, config.vocab_size, longest, false));
+        requests.back().interventions = interventions;
+      }
       const auto together = run(*backend, config.vocab_size, requests, 2, 3);
       for (int i = 0; i < count; i += 1 + static_cast<int>(random() % 8)) {
         const auto alone =
@@ -125,7 +133,13 @@ TEST_P(Rows, AreTheSameInAnyCompany) {
   compare(false, 8, std::min(GetParam().positions * 3, 2500));
 }
 // More than the streaming kernel takes; and each row alone is computed by it.
-TEST_P(Rows, AreTheSameAmongMany) { compare_many(300); }
+TEST_P(Rows, AreTheSameAmongMany) { compare_many({17, 32, 33, 64, 65, 129, 256, 300}); }
+TEST_P(Rows, AreTheSameAmongManyWithInterventions) {
+  const auto interventions = steered(config, {0, config.num_layers - 1});
+  interventions->layers[0].ablated_heads = {1, config.num_heads - 1};
+  interventions->layers[config.num_layers - 1].ablates_mlp = true;
+  compare_many({40}, interventions);
+}
 TEST_P(Rows, AreTheSameInAnyCompanyWithFilters) { compare(true, 3, 40); }
 
 INSTANTIATE_TEST_SUITE_P(Unstreamed, Rows, testing::ValuesIn(unstreamed_shapes()),
