@@ -123,7 +123,8 @@ std::vector<std::int64_t> all_layers(const ModelConfig& config) {
 InterventionsPointer ablated(const ModelConfig& config, bool heads, bool mlps) {
   auto interventions = no_interventions(config);
   for (LayerIntervention& layer : interventions->layers) {
-    if (heads) layer.ablated_heads = {0, config.num_heads - 1};
+    for (std::int64_t head = 0; heads && head < config.num_heads; head += 2)
+      layer.ablated_heads.push_back(head);
     layer.ablates_mlp = mlps;
   }
   return interventions;

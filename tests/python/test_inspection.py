@@ -355,3 +355,24 @@ def test_beside_transformers(tmp_path, name):
     expected.pop("hidden_states[1]")
     for key in expected:
         assert relative_error(found[key], expected[key]) <= 3 * ERROR_BOUND, key
+
+
+def test_on_a_gpu(gpu, demo_model):
+    """Activations stay there, and torch takes them without a copy; steering is the CPU's."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    on_cpu = clusterfusion.Engine(demo_model, device="cpu")
+    on_gpu = clusterfusion.Engine(demo_model, device=gpu)
+    states = on_cpu.hidden_states(TOKENS)
+    for name, values in on_gpu.hidden_states(TOKENS).items():
+        tensor = torch.from_dlpack(values)
+        assert tensor.device.type == on_gpu.device
+        assert tensor.shape == states[name].shape
+        assert relative_error(tensor.cpu().numpy(), states[name]) <= 5e-3, name
+    vectors = {2: states["hidden_states[2]"][3], 0: states["hidden_states[1]"][:5]}
+    for engine in (on_cpu, on_gpu):
+        engine.steer(vectors, 2.0)
+        engine.ablate({1: [0, 2]}, [5])
+    exact, found = on_cpu.logits(TOKENS), on_gpu.logits(TOKENS)
+    assert relative_error(found, exact) <= 5e-3
+    # What torch has there steers as well.
+    on_gpu.steer({2: torch.from_dlpack(on_gpu.hidden_states(TOKENS)["hidden_states[2]"])})

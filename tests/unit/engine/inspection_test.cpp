@@ -2,8 +2,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <cmath>
 #include <limits>
+#include <thread>
 #include <vector>
 
 #include "engine/activation_names.hpp"
@@ -240,6 +242,25 @@ TEST_F(Inspection, ARefusedChangeChangesNothing) {
     engine_->ablate({.heads = {{0, {99}}}, .mlps = {1}});
   });
   EXPECT_EQ(logits(), before);
+}
+
+TEST_F(Inspection, ThreadsMaySteerWhileOthersCompute) {
+  const std::vector<float> plain = logits();
+  engine_->steer({vector(1)});
+  const std::vector<float> steered = logits();
+  std::atomic<bool> stop = false;
+  std::thread other([&] {
+    while (!stop) {
+      engine_->steer({});
+      engine_->steer({vector(1)});
+    }
+  });
+  for (int i = 0; i < 20; ++i) {
+    const std::vector<float> found = logits();
+    EXPECT_TRUE(found == plain || found == steered);
+  }
+  stop = true;
+  other.join();
 }
 
 TEST_F(Inspection, HiddenStatesHaveNamesAndShareMemory) {

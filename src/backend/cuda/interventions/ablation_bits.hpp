@@ -8,14 +8,15 @@
 
 namespace clusterfusion::cuda {
 
-// Heads of all layers together, and layers, that have a bit: GPT-NeoX-20B has 2816 and 44.
+// Heads of all layers together, and layers, that have a bit: GPT-NeoX-20B has 2816 and 44. The LM
+// head's epoch, behind the last layer, has one too, which is never set.
 inline constexpr std::int32_t kMaxAblationHeads = 4096;
-inline constexpr std::int32_t kMaxAblationLayers = 128;
+inline constexpr std::int32_t kMaxAblationLayers = 127;
 
 struct AblationBits {
   bool any;  // else no bit is looked at
   std::uint32_t heads[kMaxAblationHeads / 32];
-  std::uint32_t mlps[kMaxAblationLayers / 32];
+  std::uint32_t mlps[(kMaxAblationLayers + 1) / 32];
 
   // Head number layer * num_heads + head.
   CF_HOST_DEVICE bool has_head(std::int32_t number) const {
