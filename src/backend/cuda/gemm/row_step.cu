@@ -32,6 +32,9 @@ __device__ __forceinline__ float2 block_sum(float2 value, float2 (&buffer)[plan:
   return total;
 }
 
+// What earlier kernels wrote is read from L2: with programmatic dependent launch no kernel begins
+// with an empty L1.
+
 // The residual stream of one row, as far as one thread has it: pairs of elements, the streaming
 // kernel's. `kPairs`: at most.
 template <typename T, int kPairs>
@@ -58,12 +61,12 @@ class ResidualRow {
     float2 owed[plan::kMaxResidualParts][kPairs];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
-      if (holds(j)) x[j] = kept[pair(j)];
+      if (holds(j)) x[j] = __ldcg(kept + pair(j));
 #pragma unroll
       for (int i = 0; i < plan::kMaxResidualParts; ++i) {
         owed[i][j] = make_float2(0.0f, 0.0f);
         if (holds(j) && r.first_owed + i < r.last_owed)
-          owed[i][j] = of_part(r.first_owed + i)[pair(j)];
+          owed[i][j] = __ldcg(of_part(r.first_owed + i) + pair(j));
       }
     }
 #pragma unroll
@@ -86,7 +89,7 @@ class ResidualRow {
   }
 
   __device__ __forceinline__ void normalize(float2 (&sums)[2][plan::kConsumerWarps]) const {
-    float mean = r.tokens == nullptr ? r.means[row] : 0.0f;
+    float mean = r.tokens == nullptr ? __ldcg(r.means + row) : 0.0f;
     const Moments m =
         find_moments(mean, p.inverse_hidden_size, p.layer_norm_eps, [&](float shift, int pass) {
           float2 own = make_float2(0.0f, 0.0f);
@@ -115,7 +118,7 @@ class ResidualRow {
   }
   __device__ __forceinline__ void embed() {
     // A token that was not chosen (a NaN among the logits) is reported by the host; stay in bounds.
-    const std::int64_t token = max(r.tokens[row * r.token_stride], 0);
+    const std::int64_t token = max(__ldcg(r.tokens + row * r.token_stride), 0);
     const auto* from = static_cast<const std::uint32_t*>(p.embedding) + token * pairs;
 #pragma unroll
     for (int j = 0; j < kPairs; ++j)
@@ -178,7 +181,7 @@ __global__ void __launch_bounds__(kChoiceThreads)
   Candidate best = stream::worst_candidate();
   for (int token = thread; token < p.vocab_size; token += kChoiceThreads) {
     const Candidate other =
-        stream::candidate(of_row, of_row.position + step, token, of_logits[token]);
+        stream::candidate(of_row, of_row.position + step, token, __ldcg(of_logits + token));
     if (better(other, best)) best = other;
   }
   best = stream::best_of_lanes<32>(best);
