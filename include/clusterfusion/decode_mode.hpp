@@ -13,7 +13,8 @@ namespace clusterfusion {
 enum class DecodeMode : std::int32_t {
   // One sequence after the other, each by the kernel for a single row: the shortest time a token.
   latency,
-  // Up to 16 sequences in one launch, which reads the weights once for all of them.
+  // Up to 256 sequences in a step, which reads the weights once for all of them: up to 16 in one
+  // launch, more by a series of kernels, with the same bits.
   throughput,
 };
 constexpr const char* name_of(DecodeMode mode) noexcept {

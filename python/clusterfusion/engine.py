@@ -254,7 +254,7 @@ class Engine:
             kv_dtype: Type of the KV cache, "float32", "float16" or "bfloat16"; None for float32 on
                 the CPU and the weights' type on a GPU.
             mode: What a GPU is to be quick at: "latency" of one sequence, or "throughput" of many,
-                of which up to 16 are decoded in one launch. In each mode a text depends on its
+                of which up to 256 are decoded in a step. In each mode a text depends on its
                 request alone; the modes differ in last bits. On the CPU they are the same.
             progress: Called while the weights are copied to a GPU, with bytes done and in all:
                 first with 0, last with all. On the CPU it is called once, with all. What it raises
