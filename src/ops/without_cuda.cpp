@@ -14,9 +14,7 @@ namespace {
 
 }  // namespace
 
-void attention_mlp_up(const AttentionMlpUpTask&, const LayerStream& stream) { refuse(stream); }
-void mlp_down(const MlpDownTask&, const LayerStream& stream) { refuse(stream); }
-void decoder_layer(const DecoderLayerTask&, const LayerStream& stream) { refuse(stream); }
+void run_layer(const LayerTask&, const LayerStream& stream) { refuse(stream); }
 bool is_capturing(const LayerStream& stream) { refuse(stream); }
 
 }  // namespace clusterfusion::cuda

@@ -12,8 +12,6 @@ namespace {
 // ones are bound by the rate of tickets, larger ones widen the skew at a phase's end. Matrices that
 // are too small for that are cut finer, so that each SM gets a share.
 constexpr std::int64_t kTargetChunkBytes = 20480;
-// A ring stage has room for this much of a KV page, or for all of it.
-constexpr std::int64_t kMinKvBlockBytes = 16384;
 constexpr std::int64_t kMaxHeadDim = 256;
 static_assert(kMinKvBlockBytes >= kMinKvBlockPositions * kMaxHeadDim * 4);
 // Registers: a lane holds `iterations` 16-byte fragments of activations for a matrix.
@@ -74,7 +72,17 @@ bool can_cut(std::int64_t columns) {
 
 bool can_attend(std::int64_t head_dim) { return head_dim % 16 == 0 && head_dim <= kMaxHeadDim; }
 
-KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
+}  // namespace
+
+std::string unstreamed_because(const LayerSpec& spec) {
+  if (spec.kv_heads() != spec.num_heads) return "grouped heads";
+  if (spec.attention_size() != spec.hidden_size) return "heads not as wide as the hidden size";
+  if (spec.norm != NormKind::layer_norm) return "RMSNorm";
+  if (spec.gated_mlp) return "a gated MLP";
+  return "";
+}
+
+KvPlan make_kv_plan(const ModelConfig& config, std::int64_t stage_bytes) {
   require(can_attend(config.head_dim), ErrorKind::unsupported,
           "the streaming decode kernel needs a head size that is a multiple of 16 and at most {}, "
           "found {}; run this model on the CPU (device \"cpu\")",
@@ -84,9 +92,11 @@ KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
   while (kv.block_positions * config.head_dim * 4 > stage_bytes) kv.block_positions /= 2;
   kv.block_bytes = kv.block_positions * config.head_dim * 4;
   kv.head_bytes = kKvPagePositions * config.head_dim * 4;
-  kv.page_bytes = kv.head_bytes * config.num_heads * config.num_layers;
+  kv.page_bytes = kv.head_bytes * config.kv_heads() * config.num_layers;
   return kv;
 }
+
+namespace {
 
 // Shared memory beside the sums and the ring.
 std::int64_t fixed_bytes(const ModelConfig& config) {
@@ -104,8 +114,8 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
                        std::min(std::max(kTargetChunkBytes, widest_row), share));
   };
   DecodePlan plan;
-  plan.qkv = cut_matrix("the QKV matrix", 3 * hidden, hidden);
-  plan.attention_out = cut_matrix("the attention output matrix", hidden, hidden);
+  plan.qkv = cut_matrix("the QKV matrix", config.qkv_size(), hidden);
+  plan.attention_out = cut_matrix("the attention output matrix", hidden, config.attention_size());
   plan.mlp_up = cut_matrix("the first MLP matrix", config.intermediate_size, hidden);
   plan.mlp_down = cut_matrix("the second MLP matrix", hidden, config.intermediate_size);
   plan.lm_head = cut_matrix("the LM head", config.vocab_size, hidden);
@@ -115,7 +125,7 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   }
   const std::int64_t page_bytes = kKvPagePositions * config.head_dim * 4;
   plan.data_bytes = std::max(plan.data_bytes, std::min(page_bytes, kMinKvBlockBytes));
-  plan.kv = plan_kv(config, plan.data_bytes);
+  plan.kv = make_kv_plan(config, plan.data_bytes);
   // Bulk copies begin and end at multiples of 16 bytes.
   std::int64_t bias_bytes = 0;
   for (const MatrixPlan* matrix : {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down})
@@ -155,6 +165,9 @@ MatrixPlan with_half_the_products(MatrixPlan plan) {
 }
 
 DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits) {
+  const std::string unstreamed = unstreamed_because(config);
+  require(unstreamed.empty(), ErrorKind::internal, "the streaming decode kernel has no {}",
+          unstreamed);
   DecodePlan plan = draft_plan(config, limits);
   const std::int64_t fixed = fixed_bytes(config);
   require(plan.stages >= kMinStages, ErrorKind::unsupported,
@@ -171,8 +184,9 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
 }
 
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {
-  return can_cut(config.hidden_size) && can_cut(config.intermediate_size) &&
-         can_attend(config.head_dim) && draft_plan(config, limits).stages >= kMinStages;
+  return unstreamed_because(config).empty() && can_cut(config.hidden_size) &&
+         can_cut(config.intermediate_size) && can_attend(config.head_dim) &&
+         draft_plan(config, limits).stages >= kMinStages;
 }
 
 }  // namespace clusterfusion::plan

@@ -66,9 +66,9 @@ StreamPlan make_stream_plan(const ModelConfig& config, const KvPlan& kv,
   const std::int64_t hidden = config.hidden_size;
   const std::int64_t part = hidden <= kPartColumns ? kPartColumns : kWidePartColumns;
   StreamPlan plan;
-  plan.qkv = cut("the QKV matrix", 3 * hidden, hidden, part, 1);
+  plan.qkv = cut("the QKV matrix", config.qkv_size(), hidden, part, 1);
   plan.mlp_up = cut("the first MLP matrix", config.intermediate_size, hidden, part, 1);
-  plan.attention_out = cut("the attention output matrix", hidden, hidden, part, 1);
+  plan.attention_out = cut("the attention output matrix", hidden, config.attention_size(), part, 1);
   // Parts as wide as the other matrices where that is possible.
   const bool even = hidden >= 1024 && config.intermediate_size % hidden == 0;
   plan.mlp_down = cut("the second MLP matrix", hidden, config.intermediate_size,

@@ -140,7 +140,7 @@ void StreamDecoder::describe_model(const ModelConfig& config, const DeviceModel&
   p.mlp_down = streamed(plan_.mlp_down);
   p.attention_out = streamed(plan_.attention_out);
   p.lm_head = streamed(plan_.lm_head);
-  p.first_layer = weights.layers().front();
+  p.first_layer = weights.first_streamed_layer();
   p.layer_stride = weights.layer_stride();
   p.embedding = weights.embedding();
   p.lm_head_weight = weights.lm_head();
