@@ -1,6 +1,7 @@
 // Rotary position embedding (Su et al., arXiv:2104.09864): the angle of pair i of a head at a
-// position is position x theta^(-2i / rotary_dim), as in transformers. Inverse frequencies and
-// angles are float32, as there.
+// position is position x theta^(-2i / rotary_dim), as in transformers. Computed in float64 and
+// rounded once: with float32 angles, which transformers has, cosines are off by up to
+// 7e-5 within 2048 positions.
 #pragma once
 
 #include <cmath>
@@ -19,11 +20,9 @@ class RotaryTable {
   };
 
   explicit RotaryTable(const LayerSpec& spec) {
+    const auto dim = static_cast<double>(spec.rotary_dim);
     for (std::int64_t i = 0; i < spec.rotary_dim; i += 2) {
-      const float exponent = static_cast<float>(i) / static_cast<float>(spec.rotary_dim);
-      const float power =
-          static_cast<float>(std::pow(spec.rope_theta, static_cast<double>(exponent)));
-      frequencies_.push_back(1.0f / power);
+      frequencies_.push_back(std::pow(spec.rope_theta, -static_cast<double>(i) / dim));
     }
   }
 
@@ -31,13 +30,12 @@ class RotaryTable {
   std::size_t pairs() const noexcept { return frequencies_.size(); }
 
   Turn turn(std::int64_t position, std::size_t pair) const noexcept {
-    const float angle = static_cast<float>(position) * frequencies_[pair];
-    return {static_cast<float>(std::cos(static_cast<double>(angle))),
-            static_cast<float>(std::sin(static_cast<double>(angle)))};
+    const double angle = static_cast<double>(position) * frequencies_[pair];
+    return {static_cast<float>(std::cos(angle)), static_cast<float>(std::sin(angle))};
   }
 
  private:
-  std::vector<float> frequencies_;
+  std::vector<double> frequencies_;
 };
 
 }  // namespace clusterfusion::plan

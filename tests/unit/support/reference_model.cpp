@@ -92,11 +92,10 @@ Rows norm(const ModelConfig& config, const DLTensor& weight, const DLTensor& bia
 void rotate(double* head, const ModelConfig& config, std::size_t position) {
   const std::int64_t half = config.rotary_dim / 2;
   for (std::int64_t i = 0; i < half; ++i) {
-    const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.rotary_dim);
-    const float power = static_cast<float>(std::pow(config.rope_theta, exponent));
-    const float angle = static_cast<float>(position) * (1.0f / power);
-    const double cos = std::cos(static_cast<double>(angle));
-    const double sin = std::sin(static_cast<double>(angle));
+    const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(config.rotary_dim);
+    const double angle = static_cast<double>(position) * std::pow(config.rope_theta, exponent);
+    const double cos = std::cos(angle);
+    const double sin = std::sin(angle);
     const double low = head[i];
     const double high = head[half + i];
     head[i] = low * cos - high * sin;
