@@ -100,56 +100,30 @@ Dimension intermediate_of(const DLTensor& mlp_up_weight, const Dimension& hidden
   return {rows_of(mlp_up_weight, "mlp_up_weight", "intermediate", hidden.size), "intermediate"};
 }
 
-// The weights among the arguments of attention and the MLP's first half, in the order of the
-// arguments. Sizes are by name: of what there are rows and, of a matrix, columns.
-enum class Size { none, hidden, qkv, intermediate };
-struct WeightArgument {
-  LayerTensor tensor;
-  const char* name;
-  DLTensor LayerTensors::*member;
-  Size rows, columns = Size::none;
-  bool is_optional = false;
-};
-constexpr WeightArgument kWeights[] = {
-    {LayerTensor::qkv_weight, "weight_qkv", &LayerTensors::weight_qkv, Size::qkv, Size::hidden},
-    {LayerTensor::qkv_bias, "bias_qkv", &LayerTensors::bias_qkv, Size::qkv, Size::none, true},
-    {LayerTensor::attention_out_weight, "weight_o", &LayerTensors::weight_o, Size::hidden,
-     Size::hidden},
-    {LayerTensor::attention_out_bias, "bias_o", &LayerTensors::bias_o, Size::hidden, Size::none,
-     true},
-    {LayerTensor::input_norm_weight, "ln_weight", &LayerTensors::ln_weight, Size::hidden},
-    {LayerTensor::input_norm_bias, "ln_bias", &LayerTensors::ln_bias, Size::hidden},
-    {LayerTensor::post_norm_weight, "post_ln_weight", &LayerTensors::post_ln_weight, Size::hidden},
-    {LayerTensor::post_norm_bias, "post_ln_bias", &LayerTensors::post_ln_bias, Size::hidden},
-    {LayerTensor::mlp_up_weight, "mlp_up_weight", &LayerTensors::mlp_up_weight, Size::intermediate,
-     Size::hidden},
-    {LayerTensor::mlp_up_bias, "mlp_up_bias", &LayerTensors::mlp_up_bias, Size::intermediate},
-};
-
-Dimension dimension(Size size, const LayerShape& shape) {
-  switch (size) {
-    case Size::qkv: return {3 * shape.hidden_size, "3 hidden"};
-    case Size::intermediate: return {shape.intermediate_size, "intermediate"};
-    default: return {shape.hidden_size, "hidden"};
-  }
-}
-
-void check_weights(TensorChecker& checker, const LayerTensors& tensors, LayerTask& task) {
-  for (const WeightArgument& weight : kWeights) {
-    const DLTensor& tensor = tensors.*weight.member;
-    const Dimension rows = dimension(weight.rows, task.shape);
-    const Dimension columns = dimension(weight.columns, task.shape);
-    if (weight.is_optional && !is_present(tensor)) continue;
-    task.weights[index_of(weight.tensor)] =
-        weight.columns == Size::none ? checker.read(tensor, weight.name, {rows})
-                                     : checker.read(tensor, weight.name, {rows, columns});
-  }
+void check_weights(TensorChecker& checker, const LayerTensors& t, LayerTask& task) {
+  using enum LayerTensor;
+  const Dimension hidden{task.shape.hidden_size, "hidden"};
+  const Dimension qkv{3 * task.shape.hidden_size, "3 hidden"};
+  const Dimension intermediate{task.shape.intermediate_size, "intermediate"};
+  const auto check = [&](LayerTensor tensor, const DLTensor& given, const char* name, Shape shape) {
+    task.weights[index_of(tensor)] = checker.read(given, name, shape);
+  };
+  check(qkv_weight, t.weight_qkv, "weight_qkv", {qkv, hidden});
+  if (is_present(t.bias_qkv)) check(qkv_bias, t.bias_qkv, "bias_qkv", {qkv});
+  check(attention_out_weight, t.weight_o, "weight_o", {hidden, hidden});
+  if (is_present(t.bias_o)) check(attention_out_bias, t.bias_o, "bias_o", {hidden});
+  check(input_norm_weight, t.ln_weight, "ln_weight", {hidden});
+  check(input_norm_bias, t.ln_bias, "ln_bias", {hidden});
+  check(post_norm_weight, t.post_ln_weight, "post_ln_weight", {hidden});
+  check(post_norm_bias, t.post_ln_bias, "post_ln_bias", {hidden});
+  check(mlp_up_weight, t.mlp_up_weight, "mlp_up_weight", {intermediate, hidden});
+  check(mlp_up_bias, t.mlp_up_bias, "mlp_up_bias", {intermediate});
 }
 
 void check_mlp_down(TensorChecker& checker, const DLTensor& weight, const DLTensor& bias,
                     LayerTask& task) {
-  const Dimension hidden = dimension(Size::hidden, task.shape);
-  const Dimension intermediate = dimension(Size::intermediate, task.shape);
+  const Dimension hidden{task.shape.hidden_size, "hidden"};
+  const Dimension intermediate{task.shape.intermediate_size, "intermediate"};
   task.weights[index_of(LayerTensor::mlp_down_weight)] =
       checker.read(weight, "mlp_down_weight", {hidden, intermediate});
   task.weights[index_of(LayerTensor::mlp_down_bias)] =

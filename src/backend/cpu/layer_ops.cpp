@@ -9,7 +9,6 @@
 #include <functional>
 #include <mutex>
 #include <span>
-#include <tuple>
 #include <vector>
 
 #include "backend/backend.hpp"
@@ -265,23 +264,23 @@ class LayerRun {
 }  // namespace
 
 void run_layer(const LayerTask& task) {
-  const auto [dtype, hidden, inner] =
-      std::tuple(task.shape.dtype, task.shape.hidden_size, task.shape.intermediate_size);
+  const LayerShape& shape = task.shape;
   LayerRun layer(task);
+  Row& intermediate = layer.at(plan::Place::mlp);
   if (task.part == plan::Part::mlp_down) {
-    layer.attention = widened(dtype, task.attn_output, hidden);
-    layer.at(plan::Place::mlp) = widened(dtype, task.mlp_intermediate, inner);
+    layer.attention = widened(shape.dtype, task.attn_output, shape.hidden_size);
+    intermediate = widened(shape.dtype, task.mlp_intermediate, shape.intermediate_size);
   }
   layer.run(task.part);
   if (task.part == plan::Part::attention_and_mlp_up) {
-    narrow(dtype, layer.attention.data(), hidden, task.attn_output);
-    narrow(dtype, layer.at(plan::Place::mlp).data(), inner, task.mlp_intermediate);
+    narrow(shape.dtype, layer.attention.data(), shape.hidden_size, task.attn_output);
+    narrow(shape.dtype, intermediate.data(), shape.intermediate_size, task.mlp_intermediate);
     return;
   }
   Row& sum = layer.mlp;
   const Row& x = layer.at(plan::Place::residual);
   for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += x[i] + layer.attention[i];
-  narrow(dtype, sum.data(), hidden, task.output);
+  narrow(shape.dtype, sum.data(), shape.hidden_size, task.output);
 }
 
 }  // namespace clusterfusion::cpu

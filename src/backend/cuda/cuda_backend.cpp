@@ -69,9 +69,7 @@ plan::DecodePlan plan_for(const ModelConfig& config, const cudaDeviceProp& prope
     plan.kv = plan::make_kv_plan(config, plan::kMinKvBlockBytes);
     return plan;
   }
-  return plan::make_decode_plan(config,
-                                {properties.multiProcessorCount,
-                                 static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)});
+  return plan::make_decode_plan(config, limits_of(properties));
 }
 
 class CudaBackend final : public Backend {

@@ -21,34 +21,32 @@ const Family* find_type(std::string_view model_type) {
 }
 
 const Family* find_architecture(std::string_view name) {
-  const auto found = std::ranges::find_if(families(), [&](const Family* family) {
-    return std::ranges::find(family->architectures, name) != family->architectures.end();
-  });
-  return found == families().end() ? nullptr : *found;
+  for (const Family* family : families()) {
+    if (std::ranges::find(family->architectures, name) != family->architectures.end()) {
+      return family;
+    }
+  }
+  return nullptr;
 }
 
-// `"gpt_neox"`, or several joined by " or ".
+// Each family's, quoted, joined by " or ".
 template <typename NameOf>
-std::string expected(NameOf name_of) {
+std::string known(NameOf name_of) {
   std::vector<std::string> names;
   for (const Family* family : families()) names.push_back(quote(name_of(*family)));
   return fmt::format("{}", fmt::join(names, " or "));
 }
 
-std::string expected_types() {
-  return expected([](const Family& family) { return family.model_type; });
-}
-
 }  // namespace
 
 const Family& family_of(const JsonObject& root, const std::string& file) {
+  const std::string types = known([](const Family& family) { return family.model_type; });
   const Family* family = nullptr;
-  const std::optional<JsonValue> model_type = root.find_non_null("model_type");
-  if (model_type) {
+  if (const std::optional<JsonValue> model_type = root.find_non_null("model_type")) {
     family = find_type(model_type->string());
     require(family != nullptr, ErrorKind::unsupported,
             "{}: \"model_type\" {} is not supported; expected {}", file,
-            quote(model_type->string()), expected_types());
+            quote(model_type->string()), types);
   }
   const std::optional<JsonValue> names = root.find_non_null("architectures");
   for (const JsonValue& name : names ? names->array() : std::vector<JsonValue>{}) {
@@ -56,13 +54,13 @@ const Family& family_of(const JsonObject& root, const std::string& file) {
     require(named != nullptr && (family == nullptr || named == family), ErrorKind::unsupported,
             "{}: the architecture {} is not supported; expected {}", file, quote(name.string()),
             family != nullptr ? quote(family->architectures[0])
-                              : expected([](const Family& f) { return f.architectures[0]; }));
+                              : known([](const Family& f) { return f.architectures[0]; }));
     family = named;
   }
   require(family != nullptr, ErrorKind::malformed,
           "{}: neither \"model_type\" nor \"architectures\" says what model this is; expected "
           "\"model_type\": {}",
-          file, expected_types());
+          file, types);
   return *family;
 }
 

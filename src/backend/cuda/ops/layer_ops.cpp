@@ -84,8 +84,7 @@ struct LayerPlan {
 
 // The streaming kernel for `config`, if there is one.
 void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, LayerPlan& result) {
-  const plan::DeviceLimits limits{properties.multiProcessorCount,
-                                  static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
+  const plan::DeviceLimits limits = limits_of(properties);
   if (!plan::can_stream(config, limits)) return;
   result.plan = plan::make_decode_plan(config, limits);
   const void* kernel = find_layer_kernel(config.dtype, fragments_needed(config, result.plan),

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/stream/stream_kernel.hpp"
 #include "base/fail.hpp"
 
@@ -20,11 +21,6 @@ constexpr std::int32_t kAnnouncedAhead = 2;
 // A part of a phase is dealt round-robin, so that no ticket has to be waited for when it begins.
 constexpr std::int32_t kStaticPercent = 30;
 constexpr std::int32_t kTicketBytes = 40960;
-
-plan::DeviceLimits limits_of(const cudaDeviceProp& properties) {
-  return {properties.multiProcessorCount,
-          static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
-}
 
 StreamedProduct streamed(const plan::ProductCut& cut) {
   StreamedProduct product;
