@@ -72,7 +72,10 @@ class RandomModel final : public Model {
   LayerWeights layer(std::int64_t index) {
     LayerWeights weights;
     for (const auto& [role, shape] : layer_tensors(config_)) {
-      const std::string name = fmt::format("layers.{}.{}", index, index_of(role));
+      constexpr const char* kModules[] = {"input_norm", "post_norm", "qkv",          "mlp_gate",
+                                          "mlp_up",     "mlp_down",  "attention_out"};
+      const std::string name = fmt::format("layers.{}.{}.{}", index, kModules[index_of(role) / 2],
+                                           is_bias(role) ? "bias" : "weight");
       weights[role] = shape.size() == 2 ? matrix(name, shape[0], shape[1])
                                         : vector(name, shape[0], is_bias(role) ? 0.0f : 1.0f);
     }
