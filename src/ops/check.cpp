@@ -144,13 +144,13 @@ LayerTask check_inputs(TensorChecker& checker, const LayerTensors& tensors,
           options.layer_norm_eps);
   task.layer_norm_eps = static_cast<float>(options.layer_norm_eps);
   task.activation = options.activation;
+  task.shape.intermediate_size = intermediate_of(tensors.mlp_up_weight, hidden, expected).size;
+  check_weights(checker, tensors, task);
   const Caches caches = check_caches(checker, tensors, hidden);
   task.k_cache = caches.keys;
   task.v_cache = caches.values;
   task.shape.max_positions = caches.max_positions;
   check_rotary(checker, tensors, options, task);
-  task.shape.intermediate_size = intermediate_of(tensors.mlp_up_weight, hidden, expected).size;
-  check_weights(checker, tensors, task);
   return task;
 }
 
