@@ -73,15 +73,17 @@ __global__ void embed(const std::int32_t* tokens, const T* embedding, float* x, 
   }
 }
 
+// Of a row, four elements each, that a thread has: for Pythia's widths, and for the widest.
+constexpr int kFewNormVectors = 5;
 constexpr int kNormVectors = kMaxNormWidth / 4 / kThreads;
 
-template <typename T>
-__device__ __forceinline__ void write_normalised(const float4 (&x)[kNormVectors], float mean,
+template <typename T, int kVectors>
+__device__ __forceinline__ void write_normalised(const float4 (&x)[kVectors], float mean,
                                                  float inverse_deviation, const NormOutput& output,
                                                  int hidden) {
   auto* row = static_cast<uint2*>(output.rows) + static_cast<std::int64_t>(blockIdx.x) * hidden / 4;
 #pragma unroll
-  for (int v = 0; v < kNormVectors; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     const int i = threadIdx.x + v * kThreads;
     if (i >= hidden / 4) continue;
     const uint2 weight = __ldg(static_cast<const uint2*>(output.weight) + i);
@@ -99,7 +101,7 @@ __device__ __forceinline__ void write_normalised(const float4 (&x)[kNormVectors]
 
 // One block a row; mean and deviation in two passes over registers: safe for any mean. RMSNorm
 // takes the squares around zero.
-template <typename T>
+template <typename T, int kVectors>
 __global__ void __launch_bounds__(kThreads)
     normalise(NormKind kind, const float* rows, const NormOutput first, const NormOutput second,
               float eps, int hidden) {
@@ -107,10 +109,10 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_dependencies();
   const auto* row =
       reinterpret_cast<const float4*>(rows + static_cast<std::int64_t>(blockIdx.x) * hidden);
-  float4 x[kNormVectors];
+  float4 x[kVectors];
   float sum = 0.0f;
 #pragma unroll
-  for (int v = 0; v < kNormVectors; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     const int i = threadIdx.x + v * kThreads;
     x[v] = i < hidden / 4 ? row[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     sum += (x[v].x + x[v].y) + (x[v].z + x[v].w);
@@ -118,15 +120,16 @@ __global__ void __launch_bounds__(kThreads)
   const float mean = kind == NormKind::rms_norm ? 0.0f : block_sum(sum, partial[0]) / hidden;
   float squares = 0.0f;
 #pragma unroll
-  for (int v = 0; v < kNormVectors; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     if (threadIdx.x + v * kThreads >= hidden / 4) continue;
     const float4 d = make_float4(x[v].x - mean, x[v].y - mean, x[v].z - mean, x[v].w - mean);
     squares += (d.x * d.x + d.y * d.y) + (d.z * d.z + d.w * d.w);
   }
   const float variance = block_sum(squares, partial[1]) / hidden;
   const float inverse_deviation = rsqrtf(variance + eps);
-  write_normalised<T>(x, mean, inverse_deviation, first, hidden);
-  if (second.rows != nullptr) write_normalised<T>(x, mean, inverse_deviation, second, hidden);
+  write_normalised<T, kVectors>(x, mean, inverse_deviation, first, hidden);
+  if (second.rows != nullptr)
+    write_normalised<T, kVectors>(x, mean, inverse_deviation, second, hidden);
 }
 
 // Where the key of a position lies in the cache; its value lies block_bytes / 2 behind.
@@ -249,9 +252,11 @@ void launch_embed(DType dtype, const std::int32_t* tokens, const void* embedding
 void launch_norm(const NormParams& params, const NormOutput& first, const NormOutput& second,
                  cudaStream_t stream) {
   with_type(params.dtype, "starting a norm", [&](auto type) {
-    launch_dependent(normalise<decltype(type)>, dim3(static_cast<unsigned>(params.count)), stream,
-                     params.kind, params.x, first, second, params.eps,
-                     static_cast<int>(params.hidden));
+    using T = decltype(type);
+    const bool few = params.hidden <= std::int64_t{kFewNormVectors} * 4 * kThreads;
+    const auto kernel = few ? normalise<T, kFewNormVectors> : normalise<T, kNormVectors>;
+    launch_dependent(kernel, dim3(static_cast<unsigned>(params.count)), stream, params.kind,
+                     params.x, first, second, params.eps, static_cast<int>(params.hidden));
   });
 }
 

@@ -23,7 +23,7 @@ struct NormOutput {
 };
 
 // The widest row that one block normalises.
-inline constexpr std::int64_t kMaxNormWidth = 5120;
+inline constexpr std::int64_t kMaxNormWidth = 8192;
 
 struct NormParams {
   DType dtype;  // the weights'
