@@ -98,9 +98,8 @@ class PlainRead {
     const ModelWeights& weights = model.weights();
     add(weights.lm_head);
     for (const LayerWeights& w : weights.layers) {
-      for (const DLTensor& matrix :
-           {w.qkv_weight, w.attention_out_weight, w.mlp_up_weight, w.mlp_down_weight}) {
-        add(matrix);
+      for (const DLTensor& tensor : w.tensors) {
+        if (tensor.ndim == 2) add(tensor);
       }
     }
   }

@@ -12,6 +12,7 @@
 
 #include "base/tensor_view.hpp"
 #include "clusterfusion/model.hpp"
+#include "model/layer_tensors.hpp"
 
 namespace clusterfusion::benchmark {
 
@@ -20,11 +21,11 @@ struct Shape {
   std::int64_t hidden, layers, heads, vocab;
 };
 inline constexpr Shape kShapes[] = {
-    {"pythia-14m", 128, 6, 4, 50304},     {"pythia-31m", 256, 6, 8, 50304},
-    {"pythia-70m", 512, 6, 8, 50304},     {"pythia-160m", 768, 12, 12, 50304},
-    {"pythia-410m", 1024, 24, 16, 50304}, {"pythia-1b", 2048, 16, 8, 50304},
-    {"pythia-1.4b", 2048, 24, 16, 50304}, {"pythia-2.8b", 2560, 32, 32, 50304},
-    {"pythia-6.9b", 4096, 32, 32, 50432}, {"pythia-12b", 5120, 36, 40, 50688},
+    {"pythia-14m", 128, 6, 4, 50304},      {"pythia-31m", 256, 6, 8, 50304},
+    {"pythia-70m", 512, 6, 8, 50304},      {"pythia-160m", 768, 12, 12, 50304},
+    {"pythia-410m", 1024, 24, 16, 50304},  {"pythia-1b", 2048, 16, 8, 50304},
+    {"pythia-1.4b", 2048, 24, 16, 50304},  {"pythia-2.8b", 2560, 32, 32, 50304},
+    {"pythia-6.9b", 4096, 32, 32, 50432},  {"pythia-12b", 5120, 36, 40, 50688},
     {"gpt-neox-20b", 6144, 44, 64, 50432},
 };
 
@@ -71,16 +72,10 @@ class SharedModel final : public Model {
     weights_.final_norm_weight = ones();
     weights_.final_norm_bias = vector(c.hidden_size);
     LayerWeights layer;
-    layer.input_norm_weight = layer.post_norm_weight = ones();
-    layer.input_norm_bias = layer.post_norm_bias = vector(c.hidden_size);
-    layer.qkv_weight = matrix(3 * c.hidden_size, c.hidden_size);
-    layer.qkv_bias = vector(3 * c.hidden_size);
-    layer.attention_out_weight = matrix(c.hidden_size, c.hidden_size);
-    layer.attention_out_bias = vector(c.hidden_size);
-    layer.mlp_up_weight = matrix(c.intermediate_size, c.hidden_size);
-    layer.mlp_up_bias = vector(c.intermediate_size);
-    layer.mlp_down_weight = matrix(c.hidden_size, c.intermediate_size);
-    layer.mlp_down_bias = vector(c.hidden_size);
+    for (const auto& [tensor, shape] : layer_tensors(c)) {
+      const bool is_gain = shape.size() == 1 && !is_bias(tensor);
+      layer[tensor] = is_gain ? ones() : view(values_.data(), shape);
+    }
     weights_.layers.assign(c.num_layers, layer);
   }
   std::optional<std::string> find_non_finite() const override { return std::nullopt; }

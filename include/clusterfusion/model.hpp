@@ -1,8 +1,9 @@
-// A GPT-NeoX checkpoint as it lies on disk: configuration and memory-mapped weights.
+// A checkpoint as it lies on disk: configuration and memory-mapped weights.
 #pragma once
 
 #include <dlpack/dlpack.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -11,6 +12,8 @@
 #include <span>
 #include <string>
 #include <vector>
+
+#include "clusterfusion/layer_spec.hpp"
 
 namespace clusterfusion {
 
@@ -23,40 +26,16 @@ int size_of(DType dtype) noexcept;
 // "float16", "bfloat16", "float32".
 const char* name_of(DType dtype) noexcept;
 
-// The element-wise function between the two matrices of the MLP, as `hidden_act` of config.json
-// names it. Formulas: transformers/activations.py (ACT2FN).
-enum class Activation {
-  gelu_erf,      // 0.5 x (1 + erf(x / sqrt 2)):        "gelu", "gelu_python"
-  gelu_tanh,     // 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): "gelu_new", "gelu_fast",
-                 // "gelu_pytorch_tanh", "gelu_accurate"
-  gelu_quick,    // x sigmoid(1.702 x):                 "quick_gelu"
-  relu,          // max(x, 0):                          "relu"
-  relu_squared,  // max(x, 0)^2:                        "relu2"
-  silu,          // x sigmoid(x):                       "silu", "swish"
-  mish,          // x tanh(softplus(x)):                "mish"
-  tanh,          //                                     "tanh"
-  sigmoid,       //                                     "sigmoid"
-  identity,      //                                     "linear"
-};
-
-// Hyper-parameters of a GPT-NeoX model, read from config.json.
-struct ModelConfig {
+// Hyper-parameters of a model, read from config.json: those of its layers, which are all alike, and
+// of what is around them.
+struct ModelConfig : LayerSpec {
+  std::string model_type = "gpt_neox";  // the family, as config.json names it
   std::int64_t vocab_size = 0;
-  std::int64_t hidden_size = 0;
   std::int64_t num_layers = 0;
-  std::int64_t num_heads = 0;
-  std::int64_t head_dim = 0;           // hidden_size / num_heads
-  std::int64_t intermediate_size = 0;  // rows of the MLP's first matrix
-  std::int64_t max_positions = 0;      // max_position_embeddings: the longest context
-  std::int64_t rotary_dim = 0;         // the first rotary_dim of head_dim values are rotated; even
-  double rope_theta = 10000.0;         // base of the rotary frequencies
-  double layer_norm_eps = 1e-5;
-  Activation activation = Activation::gelu_erf;
-  bool parallel_residual = true;  // x + attention(ln1 x) + mlp(ln2 x), else one after the other
-  bool attention_bias = true;     // QKV and output projection have biases
-  bool tied_embeddings = false;   // the LM head is the input embedding
-  DType dtype = DType::float32;   // of the layers' matrices (read from the first layer's); the
-                                  // embeddings may have another
+  std::int64_t max_positions = 0;  // max_position_embeddings: the longest context
+  bool tied_embeddings = false;    // the LM head is the input embedding
+  DType dtype = DType::float32;    // of the layers' matrices (read from the first layer's); the
+                                   // embeddings may have another
   std::optional<TokenId> bos_token;
   std::vector<TokenId> eos_tokens;  // any of these ends a text
   std::string hidden_act;           // as spelled in config.json
@@ -74,24 +53,24 @@ struct GenerationConfig {
   std::optional<std::int64_t> max_new_tokens;
 };
 
-// Views of one layer's tensors. Matrices are row-major [out, in], as torch.nn.Linear stores them.
-// Biases and LayerNorm parameters may have another dtype than the matrices.
-// A view whose `data` is null is absent (only the two attention biases may be).
+// Views of one layer's tensors. Matrices are row-major [out, in], as torch.nn.Linear stores them;
+// rows of the QKV matrix are those of LayerSpec::qkv_size(): without grouped heads q, k, v of head
+// 0, then of head 1, ... Biases and norm parameters may have another dtype than the matrices.
+// A view whose `data` is null is absent.
 struct LayerWeights {
-  DLTensor input_norm_weight, input_norm_bias;        // [hidden]
-  DLTensor qkv_weight, qkv_bias;                      // [3 hidden, hidden], [3 hidden]: rows are
-                                                      // q, k, v of head 0, then of head 1, ...
-  DLTensor attention_out_weight, attention_out_bias;  // [hidden, hidden], [hidden]
-  DLTensor post_norm_weight, post_norm_bias;          // [hidden]
-  DLTensor mlp_up_weight, mlp_up_bias;                // [intermediate, hidden], [intermediate]
-  DLTensor mlp_down_weight, mlp_down_bias;            // [hidden, intermediate], [hidden]
+  std::array<DLTensor, kNumLayerTensors> tensors{};
+
+  DLTensor& operator[](LayerTensor tensor) noexcept { return tensors[index_of(tensor)]; }
+  const DLTensor& operator[](LayerTensor tensor) const noexcept {
+    return tensors[index_of(tensor)];
+  }
 };
 
 struct ModelWeights {
-  DLTensor embedding;  // [vocab, hidden]
+  DLTensor embedding{};  // [vocab, hidden]
   std::vector<LayerWeights> layers;
-  DLTensor final_norm_weight, final_norm_bias;  // [hidden]
-  DLTensor lm_head;                             // [vocab, hidden]; the embedding if tied
+  DLTensor final_norm_weight{}, final_norm_bias{};  // [hidden]; RMSNorm has no bias
+  DLTensor lm_head{};                               // [vocab, hidden]; the embedding if tied
 };
 
 // A model whose tensors somebody else has in memory, such as a framework of Python's.

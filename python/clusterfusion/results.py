@@ -218,13 +218,14 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Hyper-parameters of a GPT-NeoX model, from config.json.
+    """Hyper-parameters of a model, from config.json.
 
     Attributes:
         vocab_size: Rows of the embedding and of the logits.
         hidden_size: Width of the residual stream.
         num_layers: Layers.
         num_heads: Attention heads.
+        num_kv_heads: Heads of keys and values: fewer than num_heads where groups share them.
         head_dim: hidden_size / num_heads.
         intermediate_size: Rows of the MLP's first matrix.
         max_positions: The longest context that the model was made for.
@@ -244,6 +245,7 @@ class ModelConfig:
     hidden_size: int
     num_layers: int
     num_heads: int
+    num_kv_heads: int
     head_dim: int
     intermediate_size: int
     max_positions: int

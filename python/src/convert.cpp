@@ -173,6 +173,7 @@ Fields to_ffi(const ModelConfig& config) {
       {"hidden_size", config.hidden_size},
       {"num_layers", config.num_layers},
       {"num_heads", config.num_heads},
+      {"num_kv_heads", config.kv_heads()},
       {"head_dim", config.head_dim},
       {"intermediate_size", config.intermediate_size},
       {"max_positions", config.max_positions},

@@ -7,9 +7,11 @@
 // threads, and on several streams, at once.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "clusterfusion/model.hpp"
+#include "plan/layer_program.hpp"
 
 namespace clusterfusion {
 
@@ -29,28 +31,22 @@ struct LayerStream {
   void* stream = nullptr;  // cudaStream_t
 };
 
-// What attention and the MLP's first half read, and the keys and values that they write. Matrices
-// are row-major [out, in]; pointers are to the first element.
-struct LayerInputs {
+// A call: the layer with the parallel residual, or a part of it, for one new token. Pointers are to
+// the first element; those that the part does not need are null.
+struct LayerTask {
+  plan::Part part = plan::Part::whole;  // or attention_and_mlp_up, or mlp_down
   LayerShape shape;
   Activation activation = Activation::gelu_erf;
   float layer_norm_eps = 1e-5f;
+  bool split = false;  // two launches instead of one, where the whole layer would be one
 
-  const void* input = nullptr;           // [hidden]
-  const void* weight_qkv = nullptr;      // [3 hidden, hidden]: rows are q, k, v of head 0, ...
-  const void* bias_qkv = nullptr;        // [3 hidden] or null
-  const void* weight_o = nullptr;        // [hidden, hidden]
-  const void* bias_o = nullptr;          // [hidden] or null
-  void* k_cache = nullptr;               // [max_positions, hidden]; keys after RoPE
-  void* v_cache = nullptr;               // [max_positions, hidden]
-  const void* ln_weight = nullptr;       // [hidden]
-  const void* ln_bias = nullptr;         // [hidden]
-  const float* cos = nullptr;            // [rotary_dim]
-  const float* sin = nullptr;            // [rotary_dim]
-  const void* post_ln_weight = nullptr;  // [hidden]
-  const void* post_ln_bias = nullptr;    // [hidden]
-  const void* mlp_up_weight = nullptr;   // [intermediate, hidden]
-  const void* mlp_up_bias = nullptr;     // [intermediate]
+  // By LayerTensor, with the shapes of layer_tensors(). The biases of attention may be null.
+  std::array<const void*, kNumLayerTensors> weights{};
+  const void* input = nullptr;  // [hidden]
+  void* k_cache = nullptr;      // [max_positions, hidden]; keys after RoPE
+  void* v_cache = nullptr;      // [max_positions, hidden]
+  const float* cos = nullptr;   // [rotary_dim]
+  const float* sin = nullptr;   // [rotary_dim]
 
   // Positions that the caches hold, which is the new one's number: `position`, checked, unless
   // `device_position` is given. That lies on the device, is read when the work runs, and nobody has
@@ -60,47 +56,23 @@ struct LayerInputs {
 
   void* k_new = nullptr;  // [num_heads, head_dim]: row `position` of k_cache
   void* v_new = nullptr;  // [num_heads, head_dim]: row `position` of v_cache
-};
-
-struct AttentionMlpUpTask {
-  LayerInputs inputs;
+  // What attention_and_mlp_up gives, and mlp_down takes.
   void* attn_output = nullptr;       // [hidden]: with bias, without residual
   void* mlp_intermediate = nullptr;  // [intermediate]: after the activation
-};
+  void* output = nullptr;            // [hidden]: of the whole layer and of mlp_down
 
-struct MlpDownTask {
-  DType dtype = DType::float16;
-  std::int64_t hidden_size = 0;
-  std::int64_t intermediate_size = 0;
-  const void* hidden_states = nullptr;     // [hidden]
-  const void* attn_output = nullptr;       // [hidden]
-  const void* mlp_intermediate = nullptr;  // [intermediate]
-  const void* mlp_down_weight = nullptr;   // [hidden, intermediate]
-  const void* mlp_down_bias = nullptr;     // [hidden]
-  void* output = nullptr;                  // [hidden]
-};
-
-struct DecoderLayerTask {
-  LayerInputs inputs;
-  const void* mlp_down_weight = nullptr;  // [hidden, intermediate]
-  const void* mlp_down_bias = nullptr;    // [hidden]
-  void* output = nullptr;                 // [hidden]
-  bool split = false;                     // a launch for each half instead of one for both
+  constexpr const void* weight(LayerTensor tensor) const { return weights[index_of(tensor)]; }
 };
 
 namespace cpu {
-void attention_mlp_up(const AttentionMlpUpTask& task);
-void mlp_down(const MlpDownTask& task);
-void decoder_layer(const DecoderLayerTask& task);
+void run_layer(const LayerTask& task);
 }  // namespace cpu
 
-// In builds with CUDA. They enqueue and return: no synchronisation, no allocation that a stream
-// capture would not allow.
-// Errors: unsupported, for a device or a shape that the kernels do not cover.
+// In builds with CUDA. Enqueues and returns: no synchronisation, no allocation that a stream
+// capture would not allow. Errors: unsupported, for a device or a shape that the kernels do not
+// cover.
 namespace cuda {
-void attention_mlp_up(const AttentionMlpUpTask& task, const LayerStream& stream);
-void mlp_down(const MlpDownTask& task, const LayerStream& stream);
-void decoder_layer(const DecoderLayerTask& task, const LayerStream& stream);
+void run_layer(const LayerTask& task, const LayerStream& stream);
 }  // namespace cuda
 
 }  // namespace clusterfusion

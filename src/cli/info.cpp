@@ -39,6 +39,7 @@ Json model_json(const Model& model) {
       {"hidden_size", config.hidden_size},
       {"num_layers", config.num_layers},
       {"num_heads", config.num_heads},
+      {"num_kv_heads", config.kv_heads()},
       {"head_dim", config.head_dim},
       {"intermediate_size", config.intermediate_size},
       {"max_positions", config.max_positions},

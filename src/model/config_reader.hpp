@@ -1,4 +1,4 @@
-// config.json and generation_config.json of a GPT-NeoX checkpoint.
+// config.json and generation_config.json of a checkpoint.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@
 namespace clusterfusion {
 
 // Reads a config.json, in the spelling of any version of transformers; a missing key means what it
-// means to transformers 5 (GPTNeoXConfig), except that the sizes of the model must be there.
+// means to transformers 5, except that the sizes of the model must be there.
 // `dtype` of the result is left alone: the tensors decide. `file` stands for the text in messages.
 // Errors: malformed; unsupported, by name, for anything that this library cannot run.
 ModelConfig parse_config(std::string_view json, const std::string& file);

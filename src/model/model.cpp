@@ -12,6 +12,7 @@
 #include "io/mapped_file.hpp"
 #include "io/tensor_store.hpp"
 #include "model/config_reader.hpp"
+#include "model/decoded_tensors.hpp"
 #include "model/intact.hpp"
 #include "model/non_finite.hpp"
 #include "model/weight_binding.hpp"
@@ -164,26 +165,11 @@ ModelConfig read_config(const std::filesystem::path& folder) {
   return config;
 }
 
-// Calls `visit` with each tensor of a layer that is present.
-template <typename Visit>
-void visit_layer(const LayerWeights& layer, const Visit& visit) {
-  for (const DLTensor* tensor :
-       {&layer.input_norm_weight, &layer.input_norm_bias, &layer.qkv_weight, &layer.qkv_bias,
-        &layer.attention_out_weight, &layer.attention_out_bias, &layer.post_norm_weight,
-        &layer.post_norm_bias, &layer.mlp_up_weight, &layer.mlp_up_bias, &layer.mlp_down_weight,
-        &layer.mlp_down_bias}) {
-    if (is_present(*tensor)) visit(*tensor);
-  }
-}
-
-// The sum of measure(tensor) over the layers, the final norm and the LM head.
+// The sum of measure(tensor) over all that a decode step reads, but for the embedding's row.
 template <typename Measure>
 std::int64_t sum_behind_embedding(const ModelWeights& weights, const Measure& measure) {
-  std::int64_t sum = measure(weights.final_norm_weight) + measure(weights.final_norm_bias) +
-                     measure(weights.lm_head);
-  for (const LayerWeights& layer : weights.layers) {
-    visit_layer(layer, [&](const DLTensor& tensor) { sum += measure(tensor); });
-  }
+  std::int64_t sum = 0;
+  for_each_decoded_tensor(weights, [&](const DLTensor& tensor) { sum += measure(tensor); });
   return sum;
 }
 

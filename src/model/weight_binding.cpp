@@ -13,6 +13,8 @@
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
 #include "io/json.hpp"
+#include "model/families/family.hpp"
+#include "model/layer_tensors.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -33,74 +35,61 @@ std::optional<DType> parse_dtype(std::string_view dtype) {
   return std::nullopt;
 }
 
-std::string prefix_of(const TensorStore& store) {
-  const std::string prefix = "gpt_neox.";
+std::string prefix_of(const TensorStore& store, const TensorNames& names) {
+  const std::string prefix(names.prefix);
   const auto first = store.tensors().lower_bound(prefix);
   return first != store.tensors().end() && first->first.starts_with(prefix) ? prefix : "";
 }
 
-// transformers saves it as embed_out; version 5 calls it lm_head in memory and loads either name.
-const char* lm_head_name(const TensorStore& store) {
-  const bool has_old = store.find("embed_out.weight") != nullptr;
-  const bool has_new = store.find("lm_head.weight") != nullptr;
-  require(!(has_old && has_new), ErrorKind::malformed,
-          "two LM heads: embed_out.weight in {} and lm_head.weight in {}; expected one of them",
-          has_old ? store.find("embed_out.weight")->file : "",
-          has_new ? store.find("lm_head.weight")->file : "");
-  return has_new ? "lm_head.weight" : "embed_out.weight";
-}
-
-void add_layer_slots(const ModelConfig& config, const std::string& prefix, LayerWeights& layer,
-                     std::vector<Slot>& slots) {
-  const std::int64_t hidden = config.hidden_size;
-  const std::int64_t intermediate = config.intermediate_size;
-  const auto add = [&](const char* name, DLTensor& view, std::vector<std::int64_t> shape) {
-    slots.push_back({prefix + name, &view, std::move(shape)});
-  };
-  add("input_layernorm.weight", layer.input_norm_weight, {hidden});
-  add("input_layernorm.bias", layer.input_norm_bias, {hidden});
-  add("attention.query_key_value.weight", layer.qkv_weight, {3 * hidden, hidden});
-  add("attention.dense.weight", layer.attention_out_weight, {hidden, hidden});
-  if (config.attention_bias) {
-    add("attention.query_key_value.bias", layer.qkv_bias, {3 * hidden});
-    add("attention.dense.bias", layer.attention_out_bias, {hidden});
+// The LM head by the one of its names that the checkpoint has, or else by the first.
+std::string lm_head_name(const TensorStore& store, const TensorNames& names) {
+  std::vector<std::string> found;
+  for (const std::string_view module : names.lm_head) {
+    std::string name = fmt::format("{}.weight", module);
+    if (store.find(name) != nullptr) found.push_back(std::move(name));
   }
-  add("post_attention_layernorm.weight", layer.post_norm_weight, {hidden});
-  add("post_attention_layernorm.bias", layer.post_norm_bias, {hidden});
-  add("mlp.dense_h_to_4h.weight", layer.mlp_up_weight, {intermediate, hidden});
-  add("mlp.dense_h_to_4h.bias", layer.mlp_up_bias, {intermediate});
-  add("mlp.dense_4h_to_h.weight", layer.mlp_down_weight, {hidden, intermediate});
-  add("mlp.dense_4h_to_h.bias", layer.mlp_down_bias, {hidden});
+  if (found.empty()) return fmt::format("{}.weight", names.lm_head[0]);
+  require(found.size() == 1, ErrorKind::malformed,
+          "two LM heads: {} in {} and {} in {}; expected one of them", found[0],
+          store.find(found[0])->file, found.back(), store.find(found.back())->file);
+  return found[0];
 }
 
 std::vector<Slot> slots_of(const TensorStore& store, const ModelConfig& config,
-                           ModelWeights& weights) {
-  const std::string prefix = prefix_of(store);
+                           const TensorNames& names, ModelWeights& weights) {
+  const std::string prefix = prefix_of(store, names);
   const std::int64_t hidden = config.hidden_size;
   std::vector<Slot> slots;
-  slots.push_back({prefix + "embed_in.weight", &weights.embedding, {config.vocab_size, hidden}});
+  slots.push_back({fmt::format("{}{}.weight", prefix, names.embedding),
+                   &weights.embedding,
+                   {config.vocab_size, hidden}});
   weights.layers.resize(static_cast<std::size_t>(config.num_layers));
+  const std::vector<LayerTensorShape> layer_list = layer_tensors(config);
   for (std::size_t i = 0; i < weights.layers.size(); ++i) {
-    add_layer_slots(config, fmt::format("{}layers.{}.", prefix, i), weights.layers[i], slots);
+    for (const auto& [tensor, shape] : layer_list) {
+      slots.push_back({fmt::format("{}{}.{}.{}", prefix, names.layers, i, names.name_of(tensor)),
+                       &weights.layers[i][tensor], shape});
+    }
   }
-  slots.push_back({prefix + "final_layer_norm.weight", &weights.final_norm_weight, {hidden}});
-  slots.push_back({prefix + "final_layer_norm.bias", &weights.final_norm_bias, {hidden}});
-  const char* lm_head = lm_head_name(store);
+  const std::string final_norm = prefix + std::string(names.final_norm);
+  slots.push_back({final_norm + ".weight", &weights.final_norm_weight, {hidden}});
+  if (config.norm == NormKind::layer_norm) {
+    slots.push_back({final_norm + ".bias", &weights.final_norm_bias, {hidden}});
+  }
+  const std::string lm_head = lm_head_name(store, names);
   if (!config.tied_embeddings || store.find(lm_head) != nullptr) {
     slots.push_back({lm_head, &weights.lm_head, {config.vocab_size, hidden}});
   }
   return slots;
 }
 
-bool is_old_buffer(std::string_view name) {
-  for (const char* suffix : {".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"}) {
-    if (name.ends_with(suffix)) return true;
-  }
-  return false;
+bool is_ignored(std::string_view name, const TensorNames& names) {
+  return std::ranges::any_of(names.ignored,
+                             [&](std::string_view end) { return name.ends_with(end); });
 }
 
-// Tensors without a slot, old buffers left out.
-std::vector<std::string> unexpected_tensors(const TensorStore& store,
+// Tensors without a slot, but for those that the family ignores.
+std::vector<std::string> unexpected_tensors(const TensorStore& store, const TensorNames& names,
                                             const std::vector<Slot>& slots) {
   std::vector<std::string_view> expected;
   for (const Slot& slot : slots) expected.push_back(slot.name);
@@ -108,7 +97,7 @@ std::vector<std::string> unexpected_tensors(const TensorStore& store,
   std::vector<std::string> unexpected;
   for (const auto& [name, tensor] : store.tensors()) {
     const bool is_known = std::binary_search(expected.begin(), expected.end(), name);
-    if (!is_known && !is_old_buffer(name)) unexpected.push_back(name);
+    if (!is_known && !is_ignored(name, names)) unexpected.push_back(name);
   }
   return unexpected;
 }
@@ -123,19 +112,20 @@ std::string first_names(const std::vector<std::string>& names) {
 }
 
 // The tensors are those that the configuration asks for, no more and no fewer.
-void check_names(const TensorStore& store, const std::vector<Slot>& slots) {
+void check_names(const TensorStore& store, const Family& family, const std::vector<Slot>& slots) {
   const std::string folder = store.folder().string();
   std::vector<std::string> missing;
   for (const Slot& slot : slots) {
     if (store.find(slot.name) == nullptr) missing.push_back(slot.name);
   }
-  const std::vector<std::string> unexpected = unexpected_tensors(store, slots);
-  if (missing.size() == 1 && unexpected.empty() && missing[0] == lm_head_name(store)) {
+  const std::vector<std::string> unexpected = unexpected_tensors(store, family.names, slots);
+  if (missing.size() == 1 && unexpected.empty() &&
+      missing[0] == lm_head_name(store, family.names)) {
     fail(ErrorKind::malformed,
-         "{}: no LM head: tensor \"embed_out.weight\" is missing and config.json does not tie the "
-         "embeddings (\"tie_word_embeddings\" is not true): this is a base model, which gives no "
-         "logits. Save it as GPTNeoXForCausalLM",
-         folder);
+         "{}: no LM head: tensor {} is missing and config.json does not tie the embeddings "
+         "(\"tie_word_embeddings\" is not true): this is a base model, which gives no logits. "
+         "Save it as {}",
+         folder, quote(missing[0]), family.architectures[0]);
   }
   if (!missing.empty()) {
     fail(ErrorKind::malformed,
@@ -226,8 +216,9 @@ void tie_embeddings(ModelWeights& weights, ModelConfig& config) {
 
 BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeStorage& shapes) {
   BoundWeights bound{};
-  const std::vector<Slot> slots = slots_of(store, config, bound.weights);
-  check_names(store, slots);
+  const Family& family = family_of(config);
+  const std::vector<Slot> slots = slots_of(store, config, family.names, bound.weights);
+  check_names(store, family, slots);
   const StoredTensor* first_copied = nullptr;
   for (const Slot& slot : slots) {
     const StoredTensor& stored = *store.find(slot.name);
@@ -242,7 +233,7 @@ BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeSt
     bound.tensors.push_back({slot.name, stored.file, *slot.view});
   }
   warn_of_copies(store, first_copied, bound);
-  config.dtype = *dtype_of(bound.weights.layers.front().qkv_weight);
+  config.dtype = *dtype_of(bound.weights.layers.front()[LayerTensor::qkv_weight]);
   warn_of_dtypes(store, slots, config.dtype, bound.warnings);
   tie_embeddings(bound.weights, config);
   return bound;

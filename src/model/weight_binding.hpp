@@ -35,10 +35,10 @@ struct BoundWeights {
 // Views of all of the model's tensors in `store`, which must outlive them. A tensor that begins at
 // no multiple of its element's size is copied.
 //
-// Names are those of transformers' GPTNeoXForCausalLM, with or without the prefix "gpt_neox.". The
-// buffers that older versions saved (attention.bias, attention.masked_bias, rotary_emb.inv_freq)
-// are passed over; any other tensor that the configuration has no place for is an error, because
-// leaving it out would compute something else than the checkpoint's author meant.
+// Names are those of the family of config.model_type, with or without its prefix. What the family
+// ignores (buffers of old versions) is passed over; any other tensor that the configuration has no
+// place for is an error, because leaving it out would compute something else than the checkpoint's
+// author meant.
 //
 // Sets config.dtype. Where config.json ties the embeddings but the checkpoint holds an LM head, the
 // head counts (transformers does the same); if it differs from the embedding,

@@ -35,8 +35,8 @@ void check_heads(const LayerOptions& options, LayerShape& shape) {
 
 // rotary_dim values, or head_dim of which the first rotary_dim count.
 void check_rotary(TensorChecker& checker, const LayerTensors& tensors, const LayerOptions& options,
-                  LayerInputs& inputs) {
-  const std::int64_t head_dim = inputs.shape.head_dim;
+                  LayerTask& task) {
+  const std::int64_t head_dim = task.shape.head_dim;
   const std::int64_t found = last_size(tensors.cos);
   require(options.rotary_dim || found != head_dim, ErrorKind::invalid_argument,
           "rotary_dim: expected a number, because cos has as many values as a head ({}) and does "
@@ -51,14 +51,14 @@ void check_rotary(TensorChecker& checker, const LayerTensors& tensors, const Lay
          "cos: expected shape [rotary_dim], an even number of at most {} (head_dim), found {}",
          head_dim, shape_text(tensors.cos));
   }
-  inputs.shape.rotary_dim = rotary_dim;
+  task.shape.rotary_dim = rotary_dim;
   const std::int64_t given = found == head_dim ? head_dim : rotary_dim;
   const char* meaning = given == head_dim ? "head_dim" : "rotary_dim";
-  inputs.cos = checker.read_float32(tensors.cos, "cos", {{given, meaning}});
-  inputs.sin = checker.read_float32(tensors.sin, "sin", {{given, meaning}});
+  task.cos = checker.read_float32(tensors.cos, "cos", {{given, meaning}});
+  task.sin = checker.read_float32(tensors.sin, "sin", {{given, meaning}});
 }
 
-void check_position(TensorChecker& checker, const Position& position, LayerInputs& inputs) {
+void check_position(TensorChecker& checker, const Position& position, LayerTask& task) {
   constexpr const char* kName = "current_seq_len";
   std::int64_t value = position.value;
   if (is_present(position.tensor)) {
@@ -66,19 +66,19 @@ void check_position(TensorChecker& checker, const Position& position, LayerInput
     const std::int32_t* where = scalar ? checker.read_int32(position.tensor, kName, {})
                                        : checker.read_int32(position.tensor, kName, {{1, "1"}});
     if (checker.device().device_type != kDLCPU) {
-      inputs.device_position = where;
+      task.device_position = where;
       return;
     }
     value = *where;
   }
-  const std::int64_t rows = inputs.shape.max_positions;
+  const std::int64_t rows = task.shape.max_positions;
   require(value != rows, ErrorKind::invalid_argument,
           "{}: expected 0 to {}, found {}: the caches of {} positions are full", kName, rows - 1,
           value, rows);
   require(value >= 0 && value < rows, ErrorKind::invalid_argument,
           "{}: expected 0 to {}, because the caches have {} positions, found {}", kName, rows - 1,
           rows, value);
-  inputs.position = value;
+  task.position = value;
 }
 
 struct Caches {
@@ -100,98 +100,113 @@ Dimension intermediate_of(const DLTensor& mlp_up_weight, const Dimension& hidden
   return {rows_of(mlp_up_weight, "mlp_up_weight", "intermediate", hidden.size), "intermediate"};
 }
 
-LayerInputs check_inputs(TensorChecker& checker, const LayerTensors& tensors,
-                         const LayerOptions& options, const ExpectedSizes& expected) {
-  LayerInputs inputs;
-  inputs.shape.dtype = checker.dtype();
-  inputs.shape.hidden_size = checker.hidden_size();
+void check_weights(TensorChecker& checker, const LayerTensors& t, LayerTask& task) {
+  using enum LayerTensor;
+  const Dimension hidden{task.shape.hidden_size, "hidden"};
+  const Dimension qkv{3 * task.shape.hidden_size, "3 hidden"};
+  const Dimension intermediate{task.shape.intermediate_size, "intermediate"};
+  const auto check = [&](LayerTensor tensor, const DLTensor& given, const char* name, Shape shape) {
+    task.weights[index_of(tensor)] = checker.read(given, name, shape);
+  };
+  check(qkv_weight, t.weight_qkv, "weight_qkv", {qkv, hidden});
+  if (is_present(t.bias_qkv)) check(qkv_bias, t.bias_qkv, "bias_qkv", {qkv});
+  check(attention_out_weight, t.weight_o, "weight_o", {hidden, hidden});
+  if (is_present(t.bias_o)) check(attention_out_bias, t.bias_o, "bias_o", {hidden});
+  check(input_norm_weight, t.ln_weight, "ln_weight", {hidden});
+  check(input_norm_bias, t.ln_bias, "ln_bias", {hidden});
+  check(post_norm_weight, t.post_ln_weight, "post_ln_weight", {hidden});
+  check(post_norm_bias, t.post_ln_bias, "post_ln_bias", {hidden});
+  check(mlp_up_weight, t.mlp_up_weight, "mlp_up_weight", {intermediate, hidden});
+  check(mlp_up_bias, t.mlp_up_bias, "mlp_up_bias", {intermediate});
+}
+
+void check_mlp_down(TensorChecker& checker, const DLTensor& weight, const DLTensor& bias,
+                    LayerTask& task) {
+  const Dimension hidden{task.shape.hidden_size, "hidden"};
+  const Dimension intermediate{task.shape.intermediate_size, "intermediate"};
+  task.weights[index_of(LayerTensor::mlp_down_weight)] =
+      checker.read(weight, "mlp_down_weight", {hidden, intermediate});
+  task.weights[index_of(LayerTensor::mlp_down_bias)] =
+      checker.read(bias, "mlp_down_bias", {hidden});
+}
+
+LayerTask check_inputs(TensorChecker& checker, const LayerTensors& tensors,
+                       const LayerOptions& options, const ExpectedSizes& expected) {
+  LayerTask task;
+  task.shape.dtype = checker.dtype();
+  task.shape.hidden_size = checker.hidden_size();
   const Dimension hidden{checker.hidden_size(), "hidden"};
-  const Dimension qkv{3 * checker.hidden_size(), "3 hidden"};
-  inputs.input = checker.read(tensors.input, "input", {{1, "1"}, hidden}, Leading::ones);
-  check_heads(options, inputs.shape);
+  task.input = checker.read(tensors.input, "input", {{1, "1"}, hidden}, Leading::ones);
+  check_heads(options, task.shape);
   require(std::isfinite(options.layer_norm_eps) && options.layer_norm_eps >= 0,
           ErrorKind::invalid_argument,
           "layer_norm_eps: expected a finite number of at least 0, found {}",
           options.layer_norm_eps);
-  inputs.layer_norm_eps = static_cast<float>(options.layer_norm_eps);
-  inputs.activation = options.activation;
-
-  inputs.weight_qkv = checker.read(tensors.weight_qkv, "weight_qkv", {qkv, hidden});
-  inputs.bias_qkv = checker.read_optional(tensors.bias_qkv, "bias_qkv", {qkv});
-  inputs.weight_o = checker.read(tensors.weight_o, "weight_o", {hidden, hidden});
-  inputs.bias_o = checker.read_optional(tensors.bias_o, "bias_o", {hidden});
+  task.layer_norm_eps = static_cast<float>(options.layer_norm_eps);
+  task.activation = options.activation;
   const Caches caches = check_caches(checker, tensors, hidden);
-  inputs.k_cache = caches.keys;
-  inputs.v_cache = caches.values;
-  inputs.shape.max_positions = caches.max_positions;
-  inputs.ln_weight = checker.read(tensors.ln_weight, "ln_weight", {hidden});
-  inputs.ln_bias = checker.read(tensors.ln_bias, "ln_bias", {hidden});
-  check_rotary(checker, tensors, options, inputs);
-  inputs.post_ln_weight = checker.read(tensors.post_ln_weight, "post_ln_weight", {hidden});
-  inputs.post_ln_bias = checker.read(tensors.post_ln_bias, "post_ln_bias", {hidden});
-
-  const Dimension intermediate = intermediate_of(tensors.mlp_up_weight, hidden, expected);
-  inputs.shape.intermediate_size = intermediate.size;
-  inputs.mlp_up_weight =
-      checker.read(tensors.mlp_up_weight, "mlp_up_weight", {intermediate, hidden});
-  inputs.mlp_up_bias = checker.read(tensors.mlp_up_bias, "mlp_up_bias", {intermediate});
-  return inputs;
+  task.k_cache = caches.keys;
+  task.v_cache = caches.values;
+  task.shape.max_positions = caches.max_positions;
+  check_rotary(checker, tensors, options, task);
+  task.shape.intermediate_size = intermediate_of(tensors.mlp_up_weight, hidden, expected).size;
+  check_weights(checker, tensors, task);
+  return task;
 }
 
 void check_new_key_value(TensorChecker& checker, const DLTensor& k_new, const DLTensor& v_new,
-                         LayerInputs& inputs) {
+                         LayerTask& task) {
   const Shape shape{
-      {1, "1"}, {inputs.shape.num_heads, "num_heads"}, {inputs.shape.head_dim, "head_dim"}};
-  inputs.k_new = checker.write(k_new, "k_new", shape);
-  inputs.v_new = checker.write(v_new, "v_new", shape);
+      {1, "1"}, {task.shape.num_heads, "num_heads"}, {task.shape.head_dim, "head_dim"}};
+  task.k_new = checker.write(k_new, "k_new", shape);
+  task.v_new = checker.write(v_new, "v_new", shape);
 }
 
 }  // namespace
 
-Checked<AttentionMlpUpTask> check(const LayerTensors& tensors, const LayerOptions& options,
-                                  const ExpectedSizes& expected,
-                                  const AttentionMlpUpResults* results) {
+Checked check(const LayerTensors& tensors, const LayerOptions& options,
+              const ExpectedSizes& expected, const AttentionMlpUpResults* results) {
   TensorChecker checker(tensors.input, "input", expected.hidden);
-  AttentionMlpUpTask task;
-  task.inputs = check_inputs(checker, tensors, options, expected);
-  check_position(checker, tensors.current_seq_len, task.inputs);
+  LayerTask task = check_inputs(checker, tensors, options, expected);
+  task.part = plan::Part::attention_and_mlp_up;
+  check_position(checker, tensors.current_seq_len, task);
   if (results != nullptr) {
-    const LayerShape& shape = task.inputs.shape;
+    const LayerShape& shape = task.shape;
     task.attn_output = checker.write(results->attn_output, "attn_output",
                                      {{1, "1"}, {shape.hidden_size, "hidden"}}, Leading::ones);
     task.mlp_intermediate =
         checker.write(results->mlp_intermediate, "mlp_intermediate",
                       {{shape.intermediate_size, "intermediate"}}, Leading::ones);
-    check_new_key_value(checker, results->k_new, results->v_new, task.inputs);
+    check_new_key_value(checker, results->k_new, results->v_new, task);
   }
   checker.require_no_overlap();
   return {task, checker.device()};
 }
 
-Checked<MlpDownTask> check(const MlpDownTensors& tensors, const ExpectedSizes& expected,
-                           const DLTensor* output) {
+Checked check(const MlpDownTensors& tensors, const ExpectedSizes& expected,
+              const DLTensor* output) {
   TensorChecker checker(tensors.hidden_states, "hidden_states", expected.hidden);
   const Dimension hidden{checker.hidden_size(), "hidden"};
   const Dimension intermediate{
       expected.intermediate != 0 ? expected.intermediate : last_size(tensors.mlp_intermediate),
       "intermediate"};
-  MlpDownTask task;
-  task.dtype = checker.dtype();
-  task.hidden_size = hidden.size;
-  task.intermediate_size = intermediate.size;
-  task.hidden_states =
+  LayerTask task;
+  task.part = plan::Part::mlp_down;
+  task.shape.dtype = checker.dtype();
+  task.shape.hidden_size = hidden.size;
+  task.shape.intermediate_size = intermediate.size;
+  task.input =
       checker.read(tensors.hidden_states, "hidden_states", {{1, "1"}, hidden}, Leading::ones);
-  task.attn_output =
-      checker.read(tensors.attn_output, "attn_output", {{1, "1"}, hidden}, Leading::ones);
-  task.mlp_intermediate =
-      checker.read(tensors.mlp_intermediate, "mlp_intermediate", {intermediate}, Leading::ones);
+  // Only read; what the other half gives there, it writes.
+  task.attn_output = const_cast<void*>(
+      checker.read(tensors.attn_output, "attn_output", {{1, "1"}, hidden}, Leading::ones));
+  task.mlp_intermediate = const_cast<void*>(
+      checker.read(tensors.mlp_intermediate, "mlp_intermediate", {intermediate}, Leading::ones));
   if (intermediate.size < 1) {
     fail(ErrorKind::invalid_argument, "mlp_intermediate: expected shape [intermediate], found {}",
          shape_text(tensors.mlp_intermediate));
   }
-  task.mlp_down_weight =
-      checker.read(tensors.mlp_down_weight, "mlp_down_weight", {hidden, intermediate});
-  task.mlp_down_bias = checker.read(tensors.mlp_down_bias, "mlp_down_bias", {hidden});
+  check_mlp_down(checker, tensors.mlp_down_weight, tensors.mlp_down_bias, task);
   if (output != nullptr) {
     task.output = checker.write(*output, "output", {{1, "1"}, hidden}, Leading::ones);
   }
@@ -199,21 +214,17 @@ Checked<MlpDownTask> check(const MlpDownTensors& tensors, const ExpectedSizes& e
   return {task, checker.device()};
 }
 
-Checked<DecoderLayerTask> check(const LayerTensors& tensors, const DLTensor& mlp_down_weight,
-                                const DLTensor& mlp_down_bias, const LayerOptions& options,
-                                const ExpectedSizes& expected, const DecoderLayerResults* results) {
+Checked check(const LayerTensors& tensors, const DLTensor& mlp_down_weight,
+              const DLTensor& mlp_down_bias, const LayerOptions& options,
+              const ExpectedSizes& expected, const DecoderLayerResults* results) {
   TensorChecker checker(tensors.input, "input", expected.hidden);
-  DecoderLayerTask task;
-  task.inputs = check_inputs(checker, tensors, options, expected);
+  LayerTask task = check_inputs(checker, tensors, options, expected);
   const Dimension hidden{checker.hidden_size(), "hidden"};
-  task.mlp_down_weight =
-      checker.read(mlp_down_weight, "mlp_down_weight",
-                   {hidden, {task.inputs.shape.intermediate_size, "intermediate"}});
-  task.mlp_down_bias = checker.read(mlp_down_bias, "mlp_down_bias", {hidden});
-  check_position(checker, tensors.current_seq_len, task.inputs);
+  check_mlp_down(checker, mlp_down_weight, mlp_down_bias, task);
+  check_position(checker, tensors.current_seq_len, task);
   if (results != nullptr) {
     task.output = checker.write(results->output, "output", {{1, "1"}, hidden}, Leading::ones);
-    check_new_key_value(checker, results->k_new, results->v_new, task.inputs);
+    check_new_key_value(checker, results->k_new, results->v_new, task);
   }
   checker.require_no_overlap();
   return {task, checker.device()};

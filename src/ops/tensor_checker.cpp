@@ -155,10 +155,6 @@ const void* TensorChecker::read(const DLTensor& tensor, const char* name, Shape 
   return add(tensor, name, to_dl(dtype_), kAlignment, shape, leading, false);
 }
 
-const void* TensorChecker::read_optional(const DLTensor& tensor, const char* name, Shape shape) {
-  return is_present(tensor) ? read(tensor, name, shape) : nullptr;
-}
-
 void* TensorChecker::write(const DLTensor& tensor, const char* name, Shape shape, Leading leading) {
   return const_cast<std::byte*>(add(tensor, name, to_dl(dtype_), kAlignment, shape, leading, true));
 }

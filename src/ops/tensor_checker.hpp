@@ -41,8 +41,6 @@ class TensorChecker {
   // 16-bit tensors that are only read.
   const void* read(const DLTensor& tensor, const char* name, Shape shape,
                    Leading leading = Leading::none);
-  // Null if the tensor is absent.
-  const void* read_optional(const DLTensor& tensor, const char* name, Shape shape);
   // 16-bit tensors that are written.
   void* write(const DLTensor& tensor, const char* name, Shape shape,
               Leading leading = Leading::none);

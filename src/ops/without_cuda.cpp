@@ -14,8 +14,6 @@ namespace {
 
 }  // namespace
 
-void attention_mlp_up(const AttentionMlpUpTask&, const LayerStream& stream) { refuse(stream); }
-void mlp_down(const MlpDownTask&, const LayerStream& stream) { refuse(stream); }
-void decoder_layer(const DecoderLayerTask&, const LayerStream& stream) { refuse(stream); }
+void run_layer(const LayerTask&, const LayerStream& stream) { refuse(stream); }
 
 }  // namespace clusterfusion::cuda

@@ -85,7 +85,7 @@ KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
   while (kv.block_positions * config.head_dim * 4 > stage_bytes) kv.block_positions /= 2;
   kv.block_bytes = kv.block_positions * config.head_dim * 4;
   kv.head_bytes = kKvPagePositions * config.head_dim * 4;
-  kv.page_bytes = kv.head_bytes * config.num_heads * config.num_layers;
+  kv.page_bytes = kv.head_bytes * config.kv_heads() * config.num_layers;
   return kv;
 }
 
@@ -105,8 +105,8 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
                        std::min(std::max(kTargetChunkBytes, widest_row), share));
   };
   DecodePlan plan;
-  plan.qkv = cut_matrix("the QKV matrix", 3 * hidden, hidden);
-  plan.attention_out = cut_matrix("the attention output matrix", hidden, hidden);
+  plan.qkv = cut_matrix("the QKV matrix", config.qkv_size(), hidden);
+  plan.attention_out = cut_matrix("the attention output matrix", hidden, config.attention_size());
   plan.mlp_up = cut_matrix("the first MLP matrix", config.intermediate_size, hidden);
   plan.mlp_down = cut_matrix("the second MLP matrix", hidden, config.intermediate_size);
   plan.lm_head = cut_matrix("the LM head", config.vocab_size, hidden);
@@ -138,6 +138,14 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
 
 }  // namespace
 
+std::string unstreamed_because(const LayerSpec& spec) {
+  if (spec.kv_heads() != spec.num_heads) return "grouped heads";
+  if (spec.attention_size() != spec.hidden_size) return "heads not as wide as the hidden size";
+  if (spec.norm != NormKind::layer_norm) return "RMSNorm";
+  if (spec.gated_mlp) return "a gated MLP";
+  return "";
+}
+
 MatrixPlan with_half_the_products(MatrixPlan plan) {
   const bool one_unit = plan.units_per_chunk() * plan.segments == kConsumerWarps;
   // The kernel has code for these.
@@ -156,6 +164,9 @@ MatrixPlan with_half_the_products(MatrixPlan plan) {
 }
 
 DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits) {
+  const std::string unstreamed = unstreamed_because(config);
+  require(unstreamed.empty(), ErrorKind::internal, "the streaming decode kernel has no {}",
+          unstreamed);
   DecodePlan plan = draft_plan(config, limits);
   const std::int64_t fixed = fixed_bytes(config);
   require(plan.stages >= kMinStages, ErrorKind::unsupported,
@@ -176,8 +187,9 @@ KvPlan make_page_plan(const ModelConfig& config) {
 }
 
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {
-  return can_cut(config.hidden_size) && can_cut(config.intermediate_size) &&
-         can_attend(config.head_dim) && draft_plan(config, limits).stages >= kMinStages;
+  return unstreamed_because(config).empty() && can_cut(config.hidden_size) &&
+         can_cut(config.intermediate_size) && can_attend(config.head_dim) &&
+         draft_plan(config, limits).stages >= kMinStages;
 }
 
 }  // namespace clusterfusion::plan

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "clusterfusion/model.hpp"
@@ -79,6 +80,10 @@ struct KvPlan {
   std::int64_t head_bytes = 0;  // one page, one layer, one head
   std::int64_t page_bytes = 0;  // one page, all layers and heads
 };
+
+// What a layer has that the streaming kernels do not compute, whatever its sizes: "grouped heads".
+// Empty if there is nothing. Such models are decoded layer by layer.
+std::string unstreamed_because(const LayerSpec& spec);
 
 // What streams through the ring.
 enum class Stream : std::int32_t { qkv, mlp_up, attention, mlp_down, attention_out, lm_head, none };

@@ -62,13 +62,17 @@ std::int64_t attention_bytes(const ModelConfig& config, std::int32_t rows) {
 }  // namespace
 
 ProductCuts cut_products(const ModelConfig& config) {
+  const std::string uncut = unstreamed_because(config);
+  require(uncut.empty(), ErrorKind::unsupported,
+          "the kernels for many rows have no {}; run this model on the CPU (device \"cpu\")",
+          uncut);
   const std::int64_t hidden = config.hidden_size;
   const std::int64_t part =
       hidden <= kPartColumns ? kPartColumns : std::max(hidden, kWidePartColumns);
   ProductCuts cuts;
-  cuts.qkv = cut("the QKV matrix", 3 * hidden, hidden, part, 1);
+  cuts.qkv = cut("the QKV matrix", config.qkv_size(), hidden, part, 1);
   cuts.mlp_up = cut("the first MLP matrix", config.intermediate_size, hidden, part, 1);
-  cuts.attention_out = cut("the attention output matrix", hidden, hidden, part, 1);
+  cuts.attention_out = cut("the attention output matrix", hidden, config.attention_size(), part, 1);
   // Parts as wide as the other matrices where that is possible.
   const bool even = hidden >= 1024 && config.intermediate_size % hidden == 0;
   cuts.mlp_down = cut("the second MLP matrix", hidden, config.intermediate_size,

@@ -88,8 +88,8 @@ struct StreamMemory {
   std::int64_t shared_bytes = 0;  // of the whole block
 };
 
-// Errors: unsupported if a number of columns is no multiple of kStepColumns, or the MLP is too wide
-// (names it).
+// Errors: unsupported if the layer has what unstreamed_because() names, a number of columns is no
+// multiple of kStepColumns, or the MLP is too wide (names it).
 ProductCuts cut_products(const ModelConfig& config);
 
 // `kv` is how the cache is laid out; it is the same for every kernel of a backend.

@@ -21,9 +21,9 @@
 namespace clusterfusion::test {
 namespace {
 
+using cuda::DeviceLayer;
 using cuda::DeviceMemory;
 using cuda::DeviceModel;
-using cuda::StreamedLayer;
 
 class Loading : public GpuTest {
  protected:
@@ -81,34 +81,36 @@ void expect_norm(const void* found, const DLTensor& expected, DType dtype, const
     ASSERT_EQ(bits[i], narrow(values[i], dtype)) << name << " [" << i << "]";
 }
 
-void expect_bias(const char* found, const DLTensor& expected, const char* name) {
-  ASSERT_EQ(found != nullptr, is_present(expected)) << name;
-  if (found == nullptr) return;
+void expect_bias(const void* found, const DLTensor& expected, const char* name) {
   const std::int64_t count = num_elements(expected);
   EXPECT_EQ(fetch<float>(found, count), values_of(expected, count)) << name;
+}
+
+// Biases of products become float32, those of norms have the norms' type.
+void expect_layer(const DeviceLayer& found, const LayerWeights& expected, DType dtype) {
+  for (std::size_t i = 0; i < kNumLayerTensors; ++i) {
+    const auto tensor = static_cast<LayerTensor>(i);
+    const std::string name = "tensor " + std::to_string(i);
+    ASSERT_EQ(found[tensor] != nullptr, is_present(expected[tensor])) << name;
+    if (found[tensor] == nullptr) continue;
+    if (expected[tensor].ndim == 2)
+      expect_matrix(found[tensor], expected[tensor], name.c_str());
+    else if (!is_bias(tensor) || tensor == LayerTensor::input_norm_bias ||
+             tensor == LayerTensor::post_norm_bias)
+      expect_norm(found[tensor], expected[tensor], dtype, name.c_str());
+    else
+      expect_bias(found[tensor], expected[tensor], name.c_str());
+  }
 }
 
 void expect_same(const Model& model, const DeviceModel& device) {
   const ModelConfig& config = model.config();
   const ModelWeights& weights = model.weights();
-  const std::vector<StreamedLayer>& layers = device.layers();
+  const std::vector<DeviceLayer>& layers = device.layers();
   ASSERT_EQ(static_cast<std::int64_t>(layers.size()), config.num_layers);
   for (std::int64_t i = 0; i < config.num_layers; ++i) {
     SCOPED_TRACE("layer " + std::to_string(i));
-    const LayerWeights& from = weights.layers[i];
-    const StreamedLayer& to = layers[i];
-    expect_matrix(to.qkv, from.qkv_weight, "qkv");
-    expect_matrix(to.attention_out, from.attention_out_weight, "attention_out");
-    expect_matrix(to.mlp_up, from.mlp_up_weight, "mlp_up");
-    expect_matrix(to.mlp_down, from.mlp_down_weight, "mlp_down");
-    expect_norm(to.input_norm_weight, from.input_norm_weight, config.dtype, "input_norm.weight");
-    expect_norm(to.input_norm_bias, from.input_norm_bias, config.dtype, "input_norm.bias");
-    expect_norm(to.post_norm_weight, from.post_norm_weight, config.dtype, "post_norm.weight");
-    expect_norm(to.post_norm_bias, from.post_norm_bias, config.dtype, "post_norm.bias");
-    expect_bias(to.qkv_bias, from.qkv_bias, "qkv.bias");
-    expect_bias(to.attention_out_bias, from.attention_out_bias, "out.bias");
-    expect_bias(to.mlp_up_bias, from.mlp_up_bias, "mlp_up.bias");
-    expect_bias(to.mlp_down_bias, from.mlp_down_bias, "mlp_down.bias");
+    expect_layer(layers[i], weights.layers[i], config.dtype);
   }
   expect_matrix(device.embedding(), weights.embedding, "embedding");
   expect_matrix(device.lm_head(), weights.lm_head, "lm_head");

@@ -407,11 +407,12 @@ TEST_F(PrefillTest, RefusesOutputsOfTheWrongSize) {
     EXPECT_THAT([&] { backend->prefill(id, prompt, output); },
                 testing::ThrowsMessage<Error>(testing::HasSubstr(words)));
   };
-  expect("expected room for 6020 logits, found 7", tokens, all);
-  expect("expected room for 301 last logits, found 7", tokens, last);
-  expect("expected 20 targets and log-probabilities or none, found 7", tokens, scored);
-  expect("expected at least one token", {}, {});
-  expect("token 1: expected an id of 0 to 300, found 301", std::vector<TokenId>{1, 301}, {});
+  expect("all_logits must have 20 x 301 elements", tokens, all);
+  expect("last_logits must have 301 elements", tokens, last);
+  expect("targets and target_logprobs must both have 20 elements or none", tokens, scored);
+  expect("at least one token", {}, {});
+  expect("tokens[1] is 301, but token ids of this model lie in [0, 301)",
+         std::vector<TokenId>{1, 301}, {});
   EXPECT_EQ(backend->length(id), 0);
 }
 

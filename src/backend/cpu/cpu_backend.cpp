@@ -4,8 +4,6 @@
 #include <chrono>
 #include <cmath>
 #include <fstream>
-#include <map>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -13,9 +11,11 @@
 #include "backend/cpu/kernels.hpp"
 #include "backend/cpu/kv_pool.hpp"
 #include "backend/cpu/transformer.hpp"
+#include "backend/sequences.hpp"
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
 #include "base/thread_pool.hpp"
+#include "model/decoded_tensors.hpp"
 #include "sampling/sampler.hpp"
 
 namespace clusterfusion {
@@ -28,11 +28,8 @@ constexpr int kMaxThreads = 4096;
 constexpr int kCeilingPasses = 5;
 constexpr std::int64_t kReadTaskBytes = 1 << 20;
 
-struct Sequence {
-  Sequence(const SamplingParams& params, std::int64_t vocab) : sampler(params, vocab) {}
-  Sampler sampler;
-  std::int64_t length = 0;
-  std::vector<std::byte*> pages;
+struct Sequence : PagedSequence<std::byte*> {
+  using PagedSequence::PagedSequence;
   std::shared_ptr<const Interventions> interventions;
 };
 
@@ -52,29 +49,6 @@ int checked_threads(int threads) {
   return threads == 0 ? usable_cores() : threads;
 }
 
-std::int64_t checked_max_positions(std::int64_t wanted, const ModelConfig& config) {
-  require(wanted >= 0 && wanted <= config.max_positions, ErrorKind::invalid_argument,
-          "max_positions must be 0 (the model's {}) to {}, but is {}", config.max_positions,
-          config.max_positions, wanted);
-  return wanted == 0 ? config.max_positions : wanted;
-}
-
-// Everything that one decode step reads, but for the embedding's one row.
-template <typename F>
-void for_each_decoded_tensor(const ModelWeights& weights, F f) {
-  for (const LayerWeights& w : weights.layers) {
-    for (const DLTensor* tensor :
-         {&w.input_norm_weight, &w.input_norm_bias, &w.post_norm_weight, &w.post_norm_bias,
-          &w.qkv_weight, &w.qkv_bias, &w.mlp_up_weight, &w.mlp_up_bias, &w.mlp_down_weight,
-          &w.mlp_down_bias, &w.attention_out_weight, &w.attention_out_bias}) {
-      if (is_present(*tensor)) f(*tensor);
-    }
-  }
-  f(weights.final_norm_weight);
-  f(weights.final_norm_bias);
-  f(weights.lm_head);
-}
-
 class CpuBackend final : public Backend {
  public:
   CpuBackend(std::shared_ptr<const Model> model, const BackendOptions& options)
@@ -83,54 +57,47 @@ class CpuBackend final : public Backend {
         threads_(checked_threads(options.threads)),
         pool_(
             {options.kv_dtype.value_or(DType::float32), config_.head_dim, padded(config_.head_dim)},
-            config_.num_layers, config_.num_heads),
-        transformer_(*model_, pool_, threads_) {
+            config_.num_layers, config_.kv_heads()),
+        transformer_(*model_, pool_, threads_),
+        sequences_(config_, info_) {
     info_.name = "cpu";
     info_.device = fmt::format("{}, {} thread{}, {}", cpu_model_name(), threads_.size(),
                                threads_.size() == 1 ? "" : "s", target_name());
     info_.kv_dtype = pool_.layout().dtype;
     info_.kv_bytes_per_position = pool_.page_bytes() / kKvPagePositions;
-    info_.max_positions = checked_max_positions(options.max_positions, config_);
+    info_.max_positions = longest_context(config_, options.max_positions);
     info_.prefill_chunk = transformer_.max_rows();
   }
 
   const BackendInfo& info() const noexcept override { return info_; }
 
   SequenceId create_sequence(const SamplingParams& sampling) override {
-    sequences_.try_emplace(next_id_, sampling, config_.vocab_size);
-    return next_id_++;
+    return sequences_.create(sampling);
   }
 
   void intervene(SequenceId id, std::shared_ptr<const Interventions> interventions) override {
-    Sequence& sequence = find(id);
-    require(sequence.length == 0, ErrorKind::invalid_argument,
-            "sequence {} has {} positions already: interventions begin with a sequence", id,
-            sequence.length);
+    Sequence& sequence = sequences_.find(id);
+    sequences_.check.intervene(id, sequence);
     sequence.interventions = std::move(interventions);
   }
 
   void release_sequence(SequenceId id) override {
-    Sequence& sequence = find(id);
-    pool_.shrink(sequence.pages, 0);
+    pool_.shrink(sequences_.find(id).pages, 0);
     sequences_.erase(id);
   }
 
-  std::int64_t length(SequenceId id) const override { return find(id).length; }
+  std::int64_t length(SequenceId id) const override { return sequences_.find(id).length; }
 
   void reserve(SequenceId id, std::int64_t positions) override {
-    Sequence& sequence = find(id);
-    require(positions >= 0 && positions <= info_.max_positions, ErrorKind::invalid_argument,
-            "cannot reserve {} positions for sequence {}: the longest context is {}", positions, id,
-            info_.max_positions);
+    Sequence& sequence = sequences_.find(id);
+    sequences_.check.reserve(id, positions);
     grow(sequence, positions);
   }
 
   void truncate(SequenceId id, std::int64_t length) override {
-    Sequence& sequence = find(id);
-    require(length >= 0 && length <= sequence.length, ErrorKind::invalid_argument,
-            "cannot truncate sequence {} to {} positions: it has {}", id, length, sequence.length);
-    sequence.sampler.truncate(length);
-    sequence.length = length;
+    Sequence& sequence = sequences_.find(id);
+    sequences_.check.truncate(id, sequence, length);
+    sequence.truncate(length);
   }
 
   void prefill(SequenceId id, std::span<const TokenId> tokens,
@@ -141,43 +108,15 @@ class CpuBackend final : public Backend {
   void set_stop_request(StopRequest stop) override { threads_.set_stop_request(std::move(stop)); }
 
  private:
-  Sequence& find(SequenceId id) {
-    const auto found = sequences_.find(id);
-    require(found != sequences_.end(), ErrorKind::invalid_argument,
-            "there is no sequence {}: it was never created, or it has been released", id);
-    return found->second;
-  }
-  const Sequence& find(SequenceId id) const { return const_cast<CpuBackend*>(this)->find(id); }
-
   void grow(Sequence& sequence, std::int64_t positions) {
-    const std::int64_t pages = (positions + kKvPagePositions - 1) / kKvPagePositions;
-    if (pages > static_cast<std::int64_t>(sequence.pages.size())) {
-      pool_.grow(sequence.pages, pages);
-    }
+    const std::int64_t pages = pages_for(positions);
+    if (pages > std::ssize(sequence.pages)) pool_.grow(sequence.pages, pages);
   }
 
-  void check_token(TokenId token, std::size_t index, const char* what) const {
-    require(token >= 0 && token < config_.vocab_size, ErrorKind::out_of_range,
-            "{}[{}] is {}, but token ids of this model lie in [0, {})", what, index, token,
-            config_.vocab_size);
-  }
-
-  void check_room(SequenceId id, const Sequence& sequence, std::size_t more) const {
-    require(more <= static_cast<std::uint64_t>(info_.max_positions - sequence.length),
-            ErrorKind::invalid_argument,
-            "sequence {} holds {} positions and cannot take {} more: the longest context is {}", id,
-            sequence.length, more, info_.max_positions);
-  }
-
-  void check_prefill(SequenceId id, const Sequence& sequence, std::span<const TokenId> tokens,
-                     const PrefillOutput& output) const;
-  std::vector<Sequence*> check_decode(std::span<const SequenceId> ids,
-                                      std::span<const TokenId> inputs, std::int32_t steps,
-                                      std::size_t sampled, std::size_t logits);
   void require_finite(std::span<const float> logits, std::int64_t position, SequenceId id) const;
-  // Tokens [begin, end) of a prefill: at most Transformer::max_rows().
+  // At most Transformer::max_rows() tokens of a prompt.
   void prefill_piece(SequenceId id, Sequence& sequence, std::span<const TokenId> tokens,
-                     std::size_t begin, std::size_t end, const PrefillOutput& output);
+                     const PrefillOutput& output);
   // Members [begin, end) of a batch: at most Transformer::max_rows().
   void decode_rows(std::span<const SequenceId> ids, std::span<const TokenId> inputs,
                    std::span<Sequence* const> sequences, std::size_t begin, std::size_t end,
@@ -193,34 +132,9 @@ class CpuBackend final : public Backend {
   KvPool pool_;
   Transformer transformer_;
   BackendInfo info_;
-  std::map<SequenceId, Sequence> sequences_;
-  SequenceId next_id_ = 0;
+  Sequences<Sequence> sequences_;
   std::vector<float> logits_;  // scratch, at most kLogitRows rows
 };
-
-void CpuBackend::check_prefill(SequenceId id, const Sequence& sequence,
-                               std::span<const TokenId> tokens, const PrefillOutput& output) const {
-  require(!tokens.empty(), ErrorKind::invalid_argument,
-          "prefill of sequence {} needs at least one token", id);
-  for (std::size_t i = 0; i < tokens.size(); ++i) check_token(tokens[i], i, "tokens");
-  check_room(id, sequence, tokens.size());
-  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
-  require(output.all_logits.empty() || output.all_logits.size() == tokens.size() * vocab,
-          ErrorKind::invalid_argument,
-          "all_logits must have {} x {} elements (tokens x vocabulary), but has {}", tokens.size(),
-          vocab, output.all_logits.size());
-  require(output.last_logits.empty() || output.last_logits.size() == vocab,
-          ErrorKind::invalid_argument, "last_logits must have {} elements, but has {}", vocab,
-          output.last_logits.size());
-  require(output.targets.size() == output.target_logprobs.size() &&
-              (output.targets.empty() || output.targets.size() == tokens.size()),
-          ErrorKind::invalid_argument,
-          "targets and target_logprobs must both have {} elements or none, but have {} and {}",
-          tokens.size(), output.targets.size(), output.target_logprobs.size());
-  for (std::size_t i = 0; i < output.targets.size(); ++i) {
-    if (output.targets[i] != -1) check_token(output.targets[i], i, "targets");
-  }
-}
 
 void CpuBackend::require_finite(std::span<const float> logits, std::int64_t position,
                                 SequenceId id) const {
@@ -232,51 +146,40 @@ void CpuBackend::require_finite(std::span<const float> logits, std::int64_t posi
 
 void CpuBackend::prefill(SequenceId id, std::span<const TokenId> tokens,
                          const PrefillOutput& output) {
-  Sequence& sequence = find(id);
-  check_prefill(id, sequence, tokens, output);
-  const std::int64_t old_length = sequence.length;
-  grow(sequence, old_length + static_cast<std::int64_t>(tokens.size()));
-  try {
-    sequence.sampler.append(tokens);
-    const auto piece = static_cast<std::size_t>(transformer_.max_rows());
-    for (std::size_t begin = 0; begin < tokens.size(); begin += piece) {
-      prefill_piece(id, sequence, tokens, begin, std::min(begin + piece, tokens.size()), output);
-    }
-  } catch (...) {
-    sequence.length = old_length;
-    sequence.sampler.truncate(old_length);
-    throw;
-  }
+  Sequence& sequence = sequences_.find(id);
+  sequences_.check.prefill(id, sequence, tokens, output);
+  grow(sequence, sequence.length + std::ssize(tokens));
+  prefill_in_pieces(sequence, tokens, transformer_.max_rows(), output, config_.hidden_size,
+                    [&](std::span<const TokenId> piece, const PrefillOutput& its_output) {
+                      prefill_piece(id, sequence, piece, its_output);
+                    });
 }
 
 void CpuBackend::prefill_piece(SequenceId id, Sequence& sequence, std::span<const TokenId> tokens,
-                               std::size_t begin, std::size_t end, const PrefillOutput& output) {
-  const std::vector<ActivationOutput> activations =
-      rows_from(static_cast<std::int64_t>(begin), config_.hidden_size, output.activations);
-  const Segment segment{tokens.subspan(begin, end - begin), sequence.length, sequence.pages,
-                        sequence.interventions.get(), activations};
+                               const PrefillOutput& output) {
+  const Segment segment{tokens, sequence.length, sequence.pages, sequence.interventions.get(),
+                        output.activations};
   transformer_.run({&segment, 1});
   const std::int64_t position = sequence.length;
-  sequence.length += static_cast<std::int64_t>(end - begin);
+  sequence.append(tokens);
 
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   const bool every_row = !output.all_logits.empty() || !output.targets.empty();
-  const bool last_row = end == tokens.size() && (!output.last_logits.empty() || output.sampled);
+  const bool last_row = !output.last_logits.empty() || output.sampled != nullptr;
   if (!every_row && !last_row) return;
-  const std::size_t from = every_row ? begin : end - 1;
-  for (std::size_t row = from; row < end; row += kLogitRows) {
-    const std::size_t count = std::min<std::size_t>(kLogitRows, end - row);
+  const std::size_t from = every_row ? 0 : tokens.size() - 1;
+  for (std::size_t row = from; row < tokens.size(); row += kLogitRows) {
+    const std::size_t count = std::min<std::size_t>(kLogitRows, tokens.size() - row);
     float* logits =
         output.all_logits.empty() ? logit_rows(count) : output.all_logits.data() + row * vocab;
-    transformer_.logits(static_cast<std::int64_t>(row - begin), static_cast<std::int64_t>(count),
-                        logits);
+    transformer_.logits(static_cast<std::int64_t>(row), static_cast<std::int64_t>(count), logits);
     threads_.run(static_cast<std::int64_t>(count), [&](std::int64_t i, int) {
       const std::size_t at = row + static_cast<std::size_t>(i);
       const std::span<const float> one(logits + static_cast<std::size_t>(i) * vocab, vocab);
       const bool wants_target = !output.targets.empty() && output.targets[at] != -1;
       const bool is_last = last_row && at + 1 == tokens.size();
       if (output.all_logits.empty() && !wants_target && !is_last) return;
-      require_finite(one, position + static_cast<std::int64_t>(at - begin), id);
+      require_finite(one, position + static_cast<std::int64_t>(at), id);
       if (wants_target) output.target_logprobs[at] = log_probability(one, output.targets[at]);
       if (!is_last) return;
       std::copy_n(one.begin(), output.last_logits.size(), output.last_logits.begin());
@@ -285,40 +188,11 @@ void CpuBackend::prefill_piece(SequenceId id, Sequence& sequence, std::span<cons
   }
 }
 
-std::vector<Sequence*> CpuBackend::check_decode(std::span<const SequenceId> ids,
-                                                std::span<const TokenId> inputs, std::int32_t steps,
-                                                std::size_t sampled, std::size_t logits) {
-  const std::size_t batch = ids.size();
-  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
-  require(batch > 0 && inputs.size() == batch, ErrorKind::invalid_argument,
-          "decode needs at least one sequence and one input for each, but got {} sequences and {} "
-          "inputs",
-          batch, inputs.size());
-  require(steps >= 1 && steps <= info_.decode_ahead, ErrorKind::invalid_argument,
-          "steps must lie in [1, {}] on this device, but is {}", info_.decode_ahead, steps);
-  require(sampled == 0 || sampled == batch, ErrorKind::invalid_argument,
-          "sampled must have {} elements or none, but has {}", batch, sampled);
-  require(logits == 0 || logits == batch * vocab, ErrorKind::invalid_argument,
-          "logits must have {} x {} elements (batch x vocabulary) or none, but has {}", batch,
-          vocab, logits);
-  std::vector<Sequence*> sequences;
-  std::set<SequenceId> seen;
-  for (std::size_t b = 0; b < batch; ++b) {
-    Sequence& sequence = find(ids[b]);
-    require(seen.insert(ids[b]).second, ErrorKind::invalid_argument,
-            "sequences[{}] is {}, which is in this batch already", b, ids[b]);
-    check_token(inputs[b], b, "inputs");
-    check_room(ids[b], sequence, 1);
-    sequences.push_back(&sequence);
-  }
-  return sequences;
-}
-
 void CpuBackend::decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs,
                         std::int32_t steps, std::span<SampledToken> sampled,
                         std::span<float> logits) {
   const std::vector<Sequence*> sequences =
-      check_decode(ids, inputs, steps, sampled.size(), logits.size());
+      sequences_.find_batch(ids, inputs, steps, sampled.size(), logits.size());
   for (Sequence* sequence : sequences) grow(*sequence, sequence->length + 1);
   const auto most = static_cast<std::size_t>(transformer_.max_rows());
   try {

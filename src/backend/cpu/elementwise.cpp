@@ -83,6 +83,22 @@ void layer_norm_kernel(const float* x, const float* weight, const float* bias, f
   }
 }
 
+void rms_norm_kernel(const float* x, const float* weight, float eps, std::int64_t count,
+                     float* out) {
+  const float squares = sum_of(x, count, [](const Vector16& v) HWY_ATTR { return mul16(v, v); });
+  const Vector16 scale = set16(1.0f / std::sqrt(squares / static_cast<float>(count) + eps));
+  const auto norm = [&](const Vector16& v, const Vector16& w)
+                        HWY_ATTR { return mul16(mul16(v, scale), w); };
+  std::int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store16(norm(load16(x + i), load16(weight + i)), out + i);
+  if (i < count) {
+    const std::int64_t left = count - i;
+    const Vector16 v = norm(load_tail16(x + i, left), load_tail16(weight + i, left));
+    store16(first_lanes16(left, v, 0.0f), out + i);
+  }
+}
+
 void widen_kernel(DType dtype, const std::byte* from, std::int64_t count, float* to) {
   with_type(dtype, [&](auto* null) HWY_ATTR {
     const auto* values = reinterpret_cast<decltype(null)>(from);
@@ -143,6 +159,7 @@ namespace clusterfusion::cpu {
 HWY_EXPORT(target_name_kernel);
 HWY_EXPORT(activate_kernel);
 HWY_EXPORT(layer_norm_kernel);
+HWY_EXPORT(rms_norm_kernel);
 HWY_EXPORT(widen_kernel);
 HWY_EXPORT(all_finite_kernel);
 HWY_EXPORT(read_memory_kernel);
@@ -156,6 +173,10 @@ void activate(Activation activation, float* values, std::int64_t count) {
 void layer_norm(const float* x, const float* weight, const float* bias, float eps,
                 std::int64_t count, float* out) {
   HWY_DYNAMIC_DISPATCH(layer_norm_kernel)(x, weight, bias, eps, count, out);
+}
+
+void rms_norm(const float* x, const float* weight, float eps, std::int64_t count, float* out) {
+  HWY_DYNAMIC_DISPATCH(rms_norm_kernel)(x, weight, eps, count, out);
 }
 
 void widen(DType dtype, const std::byte* from, std::int64_t count, float* to) {

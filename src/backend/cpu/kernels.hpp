@@ -85,6 +85,9 @@ void activate(Activation activation, float* values, std::int64_t count);
 void layer_norm(const float* x, const float* weight, const float* bias, float eps,
                 std::int64_t count, float* out);
 
+// out = x / sqrt(mean of x^2 + eps) * weight, likewise.
+void rms_norm(const float* x, const float* weight, float eps, std::int64_t count, float* out);
+
 // Widens `count` values of `dtype` to float32.
 void widen(DType dtype, const std::byte* from, std::int64_t count, float* to);
 

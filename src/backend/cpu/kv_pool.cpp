@@ -38,11 +38,11 @@ double gigabytes(std::int64_t bytes) { return static_cast<double>(bytes) * 1e-9;
 
 }  // namespace
 
-KvPool::KvPool(const KvLayout& layout, std::int64_t num_layers, std::int64_t num_heads)
+KvPool::KvPool(const KvLayout& layout, std::int64_t num_layers, std::int64_t num_kv_heads)
     : layout_(layout),
-      num_heads_(num_heads),
+      num_kv_heads_(num_kv_heads),
       head_bytes_(layout.elements() * size_of(layout.dtype)),
-      page_bytes_(num_layers * num_heads * head_bytes_) {}
+      page_bytes_(num_layers * num_kv_heads * head_bytes_) {}
 
 void KvPool::Free::operator()(std::byte* page) const noexcept { std::free(page); }
 

@@ -17,13 +17,13 @@ namespace clusterfusion::cpu {
 
 class KvPool {
  public:
-  KvPool(const KvLayout& layout, std::int64_t num_layers, std::int64_t num_heads);
+  KvPool(const KvLayout& layout, std::int64_t num_layers, std::int64_t num_kv_heads);
 
   const KvLayout& layout() const noexcept { return layout_; }
   std::int64_t page_bytes() const noexcept { return page_bytes_; }
-  // From a page's start to the keys of a layer's head.
+  // From a page's start to those of a layer's head of keys and values.
   std::int64_t offset(std::int64_t layer, std::int64_t head) const noexcept {
-    return (layer * num_heads_ + head) * head_bytes_;
+    return (layer * num_kv_heads_ + head) * head_bytes_;
   }
 
   // Appends pages to `pages` until there are `count`; all or none.
@@ -39,7 +39,7 @@ class KvPool {
   std::byte* allocate_page();
 
   KvLayout layout_;
-  std::int64_t num_heads_;
+  std::int64_t num_kv_heads_;
   std::int64_t head_bytes_;
   std::int64_t page_bytes_;
   std::vector<std::unique_ptr<std::byte[], Free>> pages_;

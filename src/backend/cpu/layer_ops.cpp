@@ -3,6 +3,7 @@
 #include "backend/layer_ops.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -59,16 +60,6 @@ struct Linear {
   Activation activation = Activation::identity;
 };
 
-Linear make_linear(DType dtype, const void* weights, const void* bias, std::int64_t rows,
-                   std::int64_t cols, const Row& in, Row& out,
-                   Activation activation = Activation::identity) {
-  return {{static_cast<const std::byte*>(weights), dtype, rows, cols},
-          bias == nullptr ? Row() : widened(dtype, bias, rows),
-          in,
-          out,
-          activation};
-}
-
 void compute(const Linear& linear, std::int64_t row, std::int64_t row_end) {
   Product product;
   product.weights = linear.weights;
@@ -121,7 +112,7 @@ std::byte* at(void* matrix, std::int64_t row, std::int64_t columns, std::int64_t
 }
 
 // Rounds a head's new key or value, as it will be read from the cache ever after.
-void store_new(const LayerInputs& in, std::int64_t head, const float* values, void* result,
+void store_new(const LayerTask& in, std::int64_t head, const float* values, void* result,
                void* cache) {
   const LayerShape& shape = in.shape;
   std::byte* row = at(cache, in.position, shape.hidden_size, head * shape.head_dim);
@@ -133,7 +124,7 @@ void store_new(const LayerInputs& in, std::int64_t head, const float* values, vo
 // Keys and values of one head, positions 0 to in.position, in the pages that attend() reads.
 class HeadPages {
  public:
-  HeadPages(const LayerInputs& in, std::int64_t head)
+  HeadPages(const LayerTask& in, std::int64_t head)
       : layout_{DType::float32, in.shape.head_dim, padded(in.shape.head_dim)} {
     const std::int64_t positions = in.position + 1;
     const std::int64_t pages = (positions + kKvPagePositions - 1) / kKvPagePositions;
@@ -155,7 +146,7 @@ class HeadPages {
   const std::byte* const* pages() const noexcept { return pages_.data(); }
 
  private:
-  void read(const LayerInputs& in, void* cache, std::int64_t position, std::int64_t head,
+  void read(const LayerTask& in, void* cache, std::int64_t position, std::int64_t head,
             Row& row) const {
     widen(in.shape.dtype, at(cache, position, in.shape.hidden_size, head * layout_.head_dim),
           layout_.head_dim, row.data());
@@ -168,7 +159,7 @@ class HeadPages {
 
 // `qkv`: query, key and value of the head. Writes the head's part of caches, k_new and v_new, and
 // its output.
-void attend_head(const LayerInputs& in, std::int64_t head, float* qkv, float* out) {
+void attend_head(const LayerTask& in, std::int64_t head, float* qkv, float* out) {
   const std::int64_t head_dim = in.shape.head_dim;
   rotate_by(qkv, in.cos, in.sin, in.shape.rotary_dim);
   rotate_by(qkv + head_dim, in.cos, in.sin, in.shape.rotary_dim);
@@ -190,7 +181,7 @@ void attend_head(const LayerInputs& in, std::int64_t head, float* qkv, float* ou
   attend(task, scratch.data());
 }
 
-void attend_all(const LayerInputs& in, Row& qkv, Row& out) {
+void attend_all(const LayerTask& in, Row& qkv, Row& out) {
   const LayerShape& shape = in.shape;
   const auto one_head = [&](std::int64_t head) {
     attend_head(in, head, qkv.data() + head * 3 * shape.head_dim,
@@ -202,74 +193,94 @@ void attend_all(const LayerInputs& in, Row& qkv, Row& out) {
   for (std::int64_t head = 0; head < shape.num_heads; ++head) one_head(head);
 }
 
-Row normalized(const LayerInputs& in, const Row& x, const void* weight, const void* bias) {
-  const std::int64_t hidden = in.shape.hidden_size;
-  Row out = make_row(hidden);
-  layer_norm(x.data(), widened(in.shape.dtype, weight, hidden).data(),
-             widened(in.shape.dtype, bias, hidden).data(), in.layer_norm_eps, hidden, out.data());
-  return out;
-}
+// Runs a part of the layer's program. What its steps add to the residual stream stays apart,
+// because the calls hand it on.
+class LayerRun {
+ public:
+  explicit LayerRun(const LayerTask& task) : task_(task) {
+    spec_.hidden_size = task.shape.hidden_size;
+    spec_.num_heads = task.shape.num_heads;
+    spec_.head_dim = task.shape.head_dim;
+    spec_.intermediate_size = task.shape.intermediate_size;
+    at(plan::Place::residual) = widened(task.shape.dtype, task.input, spec_.hidden_size);
+  }
 
-struct AttentionAndUp {
-  Row attention;     // after the output projection
-  Row intermediate;  // after the activation
+  Row& at(plan::Place place) { return rows_[static_cast<std::size_t>(place)]; }
+  Row attention, mlp;  // what each half adds
+
+  void run(plan::Part part) {
+    const plan::LayerProgram program = plan::make_layer_program(spec_, part);
+    for (const std::span<const plan::Step> phase : plan::phases_of(program)) {
+      switch (phase[0].operation) {
+        case plan::Operation::norm:
+          for (const plan::Step& step : phase) normalize(step);
+          break;
+        case plan::Operation::product: multiply_all(phase); break;
+        case plan::Operation::attention:
+          at(plan::Place::heads) = make_row(spec_.hidden_size);
+          attend_all(task_, at(plan::Place::qkv), at(plan::Place::heads));
+      }
+    }
+  }
+
+ private:
+  // Empty if absent.
+  Row vector(LayerTensor tensor, std::int64_t count) const {
+    const void* values = task_.weight(tensor);
+    return values == nullptr ? Row() : widened(task_.shape.dtype, values, count);
+  }
+
+  void normalize(const plan::Step& step) {
+    const std::int64_t hidden = spec_.hidden_size;
+    Row& out = at(step.output) = make_row(hidden);
+    layer_norm(at(step.input).data(), vector(step.weight, hidden).data(),
+               vector(bias_of(step.weight), hidden).data(), task_.layer_norm_eps, hidden,
+               out.data());
+  }
+
+  void multiply_all(std::span<const plan::Step> phase) {
+    std::vector<Linear> linears;
+    for (const plan::Step& step : phase) {
+      const bool adds = step.epilogue == plan::Epilogue::add_to_output;
+      Row& out = !adds ? at(step.output) : step.of_mlp ? mlp : attention;
+      const std::int64_t rows = plan::width_of(step.output, spec_);
+      out = make_row(rows);
+      const bool activates = step.epilogue == plan::Epilogue::activate;
+      linears.push_back({{static_cast<const std::byte*>(task_.weight(step.weight)),
+                          task_.shape.dtype, rows, plan::width_of(step.input, spec_)},
+                         vector(bias_of(step.weight), rows),
+                         at(step.input),
+                         out,
+                         activates ? task_.activation : Activation::identity});
+    }
+    compute_all(linears);
+  }
+
+  const LayerTask& task_;
+  LayerSpec spec_;
+  std::array<Row, plan::kNumPlaces> rows_;
 };
-
-AttentionAndUp attention_and_up(const LayerInputs& in, const Row& x) {
-  const DType dtype = in.shape.dtype;
-  const std::int64_t hidden = in.shape.hidden_size;
-  const std::int64_t inner = in.shape.intermediate_size;
-  const Row norm = normalized(in, x, in.ln_weight, in.ln_bias);
-  const Row post_norm = normalized(in, x, in.post_ln_weight, in.post_ln_bias);
-  Row qkv = make_row(3 * hidden);
-  AttentionAndUp result{make_row(hidden), make_row(inner)};
-  const Linear first[] = {
-      make_linear(dtype, in.weight_qkv, in.bias_qkv, 3 * hidden, hidden, norm, qkv),
-      make_linear(dtype, in.mlp_up_weight, in.mlp_up_bias, inner, hidden, post_norm,
-                  result.intermediate, in.activation)};
-  compute_all(first);
-  Row heads = make_row(hidden);
-  attend_all(in, qkv, heads);
-  const Linear projection[] = {
-      make_linear(dtype, in.weight_o, in.bias_o, hidden, hidden, heads, result.attention)};
-  compute_all(projection);
-  return result;
-}
-
-// output = x + attention + MLP-down of intermediate
-void add_down(DType dtype, const void* weight, const void* bias, const Row& x, const Row& attention,
-              const Row& intermediate, std::int64_t hidden, std::int64_t inner, void* output) {
-  Row sum = make_row(hidden);
-  const Linear down[] = {make_linear(dtype, weight, bias, hidden, inner, intermediate, sum)};
-  compute_all(down);
-  for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += x[i] + attention[i];
-  narrow(dtype, sum.data(), hidden, output);
-}
 
 }  // namespace
 
-void attention_mlp_up(const AttentionMlpUpTask& task) {
-  const LayerShape& shape = task.inputs.shape;
-  const Row x = widened(shape.dtype, task.inputs.input, shape.hidden_size);
-  const AttentionAndUp result = attention_and_up(task.inputs, x);
-  narrow(shape.dtype, result.attention.data(), shape.hidden_size, task.attn_output);
-  narrow(shape.dtype, result.intermediate.data(), shape.intermediate_size, task.mlp_intermediate);
-}
-
-void mlp_down(const MlpDownTask& task) {
-  const Row x = widened(task.dtype, task.hidden_states, task.hidden_size);
-  const Row attention = widened(task.dtype, task.attn_output, task.hidden_size);
-  const Row intermediate = widened(task.dtype, task.mlp_intermediate, task.intermediate_size);
-  add_down(task.dtype, task.mlp_down_weight, task.mlp_down_bias, x, attention, intermediate,
-           task.hidden_size, task.intermediate_size, task.output);
-}
-
-void decoder_layer(const DecoderLayerTask& task) {
-  const LayerShape& shape = task.inputs.shape;
-  const Row x = widened(shape.dtype, task.inputs.input, shape.hidden_size);
-  const AttentionAndUp result = attention_and_up(task.inputs, x);
-  add_down(shape.dtype, task.mlp_down_weight, task.mlp_down_bias, x, result.attention,
-           result.intermediate, shape.hidden_size, shape.intermediate_size, task.output);
+void run_layer(const LayerTask& task) {
+  const LayerShape& shape = task.shape;
+  LayerRun layer(task);
+  Row& intermediate = layer.at(plan::Place::mlp);
+  if (task.part == plan::Part::mlp_down) {
+    layer.attention = widened(shape.dtype, task.attn_output, shape.hidden_size);
+    intermediate = widened(shape.dtype, task.mlp_intermediate, shape.intermediate_size);
+  }
+  layer.run(task.part);
+  if (task.part == plan::Part::attention_and_mlp_up) {
+    narrow(shape.dtype, layer.attention.data(), shape.hidden_size, task.attn_output);
+    narrow(shape.dtype, intermediate.data(), shape.intermediate_size, task.mlp_intermediate);
+    return;
+  }
+  Row& sum = layer.mlp;
+  const Row& x = layer.at(plan::Place::residual);
+  for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += x[i] + layer.attention[i];
+  narrow(shape.dtype, sum.data(), shape.hidden_size, task.output);
 }
 
 }  // namespace clusterfusion::cpu

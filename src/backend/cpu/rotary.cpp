@@ -1,7 +1,5 @@
 #include "backend/cpu/rotary.hpp"
 
-#include <cmath>
-
 #include "backend/backend.hpp"
 #include "backend/cpu/narrow.hpp"
 
@@ -21,26 +19,6 @@ void store(const KvLayout& layout, const float* key, const float* value, std::in
 }
 
 }  // namespace
-
-RotaryTable::RotaryTable(std::int64_t rotary_dim, double theta) {
-  for (std::int64_t i = 0; i < rotary_dim; i += 2) {
-    const float exponent = static_cast<float>(i) / static_cast<float>(rotary_dim);
-    const float power = static_cast<float>(std::pow(theta, static_cast<double>(exponent)));
-    inverse_frequencies_.push_back(1.0f / power);
-  }
-}
-
-void RotaryTable::fill(std::span<const std::int64_t> positions, float* rows) const {
-  const std::size_t half = inverse_frequencies_.size();
-  for (const std::int64_t position : positions) {
-    for (std::size_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(position) * inverse_frequencies_[i];
-      rows[i] = static_cast<float>(std::cos(static_cast<double>(angle)));
-      rows[half + i] = static_cast<float>(std::sin(static_cast<double>(angle)));
-    }
-    rows += 2 * half;
-  }
-}
 
 void rotate(float* head, const float* cos_sin, std::int64_t rotary_dim) {
   const std::int64_t half = rotary_dim / 2;

@@ -6,6 +6,7 @@
 #include <new>
 
 #include "backend/backend.hpp"
+#include "backend/cpu/rotary.hpp"
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
 
@@ -50,33 +51,33 @@ Transformer::Transformer(const Model& model, const KvPool& pool, ThreadPool& thr
     : config_(model.config()),
       pool_(pool),
       threads_(threads),
-      rotary_(model.config().rotary_dim, model.config().rope_theta),
+      program_(plan::make_layer_program(config_)),
+      phases_(plan::phases_of(program_)),
+      rotary_(config_),
       embedding_(matrix_of(model.weights().embedding)),
       lm_head_(matrix_of(model.weights().lm_head)),
-      final_norm_{vector_of(model.weights().final_norm_weight),
-                  vector_of(model.weights().final_norm_bias)},
+      final_norm_weight_(vector_of(model.weights().final_norm_weight)),
+      final_norm_bias_(vector_of(model.weights().final_norm_bias)),
       hooks_(model.config()) {
-  for (const LayerWeights& w : model.weights().layers) {
-    layers_.push_back({{vector_of(w.input_norm_weight), vector_of(w.input_norm_bias)},
-                       {vector_of(w.post_norm_weight), vector_of(w.post_norm_bias)},
-                       matrix_of(w.qkv_weight),
-                       matrix_of(w.attention_out_weight),
-                       matrix_of(w.mlp_up_weight),
-                       matrix_of(w.mlp_down_weight),
-                       vector_of(w.qkv_bias),
-                       vector_of(w.attention_out_bias),
-                       vector_of(w.mlp_up_bias),
-                       vector_of(w.mlp_down_bias)});
+  for (const LayerWeights& weights : model.weights().layers) {
+    Layer& layer = layers_.emplace_back();
+    for (std::size_t i = 0; i < kNumLayerTensors; ++i) {
+      const DLTensor& tensor = weights.tensors[i];
+      if (!is_present(tensor)) continue;
+      if (tensor.ndim == 2) layer.matrices[i] = matrix_of(tensor);
+      if (tensor.ndim == 1) layer.vectors[i] = vector_of(tensor);
+    }
   }
-  // Strides a little beyond the width: rows that lie a power of two apart share cache sets.
-  const auto stride = [](std::int64_t width) { return padded(width) + kLanes; };
-  hidden_.stride = stride(config_.hidden_size);
-  norm_a_.stride = norm_b_.stride = attention_.stride = branch_.stride = hidden_.stride;
-  qkv_.stride = stride(3 * config_.hidden_size);
-  mlp_.stride = stride(config_.intermediate_size);
   cos_sin_.stride = config_.rotary_dim;
-  const std::int64_t row_bytes =
-      4 * (4 * hidden_.stride + qkv_.stride + mlp_.stride + cos_sin_.stride);
+  std::int64_t row_bytes = 4 * cos_sin_.stride;
+  for (std::size_t place = 0; place < at_.size(); ++place) {
+    const std::int64_t width = plan::width_of(static_cast<plan::Place>(place), config_);
+    if (width == 0) continue;
+    // A little beyond the width: rows that lie a power of two apart share cache sets.
+    at_[place].stride = padded(width) + kLanes;
+    row_bytes += 4 * at_[place].stride;
+  }
+  branch_.stride = at(plan::Place::residual).stride;
   max_rows_ = std::clamp<std::int64_t>(kActivationBytes / row_bytes / kTaskQueries * kTaskQueries,
                                        kTaskQueries, kMaxRows);
   attention_scratch_.assign(
@@ -84,17 +85,17 @@ Transformer::Transformer(const Model& model, const KvPool& pool, ThreadPool& thr
       std::vector<float>(static_cast<std::size_t>(attention_scratch(config_.head_dim))));
 }
 
-std::int64_t Transformer::Job::rows() const noexcept { return products[0].weights.rows; }
-
 std::int64_t Transformer::Job::row_bytes() const noexcept {
   std::int64_t bytes = 0;
-  for (const Product& p : products) bytes += p.weights.cols * size_of(p.weights.dtype);
+  for (const JobStep& step : steps) {
+    bytes += step.product.weights.cols * size_of(step.product.weights.dtype);
+  }
   return bytes;
 }
 
 void Transformer::reserve(std::int64_t rows) {
-  for (Activations* a : {&hidden_, &norm_a_, &norm_b_, &qkv_, &attention_, &mlp_, &cos_sin_})
-    reserve(*a, rows);
+  for (Activations& a : at_) reserve(a, rows);
+  reserve(cos_sin_, rows);
 }
 
 void Transformer::reserve(Activations& activations, std::int64_t rows) {
@@ -116,38 +117,53 @@ void Transformer::embed(std::span<const Segment> segments) {
     std::int64_t position = segment.first_position;
     for (const TokenId token : segment.tokens) {
       const std::byte* from = embedding_.data + token * embedding_.cols * size_of(embedding_.dtype);
-      widen(embedding_.dtype, from, embedding_.cols, hidden_.row(row++));
+      widen(embedding_.dtype, from, embedding_.cols, at(plan::Place::residual).row(row));
+      float* cos_sin = cos_sin_.row(row++);
+      for (std::size_t i = 0; i < rotary_.pairs(); ++i) {
+        const auto [cos, sin] = rotary_.turn(position, i);
+        cos_sin[i] = cos;
+        cos_sin[rotary_.pairs() + i] = sin;
+      }
       positions_.push_back(position++);
     }
   }
-  rotary_.fill(positions_, cos_sin_.data.get());
 }
 
-void Transformer::normalize(const Norm& norm, Activations& out) {
+void Transformer::normalize_row(std::span<const float> weight, std::span<const float> bias,
+                                std::int64_t row, float* out) {
+  const float* x = at(plan::Place::residual).row(row);
+  const auto eps = static_cast<float>(config_.layer_norm_eps);
+  if (config_.norm == NormKind::rms_norm) {
+    return rms_norm(x, weight.data(), eps, config_.hidden_size, out);
+  }
+  layer_norm(x, weight.data(), bias.data(), eps, config_.hidden_size, out);
+}
+
+void Transformer::normalize(std::span<const float> weight, std::span<const float> bias,
+                            Activations& out) {
   const auto one_row = [&](std::int64_t row, int) {
-    layer_norm(hidden_.row(row), norm.weight.data(), norm.bias.data(),
-               static_cast<float>(config_.layer_norm_eps), config_.hidden_size, out.row(row));
+    normalize_row(weight, bias, row, out.row(row));
   };
   if (rows_ * config_.hidden_size >= kSerialValues) return threads_.run(rows_, one_row);
   for (std::int64_t row = 0; row < rows_; ++row) one_row(row, 0);
 }
 
-Product Transformer::product(const Matrix& weights, const std::vector<float>& bias,
-                             const Activations& in, const Activations& out, bool add) const {
-  return {weights,
-          in.data.get(),
-          in.stride,
+Product Transformer::product(const Layer& layer, const plan::Step& step) const {
+  const std::vector<float>& bias = layer.vectors[index_of(bias_of(step.weight))];
+  return {layer.matrices[index_of(step.weight)],
+          at(step.input).data.get(),
+          at(step.input).stride,
           rows_,
-          out.data.get(),
-          out.stride,
+          at(step.output).data.get(),
+          at(step.output).stride,
           bias.empty() ? nullptr : bias.data(),
-          add};
+          step.epilogue == plan::Epilogue::add_to_output};
 }
 
 // Few tokens: reading the weights is what takes the time. Each task reads a long stretch, half of
 // an even share of what is left, so that streams are long and yet all threads end together.
 std::vector<Transformer::Task> Transformer::streaming_tasks(std::span<const Job> jobs) const {
-  const std::int64_t tokens = jobs[0].products[0].tokens;
+  const std::int64_t tokens = jobs[0].tokens();
   std::int64_t left = 0;
   for (const Job& job : jobs) left += job.row_bytes() * job.rows();
   std::vector<Task> tasks;
@@ -166,7 +182,7 @@ std::vector<Transformer::Task> Transformer::streaming_tasks(std::span<const Job>
 
 // Many tokens: weights and activations of a task fit the caches.
 std::vector<Transformer::Task> Transformer::tiled_tasks(std::span<const Job> jobs) const {
-  const std::int64_t tokens = jobs[0].products[0].tokens;
+  const std::int64_t tokens = jobs[0].tokens();
   std::vector<Task> tasks;
   for (const Job& job : jobs) {
     for (std::int64_t row = 0; row < job.rows(); row += kTaskRows) {
@@ -179,57 +195,74 @@ std::vector<Transformer::Task> Transformer::tiled_tasks(std::span<const Job> job
   return tasks;
 }
 
-void Transformer::multiply_all(std::span<const Job> jobs) {
-  const bool few = jobs[0].products[0].tokens <= kFewTokens;
-  const std::vector<Task> tasks = few ? streaming_tasks(jobs) : tiled_tasks(jobs);
-  threads_.run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, int) {
-    const Task& task = tasks[static_cast<std::size_t>(index)];
-    for (Product p : task.job->products) {
-      p.in += task.token * p.in_stride;
-      p.out += task.token * p.out_stride;
-      p.tokens = task.token_end - task.token;
-      multiply(p, task.row, task.row_end);
-      if (!task.job->activate) continue;
-      for (std::int64_t t = 0; t < p.tokens; ++t) {
-        activate(config_.activation, p.out + t * p.out_stride + task.row, task.row_end - task.row);
-      }
+void Transformer::compute(const Task& task) const {
+  const std::int64_t rows = task.row_end - task.row;
+  for (const auto& [whole, epilogue] : task.job->steps) {
+    Product p = whole;
+    p.in += task.token * p.in_stride;
+    p.out += task.token * p.out_stride;
+    p.tokens = task.token_end - task.token;
+    multiply(p, task.row, task.row_end);
+    for (std::int64_t t = 0; t < p.tokens; ++t) {
+      float* out = p.out + t * p.out_stride + task.row;
+      if (epilogue == plan::Epilogue::activate) activate(config_.activation, out, rows);
+      if (epilogue != plan::Epilogue::times_gate) continue;
+      const float* gate = at(plan::Place::gate).row(task.token + t) + task.row;
+      for (std::int64_t i = 0; i < rows; ++i) out[i] *= gate[i];
     }
-  });
+  }
+}
+
+void Transformer::multiply_all(std::span<const Job> jobs) {
+  const bool few = jobs[0].tokens() <= kFewTokens;
+  const std::vector<Task> tasks = few ? streaming_tasks(jobs) : tiled_tasks(jobs);
+  threads_.run(static_cast<std::int64_t>(tasks.size()),
+               [&](std::int64_t index, int) { compute(tasks[static_cast<std::size_t>(index)]); });
+}
+
+// Part `part` of a head of keys and values: its queries, then its key and its value.
+float* Transformer::qkv_part(std::int64_t row, std::int64_t kv_head,
+                             std::int64_t part) const noexcept {
+  const std::int64_t parts = config_.heads_per_kv_head() + 2;
+  return at(plan::Place::qkv).row(row) + (kv_head * parts + part) * config_.head_dim;
 }
 
 void Transformer::store_head(const Segment& segment, std::int64_t row, std::int64_t count,
-                             std::int64_t layer, std::int64_t head) {
-  const std::int64_t head_dim = config_.head_dim;
+                             std::int64_t layer, std::int64_t kv_head) {
+  const std::int64_t group = config_.heads_per_kv_head();
   for (std::int64_t r = row; r < row + count; ++r) {
-    float* query = qkv_.row(r) + head * 3 * head_dim;
-    float* key = query + head_dim;
-    rotate(query, cos_sin_.row(r), config_.rotary_dim);
-    rotate(key, cos_sin_.row(r), config_.rotary_dim);
+    for (std::int64_t part = 0; part <= group; ++part) {
+      rotate(qkv_part(r, kv_head, part), cos_sin_.row(r), config_.rotary_dim);
+    }
     const std::int64_t position = positions_[static_cast<std::size_t>(r)];
     std::byte* page = segment.pages[static_cast<std::size_t>(position / kKvPagePositions)];
-    store_key_value(pool_.layout(), key, key + head_dim, position % kKvPagePositions,
-                    page + pool_.offset(layer, head));
+    store_key_value(pool_.layout(), qkv_part(r, kv_head, group), qkv_part(r, kv_head, group + 1),
+                    position % kKvPagePositions, page + pool_.offset(layer, kv_head));
   }
 }
 
 void Transformer::attend_head(const Segment& segment, std::int64_t row, std::int64_t begin,
                               std::int64_t end, std::int64_t layer, std::int64_t head, int thread) {
+  const std::int64_t kv_head = head / config_.heads_per_kv_head();
+  Activations& heads = at(plan::Place::heads);
   AttentionTask task;
   task.layout = pool_.layout();
   task.pages = segment.pages.data();
-  task.page_offset = pool_.offset(layer, head);
+  task.page_offset = pool_.offset(layer, kv_head);
   task.first_position = segment.first_position + begin;
   task.queries = end - begin;
-  task.query = qkv_.row(row + begin) + head * 3 * config_.head_dim;
-  task.query_stride = qkv_.stride;
-  task.out = attention_.row(row + begin) + head * config_.head_dim;
-  task.out_stride = attention_.stride;
+  task.query = qkv_part(row + begin, kv_head, head % config_.heads_per_kv_head());
+  task.query_stride = at(plan::Place::qkv).stride;
+  task.out = heads.row(row + begin) + head * config_.head_dim;
+  task.out_stride = heads.stride;
   task.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.head_dim)));
   attend(task, attention_scratch_[static_cast<std::size_t>(thread)].data());
 }
 
 void Transformer::attention(std::span<const Segment> segments, std::int64_t layer) {
   const std::int64_t heads = config_.num_heads;
+  const std::int64_t kv_heads = config_.kv_heads();
+  const std::int64_t group = config_.heads_per_kv_head();
   const auto is_long = [](const Segment& s) {
     return static_cast<std::int64_t>(s.tokens.size()) > kShortSegment;
   };
@@ -240,13 +273,16 @@ void Transformer::attention(std::span<const Segment> segments, std::int64_t laye
       first_row.push_back(row);
       row += static_cast<std::int64_t>(s.tokens.size());
     }
-    threads_.run(static_cast<std::int64_t>(segments.size()) * heads,
+    threads_.run(static_cast<std::int64_t>(segments.size()) * kv_heads,
                  [&](std::int64_t task, int thread) {
-                   const auto index = static_cast<std::size_t>(task / heads);
+                   const auto index = static_cast<std::size_t>(task / kv_heads);
+                   const std::int64_t kv_head = task % kv_heads;
                    const Segment& s = segments[index];
                    const auto count = static_cast<std::int64_t>(s.tokens.size());
-                   store_head(s, first_row[index], count, layer, task % heads);
-                   attend_head(s, first_row[index], 0, count, layer, task % heads, thread);
+                   store_head(s, first_row[index], count, layer, kv_head);
+                   for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                     attend_head(s, first_row[index], 0, count, layer, head, thread);
+                   }
                  });
     return;
   }
@@ -257,9 +293,9 @@ void Transformer::attention(std::span<const Segment> segments, std::int64_t laye
     const auto end_of = [&](std::int64_t block) {
       return std::min((block + 1) * kTaskQueries, count);
     };
-    threads_.run(heads * blocks, [&](std::int64_t task, int) {
-      const std::int64_t begin = task / heads * kTaskQueries;
-      store_head(s, row + begin, end_of(task / heads) - begin, layer, task % heads);
+    threads_.run(kv_heads * blocks, [&](std::int64_t task, int) {
+      const std::int64_t begin = task / kv_heads * kTaskQueries;
+      store_head(s, row + begin, end_of(task / kv_heads) - begin, layer, task % kv_heads);
     });
     // The last queries see the most keys: they start first.
     threads_.run(heads * blocks, [&](std::int64_t task, int thread) {
@@ -270,54 +306,66 @@ void Transformer::attention(std::span<const Segment> segments, std::int64_t laye
   }
 }
 
-// x += branch, by way of memory of its own if a hook looks at it; the sums are the same.
+// x += branch, by way of memory of its own, for a hook to look at it; the sums are the same.
 void Transformer::add_branch(Product product, LayerHooks::Branch branch, std::int64_t layer) {
-  if (!hooks_.look_at_branches(layer)) return multiply_all(std::array{Job{{product}}});
   reserve(branch_, rows_);
   product.out = branch_.data.get();
   product.out_stride = branch_.stride;
   product.add_to_out = false;
-  multiply_all(std::array{Job{{product}}});
+  multiply_all(std::array{Job{{{product}}}});
   hooks_.at_branch(branch, layer, branch_.hooked());
   for (std::int64_t row = 0; row < rows_; ++row) {
-    float* to = hidden_.row(row);
+    float* to = at(plan::Place::residual).row(row);
     const float* from = branch_.row(row);
     for (std::int64_t i = 0; i < config_.hidden_size; ++i) to[i] += from[i];
   }
 }
 
-void Transformer::run_layer(std::span<const Segment> segments, std::int64_t index) {
-  using Branch = LayerHooks::Branch;
-  const Layer& layer = layers_[static_cast<std::size_t>(index)];
-  const Job qkv{{product(layer.qkv, layer.qkv_bias, norm_a_, qkv_, false)}};
-  const Product out =
-      product(layer.attention_out, layer.attention_out_bias, attention_, hidden_, true);
-  const Job up{{product(layer.mlp_up, layer.mlp_up_bias, norm_b_, mlp_, false)}, true};
-  const Product down = product(layer.mlp_down, layer.mlp_down_bias, mlp_, hidden_, true);
-
-  hooks_.before_layer(index, hidden_.hooked());
-  normalize(layer.input_norm, norm_a_);
-  if (config_.parallel_residual) {
-    normalize(layer.post_norm, norm_b_);
-    multiply_all(std::array{qkv, up});
-    attention(segments, index);
-    hooks_.at_heads(index, attention_.hooked());
-    if (hooks_.look_at_branches(index)) {
-      add_branch(down, Branch::mlp, index);
-      add_branch(out, Branch::attention, index);
-    } else {
-      multiply_all(std::array{Job{{down, out}}});
+// Those that take up another's results belong to its job; those that a hook looks at come by
+// themselves.
+void Transformer::run_products(std::int64_t layer, std::span<const plan::Step> phase) {
+  const Layer& weights = layers_[static_cast<std::size_t>(layer)];
+  const bool looks = hooks_.look_at_branches(layer);
+  std::vector<Job> jobs;
+  std::vector<std::size_t> job_of(program_.size(), program_.size());
+  for (const plan::Step& step : phase) {
+    if (looks && step.epilogue == plan::Epilogue::add_to_output) continue;
+    const auto index = static_cast<std::size_t>(&step - program_.data());
+    std::size_t job = jobs.size();
+    for (std::size_t i = 0; i < index; ++i) {
+      if (step.waits_for(i)) job = std::min(job, job_of[i]);
     }
-  } else {
-    multiply_all(std::array{qkv});
-    attention(segments, index);
-    hooks_.at_heads(index, attention_.hooked());
-    add_branch(out, Branch::attention, index);
-    normalize(layer.post_norm, norm_b_);
-    multiply_all(std::array{up});
-    add_branch(down, Branch::mlp, index);
+    if (job == jobs.size()) jobs.emplace_back();
+    job_of[index] = job;
+    jobs[job].steps.push_back({product(weights, step), step.epilogue});
   }
-  hooks_.after_layer(index, hidden_.hooked());
+  if (!jobs.empty()) multiply_all(jobs);
+  for (const plan::Step& step : phase) {
+    if (!looks || step.epilogue != plan::Epilogue::add_to_output) continue;
+    using Branch = LayerHooks::Branch;
+    add_branch(product(weights, step), step.of_mlp ? Branch::mlp : Branch::attention, layer);
+  }
+}
+
+void Transformer::run_layer(std::span<const Segment> segments, std::int64_t index) {
+  const Layer& layer = layers_[static_cast<std::size_t>(index)];
+  hooks_.before_layer(index, at(plan::Place::residual).hooked());
+  for (const std::span<const plan::Step> phase : phases_) {
+    switch (phase[0].operation) {
+      case plan::Operation::norm:
+        for (const plan::Step& step : phase) {
+          normalize(layer.vectors[index_of(step.weight)],
+                    layer.vectors[index_of(bias_of(step.weight))], at(step.output));
+        }
+        break;
+      case plan::Operation::product: run_products(index, phase); break;
+      case plan::Operation::attention:
+        attention(segments, index);
+        hooks_.at_heads(index, at(plan::Place::heads).hooked());
+        break;
+    }
+  }
+  hooks_.after_layer(index, at(plan::Place::residual).hooked());
 }
 
 void Transformer::run(std::span<const Segment> segments) {
@@ -342,18 +390,19 @@ void Transformer::hook(std::span<const Segment> segments) {
 
 void Transformer::hand_out_final_norm() {
   if (!hooks_.want({ActivationKind::final_norm, 0})) return;
-  normalize(final_norm_, norm_a_);
-  hooks_.at_final_norm(norm_a_.hooked());
+  Activations& normed = at(plan::Place::attention_in);
+  normalize(final_norm_weight_, final_norm_bias_, normed);
+  hooks_.at_final_norm(normed.hooked());
 }
 
 void Transformer::logits(std::int64_t first, std::int64_t rows, float* out) {
+  Activations& normed = at(plan::Place::attention_in);
   for (std::int64_t row = 0; row < rows; ++row) {
-    layer_norm(hidden_.row(first + row), final_norm_.weight.data(), final_norm_.bias.data(),
-               static_cast<float>(config_.layer_norm_eps), config_.hidden_size, norm_a_.row(row));
+    normalize_row(final_norm_weight_, final_norm_bias_, first + row, normed.row(row));
   }
-  Product p{lm_head_, norm_a_.data.get(), norm_a_.stride, rows,
-            out,      config_.vocab_size, nullptr,        false};
-  multiply_all(std::array{Job{{p}}});
+  const Product head{lm_head_, normed.data.get(),  normed.stride, rows,
+                     out,      config_.vocab_size, nullptr,       false};
+  multiply_all(std::array{Job{{{head}}}});
 }
 
 }  // namespace clusterfusion::cpu

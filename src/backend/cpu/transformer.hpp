@@ -1,8 +1,9 @@
-// The forward pass of a GPT-NeoX model on the CPU.
+// The forward pass of a model on the CPU: it walks the program of a layer.
 #pragma once
 
 #include <hwy/aligned_allocator.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -11,9 +12,10 @@
 #include "backend/cpu/kernels.hpp"
 #include "backend/cpu/kv_pool.hpp"
 #include "backend/cpu/layer_hooks.hpp"
-#include "backend/cpu/rotary.hpp"
 #include "base/thread_pool.hpp"
 #include "clusterfusion/model.hpp"
+#include "plan/layer_program.hpp"
+#include "plan/rotary_table.hpp"
 
 namespace clusterfusion::cpu {
 
@@ -50,22 +52,23 @@ class Transformer {
     float* row(std::int64_t r) const noexcept { return data.get() + r * stride; }
     HookedRows hooked() const noexcept { return {data.get(), stride}; }
   };
-  struct Norm {
-    std::vector<float> weight, bias;
-  };
+  // By LayerTensor: matrices in place, vectors in float32; empty where the layer has none.
   struct Layer {
-    Norm input_norm, post_norm;
-    Matrix qkv, attention_out, mlp_up, mlp_down;
-    std::vector<float> qkv_bias, attention_out_bias, mlp_up_bias, mlp_down_bias;
+    std::array<Matrix, kNumLayerTensors> matrices;
+    std::array<std::vector<float>, kNumLayerTensors> vectors;
   };
-  // Products of one parallel region. All of a job write the same rows of the same output, one after
-  // the other.
+  struct JobStep {
+    Product product;
+    plan::Epilogue epilogue = plan::Epilogue::none;
+  };
+  // Products of one parallel region. All of a job have the same rows, and each may take up, row by
+  // row, what the one before it gave.
   struct Job {
-    std::vector<Product> products;
-    bool activate = false;
+    std::vector<JobStep> steps;
 
-    std::int64_t rows() const noexcept;
-    std::int64_t row_bytes() const noexcept;  // of weights, over all products
+    std::int64_t tokens() const noexcept { return steps[0].product.tokens; }
+    std::int64_t rows() const noexcept { return steps[0].product.weights.rows; }
+    std::int64_t row_bytes() const noexcept;  // of weights, over all steps
   };
   // Rows and tokens of a job that one thread computes.
   struct Task {
@@ -76,15 +79,20 @@ class Transformer {
   void reserve(std::int64_t rows);
   void reserve(Activations& activations, std::int64_t rows);
   void embed(std::span<const Segment> segments);
-  void normalize(const Norm& norm, Activations& out);
+  // A row of the residual stream.
+  void normalize_row(std::span<const float> weight, std::span<const float> bias, std::int64_t row,
+                     float* out);
+  void normalize(std::span<const float> weight, std::span<const float> bias, Activations& out);
+  void run_products(std::int64_t layer, std::span<const plan::Step> phase);
   void multiply_all(std::span<const Job> jobs);
   std::vector<Task> streaming_tasks(std::span<const Job> jobs) const;
   std::vector<Task> tiled_tasks(std::span<const Job> jobs) const;
-  Product product(const Matrix& weights, const std::vector<float>& bias, const Activations& in,
-                  const Activations& out, bool add) const;
+  void compute(const Task& task) const;
+  Product product(const Layer& layer, const plan::Step& step) const;
   void attention(std::span<const Segment> segments, std::int64_t layer);
+  float* qkv_part(std::int64_t row, std::int64_t kv_head, std::int64_t part) const noexcept;
   void store_head(const Segment& segment, std::int64_t row, std::int64_t count, std::int64_t layer,
-                  std::int64_t head);
+                  std::int64_t kv_head);
   void attend_head(const Segment& segment, std::int64_t row, std::int64_t begin, std::int64_t end,
                    std::int64_t layer, std::int64_t head, int thread);
   void run_layer(std::span<const Segment> segments, std::int64_t index);
@@ -92,17 +100,25 @@ class Transformer {
   void hook(std::span<const Segment> segments);
   void hand_out_final_norm();
 
+  Activations& at(plan::Place place) noexcept { return at_[static_cast<std::size_t>(place)]; }
+  const Activations& at(plan::Place place) const noexcept {
+    return at_[static_cast<std::size_t>(place)];
+  }
+
   const ModelConfig& config_;
   const KvPool& pool_;
   ThreadPool& threads_;
-  RotaryTable rotary_;
+  const plan::LayerProgram program_;
+  const std::vector<std::span<const plan::Step>> phases_;  // of program_
+  plan::RotaryTable rotary_;
   Matrix embedding_, lm_head_;
-  Norm final_norm_;
+  std::vector<float> final_norm_weight_, final_norm_bias_;
   std::vector<Layer> layers_;
   std::int64_t max_rows_ = 0;
   std::int64_t rows_ = 0;  // of the last run
 
-  Activations hidden_, norm_a_, norm_b_, qkv_, attention_, mlp_, cos_sin_;
+  std::array<Activations, plan::kNumPlaces> at_;  // by plan::Place
+  Activations cos_sin_;
   LayerHooks hooks_;
   Activations branch_;  // what attention or the MLP gives, where a hook looks at it
   std::vector<std::int64_t> positions_;

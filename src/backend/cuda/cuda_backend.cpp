@@ -3,9 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <deque>
-#include <limits>
-#include <map>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "backend/cuda/check.hpp"
@@ -23,6 +22,7 @@
 #include "backend/cuda/read_ceiling.hpp"
 #include "backend/cuda/sampling/device_sampler.hpp"
 #include "backend/cuda/stream/stream_decoder.hpp"
+#include "backend/sequences.hpp"
 #include "base/fail.hpp"
 #include "plan/decode_plan.hpp"
 #include "sampling/adjustments.hpp"
@@ -52,39 +52,32 @@ bool needs_sampler(const SamplingParams& sampling) {
           (sampling.top_k > 0 || sampling.top_p < 1.0f || sampling.min_p > 0));
 }
 
-struct Sequence {
-  SamplingParams sampling;
-  Sampler sampler;
-  std::int64_t length = 0;
-  std::vector<char*> pages;
-  std::shared_ptr<DeviceInterventions> interventions = {};
+struct Sequence : PagedSequence<char*> {
+  using PagedSequence::PagedSequence;
 
   // Of the next `steps` decode steps, how many may share a launch.
   std::int32_t steps_alike(std::int32_t steps) const {
     return interventions != nullptr && length < interventions->steered_positions() ? 1 : steps;
   }
+
+  std::shared_ptr<DeviceInterventions> interventions;
 };
 
 // Checks the options, before anything is loaded. Errors: unsupported, invalid_argument.
-std::int64_t longest_context(const ModelConfig& config, const BackendOptions& options) {
+std::int64_t checked_context(const ModelConfig& config, const BackendOptions& options) {
   require(!options.kv_dtype || *options.kv_dtype == config.dtype, ErrorKind::unsupported,
           "kv_dtype {} is not available on the GPU: its KV cache has the weights' type, {}",
           name_of(options.kv_dtype.value_or(config.dtype)), name_of(config.dtype));
-  require(options.max_positions >= 0 && options.max_positions <= config.max_positions,
-          ErrorKind::invalid_argument, "max_positions: expected 0 to {} (the model's), found {}",
-          config.max_positions, options.max_positions);
-  return options.max_positions ? options.max_positions : config.max_positions;
+  return longest_context(config, options.max_positions);
 }
 
-plan::DeviceLimits limits_of(const cudaDeviceProp& properties) {
-  return {properties.multiProcessorCount,
-          static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
-}
-
-// The decode kernel's plan; without stages for a model that it cannot stream but a series of
-// kernels can decode. Errors: unsupported, in the words of the decode kernel.
+// The decode kernel's plan; without stages, the layout of the KV cache alone, for a model that it
+// cannot stream but a series of kernels can decode, or one that is decoded layer by layer. Errors:
+// unsupported, in the words of the decode kernel.
 plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
-  if (plan::can_stream(config, limits_of(properties)) || !GemmDecoder::supports(config, properties))
+  const bool by_layers = !plan::unstreamed_because(config).empty();
+  if (!by_layers && (plan::can_stream(config, limits_of(properties)) ||
+                     !GemmDecoder::supports(config, properties)))
     return plan::make_decode_plan(config, limits_of(properties));
   plan::DecodePlan plan;
   plan.kv = plan::make_page_plan(config);
@@ -97,16 +90,19 @@ class CudaBackend final : public Backend {
       : model_(std::move(model)),
         properties_(device_properties()),
         plan_(decode_plan_of(model_->config(), properties_)),
-        max_positions_(longest_context(model_->config(), options)),
+        unstreamed_(plan::unstreamed_because(model_->config())),
+        max_positions_(checked_context(model_->config(), options)),
         mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
         pool_(plan_.kv.page_bytes),
         prefill_(model_->config(), weights_, plan_.kv, max_positions_),
         interventions_(model_->config(), weights_),
-        sampler_(model_->config().vocab_size, kDecodeAhead) {
+        sampler_(model_->config().vocab_size, kDecodeAhead),
+        sequences_(model_->config(), info_) {
     const ModelConfig& config = model_->config();
     info_.name = "cuda";
     info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
+    if (!unstreamed_.empty()) info_.device += ", layer by layer (" + unstreamed_ + ")";
     info_.kv_dtype = config.dtype;
     info_.kv_bytes_per_position = plan_.kv.page_bytes / kKvPagePositions;
     info_.max_positions = max_positions_;
@@ -120,18 +116,12 @@ class CudaBackend final : public Backend {
   const BackendInfo& info() const noexcept override { return info_; }
 
   SequenceId create_sequence(const SamplingParams& sampling) override {
-    sampling.validate();
-    const SequenceId id = next_id_++;
-    sequences_.emplace(id,
-                       Sequence{sampling, Sampler(sampling, model_->config().vocab_size), 0, {}});
-    return id;
+    return sequences_.create(sampling);
   }
 
   void intervene(SequenceId id, std::shared_ptr<const Interventions> interventions) override {
     Sequence& sequence = find(id);
-    require(sequence.length == 0, ErrorKind::invalid_argument,
-            "sequence {} has {} positions already: interventions begin with a sequence", id,
-            sequence.length);
+    sequences_.check.intervene(id, sequence);
     sequence.interventions = interventions_.on_device(interventions, stream_);
   }
 
@@ -144,57 +134,43 @@ class CudaBackend final : public Backend {
     sequences_.erase(id);
   }
 
-  std::int64_t length(SequenceId id) const override {
-    return const_cast<CudaBackend*>(this)->find(id).length;
-  }
+  std::int64_t length(SequenceId id) const override { return sequences_.find(id).length; }
 
   void reserve(SequenceId id, std::int64_t positions) override {
     Sequence& sequence = find(id);
-    require(positions <= info_.max_positions, ErrorKind::invalid_argument,
-            "context: at most {} positions, {} asked for", info_.max_positions, positions);
-    const auto pages =
-        static_cast<std::size_t>((positions + kKvPagePositions - 1) / kKvPagePositions);
-    while (sequence.pages.size() < pages) sequence.pages.push_back(pool_.take());
+    sequences_.check.reserve(id, positions);
+    grow(sequence, positions);
   }
 
   void truncate(SequenceId id, std::int64_t length) override {
     Sequence& sequence = find(id);
-    require(length >= 0 && length <= sequence.length, ErrorKind::invalid_argument,
-            "truncate: expected a length of 0 to {}, found {}", sequence.length, length);
-    sequence.length = length;
-    sequence.sampler.truncate(length);
+    sequences_.check.truncate(id, sequence, length);
+    sequence.truncate(length);
   }
 
   void prefill(SequenceId id, std::span<const TokenId> tokens,
                const PrefillOutput& output) override {
     Sequence& sequence = find(id);
-    check_prefill(sequence, tokens, output);
-    const std::int64_t old_length = sequence.length;
-    reserve(id, old_length + std::ssize(tokens));
-    try {
-      for (std::size_t begin = 0; begin < tokens.size();) {
-        const std::size_t count =
-            std::min<std::size_t>(tokens.size() - begin, prefill_.max_tokens());
-        prefill_piece(sequence, tokens.subspan(begin, count),
-                      output_of_piece(output, tokens.size(), begin, count));
-        begin += count;
-      }
-    } catch (...) {
-      sequence.length = old_length;
-      sequence.sampler.truncate(old_length);
-      throw;
-    }
-    if (output.sampled)
-      *output.sampled = sequence.sampler.sample(
-          output.last_logits.empty() ? std::span<const float>(host_logits_) : output.last_logits);
+    sequences_.check.prefill(id, sequence, tokens, output);
+    grow(sequence, sequence.length + std::ssize(tokens));
+    prefill_in_pieces(sequence, tokens, prefill_.max_tokens(), output, model_->config().hidden_size,
+                      [&](std::span<const TokenId> piece, PrefillOutput its_output) {
+                        // What the sampler chooses from comes to the host.
+                        if (its_output.sampled && its_output.last_logits.empty())
+                          its_output.last_logits = host_logits_;
+                        prefill_piece(sequence, piece, its_output);
+                        if (its_output.sampled)
+                          *its_output.sampled = sequence.sampler.sample(its_output.last_logits);
+                      });
   }
 
   void decode(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
               std::int32_t steps, std::span<SampledToken> sampled,
               std::span<float> logits) override {
-    check_decode(sequences, inputs, steps, sampled, logits);
-    for (std::size_t b = 0; b < sequences.size(); ++b)
-      reserve(sequences[b], find(sequences[b]).length + steps);
+    for (Sequence* sequence :
+         sequences_.find_batch(sequences, inputs, steps, sampled.size(), logits.size()))
+      grow(*sequence, sequence->length + steps);
+    if (!unstreamed_.empty()) return decode_by_layers(sequences, inputs, steps, sampled, logits);
     if (!gemm_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
     std::vector<std::size_t> together;
     for (std::size_t b = 0; b < sequences.size(); ++b) {
@@ -217,9 +193,13 @@ class CudaBackend final : public Backend {
   }
 
   std::vector<TimelineEvent> record_timeline(SequenceId id, TokenId input) override {
-    check_decode(std::span(&id, 1), std::span(&input, 1), 1, {}, {});
-    Sequence& sequence = find(id);
-    reserve(id, sequence.length + 1);
+    require(unstreamed_.empty(), ErrorKind::unsupported,
+            "a timeline shows the streaming kernel; this model is decoded layer by layer, because "
+            "it has {}",
+            unstreamed_);
+    Sequence& sequence =
+        *sequences_.find_batch(std::span(&id, 1), std::span(&input, 1), 1, 0, 0).front();
+    grow(sequence, sequence.length + 1);
     const auto sms = static_cast<std::size_t>(properties_.multiProcessorCount);
     const bool of_rows = stream_decoder_.has_value();
     require(of_rows || streams(), ErrorKind::unsupported,
@@ -312,7 +292,7 @@ class CudaBackend final : public Backend {
   }
 
   void point_at_weights() {
-    params_.first_layer = weights_.layers().front();
+    params_.first_layer = weights_.first_streamed_layer();
     params_.layer_stride = weights_.layer_stride();
     params_.embedding = weights_.embedding();
     params_.lm_head_weight = weights_.lm_head();
@@ -321,91 +301,11 @@ class CudaBackend final : public Backend {
     params_.rotary = weights_.rotary();
   }
 
-  Sequence& find(SequenceId id) {
-    const auto found = sequences_.find(id);
-    require(found != sequences_.end(), ErrorKind::out_of_range, "there is no sequence {}", id);
-    return found->second;
-  }
+  Sequence& find(SequenceId id) { return sequences_.find(id); }
 
-  void check_tokens(std::span<const TokenId> tokens) const {
-    const std::int64_t vocab = model_->config().vocab_size;
-    for (std::size_t i = 0; i < tokens.size(); ++i)
-      require(tokens[i] >= 0 && tokens[i] < vocab, ErrorKind::out_of_range,
-              "token {}: expected an id of 0 to {}, found {}", i, vocab - 1, tokens[i]);
-  }
-
-  void check_decode(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
-                    std::int32_t steps, std::span<const SampledToken> sampled,
-                    std::span<const float> logits) {
-    const std::size_t batch = sequences.size();
-    const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
-    require(batch > 0 && inputs.size() == batch, ErrorKind::invalid_argument,
-            "decode: expected one input for each of at least one sequence, found {} for {}",
-            inputs.size(), batch);
-    require(steps >= 1 && steps <= kDecodeAhead, ErrorKind::invalid_argument,
-            "decode: expected 1 to {} steps, found {}", kDecodeAhead, steps);
-    require(sampled.size() == batch * steps || (sampled.empty() && steps == 1),
-            ErrorKind::invalid_argument, "decode: expected room for {} tokens, found {}",
-            batch * steps, sampled.size());
-    require(logits.empty() || logits.size() == batch * vocab, ErrorKind::invalid_argument,
-            "decode: expected room for {} logits, found {}", batch * vocab, logits.size());
-    check_tokens(inputs);
-    for (std::size_t b = 0; b < batch; ++b) {
-      const Sequence& sequence = find(sequences[b]);
-      require(sequence.length + steps <= info_.max_positions, ErrorKind::invalid_argument,
-              "context full: sequence {} holds {} positions and {} more are wanted, at most {}",
-              sequences[b], sequence.length, steps, info_.max_positions);
-      require(
-          std::find(sequences.begin() + b + 1, sequences.end(), sequences[b]) == sequences.end(),
-          ErrorKind::invalid_argument, "decode: sequence {} appears twice in one batch",
-          sequences[b]);
-    }
-  }
-
-  void check_prefill(const Sequence& sequence, std::span<const TokenId> tokens,
-                     const PrefillOutput& output) const {
-    require(!tokens.empty(), ErrorKind::invalid_argument, "prefill: expected at least one token");
-    check_tokens(tokens);
-    const auto count = static_cast<std::int64_t>(tokens.size());
-    const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
-    require(sequence.length + count <= info_.max_positions, ErrorKind::invalid_argument,
-            "context full: {} positions held and {} more wanted, at most {}", sequence.length,
-            count, info_.max_positions);
-    require(output.all_logits.empty() || output.all_logits.size() == tokens.size() * vocab,
-            ErrorKind::invalid_argument, "prefill: expected room for {} logits, found {}",
-            tokens.size() * vocab, output.all_logits.size());
-    require(output.last_logits.empty() || output.last_logits.size() == vocab,
-            ErrorKind::invalid_argument, "prefill: expected room for {} last logits, found {}",
-            vocab, output.last_logits.size());
-    require(output.targets.size() == output.target_logprobs.size() &&
-                (output.targets.empty() || output.targets.size() == tokens.size()),
-            ErrorKind::invalid_argument,
-            "prefill: expected {} targets and log-probabilities or none, found {} and {}",
-            tokens.size(), output.targets.size(), output.target_logprobs.size());
-    for (std::size_t i = 0; i < output.targets.size(); ++i)
-      require(output.targets[i] >= -1 && output.targets[i] < static_cast<TokenId>(vocab),
-              ErrorKind::out_of_range, "target {}: expected an id of 0 to {}, or -1, found {}", i,
-              vocab - 1, output.targets[i]);
-  }
-
-  // What tokens [begin, begin + count) of `total` are to give. The last piece brings the last
-  // logits to host_logits_ if anybody needs them.
-  PrefillOutput output_of_piece(const PrefillOutput& output, std::size_t total, std::size_t begin,
-                                std::size_t count) {
-    const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
-    PrefillOutput piece;
-    if (!output.all_logits.empty())
-      piece.all_logits = output.all_logits.subspan(begin * vocab, count * vocab);
-    if (!output.targets.empty()) {
-      piece.targets = output.targets.subspan(begin, count);
-      piece.target_logprobs = output.target_logprobs.subspan(begin, count);
-    }
-    piece.activations = rows_from(static_cast<std::int64_t>(begin), model_->config().hidden_size,
-                                  output.activations);
-    if (begin + count < total) return piece;
-    piece.last_logits = output.last_logits;
-    if (output.sampled && piece.last_logits.empty()) piece.last_logits = host_logits_;
-    return piece;
+  void grow(Sequence& sequence, std::int64_t positions) {
+    while (std::ssize(sequence.pages) < pages_for(positions))
+      sequence.pages.push_back(pool_.take());
   }
 
   // At most prefill_.max_tokens() of a prompt. One token goes through the decode kernel: from two
@@ -416,8 +316,7 @@ class CudaBackend final : public Backend {
       return stream_token(sequence, tokens[0], output);
     prefill_.run(tokens, sequence.length, sequence.pages, sequence.interventions.get(), output,
                  stream_);
-    sequence.length += std::ssize(tokens);
-    sequence.sampler.append(tokens);
+    sequence.append(tokens);
   }
 
   void stream_token(Sequence& sequence, TokenId token, const PrefillOutput& output) {
@@ -447,9 +346,9 @@ class CudaBackend final : public Backend {
     interventions_.at_step(sequence.interventions, sequence.length, stream_).tell(params_);
     launch(params_);
     wait(sequence.length, steps, first_scored);
-    append(sequence, std::span(&input, 1));
+    sequence.append(std::span(&input, 1));
     // Inputs that the device chose for itself.
-    append(sequence, std::span<const TokenId>(host_chosen_).first(steps - 1));
+    sequence.append(std::span<const TokenId>(host_chosen_).first(steps - 1));
   }
 
   std::int32_t drawable_vocab_size(const SamplingParams& sampling) const {
@@ -481,11 +380,6 @@ class CudaBackend final : public Backend {
     check(cudaStreamSynchronize(stream_), "running the decode kernel");
     for (std::int64_t step = first_scored; step < steps; ++step)
       require_finite(host_chosen_[step], first_position + step);
-  }
-
-  static void append(Sequence& sequence, std::span<const TokenId> inputs) {
-    sequence.length += std::ssize(inputs);
-    sequence.sampler.append(inputs);
   }
 
   void copy_logits(std::int64_t row, std::span<float> to) {
@@ -599,7 +493,7 @@ class CudaBackend final : public Backend {
             "fetching tokens");
       check(cudaStreamSynchronize(stream_), "running the streaming kernel");
       require_finite(chosen, sequence.length);
-      append(sequence, std::span(&input, 1));
+      sequence.append(std::span(&input, 1));
       SampledToken* room = call.room(step, 0);
       if (room == nullptr) continue;
       check(cudaMemcpy(host_logits_.data(), decoder.logits(0), host_logits_.size() * sizeof(float),
@@ -663,13 +557,42 @@ class CudaBackend final : public Backend {
       Sequence& sequence = find(call.sequence(row));
       TokenId input = call.input(row);
       for (std::int32_t step = 0; step < call.steps; ++step) {
-        append(sequence, std::span(&input, 1));
+        sequence.append(std::span(&input, 1));
         SampledToken token{chosen[step * stride + row], 0.0f, {}};
         if (filters) token = row_samplers_[sampler].chosen(step);
         input = token.token;
         if (SampledToken* room = call.room(step, row)) *room = std::move(token);
       }
       sampler += filters;
+    }
+  }
+
+  // Prompts of one token, one after the other; the host chooses. What is thrown leaves the
+  // sequences as they were.
+  void decode_by_layers(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
+                        std::int32_t steps, std::span<SampledToken> sampled,
+                        std::span<float> logits) {
+    const std::size_t batch = sequences.size();
+    PrefillOutput output;
+    output.last_logits = host_logits_;
+    std::vector<std::int64_t> lengths;
+    for (const SequenceId id : sequences) lengths.push_back(find(id).length);
+    try {
+      for (std::size_t b = 0; b < batch; ++b) {
+        Sequence& sequence = find(sequences[b]);
+        TokenId input = inputs[b];
+        for (std::int32_t step = 0; step < steps; ++step) {
+          prefill_piece(sequence, std::span(&input, 1), output);
+          if (sampled.empty()) continue;
+          SampledToken& token = sampled[step * batch + b] = sequence.sampler.sample(host_logits_);
+          input = token.token;
+        }
+        if (!logits.empty())
+          std::ranges::copy(host_logits_, logits.begin() + b * host_logits_.size());
+      }
+    } catch (...) {
+      for (std::size_t b = 0; b < batch; ++b) find(sequences[b]).truncate(lengths[b]);
+      throw;
     }
   }
 
@@ -748,7 +671,7 @@ class CudaBackend final : public Backend {
     wait(sequence.length, steps, 0);
     for (std::int32_t step = 0; step < steps; ++step) {
       SampledToken token = sampler_.chosen(step);
-      append(sequence, std::span(&input, 1));
+      sequence.append(std::span(&input, 1));
       input = token.token;
       if (!sampled.empty()) sampled[step * batch + b] = std::move(token);
     }
@@ -758,6 +681,7 @@ class CudaBackend final : public Backend {
   std::shared_ptr<const Model> model_;
   cudaDeviceProp properties_;
   plan::DecodePlan plan_;
+  std::string unstreamed_;  // why the model is decoded layer by layer, if it is
   std::int64_t max_positions_;
   DecodeMode mode_;
   DeviceModel weights_;
@@ -775,8 +699,7 @@ class CudaBackend final : public Backend {
   DecodeParams params_{};
   const void* kernel_ = nullptr;
   cudaStream_t stream_ = nullptr;
-  std::map<SequenceId, Sequence> sequences_;
-  SequenceId next_id_ = 0;
+  Sequences<Sequence> sequences_;
 };
 
 }  // namespace

@@ -4,7 +4,6 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <deque>
 #include <vector>
@@ -16,6 +15,7 @@
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
 #include "base/thread_pool.hpp"
+#include "plan/rotary_table.hpp"
 
 namespace clusterfusion::cuda {
 namespace {
@@ -50,18 +50,24 @@ class Arena {
   std::int64_t used() const noexcept { return used_; }
   const std::vector<UploadPart>& parts() const noexcept { return parts_; }
 
-  // A matrix or a norm parameter, in the type of the layers' matrices.
-  const char* matrix(const DLTensor& tensor) {
+  // In the type of the layers' matrices; null if absent.
+  const char* narrow(const DLTensor& tensor) {
+    if (!is_present(tensor)) return nullptr;
     if (dtype_of(tensor) == dtype_) return place(data_of(tensor), num_bytes(tensor));
     return place_converted<std::uint16_t>(
         num_elements(tensor), [&](std::int64_t i) { return rounded(element(tensor, i)); });
   }
 
-  // A bias in float32, or null if there is none.
-  const char* bias(const DLTensor& tensor) {
+  // In float32; null if absent.
+  const char* wide(const DLTensor& tensor) {
     if (!is_present(tensor)) return nullptr;
     return place_converted<float>(num_elements(tensor),
                                   [&](std::int64_t i) { return element(tensor, i); });
+  }
+
+  // In float32.
+  const char* zeros(std::int64_t count) {
+    return place_converted<float>(count, [](std::int64_t) { return 0.0f; });
   }
 
  private:
@@ -103,37 +109,31 @@ class Arena {
   std::deque<std::vector<std::byte>> converted_;  // vectors, and embeddings of another type
 };
 
-StreamedLayer place_layer(Arena& arena, const LayerWeights& layer) {
-  StreamedLayer result;
-  result.qkv = arena.matrix(layer.qkv_weight);
-  result.mlp_up = arena.matrix(layer.mlp_up_weight);
-  result.mlp_down = arena.matrix(layer.mlp_down_weight);
-  result.attention_out = arena.matrix(layer.attention_out_weight);
-  result.input_norm_weight = arena.matrix(layer.input_norm_weight);
-  result.input_norm_bias = arena.matrix(layer.input_norm_bias);
-  result.post_norm_weight = arena.matrix(layer.post_norm_weight);
-  result.post_norm_bias = arena.matrix(layer.post_norm_bias);
-  result.qkv_bias = arena.bias(layer.qkv_bias);
-  result.attention_out_bias = arena.bias(layer.attention_out_bias);
-  result.mlp_up_bias = arena.bias(layer.mlp_up_bias);
-  result.mlp_down_bias = arena.bias(layer.mlp_down_bias);
+// Biases of products are added to float32 sums; those of norms are read beside the weights.
+bool is_wide(LayerTensor tensor) {
+  return is_bias(tensor) && tensor != LayerTensor::input_norm_bias &&
+         tensor != LayerTensor::post_norm_bias;
+}
+
+DeviceLayer place_layer(Arena& arena, const LayerWeights& layer) {
+  DeviceLayer result;
+  for (std::size_t i = 0; i < kNumLayerTensors; ++i) {
+    const DLTensor& tensor = layer.tensors[i];
+    const bool wide = is_wide(static_cast<LayerTensor>(i));
+    result.tensors[i] = wide ? arena.wide(tensor) : arena.narrow(tensor);
+  }
   return result;
 }
 
-// As transformers computes them: inverse frequencies in float32, angles as their float32 product
-// with the position.
-std::vector<float2> rotary_table(const ModelConfig& config) {
-  const std::int64_t half = config.rotary_dim / 2;
-  std::vector<float2> table(config.max_positions * half);
-  for (std::int64_t i = 0; i < half; ++i) {
-    const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.rotary_dim);
-    const float frequency = 1.0f / static_cast<float>(std::pow(config.rope_theta, exponent));
-    for (std::int64_t position = 0; position < config.max_positions; ++position) {
-      const float angle = static_cast<float>(position) * frequency;
-      table[position * half + i] = {std::cos(angle), std::sin(angle)};
+std::vector<float2> rotary_turns(const ModelConfig& config) {
+  const plan::RotaryTable table(config);
+  std::vector<float2> turns;
+  for (std::int64_t position = 0; position < config.max_positions; ++position)
+    for (std::size_t pair = 0; pair < table.pairs(); ++pair) {
+      const auto [cos, sin] = table.turn(position, pair);
+      turns.push_back({cos, sin});
     }
-  }
-  return table;
+  return turns;
 }
 
 template <typename T>
@@ -187,17 +187,18 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
     }
     for (std::int64_t i = 0; i < config.num_layers; ++i) {
       layers_[i] = place_layer(arena, weights.layers[i]);
-      const char* place = arena.bias(weights.layers[i].mlp_down_bias);
+      const DLTensor& bias = weights.layers[i][LayerTensor::mlp_down_bias];
+      const char* place = is_present(bias) ? arena.wide(bias) : arena.zeros(config.hidden_size);
       if (i == 0) steered_biases_ = const_cast<char*>(place);  // into weights_, which is ours
     }
-    embedding_ = arena.matrix(weights.embedding);
+    embedding_ = arena.narrow(weights.embedding);
     lm_head_ =
-        weights.lm_head.data == weights.embedding.data ? embedding_ : arena.matrix(weights.lm_head);
-    final_norm_weight_ = arena.matrix(weights.final_norm_weight);
-    final_norm_bias_ = arena.matrix(weights.final_norm_bias);
+        weights.lm_head.data == weights.embedding.data ? embedding_ : arena.narrow(weights.lm_head);
+    final_norm_weight_ = arena.narrow(weights.final_norm_weight);
+    final_norm_bias_ = arena.narrow(weights.final_norm_bias);
   }
   copy_parts(model, arena, weights_.as<>(), options);
-  rotary_ = to_device(rotary_table(config), "the rotary tables");
+  rotary_ = to_device(rotary_turns(config), "the rotary tables");
 }
 
 }  // namespace clusterfusion::cuda

@@ -2,6 +2,7 @@
 // there from the mapped files.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -23,26 +24,39 @@ struct DeviceModelOptions {
   std::function<void(std::int64_t done, std::int64_t total)> progress = {};
 };
 
+// A layer's tensors, by LayerTensor; null where the layer has none.
+struct DeviceLayer {
+  std::array<const char*, kNumLayerTensors> tensors{};
+
+  const char* operator[](LayerTensor tensor) const noexcept { return tensors[index_of(tensor)]; }
+};
+
 class DeviceModel {
  public:
   // Copies everything; the matrices must be float16 or bfloat16. Norm parameters become the
-  // matrices' type, biases float32, absent biases null.
+  // matrices' type, other biases float32, absent tensors null.
   // Errors: unsupported (dtype); out_of_memory before anything is copied.
   DeviceModel(const Model& model, const DeviceModelOptions& options);
 
-  const std::vector<StreamedLayer>& layers() const noexcept { return layers_; }
+  const std::vector<DeviceLayer>& layers() const noexcept { return layers_; }
   // Bytes from each pointer of a layer to the same one of the next: all layers have the same
   // shapes, so they lie one after another at one distance.
   std::int64_t layer_stride() const noexcept {
-    return layers_.size() > 1 ? layers_[1].qkv - layers_[0].qkv : 0;
+    constexpr LayerTensor kAny = LayerTensor::qkv_weight;
+    return layers_.size() > 1 ? layers_[1][kAny] - layers_[0][kAny] : 0;
+  }
+  // The first layer, as the streaming kernels are told of it.
+  StreamedLayer first_streamed_layer() const {
+    return streamed_layer([this](LayerTensor tensor) { return layers_.front()[tensor]; });
   }
   // A second place for the biases of the second MLP matrix in each layer: for layer 0; the others'
-  // lie layer_stride() further. Holds the model's own at first; decode steps that steer write there
-  // (interventions/device_interventions.hpp).
+  // lie layer_stride() further. Holds the model's own, or zeros, at first; decode steps that steer
+  // write there (interventions/device_interventions.hpp).
   char* steered_biases() const noexcept { return steered_biases_; }
   const char* embedding() const noexcept { return embedding_; }
   const char* lm_head() const noexcept { return lm_head_; }
   const void* final_norm_weight() const noexcept { return final_norm_weight_; }
+  // Null if the model's norms have none.
   const void* final_norm_bias() const noexcept { return final_norm_bias_; }
   // Cosines and sines, [positions, rotary_dim / 2].
   const float2* rotary() const noexcept { return rotary_.as<float2>(); }
@@ -51,7 +65,7 @@ class DeviceModel {
 
  private:
   DeviceMemory weights_, rotary_;
-  std::vector<StreamedLayer> layers_;
+  std::vector<DeviceLayer> layers_;
   char* steered_biases_ = nullptr;
   const char* embedding_ = nullptr;
   const char* lm_head_ = nullptr;

@@ -16,7 +16,9 @@ namespace {
 
 using InterventionsPointer = std::shared_ptr<const Interventions>;
 
-class CpuInterventions : public testing::TestWithParam<bool> {
+enum class Kind { parallel, sequential, gated };  // the last with all else that GPT-NeoX has not
+
+class CpuInterventions : public testing::TestWithParam<Kind> {
  protected:
   static constexpr std::int64_t kSteered = 11;  // positions
 
@@ -29,7 +31,13 @@ class CpuInterventions : public testing::TestWithParam<bool> {
     config_.intermediate_size = 250;
     config_.num_layers = 3;
     config_.dtype = DType::float32;
-    config_.parallel_residual = GetParam();
+    config_.parallel_residual = GetParam() == Kind::parallel;
+    if (GetParam() == Kind::gated) {
+      config_.norm = NormKind::rms_norm;
+      config_.gated_mlp = true;
+      config_.num_kv_heads = 1;
+      config_.attention_bias = false;
+    }
     model_ = make_random_model(config_);
     backend_ = make_cpu_backend(model_, {});
     tokens_ = random_tokens(config_, 80, 5);
@@ -104,7 +112,7 @@ TEST_P(CpuInterventions, SteeringALayerIsABiasOfTheMlpBeforeIt) {
   const std::vector<float> expected = logits_of_changed([&](const Model& model) {
     for (const std::size_t layer : {1, 2})
       for (std::int64_t i = 0; i < config_.hidden_size; ++i)
-        values_of(model.weights().layers[layer - 1].mlp_down_bias)[i] +=
+        values_of(model.weights().layers[layer - 1][LayerTensor::mlp_down_bias])[i] +=
             interventions->layers[layer].steering[static_cast<std::size_t>(i)];
   });
   expect_near(logits(interventions), expected, 1e-4);
@@ -114,7 +122,7 @@ TEST_P(CpuInterventions, AnAblatedHeadIsOneThatTheOutputProjectionDoesNotSee) {
   auto interventions = no_interventions(config_);
   interventions->layers[1].ablated_heads = {0, 2};
   const std::vector<float> expected = logits_of_changed([&](const Model& model) {
-    float* weight = values_of(model.weights().layers[1].attention_out_weight);
+    float* weight = values_of(model.weights().layers[1][LayerTensor::attention_out_weight]);
     for (std::int64_t row = 0; row < config_.hidden_size; ++row)
       for (const std::int64_t head : {0, 2})
         std::fill_n(weight + row * config_.hidden_size + head * config_.head_dim, config_.head_dim,
@@ -128,8 +136,9 @@ TEST_P(CpuInterventions, AnAblatedMlpIsOneWithoutSecondMatrixAndBias) {
   interventions->layers[2].ablates_mlp = true;
   const std::vector<float> expected = logits_of_changed([&](const Model& model) {
     const LayerWeights& layer = model.weights().layers[2];
-    std::fill_n(values_of(layer.mlp_down_weight), num_elements(layer.mlp_down_weight), 0.0f);
-    std::fill_n(values_of(layer.mlp_down_bias), config_.hidden_size, 0.0f);
+    const DLTensor& weight = layer[LayerTensor::mlp_down_weight];
+    std::fill_n(values_of(weight), num_elements(weight), 0.0f);
+    std::fill_n(values_of(layer[LayerTensor::mlp_down_bias]), config_.hidden_size, 0.0f);
   });
   expect_near(logits(interventions), expected, 1e-5);
 }
@@ -263,10 +272,17 @@ TEST_P(CpuActivations, TakingThemChangesNoBit) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Residual, CpuInterventions, testing::Bool(),
-                         [](const auto& info) { return info.param ? "parallel" : "sequential"; });
-INSTANTIATE_TEST_SUITE_P(Residual, CpuActivations, testing::Bool(),
-                         [](const auto& info) { return info.param ? "parallel" : "sequential"; });
+std::string name_of_kind(const testing::TestParamInfo<Kind>& info) {
+  return info.param == Kind::parallel     ? "parallel"
+         : info.param == Kind::sequential ? "sequential"
+                                          : "gated";
+}
+INSTANTIATE_TEST_SUITE_P(Layers, CpuInterventions,
+                         testing::Values(Kind::parallel, Kind::sequential, Kind::gated),
+                         name_of_kind);
+INSTANTIATE_TEST_SUITE_P(Layers, CpuActivations,
+                         testing::Values(Kind::parallel, Kind::sequential, Kind::gated),
+                         name_of_kind);
 
 }  // namespace
 }  // namespace clusterfusion::test

@@ -115,7 +115,7 @@ TEST(CpuEngine, NamesTheTensorThatIsNotFinite) {
   ModelConfig config = small_config();
   config.vocab_size = kVocabSize;
   const auto model = make_random_model(config);
-  const DLTensor& bias = model->weights().layers[0].mlp_up_bias;
+  const DLTensor& bias = model->weights().layers[0][LayerTensor::mlp_up_bias];
   static_cast<float*>(bias.data)[3] = std::numeric_limits<float>::quiet_NaN();
   const auto engine = cpu_engine(model, 1);
   expect_error(ErrorKind::non_finite,

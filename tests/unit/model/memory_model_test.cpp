@@ -63,7 +63,8 @@ TEST(MemoryModel, UsesTheTensorsInPlaceAndKeepsTheirOwner) {
   };
   expect_at(model->weights().embedding, "gpt_neox.embed_in.weight");
   expect_at(model->weights().lm_head, "embed_out.weight");
-  expect_at(model->weights().layers[1].mlp_down_bias, "gpt_neox.layers.1.mlp.dense_4h_to_h.bias");
+  expect_at(model->weights().layers[1][LayerTensor::mlp_down_bias],
+            "gpt_neox.layers.1.mlp.dense_4h_to_h.bias");
   model.reset();
   EXPECT_EQ(owner.use_count(), 1);
 }

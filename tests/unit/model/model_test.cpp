@@ -39,18 +39,18 @@ std::map<std::string, DLTensor> named_views(const Model& model) {
   for (std::size_t i = 0; i < weights.layers.size(); ++i) {
     const LayerWeights& layer = weights.layers[i];
     const std::string start = "gpt_neox.layers." + std::to_string(i) + ".";
-    views[start + "input_layernorm.weight"] = layer.input_norm_weight;
-    views[start + "input_layernorm.bias"] = layer.input_norm_bias;
-    views[start + "attention.query_key_value.weight"] = layer.qkv_weight;
-    views[start + "attention.query_key_value.bias"] = layer.qkv_bias;
-    views[start + "attention.dense.weight"] = layer.attention_out_weight;
-    views[start + "attention.dense.bias"] = layer.attention_out_bias;
-    views[start + "post_attention_layernorm.weight"] = layer.post_norm_weight;
-    views[start + "post_attention_layernorm.bias"] = layer.post_norm_bias;
-    views[start + "mlp.dense_h_to_4h.weight"] = layer.mlp_up_weight;
-    views[start + "mlp.dense_h_to_4h.bias"] = layer.mlp_up_bias;
-    views[start + "mlp.dense_4h_to_h.weight"] = layer.mlp_down_weight;
-    views[start + "mlp.dense_4h_to_h.bias"] = layer.mlp_down_bias;
+    views[start + "input_layernorm.weight"] = layer[LayerTensor::input_norm_weight];
+    views[start + "input_layernorm.bias"] = layer[LayerTensor::input_norm_bias];
+    views[start + "attention.query_key_value.weight"] = layer[LayerTensor::qkv_weight];
+    views[start + "attention.query_key_value.bias"] = layer[LayerTensor::qkv_bias];
+    views[start + "attention.dense.weight"] = layer[LayerTensor::attention_out_weight];
+    views[start + "attention.dense.bias"] = layer[LayerTensor::attention_out_bias];
+    views[start + "post_attention_layernorm.weight"] = layer[LayerTensor::post_norm_weight];
+    views[start + "post_attention_layernorm.bias"] = layer[LayerTensor::post_norm_bias];
+    views[start + "mlp.dense_h_to_4h.weight"] = layer[LayerTensor::mlp_up_weight];
+    views[start + "mlp.dense_h_to_4h.bias"] = layer[LayerTensor::mlp_up_bias];
+    views[start + "mlp.dense_4h_to_h.weight"] = layer[LayerTensor::mlp_down_weight];
+    views[start + "mlp.dense_4h_to_h.bias"] = layer[LayerTensor::mlp_down_bias];
   }
   std::erase_if(views, [](const auto& view) { return !is_present(view.second); });
   return views;
@@ -114,7 +114,8 @@ TEST(Model, OpensWithAndWithoutPrefix) {
     builder.write(folder);
     const auto model = Model::open(folder.path());
     const std::string name = std::string(prefix) + "layers.1.mlp.dense_4h_to_h.weight";
-    EXPECT_EQ(bytes_of(model->weights().layers[1].mlp_down_weight), builder.at(name).data);
+    EXPECT_EQ(bytes_of(model->weights().layers[1][LayerTensor::mlp_down_weight]),
+              builder.at(name).data);
   }
 }
 
@@ -152,7 +153,7 @@ TEST(Model, AllowsVectorsOfAnotherDtype) {
   const auto model = Model::open(folder.path());
   EXPECT_EQ(model->config().dtype, DType::float16);
   EXPECT_EQ(dtype_of(model->weights().final_norm_weight), DType::float32);
-  EXPECT_EQ(dtype_of(model->weights().layers[0].mlp_up_bias), DType::bfloat16);
+  EXPECT_EQ(dtype_of(model->weights().layers[0][LayerTensor::mlp_up_bias]), DType::bfloat16);
 }
 
 // Parameters of the builder's model: 16 x 8 of the embedding and of the LM head; a layer has four

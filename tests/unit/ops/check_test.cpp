@@ -365,8 +365,8 @@ TEST(LayerChecks, LeavesAPositionOnTheGpuUnread) {
                                   {}, &layer.layer);
   EXPECT_EQ(checked.device.device_type, kDLCUDA);
   EXPECT_EQ(checked.device.device_id, 1);
-  EXPECT_EQ(checked.task.inputs.device_position, position.data);
-  EXPECT_EQ(checked.task.inputs.shape.max_positions, layer.sizes.max_positions);
+  EXPECT_EQ(checked.task.device_position, position.data);
+  EXPECT_EQ(checked.task.shape.max_positions, layer.sizes.max_positions);
 }
 
 TEST(LayerChecks, RefusesOtherDevices) {

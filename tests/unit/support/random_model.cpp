@@ -9,6 +9,7 @@
 
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
+#include "model/layer_tensors.hpp"
 
 namespace clusterfusion::test {
 namespace {
@@ -40,7 +41,9 @@ class RandomModel final : public Model {
     weights_.embedding = matrix("embedding", config.vocab_size, hidden);
     for (std::int64_t i = 0; i < config.num_layers; ++i) weights_.layers.push_back(layer(i));
     weights_.final_norm_weight = vector("final_norm.weight", hidden, 1.0f);
-    weights_.final_norm_bias = vector("final_norm.bias", hidden, 0.0f);
+    if (config.norm == NormKind::layer_norm) {
+      weights_.final_norm_bias = vector("final_norm.bias", hidden, 0.0f);
+    }
     weights_.lm_head =
         config.tied_embeddings ? weights_.embedding : matrix("lm_head", config.vocab_size, hidden);
   }
@@ -67,25 +70,16 @@ class RandomModel final : public Model {
   };
 
   LayerWeights layer(std::int64_t index) {
-    const std::string name = fmt::format("layers.{}.", index);
-    const std::int64_t hidden = config_.hidden_size;
-    const std::int64_t intermediate = config_.intermediate_size;
-    LayerWeights w{};
-    w.input_norm_weight = vector(name + "input_norm.weight", hidden, 1.0f);
-    w.input_norm_bias = vector(name + "input_norm.bias", hidden, 0.0f);
-    w.qkv_weight = matrix(name + "qkv.weight", 3 * hidden, hidden);
-    w.attention_out_weight = matrix(name + "attention_out.weight", hidden, hidden);
-    if (config_.attention_bias) {
-      w.qkv_bias = vector(name + "qkv.bias", 3 * hidden, 0.0f);
-      w.attention_out_bias = vector(name + "attention_out.bias", hidden, 0.0f);
+    LayerWeights weights;
+    for (const auto& [role, shape] : layer_tensors(config_)) {
+      constexpr const char* kModules[] = {"input_norm", "post_norm", "qkv",          "mlp_gate",
+                                          "mlp_up",     "mlp_down",  "attention_out"};
+      const std::string name = fmt::format("layers.{}.{}.{}", index, kModules[index_of(role) / 2],
+                                           is_bias(role) ? "bias" : "weight");
+      weights[role] = shape.size() == 2 ? matrix(name, shape[0], shape[1])
+                                        : vector(name, shape[0], is_bias(role) ? 0.0f : 1.0f);
     }
-    w.post_norm_weight = vector(name + "post_norm.weight", hidden, 1.0f);
-    w.post_norm_bias = vector(name + "post_norm.bias", hidden, 0.0f);
-    w.mlp_up_weight = matrix(name + "mlp_up.weight", intermediate, hidden);
-    w.mlp_up_bias = vector(name + "mlp_up.bias", intermediate, 0.0f);
-    w.mlp_down_weight = matrix(name + "mlp_down.weight", hidden, intermediate);
-    w.mlp_down_bias = vector(name + "mlp_down.bias", hidden, 0.0f);
-    return w;
+    return weights;
   }
 
   DLTensor matrix(const std::string& name, std::int64_t rows, std::int64_t cols) {

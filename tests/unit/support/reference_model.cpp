@@ -49,13 +49,14 @@ double dot(const Vector& a, const Vector& b) {
   return std::accumulate(std::begin(sums), std::end(sums), 0.0);
 }
 
-// Every row of `x` through one matrix; the matrix's rows are shared out over the threads.
-Rows linear(ThreadPool& pool, const DLTensor& weight, const DLTensor* bias, const Rows& x) {
+// Every row of `x` through one matrix; the matrix's rows are shared out over the threads. `bias`
+// may be absent.
+Rows linear(ThreadPool& pool, const DLTensor& weight, const DLTensor& bias, const Rows& x) {
   const std::int64_t rows = weight.shape[0];
   Rows y(x.size(), Vector(static_cast<std::size_t>(rows)));
   pool.run(rows, [&](std::int64_t r, int) {
     const Vector row = row_of(weight, r);
-    const double start = bias != nullptr && is_present(*bias) ? element(*bias, r) : 0.0;
+    const double start = is_present(bias) ? element(bias, r) : 0.0;
     for (std::size_t t = 0; t < x.size(); ++t) {
       y[t][static_cast<std::size_t>(r)] = start + dot(row, x[t]);
     }
@@ -63,33 +64,38 @@ Rows linear(ThreadPool& pool, const DLTensor& weight, const DLTensor* bias, cons
   return y;
 }
 
-Vector layer_norm(const DLTensor& weight, const DLTensor& bias, double eps, const Vector& x) {
+// `bias` may be absent.
+Vector norm(const ModelConfig& config, const DLTensor& weight, const DLTensor& bias,
+            const Vector& x) {
+  const auto count = static_cast<double>(x.size());
   double mean = 0;
-  for (const double v : x) mean += v / static_cast<double>(x.size());
+  if (config.norm == NormKind::layer_norm) {
+    for (const double v : x) mean += v / count;
+  }
   double variance = 0;
-  for (const double v : x) variance += (v - mean) * (v - mean) / static_cast<double>(x.size());
+  for (const double v : x) variance += (v - mean) * (v - mean) / count;
   Vector y(x.size());
   for (std::size_t i = 0; i < x.size(); ++i) {
     const auto at = static_cast<std::int64_t>(i);
-    y[i] = (x[i] - mean) / std::sqrt(variance + eps) * element(weight, at) + element(bias, at);
+    y[i] = (x[i] - mean) / std::sqrt(variance + config.layer_norm_eps) * element(weight, at);
+    if (is_present(bias)) y[i] += element(bias, at);
   }
   return y;
 }
 
-Rows layer_norm(const DLTensor& weight, const DLTensor& bias, double eps, const Rows& x) {
+Rows norm(const ModelConfig& config, const DLTensor& weight, const DLTensor& bias, const Rows& x) {
   Rows y;
-  for (const Vector& row : x) y.push_back(layer_norm(weight, bias, eps, row));
+  for (const Vector& row : x) y.push_back(norm(config, weight, bias, row));
   return y;
 }
 
 void rotate(double* head, const ModelConfig& config, std::size_t position) {
   const std::int64_t half = config.rotary_dim / 2;
   for (std::int64_t i = 0; i < half; ++i) {
-    const float exponent = static_cast<float>(2 * i) / static_cast<float>(config.rotary_dim);
-    const float power = static_cast<float>(std::pow(config.rope_theta, exponent));
-    const float angle = static_cast<float>(position) * (1.0f / power);
-    const double cos = std::cos(static_cast<double>(angle));
-    const double sin = std::sin(static_cast<double>(angle));
+    const double exponent = -2.0 * static_cast<double>(i) / static_cast<double>(config.rotary_dim);
+    const double angle = static_cast<double>(position) * std::pow(config.rope_theta, exponent);
+    const double cos = std::cos(angle);
+    const double sin = std::sin(angle);
     const double low = head[i];
     const double high = head[half + i];
     head[i] = low * cos - high * sin;
@@ -97,45 +103,58 @@ void rotate(double* head, const ModelConfig& config, std::size_t position) {
   }
 }
 
-// One head's attention over rows of q, k, v of head 0, then of head 1, ...; rotates q and k.
-void attend(const ModelConfig& config, std::size_t head, Rows& qkv, Rows& out) {
+// The attention of the query heads that share a head of keys and values: their queries, its key and
+// its value lie one after the other in qkv. Rotates queries and keys.
+void attend(const ModelConfig& config, std::size_t kv_head, Rows& qkv, Rows& out) {
   const auto dim = static_cast<std::size_t>(config.head_dim);
-  const std::size_t first = head * 3 * dim;
+  const auto group = static_cast<std::size_t>(config.num_heads / config.kv_heads());
+  const std::size_t first = kv_head * (group + 2) * dim;
+  const std::size_t key_at = first + group * dim;
   for (std::size_t t = 0; t < qkv.size(); ++t) {
-    rotate(&qkv[t][first], config, t);
-    rotate(&qkv[t][first + dim], config, t);
-    const double* query = &qkv[t][first];
-    Vector weight(t + 1);
-    for (std::size_t s = 0; s <= t; ++s) {
-      const double* key = &qkv[s][first + dim];
-      for (std::size_t i = 0; i < dim; ++i) weight[s] += query[i] * key[i];
-      weight[s] /= std::sqrt(static_cast<double>(dim));
-    }
-    const double largest = *std::max_element(weight.begin(), weight.end());
-    double sum = 0;
-    for (double& w : weight) sum += w = std::exp(w - largest);
-    for (std::size_t s = 0; s <= t; ++s) {
-      const double* value = &qkv[s][first + 2 * dim];
-      for (std::size_t i = 0; i < dim; ++i) out[t][head * dim + i] += weight[s] / sum * value[i];
+    for (std::size_t i = 0; i <= group; ++i) rotate(&qkv[t][first + i * dim], config, t);
+    for (std::size_t member = 0; member < group; ++member) {
+      const double* query = &qkv[t][first + member * dim];
+      Vector weight(t + 1);
+      for (std::size_t s = 0; s <= t; ++s) {
+        const double* key = &qkv[s][key_at];
+        for (std::size_t i = 0; i < dim; ++i) weight[s] += query[i] * key[i];
+        weight[s] /= std::sqrt(static_cast<double>(dim));
+      }
+      const double largest = *std::max_element(weight.begin(), weight.end());
+      double sum = 0;
+      for (double& w : weight) sum += w = std::exp(w - largest);
+      double* result = &out[t][(kv_head * group + member) * dim];
+      for (std::size_t s = 0; s <= t; ++s) {
+        const double* value = &qkv[s][key_at + dim];
+        for (std::size_t i = 0; i < dim; ++i) result[i] += weight[s] / sum * value[i];
+      }
     }
   }
 }
 
 Rows attention(ThreadPool& pool, const ModelConfig& config, Rows qkv) {
   Rows out(qkv.size(), Vector(static_cast<std::size_t>(config.num_heads * config.head_dim), 0.0));
-  pool.run(config.num_heads, [&](std::int64_t head, int) {
-    attend(config, static_cast<std::size_t>(head), qkv, out);
+  pool.run(config.kv_heads(), [&](std::int64_t kv_head, int) {
+    attend(config, static_cast<std::size_t>(kv_head), qkv, out);
   });
   return out;
 }
 
 Rows mlp(ThreadPool& pool, const ModelConfig& config, const LayerWeights& w, const Rows& x) {
-  Rows up = linear(pool, w.mlp_up_weight, &w.mlp_up_bias,
-                   layer_norm(w.post_norm_weight, w.post_norm_bias, config.layer_norm_eps, x));
-  for (Vector& row : up) {
-    for (double& v : row) v = reference_activation(config.activation, v);
+  const Rows normed =
+      norm(config, w[LayerTensor::post_norm_weight], w[LayerTensor::post_norm_bias], x);
+  Rows up = linear(pool, w[LayerTensor::mlp_up_weight], w[LayerTensor::mlp_up_bias], normed);
+  Rows gate;
+  if (config.gated_mlp) {
+    gate = linear(pool, w[LayerTensor::mlp_gate_weight], w[LayerTensor::mlp_gate_bias], normed);
   }
-  return linear(pool, w.mlp_down_weight, &w.mlp_down_bias, up);
+  for (std::size_t t = 0; t < up.size(); ++t) {
+    for (std::size_t i = 0; i < up[t].size(); ++i) {
+      up[t][i] = config.gated_mlp ? reference_activation(config.activation, gate[t][i]) * up[t][i]
+                                  : reference_activation(config.activation, up[t][i]);
+    }
+  }
+  return linear(pool, w[LayerTensor::mlp_down_weight], w[LayerTensor::mlp_down_bias], up);
 }
 
 void add(Rows& to, const Rows& from) {
@@ -145,11 +164,12 @@ void add(Rows& to, const Rows& from) {
 }
 
 void run_layer(ThreadPool& pool, const ModelConfig& config, const LayerWeights& w, Rows& hidden) {
-  Rows qkv =
-      linear(pool, w.qkv_weight, &w.qkv_bias,
-             layer_norm(w.input_norm_weight, w.input_norm_bias, config.layer_norm_eps, hidden));
+  const Rows normed =
+      norm(config, w[LayerTensor::input_norm_weight], w[LayerTensor::input_norm_bias], hidden);
+  Rows qkv = linear(pool, w[LayerTensor::qkv_weight], w[LayerTensor::qkv_bias], normed);
   const Rows attended = attention(pool, config, std::move(qkv));
-  const Rows out = linear(pool, w.attention_out_weight, &w.attention_out_bias, attended);
+  const Rows out = linear(pool, w[LayerTensor::attention_out_weight],
+                          w[LayerTensor::attention_out_bias], attended);
   if (config.parallel_residual) {
     const Rows both = mlp(pool, config, w, hidden);
     add(hidden, out);
@@ -195,9 +215,9 @@ std::vector<double> reference_logits(const Model& model, std::span<const TokenId
   }
   ThreadPool pool(usable_cores());
   for (const LayerWeights& layer : weights.layers) run_layer(pool, config, layer, hidden);
-  const Rows rows = linear(pool, weights.lm_head, nullptr,
-                           layer_norm(weights.final_norm_weight, weights.final_norm_bias,
-                                      config.layer_norm_eps, hidden));
+  const Rows rows =
+      linear(pool, weights.lm_head, DLTensor{},
+             norm(config, weights.final_norm_weight, weights.final_norm_bias, hidden));
   std::vector<double> logits;
   for (const Vector& row : rows) logits.insert(logits.end(), row.begin(), row.end());
   return logits;

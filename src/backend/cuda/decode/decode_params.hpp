@@ -63,6 +63,23 @@ struct StreamedLayer {
   const char* mlp_down_bias;
 };
 
+// pointer_to(LayerTensor) gives the address of each tensor, null if the layer has none.
+template <typename PointerTo>
+StreamedLayer streamed_layer(const PointerTo& pointer_to) {
+  return {.qkv = pointer_to(LayerTensor::qkv_weight),
+          .attention_out = pointer_to(LayerTensor::attention_out_weight),
+          .mlp_up = pointer_to(LayerTensor::mlp_up_weight),
+          .mlp_down = pointer_to(LayerTensor::mlp_down_weight),
+          .input_norm_weight = pointer_to(LayerTensor::input_norm_weight),
+          .input_norm_bias = pointer_to(LayerTensor::input_norm_bias),
+          .post_norm_weight = pointer_to(LayerTensor::post_norm_weight),
+          .post_norm_bias = pointer_to(LayerTensor::post_norm_bias),
+          .qkv_bias = pointer_to(LayerTensor::qkv_bias),
+          .attention_out_bias = pointer_to(LayerTensor::attention_out_bias),
+          .mlp_up_bias = pointer_to(LayerTensor::mlp_up_bias),
+          .mlp_down_bias = pointer_to(LayerTensor::mlp_down_bias)};
+}
+
 // The best token that one SM has seen, with its score: the logit, or noisy_score() if sampled.
 struct alignas(16) Candidate {
   double score;

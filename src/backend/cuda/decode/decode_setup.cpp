@@ -110,6 +110,11 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   return p;
 }
 
+plan::DeviceLimits limits_of(const cudaDeviceProp& properties) {
+  return {properties.multiProcessorCount,
+          static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
+}
+
 void read_more_late(DecodeParams& params) {
   params.late_in_flight = std::min(kLateInFlight, params.stages);
   params.late_percent = kLatePercent;

@@ -14,6 +14,9 @@ namespace clusterfusion::cuda {
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
                            std::int32_t sm_count, bool half_the_products);
 
+// What plans must know of the device.
+plan::DeviceLimits limits_of(const cudaDeviceProp& properties);
+
 // Lets more copies be under way late in a phase, for kernels of many layers.
 void read_more_late(DecodeParams& params);
 

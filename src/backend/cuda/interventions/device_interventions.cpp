@@ -84,7 +84,7 @@ LaunchInterventions InterventionTable::at_step(
     const std::shared_ptr<DeviceInterventions>& interventions, std::int64_t position,
     cudaStream_t stream) {
   LaunchInterventions launch;
-  launch.mlp_down_bias = weights_.layers().front().mlp_down_bias;
+  launch.mlp_down_bias = weights_.layers().front()[LayerTensor::mlp_down_bias];
   if (interventions == nullptr) return launch;
   const std::int64_t written = std::min(position, interventions->steered_positions());
   if (written_ != interventions || written_position_ != written) {
@@ -104,7 +104,7 @@ LaunchInterventions InterventionTable::at_step(
 
 void InterventionTable::write_biases(const DeviceInterventions& interventions,
                                      std::int64_t position, cudaStream_t stream) {
-  launch_steer_biases({.model_biases = weights_.layers().front().mlp_down_bias,
+  launch_steer_biases({.model_biases = weights_.layers().front()[LayerTensor::mlp_down_bias],
                        .steered_biases = weights_.steered_biases(),
                        .layer_stride = weights_.layer_stride(),
                        .steering = interventions.steering_table(),

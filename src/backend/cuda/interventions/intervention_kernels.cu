@@ -47,12 +47,13 @@ __device__ float block_sum(float value) {
 
 // One block a row.
 template <typename T>
-__global__ void final_norm(const float* x, const T* weight, const T* bias, float eps, float* output,
-                           int hidden) {
+__global__ void final_norm(NormKind kind, const float* x, const T* weight, const T* bias, float eps,
+                           float* output, int hidden) {
   const float* row = x + static_cast<std::int64_t>(blockIdx.x) * hidden;
   float sum = 0.0f;
   for (int i = threadIdx.x; i < hidden; i += kThreads) sum += row[i];
-  const float mean = block_sum(sum) / static_cast<float>(hidden);
+  const float mean =
+      kind == NormKind::rms_norm ? 0.0f : block_sum(sum) / static_cast<float>(hidden);
   float squares = 0.0f;
   for (int i = threadIdx.x; i < hidden; i += kThreads) squares += (row[i] - mean) * (row[i] - mean);
   const float variance = block_sum(squares) / static_cast<float>(hidden);
@@ -60,7 +61,7 @@ __global__ void final_norm(const float* x, const T* weight, const T* bias, float
   float* to = output + static_cast<std::int64_t>(blockIdx.x) * hidden;
   for (int i = threadIdx.x; i < hidden; i += kThreads)
     to[i] = fmaf((row[i] - mean) * inverse_deviation, static_cast<float>(weight[i]),
-                 static_cast<float>(bias[i]));
+                 bias == nullptr ? 0.0f : static_cast<float>(bias[i]));
 }
 
 // blockIdx.y is the layer.
@@ -70,7 +71,7 @@ __global__ void steer_biases(const SteeredBiases all, int position) {
   if (i >= all.hidden) return;
   const std::int64_t offset = layer * all.layer_stride;
   float value = 0.0f;
-  if (all.ablated_mlps[layer] == 0)
+  if (all.ablated_mlps[layer] == 0 && all.model_biases != nullptr)
     value = reinterpret_cast<const float*>(all.model_biases + offset)[i];
   if (layer + 1 < all.layers) {
     const float* steering = steering_at(all.steering[layer + 1], position, all.hidden);
@@ -93,16 +94,16 @@ void launch_add(float* x, const float* y, std::int64_t count, cudaStream_t strea
   check(cudaGetLastError(), "starting an addition");
 }
 
-void launch_final_norm(DType dtype, const float* x, const void* weight, const void* bias, float eps,
-                       float* output, std::int64_t count, std::int64_t hidden,
-                       cudaStream_t stream) {
+void launch_final_norm(DType dtype, NormKind kind, const float* x, const void* weight,
+                       const void* bias, float eps, float* output, std::int64_t count,
+                       std::int64_t hidden, cudaStream_t stream) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     final_norm<T><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
-        x, static_cast<const T*>(weight), static_cast<const T*>(bias), eps, output,
+        kind, x, static_cast<const T*>(weight), static_cast<const T*>(bias), eps, output,
         static_cast<int>(hidden));
   });
-  check(cudaGetLastError(), "starting the final LayerNorm");
+  check(cudaGetLastError(), "starting the final norm");
 }
 
 void launch_steer_biases(const SteeredBiases& biases, std::int32_t position, cudaStream_t stream) {

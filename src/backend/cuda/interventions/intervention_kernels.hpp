@@ -24,15 +24,16 @@ void launch_steer(float* x, const DeviceSteering& steering, std::int64_t first_p
 // x += y over `count` values.
 void launch_add(float* x, const float* y, std::int64_t count, cudaStream_t stream);
 
-// output[count, hidden] = LayerNorm of x[count, hidden], in float32; weight and bias [hidden] are
-// of `dtype`. Mean and variance in two passes.
-void launch_final_norm(DType dtype, const float* x, const void* weight, const void* bias, float eps,
-                       float* output, std::int64_t count, std::int64_t hidden, cudaStream_t stream);
+// output[count, hidden] = the norm of x[count, hidden], in float32; weight and bias (or null)
+// [hidden] are of `dtype`. Mean and variance in two passes.
+void launch_final_norm(DType dtype, NormKind kind, const float* x, const void* weight,
+                       const void* bias, float eps, float* output, std::int64_t count,
+                       std::int64_t hidden, cudaStream_t stream);
 
 // The biases of the second MLP matrices, for decode steps. All of layer 0; those of the next layer
 // lie layer_stride bytes further.
 struct SteeredBiases {
-  const char* model_biases = nullptr;  // float32 [hidden]
+  const char* model_biases = nullptr;  // float32 [hidden]; null: the model has none
   char* steered_biases = nullptr;      // float32 [hidden]
   std::int64_t layer_stride = 0;
   const DeviceSteering* steering = nullptr;    // [layers], on the device

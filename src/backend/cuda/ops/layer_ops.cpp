@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
@@ -83,8 +84,7 @@ struct LayerPlan {
 
 // The streaming kernel for `config`, if there is one.
 void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, LayerPlan& result) {
-  const plan::DeviceLimits limits{properties.multiProcessorCount,
-                                  static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
+  const plan::DeviceLimits limits = limits_of(properties);
   if (!plan::can_stream(config, limits)) return;
   result.plan = plan::make_decode_plan(config, limits);
   const void* kernel = find_layer_kernel(config.dtype, fragments_needed(config, result.plan),
@@ -193,43 +193,37 @@ const CUtensorMap& cache_map(const CacheKey& key) {
   return slot.map;
 }
 
-void set_inputs(LayerParams& params, const LayerInputs& inputs) {
-  const LayerShape& shape = inputs.shape;
-  StreamedLayer& layer = params.stream.first_layer;
-  layer.qkv = static_cast<const char*>(inputs.weight_qkv);
-  layer.attention_out = static_cast<const char*>(inputs.weight_o);
-  layer.mlp_up = static_cast<const char*>(inputs.mlp_up_weight);
-  layer.qkv_bias = static_cast<const char*>(inputs.bias_qkv);
-  layer.attention_out_bias = static_cast<const char*>(inputs.bias_o);
-  layer.mlp_up_bias = static_cast<const char*>(inputs.mlp_up_bias);
-  layer.input_norm_weight = inputs.ln_weight;
-  layer.input_norm_bias = inputs.ln_bias;
-  layer.post_norm_weight = inputs.post_ln_weight;
-  layer.post_norm_bias = inputs.post_ln_bias;
-  params.stream.activation = inputs.activation;
-  params.stream.layer_norm_eps = inputs.layer_norm_eps;
+void set_inputs(LayerParams& params, const LayerTask& task) {
+  const LayerShape& shape = task.shape;
+  params.stream.activation = task.activation;
+  params.stream.layer_norm_eps = task.layer_norm_eps;
   params.attention_and_up = true;
-  params.input = inputs.input;
-  params.k_new = inputs.k_new;
-  params.v_new = inputs.v_new;
-  params.k_cache = inputs.k_cache;
-  params.v_cache = inputs.v_cache;
-  params.cosines = inputs.cos;
-  params.sines = inputs.sin;
+  params.k_new = task.k_new;
+  params.v_new = task.v_new;
+  params.k_cache = task.k_cache;
+  params.v_cache = task.v_cache;
+  params.cosines = task.cos;
+  params.sines = task.sin;
   params.max_positions = static_cast<std::int32_t>(shape.max_positions);
-  params.position = static_cast<std::int32_t>(inputs.position);
-  params.device_position = inputs.device_position;
+  params.position = static_cast<std::int32_t>(task.position);
+  params.device_position = task.device_position;
+  params.attn_output = task.attn_output;
+  params.mlp_intermediate = task.mlp_intermediate;
   const int box_rows = params.stream.kv_block_positions;
-  CacheKey cache{inputs.k_cache,    shape.dtype,    shape.max_positions,
+  CacheKey cache{task.k_cache,      shape.dtype,    shape.max_positions,
                  shape.hidden_size, shape.head_dim, box_rows};
   params.key_map = cache_map(cache);
-  cache.cache = inputs.v_cache;
+  cache.cache = task.v_cache;
   params.value_map = cache_map(cache);
 }
 
-LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch) {
+LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch,
+                       const LayerTask& task) {
   LayerParams params{};
   params.stream = plan.stream;
+  params.stream.first_layer = streamed_layer(
+      [&](LayerTensor tensor) { return static_cast<const char*>(task.weight(tensor)); });
+  params.input = task.input;
   params.stream.bias_element_bytes = 2;
   params.stream.lamport = scratch.lamport;
   params.stream.tickets = scratch.tickets;
@@ -237,9 +231,16 @@ LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch) {
   return params;
 }
 
-const LayerPlan& plan_for(const LayerShape& shape, int device) {
-  return plan_for({device, shape.dtype, shape.hidden_size, shape.intermediate_size, shape.num_heads,
-                   shape.rotary_dim});
+const LayerPlan& plan_for(const LayerTask& task, int device) {
+  const LayerShape& shape = task.shape;
+  ShapeKey key{device,          shape.dtype,     shape.hidden_size, shape.intermediate_size,
+               shape.num_heads, shape.rotary_dim};
+  if (task.part == plan::Part::mlp_down) {
+    // Heads do not matter here: any head size that the streaming kernel has.
+    constexpr std::int64_t kHeadDim = 16;
+    key.heads = std::max<std::int64_t>(shape.hidden_size / kHeadDim, 1);
+  }
+  return plan_for(key);
 }
 
 void launch(const LayerPlan& plan, const LayerParams& params, cudaStream_t stream) {
@@ -257,96 +258,60 @@ PlainPlace plain_place(const LayerPlan& plan, const LayerStream& where,
   return {where.device_id, plan.sm_count, static_cast<cudaStream_t>(where.stream)};
 }
 
-std::int64_t between_bytes(std::int64_t hidden, std::int64_t intermediate) {
-  return (hidden + intermediate) * 2;
-}
-
 // The second half alone, of the plan that the first half has or would have.
-void down_alone(const LayerPlan& plan, const LayerScratchView& scratch, const MlpDownTask& task,
-                cudaStream_t stream) {
-  LayerParams params = params_for(plan, scratch);
+void run_down(const LayerPlan& plan, const LayerScratchView& scratch, const LayerTask& task,
+              cudaStream_t stream) {
+  LayerParams params = params_for(plan, scratch, task);
   // Blocks tell each other nothing here, so more copies may be under way, and fewer tickets do.
   constexpr std::int32_t kInFlight = 3;
   params.stream.max_in_flight = std::min(kInFlight, params.stream.stages);
   params.stream.static_percent = 60;
   params.down = true;
-  params.stream.first_layer.mlp_down = static_cast<const char*>(task.mlp_down_weight);
-  params.input = task.hidden_states;
   params.attn_input = task.attn_output;
   params.mlp_input = task.mlp_intermediate;
-  params.stream.first_layer.mlp_down_bias = static_cast<const char*>(task.mlp_down_bias);
   params.output = task.output;
   launch(plan, params, stream);
 }
 
-}  // namespace
-
-void attention_mlp_up(const AttentionMlpUpTask& task, const LayerStream& where) {
-  const CurrentDevice device(where.device_id);
-  const LayerShape& shape = task.inputs.shape;
-  const auto stream = static_cast<cudaStream_t>(where.stream);
-  const LayerPlan& plan = plan_for(shape, where.device_id);
-  if (!plan.streams())
-    return plain_attention_mlp_up(task, plain_place(plan, where, shape.max_positions));
-  LayerParams params =
-      params_for(plan, layer_scratch(where.device_id, stream, plan.stream.layout.bytes,
-                                     between_bytes(shape.hidden_size, shape.intermediate_size)));
-  set_inputs(params, task.inputs);
-  params.attn_output = task.attn_output;
-  params.mlp_intermediate = task.mlp_intermediate;
+// The first half, or the whole layer in one launch.
+void run_attention(const LayerPlan& plan, const LayerScratchView& scratch, const LayerTask& task,
+                   cudaStream_t stream) {
+  LayerParams params = params_for(plan, scratch, task);
+  set_inputs(params, task);
+  params.down = task.part == plan::Part::whole;
+  params.output = task.output;
   launch(plan, params, stream);
 }
 
-void mlp_down(const MlpDownTask& task, const LayerStream& where) {
-  const CurrentDevice device(where.device_id);
-  const auto stream = static_cast<cudaStream_t>(where.stream);
-  // Heads do not matter here: any head size that the streaming kernel has.
-  constexpr std::int64_t kHeadDim = 16;
-  const std::int64_t heads = std::max<std::int64_t>(task.hidden_size / kHeadDim, 1);
-  const LayerPlan& plan =
-      plan_for({where.device_id, task.dtype, task.hidden_size, task.intermediate_size, heads, 0});
-  if (!plan.streams()) return plain_mlp_down(task, plain_place(plan, where, 0));
-  const auto scratch = layer_scratch(where.device_id, stream, plan.stream.layout.bytes,
-                                     between_bytes(task.hidden_size, task.intermediate_size));
-  down_alone(plan, scratch, task, stream);
-}
-
-void decoder_layer(const DecoderLayerTask& task, const LayerStream& where) {
-  const CurrentDevice device(where.device_id);
-  const LayerShape& shape = task.inputs.shape;
-  const auto stream = static_cast<cudaStream_t>(where.stream);
-  const LayerPlan& plan = plan_for(shape, where.device_id);
-  if (!plan.streams())
-    return plain_decoder_layer(task, plain_place(plan, where, shape.max_positions));
-  const auto scratch = layer_scratch(where.device_id, stream, plan.stream.layout.bytes,
-                                     between_bytes(shape.hidden_size, shape.intermediate_size));
-  LayerParams params = params_for(plan, scratch);
-  set_inputs(params, task.inputs);
-  if (!task.split) {
-    params.down = true;
-    params.stream.first_layer.mlp_down = static_cast<const char*>(task.mlp_down_weight);
-    params.stream.first_layer.mlp_down_bias = static_cast<const char*>(task.mlp_down_bias);
-    params.output = task.output;
-    launch(plan, params, stream);
-    return;
-  }
+// The whole layer in two launches, which hand over by way of the scratch.
+void run_halves(const LayerPlan& plan, const LayerScratchView& scratch, LayerTask task,
+                cudaStream_t stream) {
   // What the first launch leaves for the second must not be overwritten by another thread's.
   static auto& both = *new std::mutex;
   const std::lock_guard lock(both);
-  params.attn_output = scratch.between;
-  params.mlp_intermediate = static_cast<char*>(scratch.between) + shape.hidden_size * 2;
-  launch(plan, params, stream);
-  MlpDownTask down;
-  down.dtype = shape.dtype;
-  down.hidden_size = shape.hidden_size;
-  down.intermediate_size = shape.intermediate_size;
-  down.hidden_states = task.inputs.input;
-  down.attn_output = params.attn_output;
-  down.mlp_intermediate = params.mlp_intermediate;
-  down.mlp_down_weight = task.mlp_down_weight;
-  down.mlp_down_bias = task.mlp_down_bias;
-  down.output = task.output;
-  down_alone(plan, scratch, down, stream);
+  void* const output = std::exchange(task.output, nullptr);
+  task.attn_output = scratch.between;
+  task.mlp_intermediate = static_cast<char*>(scratch.between) + task.shape.hidden_size * 2;
+  task.part = plan::Part::attention_and_mlp_up;
+  run_attention(plan, scratch, task, stream);
+  task.output = output;
+  run_down(plan, scratch, task, stream);
+}
+
+}  // namespace
+
+void run_layer(const LayerTask& task, const LayerStream& where) {
+  const CurrentDevice device(where.device_id);
+  const auto stream = static_cast<cudaStream_t>(where.stream);
+  const LayerPlan& plan = plan_for(task, where.device_id);
+  if (!plan.streams())
+    return run_plain_layer(task, plain_place(plan, where, task.shape.max_positions));
+  const std::int64_t between = (task.shape.hidden_size + task.shape.intermediate_size) * 2;
+  const LayerScratchView scratch =
+      layer_scratch(where.device_id, stream, plan.stream.layout.bytes, between);
+  if (task.part == plan::Part::mlp_down) return run_down(plan, scratch, task, stream);
+  if (task.split) return run_halves(plan, scratch, task, stream);
+  run_attention(plan, scratch, task, stream);
 }
 
 }  // namespace clusterfusion::cuda

@@ -11,7 +11,7 @@
 namespace clusterfusion::cuda {
 
 // Element `dim` of a head's query or key after the rotation: each value meets its own cos and sin.
-__device__ __forceinline__ float rotated(const LayerInputs& in, const float* vector, int dim) {
+__device__ __forceinline__ float rotated(const LayerTask& in, const float* vector, int dim) {
   const int rotary_dim = static_cast<int>(in.shape.rotary_dim);
   if (dim >= rotary_dim) return vector[dim];
   const int half = rotary_dim / 2;
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kPlainThreads)
     rotate_and_store_new(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
-  const LayerInputs& in = p.inputs;
+  const LayerTask& in = p.task;
   const int head_dim = static_cast<int>(in.shape.head_dim);
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
   if (i >= in.shape.hidden_size) return;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   __shared__ float gathered[kPlainThreads * kCount];
   device::start_dependents();
   device::wait_for_dependencies();
-  const LayerInputs& in = p.inputs;
+  const LayerTask& in = p.task;
   const int position = position_of(in);
   if (!is_position(in.shape, position)) return;
   const plan::AttentionSplits cut = plain_splits(in.shape, position + 1, p.sm_count);
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kPlainThreads)
     combine_splits(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
-  const LayerInputs& in = p.inputs;
+  const LayerTask& in = p.task;
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
   if (i >= in.shape.hidden_size) return;
   float* attention = p.scratch + p.layout.attention + i;

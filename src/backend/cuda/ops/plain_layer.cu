@@ -35,7 +35,7 @@ Kernel<PlainParams> attention_kernel(const LayerShape& shape) {
 }
 
 dim3 attention_grid(const PlainParams& p) {
-  const LayerShape& shape = p.inputs.shape;
+  const LayerShape& shape = p.task.shape;
   const std::int64_t count = shape.head_dim % kVectorElements == 0 ? kVectorElements : 1;
   const std::int64_t slabs = blocks_of_elements(shape.head_dim / count);
   return dim3(static_cast<unsigned>(shape.num_heads), static_cast<unsigned>(p.splits),
@@ -49,10 +49,10 @@ std::mutex& launches() {
   return mutex;
 }
 
-PlainParams params_for(const LayerInputs& inputs, const PlainPlace& place) {
-  const LayerShape& shape = inputs.shape;
+PlainParams params_for(const LayerTask& task, const PlainPlace& place) {
+  const LayerShape& shape = task.shape;
   PlainParams p{};
-  p.inputs = inputs;
+  p.task = task;
   p.sm_count = place.sm_count;
   p.splits = most_plain_splits(shape, place.sm_count);
   p.layout = plain_layout(shape, p.splits);
@@ -65,7 +65,7 @@ PlainParams params_for(const LayerInputs& inputs, const PlainPlace& place) {
 // of the whole layer.
 template <typename T>
 void enqueue(const PlainParams& p, cudaStream_t stream) {
-  const LayerShape& shape = p.inputs.shape;
+  const LayerShape& shape = p.task.shape;
   const dim3 elements(blocks_of_elements(shape.hidden_size));
   launch(normalise_input<T>, elements, stream, p);
   launch(multiply_normed<T>,
@@ -73,13 +73,8 @@ void enqueue(const PlainParams& p, cudaStream_t stream) {
   launch(rotate_and_store_new<T>, elements, stream, p);
   launch(attention_kernel<T>(shape), attention_grid(p), stream, p);
   launch(combine_splits, elements, stream, p);
-  const Kernel<PlainParams> last = p.output == nullptr ? project_attention<T> : add_halves<T>;
+  const Kernel<PlainParams> last = p.task.output == nullptr ? project_attention<T> : add_halves<T>;
   launch(last, dim3(row_blocks(shape.hidden_size)), stream, p);
-}
-
-void enqueue_all(const PlainParams& p, cudaStream_t stream) {
-  const std::lock_guard lock(launches());
-  with_type(p.inputs.shape.dtype, [&](auto type) { enqueue<decltype(type)>(p, stream); });
 }
 
 }  // namespace
@@ -103,24 +98,14 @@ void load_plain_kernels(DType dtype) {
   });
 }
 
-void plain_attention_mlp_up(const AttentionMlpUpTask& task, const PlainPlace& place) {
-  PlainParams p = params_for(task.inputs, place);
-  p.attn_output = task.attn_output;
-  p.mlp_intermediate = task.mlp_intermediate;
-  enqueue_all(p, place.stream);
-}
-
-void plain_decoder_layer(const DecoderLayerTask& task, const PlainPlace& place) {
-  PlainParams p = params_for(task.inputs, place);
-  p.mlp_down_weight = task.mlp_down_weight;
-  p.mlp_down_bias = task.mlp_down_bias;
-  p.output = task.output;
-  enqueue_all(p, place.stream);
-}
-
-void plain_mlp_down(const MlpDownTask& task, const PlainPlace& place) {
-  with_type(task.dtype, [&](auto type) {
-    launch(add_mlp_down<decltype(type)>, dim3(row_blocks(task.hidden_size)), place.stream, task);
+void run_plain_layer(const LayerTask& task, const PlainPlace& place) {
+  with_type(task.shape.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (task.part == plan::Part::mlp_down)
+      return launch(add_mlp_down<T>, dim3(row_blocks(task.shape.hidden_size)), place.stream, task);
+    const PlainParams p = params_for(task, place);
+    const std::lock_guard lock(launches());
+    enqueue<T>(p, place.stream);
   });
 }
 

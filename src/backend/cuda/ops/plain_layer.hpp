@@ -22,10 +22,8 @@ void load_plain_kernels(DType dtype);
 // The caches may have so many rows: sums of positions have 32 bits.
 inline constexpr std::int64_t kMaxPlainPositions = std::int64_t{1} << 30;
 
-// They enqueue and return; several threads may call at once, on one stream too.
-void plain_attention_mlp_up(const AttentionMlpUpTask& task, const PlainPlace& place);
-void plain_mlp_down(const MlpDownTask& task, const PlainPlace& place);
-// `task.split` makes no difference.
-void plain_decoder_layer(const DecoderLayerTask& task, const PlainPlace& place);
+// Enqueues and returns; several threads may call at once, on one stream too. `task.split` makes no
+// difference.
+void run_plain_layer(const LayerTask& task, const PlainPlace& place);
 
 }  // namespace clusterfusion::cuda

@@ -72,20 +72,11 @@ constexpr PlainLayout plain_layout(const LayerShape& shape, int splits) {
 }
 
 struct PlainParams {
-  LayerInputs inputs;
+  LayerTask task;
   int sm_count;
   int splits;  // most_plain_splits()
   float* scratch;
   PlainLayout layout;
-
-  // Results in the tensors' type; null where a call has none.
-  void* attn_output;       // [hidden]
-  void* mlp_intermediate;  // [intermediate]
-
-  // Of the whole layer alone.
-  const void* mlp_down_weight;  // [hidden, intermediate]
-  const void* mlp_down_bias;    // [hidden]
-  void* output;                 // [hidden]
 };
 
 }  // namespace clusterfusion::cuda

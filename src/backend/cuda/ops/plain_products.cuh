@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kPlainThreads)
     normalise_input(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
-  const LayerInputs& in = p.inputs;
+  const LayerTask& in = p.task;
   const std::int64_t hidden = in.shape.hidden_size;
   const T* x = static_cast<const T*>(in.input);
   const Moments moments = hidden % kVectorElements == 0
@@ -54,21 +54,21 @@ __global__ void __launch_bounds__(kPlainThreads)
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
   if (i >= hidden) return;
   const float value = (static_cast<float>(x[i]) - moments.mean) * moments.inverse_deviation;
-  const auto scaled = [&](const void* weight, const void* bias) {
-    return fmaf(value, static_cast<float>(static_cast<const T*>(weight)[i]),
-                static_cast<float>(static_cast<const T*>(bias)[i]));
+  const auto scaled = [&](LayerTensor weight) {
+    return fmaf(value, static_cast<float>(static_cast<const T*>(in.weight(weight))[i]),
+                static_cast<float>(static_cast<const T*>(in.weight(bias_of(weight)))[i]));
   };
-  p.scratch[p.layout.normed + i] = scaled(in.ln_weight, in.ln_bias);
-  p.scratch[p.layout.post_normed + i] = scaled(in.post_ln_weight, in.post_ln_bias);
+  p.scratch[p.layout.normed + i] = scaled(LayerTensor::input_norm_weight);
+  p.scratch[p.layout.post_normed + i] = scaled(LayerTensor::post_norm_weight);
 }
 
 // Row-major [rows, columns] weights; `bias` [rows] or null.
 template <typename T>
 struct PlainMatrix {
-  __device__ __forceinline__ PlainMatrix(const void* its_weights, const void* its_bias,
+  __device__ __forceinline__ PlainMatrix(const LayerTask& task, LayerTensor weight,
                                          std::int64_t its_rows, std::int64_t its_columns)
-      : weights(static_cast<const T*>(its_weights)),
-        bias(static_cast<const T*>(its_bias)),
+      : weights(static_cast<const T*>(task.weight(weight))),
+        bias(static_cast<const T*>(task.weight(bias_of(weight)))),
         rows(its_rows),
         columns(its_columns) {}
 
@@ -131,24 +131,24 @@ __global__ void __launch_bounds__(kPlainThreads)
     multiply_normed(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
-  const LayerInputs& in = p.inputs;
+  const LayerTask& in = p.task;
   const std::int64_t hidden = in.shape.hidden_size;
   const std::int64_t qkv_blocks = blocks_of_rows(3 * hidden);
   if (blockIdx.x < qkv_blocks) {
-    multiply(PlainMatrix<T>(in.weight_qkv, in.bias_qkv, 3 * hidden, hidden), blockIdx.x,
+    multiply(PlainMatrix<T>(in, LayerTensor::qkv_weight, 3 * hidden, hidden), blockIdx.x,
              p.scratch + p.layout.normed,
              [&](std::int64_t row, float value) { p.scratch[p.layout.qkv + row] = value; });
     return;
   }
   const bool valid = is_position(in.shape, position_of(in));
-  multiply(PlainMatrix<T>(in.mlp_up_weight, in.mlp_up_bias, in.shape.intermediate_size, hidden),
+  multiply(PlainMatrix<T>(in, LayerTensor::mlp_up_weight, in.shape.intermediate_size, hidden),
            blockIdx.x - qkv_blocks, p.scratch + p.layout.post_normed,
            [&](std::int64_t row, float value) {
              const float activated = valid ? activate(in.activation, value) : NAN;
-             if (p.mlp_intermediate == nullptr)
+             if (in.mlp_intermediate == nullptr)
                p.scratch[p.layout.intermediate + row] = activated;
              else
-               static_cast<T*>(p.mlp_intermediate)[row] = static_cast<T>(activated);
+               static_cast<T*>(in.mlp_intermediate)[row] = static_cast<T>(activated);
            });
 }
 
@@ -158,11 +158,11 @@ __global__ void __launch_bounds__(kPlainThreads)
     project_attention(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
-  const LayerInputs& in = p.inputs;
+  const LayerTask& in = p.task;
   const std::int64_t hidden = in.shape.hidden_size;
-  multiply(PlainMatrix<T>(in.weight_o, in.bias_o, hidden, hidden), blockIdx.x,
+  multiply(PlainMatrix<T>(in, LayerTensor::attention_out_weight, hidden, hidden), blockIdx.x,
            p.scratch + p.layout.attention, [&](std::int64_t row, float value) {
-             static_cast<T*>(p.attn_output)[row] = static_cast<T>(value);
+             static_cast<T*>(in.attn_output)[row] = static_cast<T>(value);
            });
 }
 
@@ -171,30 +171,30 @@ template <typename T>
 __global__ void __launch_bounds__(kPlainThreads) add_halves(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
-  const LayerInputs& in = p.inputs;
+  const LayerTask& in = p.task;
   const std::int64_t hidden = in.shape.hidden_size;
   // Both products give a row to the same lane.
   float attention = 0.0f;
-  multiply(PlainMatrix<T>(in.weight_o, in.bias_o, hidden, hidden), blockIdx.x,
+  multiply(PlainMatrix<T>(in, LayerTensor::attention_out_weight, hidden, hidden), blockIdx.x,
            p.scratch + p.layout.attention, [&](std::int64_t, float value) { attention = value; });
-  multiply(PlainMatrix<T>(p.mlp_down_weight, p.mlp_down_bias, hidden, in.shape.intermediate_size),
+  multiply(PlainMatrix<T>(in, LayerTensor::mlp_down_weight, hidden, in.shape.intermediate_size),
            blockIdx.x, p.scratch + p.layout.intermediate, [&](std::int64_t row, float value) {
              const float input = static_cast<float>(static_cast<const T*>(in.input)[row]);
-             static_cast<T*>(p.output)[row] = static_cast<T>(input + attention + value);
+             static_cast<T*>(in.output)[row] = static_cast<T>(input + attention + value);
            });
 }
 
 // The second half alone, on what the caller has.
 template <typename T>
 __global__ void __launch_bounds__(kPlainThreads)
-    add_mlp_down(const __grid_constant__ MlpDownTask task) {
+    add_mlp_down(const __grid_constant__ LayerTask task) {
   device::start_dependents();
   device::wait_for_dependencies();
   const auto typed = [](const void* vector) { return static_cast<const T*>(vector); };
-  multiply(PlainMatrix<T>(task.mlp_down_weight, task.mlp_down_bias, task.hidden_size,
-                          task.intermediate_size),
+  multiply(PlainMatrix<T>(task, LayerTensor::mlp_down_weight, task.shape.hidden_size,
+                          task.shape.intermediate_size),
            blockIdx.x, typed(task.mlp_intermediate), [&](std::int64_t row, float value) {
-             const float sum = static_cast<float>(typed(task.hidden_states)[row]) +
+             const float sum = static_cast<float>(typed(task.input)[row]) +
                                static_cast<float>(typed(task.attn_output)[row]) + value;
              static_cast<T*>(task.output)[row] = static_cast<T>(sum);
            });

@@ -5,7 +5,7 @@
 
 namespace clusterfusion::cuda {
 
-// Of LayerParams or LayerInputs: the number that the host gave, or the one in device memory.
+// Of LayerParams or LayerTask: the number that the host gave, or the one in device memory.
 template <typename Inputs>
 __device__ __forceinline__ int position_of(const Inputs& inputs) {
   if (inputs.device_position == nullptr) return static_cast<int>(inputs.position);

@@ -35,6 +35,7 @@ struct AttentionParams {
   const PromptExtent* extent;  // on the device
   std::int32_t rows;           // at least the extent's count
   std::int32_t num_heads, head_dim;
+  std::int32_t heads_per_kv_head;  // query heads that share keys and values
 };
 
 // A kernel for one 16-bit type and for head sizes up to a limit.

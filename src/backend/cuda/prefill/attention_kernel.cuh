@@ -59,6 +59,7 @@ class AttentionTile {
         g(threadIdx.x % 32 / 4),
         q(threadIdx.x % 4),
         head(blockIdx.x),
+        kv_head(blockIdx.x / params.heads_per_kv_head),
         // The tiles with most keys come first.
         first_row((gridDim.y - 1 - blockIdx.y) * Shape::kRows),
         warp_row(first_row + threadIdx.x / 32 * 16 * kRowTiles),
@@ -111,7 +112,7 @@ class AttentionTile {
     static_assert(Shape::kKeys * Shape::kUnits % kAttentionThreads == 0);
     const int first = tile * Shape::kKeys;
     const char* page = p.cache.pages[first / plan::kKvPagePositions] + p.cache.layer_offset +
-                       static_cast<std::int64_t>(head) * p.cache.head_bytes;
+                       static_cast<std::int64_t>(kv_head) * p.cache.head_bytes;
     const std::uint32_t stage = base + tile % 2 * Shape::kStageBytes;
     const int in_block = (1 << p.cache.log2_block) - 1;
     const int value_offset = p.cache.block_bytes / 2;
@@ -275,7 +276,7 @@ class AttentionTile {
   const PromptExtent extent;  // no kernel writes it: read without waiting
   const std::uint32_t base;   // of shared memory
   const int thread, lane, g, q;
-  const int head, first_row, warp_row;
+  const int head, kv_head, first_row, warp_row;
   const int end_position;  // keys of this block end before it
   float output[kRowTiles][2 * kHeadSteps][4] = {};
   float maximum[kRowTiles][2];

@@ -4,6 +4,7 @@
 #include <bit>
 
 #include "backend/cuda/check.hpp"
+#include "backend/sequences.hpp"
 #include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
@@ -19,22 +20,22 @@ constexpr std::int64_t kAlignment = 256;
 // that, each of a few hundred nodes.
 constexpr std::int64_t kMostGraphRows = 512;
 
-const float* floats(const char* bias) { return reinterpret_cast<const float*>(bias); }
-
-std::int64_t pages_for(std::int64_t positions) {
-  return (positions + kKvPagePositions - 1) / kKvPagePositions;
-}
-
 constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-std::int64_t wide_columns(const ModelConfig& config) {
-  return std::max(3 * config.hidden_size, config.intermediate_size);
+// Of the MLP's matrices that its input meets.
+std::int64_t mlp_columns(const LayerSpec& spec) {
+  return spec.intermediate_size + plan::width_of(plan::Place::gate, spec);
 }
 
-std::int64_t activation_bytes_per_token(const ModelConfig& config) {
-  return config.hidden_size * (4 + 3 * 2) + config.intermediate_size * 2 + wide_columns(config) * 4;
+std::int64_t wide_columns(const LayerSpec& spec) {
+  return std::max({spec.qkv_size(), mlp_columns(spec), spec.hidden_size});
+}
+
+std::int64_t activation_bytes_per_token(const LayerSpec& spec) {
+  return spec.hidden_size * (4 + 2 * 2) + spec.attention_size() * 2 + spec.intermediate_size * 2 +
+         wide_columns(spec) * 4;
 }
 
 // Products are made for so many rows, so that prompts of similar lengths share cuBLASLt's choice of
@@ -114,6 +115,8 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
                  std::int64_t max_positions)
     : config_(config),
       weights_(weights),
+      steps_(plan::mlp_first(plan::make_layer_program(config))),
+      phases_(plan::phases_of(steps_)),
       max_tokens_(choose_max_tokens(config, max_positions)),
       attention_kernel_(find_attention_kernel(config.dtype, config.head_dim)),
       products_(config.dtype),
@@ -125,6 +128,7 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
           "(device \"cpu\")",
           kMaxNormWidth, config.hidden_size);
   attention_.num_heads = static_cast<std::int32_t>(config.num_heads);
+  attention_.heads_per_kv_head = static_cast<std::int32_t>(config.heads_per_kv_head());
   attention_.head_dim = static_cast<std::int32_t>(config.head_dim);
   attention_.cache.head_bytes = static_cast<std::int32_t>(kv.head_bytes);
   attention_.cache.block_bytes = static_cast<std::int32_t>(kv.block_bytes);
@@ -145,7 +149,7 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
     arena.place(x_, max_tokens_ * config.hidden_size * 4);
     arena.place(normed_, max_tokens_ * config.hidden_size * 2);
     arena.place(mlp_normed_, max_tokens_ * config.hidden_size * 2);
-    arena.place(heads_, max_tokens_ * config.hidden_size * 2);
+    arena.place(heads_, max_tokens_ * config.attention_size() * 2);
     arena.place(active_, max_tokens_ * config.intermediate_size * 2);
     arena.place(wide_, wide_elements_ * 4);
     arena.place(targets_, max_tokens_ * 4);
@@ -226,126 +230,129 @@ void Prefill::launch_layers(cudaStream_t stream) {
 }
 
 void Prefill::run_layer(std::int64_t index, cudaStream_t stream) {
-  const StreamedLayer& layer = weights_.layers()[static_cast<std::size_t>(index)];
   layer_ = index;
+  attention_.cache.layer_offset = index * config_.kv_heads() * attention_.cache.head_bytes;
   if (hooks_ != nullptr) hooks_->before_layer(index, x_, stream);
-  run_branches(layer, stream);
+  run_steps(weights_.layers()[static_cast<std::size_t>(index)], stream);
   if (hooks_ != nullptr) hooks_->after_layer(index, x_, stream);
 }
 
-// Attention and MLP, in parallel or one after the other.
-void Prefill::run_branches(const StreamedLayer& layer, cudaStream_t stream) {
-  attention_.cache.layer_offset = layer_ * config_.num_heads * attention_.cache.head_bytes;
-  const LayerNormOutput before_attention{layer.input_norm_weight, layer.input_norm_bias, normed_};
-  const LayerNormOutput before_mlp{layer.post_norm_weight, layer.post_norm_bias, mlp_normed_};
-  if (!config_.parallel_residual) {
-    normalise(before_attention, {}, stream);
-    attend(layer, stream);
-    add_attention(layer, stream);
-    normalise(before_mlp, {}, stream);
-    add_mlp(layer, wide_, products_, stream);
+// The MLP of a parallel layer runs beside its attention, in a stream of its own, if there is room
+// for both: with few tokens, neither fills the device.
+void Prefill::run_steps(const DeviceLayer& layer, cudaStream_t stream) {
+  const std::int64_t qkv_elements = rows_ * config_.qkv_size();
+  const bool forks = config_.parallel_residual &&
+                     qkv_elements + rows_ * mlp_columns(config_) <= wide_elements_ &&
+                     !looks_at(PrefillHooks::Branch::mlp) && !ablates_mlp();
+  const Lane main{stream, products_, wide_};
+  const Lane side{side_.get(), side_products_, wide_ + qkv_elements};
+  bool forked = false;
+  for (const std::span<const plan::Step> phase : phases_) {
+    if (phase[0].operation == plan::Operation::norm) {
+      normalise(layer, phase, stream);
+      continue;
+    }
+    for (const plan::Step& step : phase) {
+      const bool aside = forks && step.of_mlp;
+      if (aside && !forked) order(stream, side_.get(), normalised_.get());
+      if (!aside && forked && waits_for_mlp(step)) order(side_.get(), stream, mlp_added_.get());
+      forked = forked || aside;
+      run_step(step, layer, aside ? side : main);
+    }
+  }
+}
+
+bool Prefill::waits_for_mlp(const plan::Step& step) const {
+  for (std::size_t i = 0; i < steps_.size(); ++i)
+    if (step.waits_for(i) && steps_[i].of_mlp && steps_[i].operation != plan::Operation::norm)
+      return true;
+  return false;
+}
+
+// What comes in `second` waits for what is in `first`.
+void Prefill::order(cudaStream_t first, cudaStream_t second, cudaEvent_t event) {
+  check(cudaEventRecord(event, first), "recording an event");
+  check(cudaStreamWaitEvent(second, event), "waiting for an event");
+}
+
+// One norm of the residual stream or, in one launch, two.
+void Prefill::normalise(const DeviceLayer& layer, std::span<const plan::Step> phase,
+                        cudaStream_t stream) {
+  NormOutput outputs[2];
+  for (std::size_t i = 0; i < phase.size(); ++i) {
+    const LayerTensor weight = phase[i].weight;
+    outputs[i] = {layer[weight], layer[bias_of(weight)], narrow_at(phase[i].output)};
+  }
+  launch_norm(norm_params(x_, rows_), outputs[0], outputs[1], stream);
+}
+
+NormParams Prefill::norm_params(const float* x, std::int64_t rows) const {
+  return {config_.dtype, config_.norm,       static_cast<float>(config_.layer_norm_eps), x,
+          rows,          config_.hidden_size};
+}
+
+// 16-bit rows, as they enter a product.
+void* Prefill::narrow_at(plan::Place place) const {
+  switch (place) {
+    case plan::Place::attention_in: return normed_;
+    case plan::Place::mlp_in: return mlp_normed_;
+    case plan::Place::heads: return heads_;
+    default: return active_;
+  }
+}
+
+// One that is not a norm.
+void Prefill::run_step(const plan::Step& step, const DeviceLayer& layer, const Lane& lane) {
+  if (step.operation == plan::Operation::product) return run_product(step, layer, lane);
+  const RotaryParams rotary{lane.wide, weights_.rotary(),
+                            static_cast<std::int32_t>(config_.rotary_dim)};
+  launch_rotary(config_.dtype, rotary, attention_, lane.stream);
+  launch_attention(attention_kernel_, attention_, lane.stream);
+  if (hooks_ != nullptr) hooks_->at_heads(layer_, heads_, lane.stream);
+}
+
+void Prefill::run_product(const plan::Step& step, const DeviceLayer& layer, const Lane& lane) {
+  using Branch = PrefillHooks::Branch;
+  const bool adds = step.epilogue == plan::Epilogue::add_to_output;
+  const Branch branch = step.of_mlp ? Branch::mlp : Branch::attention;
+  if (step.of_mlp && ablates_mlp()) {
+    if (adds) hooks_->at_branch(branch, layer_, nullptr, lane.stream);
     return;
   }
-  normalise(before_attention, before_mlp, stream);
-  const std::int64_t qkv_elements = rows_ * 3 * config_.hidden_size;
-  if (qkv_elements + rows_ * config_.intermediate_size > wide_elements_ ||
-      looks_at(PrefillHooks::Branch::mlp)) {
-    add_mlp(layer, wide_, products_, stream);
-    attend(layer, stream);
-  } else {
-    // Side by side: with few tokens, neither fills the device.
-    check(cudaEventRecord(normalised_.get(), stream), "recording an event");
-    check(cudaStreamWaitEvent(side_.get(), normalised_.get()), "waiting for an event");
-    add_mlp(layer, wide_ + qkv_elements, side_products_, side_.get());
-    check(cudaEventRecord(mlp_added_.get(), side_.get()), "recording an event");
-    attend(layer, stream);
-    check(cudaStreamWaitEvent(stream, mlp_added_.get()), "waiting for an event");
+  const std::int64_t inner = config_.intermediate_size;
+  float* const gate = lane.wide + rows_ * inner;
+  // A hook looks at what is added; by then nobody reads lane.wide any more.
+  const bool apart = adds && looks_at(branch);
+  lane.products.multiply({.x = narrow_at(step.input),
+                          .weight = layer[step.weight],
+                          .bias = reinterpret_cast<const float*>(layer[bias_of(step.weight)]),
+                          .y = adds && !apart                     ? x_
+                               : step.output == plan::Place::gate ? gate
+                                                                  : lane.wide,
+                          .rows = rows_,
+                          .in = plan::width_of(step.input, config_),
+                          .out = plan::width_of(step.output, config_),
+                          .accumulate = adds && !apart},
+                         lane.stream);
+  if (apart) {
+    hooks_->at_branch(branch, layer_, lane.wide, lane.stream);
+    launch_add(x_, lane.wide, extent_.count * config_.hidden_size, lane.stream);
   }
-  add_attention(layer, stream);
+  // The gate's activation is taken where it is multiplied.
+  if (step.output != plan::Place::mlp) return;
+  const bool gated = step.epilogue == plan::Epilogue::times_gate;
+  launch_activation(config_.dtype, config_.activation, gated ? gate : lane.wide,
+                    gated ? lane.wide : nullptr, active_, rows_ * inner, lane.stream);
 }
 
-void Prefill::normalise(const LayerNormOutput& first, const LayerNormOutput& second,
-                        cudaStream_t stream) {
-  launch_layer_norm(config_.dtype, x_, first, second, static_cast<float>(config_.layer_norm_eps),
-                    rows_, config_.hidden_size, stream);
-}
-
-// heads = attention(normed)
-void Prefill::attend(const StreamedLayer& layer, cudaStream_t stream) {
-  products_.multiply({.x = normed_,
-                      .weight = layer.qkv,
-                      .bias = floats(layer.qkv_bias),
-                      .y = wide_,
-                      .rows = rows_,
-                      .in = config_.hidden_size,
-                      .out = 3 * config_.hidden_size},
-                     stream);
-  const RotaryParams rotary{wide_, weights_.rotary(),
-                            static_cast<std::int32_t>(config_.rotary_dim)};
-  launch_rotary(config_.dtype, rotary, attention_, stream);
-  launch_attention(attention_kernel_, attention_, stream);
-  if (hooks_ != nullptr) hooks_->at_heads(layer_, heads_, stream);
-}
-
-// x += what a branch has given by itself, for a hook to look at it
-void Prefill::add_branch(PrefillHooks::Branch branch, float* rows, cudaStream_t stream) {
-  hooks_->at_branch(branch, layer_, rows, stream);
-  launch_add(x_, rows, extent_.count * config_.hidden_size, stream);
-}
-
-// x += the heads' outputs, projected
-void Prefill::add_attention(const StreamedLayer& layer, cudaStream_t stream) {
-  // By way of the memory of the queries, keys and values, which is free by now.
-  const bool apart = looks_at(PrefillHooks::Branch::attention);
-  products_.multiply({.x = heads_,
-                      .weight = layer.attention_out,
-                      .bias = floats(layer.attention_out_bias),
-                      .y = apart ? wide_ : x_,
-                      .rows = rows_,
-                      .in = config_.hidden_size,
-                      .out = config_.hidden_size,
-                      .accumulate = !apart},
-                     stream);
-  if (apart) add_branch(PrefillHooks::Branch::attention, wide_, stream);
-}
-
-// x += mlp(mlp_normed), by way of `wide`
-void Prefill::add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& products,
-                      cudaStream_t stream) {
-  const bool apart = looks_at(PrefillHooks::Branch::mlp);
-  if (hooks_ != nullptr && hooks_->ablates_mlp(layer_))
-    return hooks_->at_branch(PrefillHooks::Branch::mlp, layer_, nullptr, stream);
-  products.multiply({.x = mlp_normed_,
-                     .weight = layer.mlp_up,
-                     .bias = floats(layer.mlp_up_bias),
-                     .y = wide,
-                     .rows = rows_,
-                     .in = config_.hidden_size,
-                     .out = config_.intermediate_size},
-                    stream);
-  launch_activation(config_.dtype, config_.activation, wide, active_,
-                    rows_ * config_.intermediate_size, stream);
-  products.multiply({.x = active_,
-                     .weight = layer.mlp_down,
-                     .bias = floats(layer.mlp_down_bias),
-                     .y = apart ? wide : x_,
-                     .rows = rows_,
-                     .in = config_.intermediate_size,
-                     .out = config_.hidden_size,
-                     .accumulate = !apart},
-                    stream);
-  if (apart) add_branch(PrefillHooks::Branch::mlp, wide, stream);
-}
-
-// Final LayerNorm and LM head from `first_row` on, in slices whose logits fit into wide_.
+// Final norm and LM head from `first_row` on, in slices whose logits fit into wide_.
 void Prefill::score(std::int64_t first_row, const PrefillOutput& output, cudaStream_t stream) {
   const std::int64_t hidden = config_.hidden_size;
   const std::int64_t vocab = config_.vocab_size;
   const std::int64_t count = extent_.count;
   if (first_row == count) return;
-  launch_layer_norm(config_.dtype, x_ + first_row * hidden,
-                    {weights_.final_norm_weight(), weights_.final_norm_bias(), normed_}, {},
-                    static_cast<float>(config_.layer_norm_eps), count - first_row, hidden, stream);
+  launch_norm(norm_params(x_ + first_row * hidden, count - first_row),
+              {weights_.final_norm_weight(), weights_.final_norm_bias(), normed_}, {}, stream);
   // Rows without a target are scored as well, against none.
   std::vector<TokenId> targets(static_cast<std::size_t>(count), -1);
   std::copy(output.targets.begin(), output.targets.end(), targets.begin());

@@ -1,6 +1,6 @@
 // A prompt as matrix-matrix work: many tokens of one sequence through all layers at once.
 //
-// Numbers: the residual stream, LayerNorm, softmax and all sums are float32; activations are
+// Numbers: the residual stream, norms, softmax and all sums are float32; activations are
 // rounded to the weights' type as they enter a product. The same call gives the same bits. Products
 // are summed in another order than in the decode step, and in different orders for different
 // numbers of tokens.
@@ -28,6 +28,7 @@
 #include "backend/cuda/prefill/prefill_hooks.hpp"
 #include "backend/cuda/prefill/row_kernels.hpp"
 #include "plan/decode_plan.hpp"
+#include "plan/layer_program.hpp"
 
 namespace clusterfusion::cuda {
 
@@ -63,17 +64,25 @@ class Prefill {
   void send(std::span<const TokenId> tokens, std::span<char* const> pages, cudaStream_t stream);
   void run_layers(cudaStream_t stream);
   void launch_layers(cudaStream_t stream);
+  // A stream, and what its steps have for themselves.
+  struct Lane {
+    cudaStream_t stream;
+    MatrixProducts& products;
+    float* wide;
+  };
   void run_layer(std::int64_t index, cudaStream_t stream);
-  void run_branches(const StreamedLayer& layer, cudaStream_t stream);
-  void normalise(const LayerNormOutput& first, const LayerNormOutput& second, cudaStream_t stream);
-  void attend(const StreamedLayer& layer, cudaStream_t stream);
-  void add_attention(const StreamedLayer& layer, cudaStream_t stream);
-  void add_mlp(const StreamedLayer& layer, float* wide, MatrixProducts& products,
-               cudaStream_t stream);
+  void run_steps(const DeviceLayer& layer, cudaStream_t stream);
+  void run_step(const plan::Step& step, const DeviceLayer& layer, const Lane& lane);
+  void run_product(const plan::Step& step, const DeviceLayer& layer, const Lane& lane);
+  void normalise(const DeviceLayer& layer, std::span<const plan::Step> phase, cudaStream_t stream);
+  NormParams norm_params(const float* x, std::int64_t rows) const;
+  void* narrow_at(plan::Place place) const;
+  bool waits_for_mlp(const plan::Step& step) const;
+  static void order(cudaStream_t first, cudaStream_t second, cudaEvent_t event);
   bool looks_at(PrefillHooks::Branch branch) const {
     return hooks_ != nullptr && hooks_->look_at_branch(branch, layer_);
   }
-  void add_branch(PrefillHooks::Branch branch, float* rows, cudaStream_t stream);
+  bool ablates_mlp() const { return hooks_ != nullptr && hooks_->ablates_mlp(layer_); }
   void score(std::int64_t first_row, const PrefillOutput& output, cudaStream_t stream);
   void collect_scores(const PrefillOutput& output) const;
 
@@ -85,6 +94,8 @@ class Prefill {
 
   const ModelConfig& config_;
   const DeviceModel& weights_;
+  const plan::LayerProgram steps_;
+  const std::vector<std::span<const plan::Step>> phases_;  // of steps_
   std::int64_t max_tokens_;
   AttentionKernel attention_kernel_;
   MatrixProducts products_, side_products_;  // each has a workspace
@@ -101,10 +112,10 @@ class Prefill {
   float* x_ = nullptr;          // [hidden]: the residual stream
   void* normed_ = nullptr;      // [hidden], 16-bit: the input of attention
   void* mlp_normed_ = nullptr;  // [hidden], 16-bit: the input of the MLP
-  void* heads_ = nullptr;       // [hidden], 16-bit: queries, then the heads' outputs
+  void* heads_ = nullptr;       // [heads, head_dim], 16-bit: queries, then the heads' outputs
   void* active_ = nullptr;      // [intermediate], 16-bit: the MLP's activations
-  // [3 hidden] queries, keys and values; or [intermediate], before the activation; or [vocab],
-  // logits of logit_rows_ rows.
+  // Queries, keys and values; or [intermediate], before the activation, and behind all rows of it
+  // those of the gate; or [vocab], logits of logit_rows_ rows.
   float* wide_ = nullptr;
   std::int64_t wide_elements_ = 0;
   std::int64_t logit_rows_ = 0;

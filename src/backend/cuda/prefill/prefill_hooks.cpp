@@ -18,7 +18,7 @@ void PrefillHooks::at_heads(std::int64_t layer, void* heads, cudaStream_t stream
   const auto head_bytes = static_cast<std::size_t>(config_.head_dim) * 2;
   for (const std::int64_t head : interventions_->layer(layer).ablated_heads)
     check(cudaMemset2DAsync(static_cast<char*>(heads) + head * config_.head_dim * 2,
-                            static_cast<std::size_t>(config_.hidden_size) * 2, 0, head_bytes,
+                            static_cast<std::size_t>(config_.attention_size()) * 2, 0, head_bytes,
                             static_cast<std::size_t>(count_), stream),
           "ablating a head");
 }
@@ -37,7 +37,7 @@ void PrefillHooks::at_final_norm(const float* residual, const DeviceModel& weigh
                                  cudaStream_t stream) const {
   for (const ActivationOutput& output : activations_)
     if (output.site.kind == ActivationKind::final_norm)
-      launch_final_norm(config_.dtype, residual, weights.final_norm_weight(),
+      launch_final_norm(config_.dtype, config_.norm, residual, weights.final_norm_weight(),
                         weights.final_norm_bias(), static_cast<float>(config_.layer_norm_eps),
                         output.rows, count_, config_.hidden_size, stream);
 }

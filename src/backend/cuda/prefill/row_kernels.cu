@@ -77,15 +77,16 @@ constexpr int kNormVectors = kMaxNormWidth / 4 / kThreads;
 
 template <typename T>
 __device__ __forceinline__ void write_normalised(const float4 (&x)[kNormVectors], float mean,
-                                                 float inverse_deviation,
-                                                 const LayerNormOutput& output, int hidden) {
+                                                 float inverse_deviation, const NormOutput& output,
+                                                 int hidden) {
   auto* row = static_cast<uint2*>(output.rows) + static_cast<std::int64_t>(blockIdx.x) * hidden / 4;
 #pragma unroll
   for (int v = 0; v < kNormVectors; ++v) {
     const int i = threadIdx.x + v * kThreads;
     if (i >= hidden / 4) continue;
     const uint2 weight = __ldg(static_cast<const uint2*>(output.weight) + i);
-    const uint2 bias = __ldg(static_cast<const uint2*>(output.bias) + i);
+    const uint2 bias = output.bias == nullptr ? make_uint2(0, 0)
+                                              : __ldg(static_cast<const uint2*>(output.bias) + i);
     const auto one = [&](float value, float weight, float bias) {
       return fmaf((value - mean) * inverse_deviation, weight, bias);
     };
@@ -96,11 +97,12 @@ __device__ __forceinline__ void write_normalised(const float4 (&x)[kNormVectors]
   }
 }
 
-// One block a row; mean and deviation in two passes over registers: safe for any mean.
+// One block a row; mean and deviation in two passes over registers: safe for any mean. RMSNorm
+// takes the squares around zero.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    layer_norm(const float* rows, const LayerNormOutput first, const LayerNormOutput second,
-               float eps, int hidden) {
+    normalise(NormKind kind, const float* rows, const NormOutput first, const NormOutput second,
+              float eps, int hidden) {
   __shared__ float partial[2][kThreads / 32];
   wait_for_dependencies();
   const auto* row =
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
     x[v] = i < hidden / 4 ? row[i] : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     sum += (x[v].x + x[v].y) + (x[v].z + x[v].w);
   }
-  const float mean = block_sum(sum, partial[0]) / hidden;
+  const float mean = kind == NormKind::rms_norm ? 0.0f : block_sum(sum, partial[0]) / hidden;
   float squares = 0.0f;
 #pragma unroll
   for (int v = 0; v < kNormVectors; ++v) {
@@ -128,12 +130,12 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Where the key of a position lies in the cache; its value lies block_bytes / 2 behind.
-__device__ __forceinline__ char* cached_key(const PromptCache& cache, int position, int head,
+__device__ __forceinline__ char* cached_key(const PromptCache& cache, int position, int kv_head,
                                             int head_dim) {
   const int slot = position % plan::kKvPagePositions;
   const int in_block = slot & ((1 << cache.log2_block) - 1);
   return cache.pages[position / plan::kKvPagePositions] + cache.layer_offset +
-         static_cast<std::int64_t>(head) * cache.head_bytes +
+         static_cast<std::int64_t>(kv_head) * cache.head_bytes +
          (slot >> cache.log2_block) * cache.block_bytes + in_block * head_dim * 2;
 }
 
@@ -155,18 +157,20 @@ __global__ void __launch_bounds__(kThreads)
   const PromptExtent extent = *p.extent;
   start_dependents();
   wait_for_dependencies();
-  const int width = 3 * p.num_heads * p.head_dim;
+  const int group = p.heads_per_kv_head;
+  const int parts = group + 2;  // of a head of keys and values: its queries, its key, its value
+  const int width = p.num_heads / group * parts * p.head_dim;
   const int column = 4 * static_cast<int>(blockIdx.x * kThreads + threadIdx.x);
   if (column >= width) return;
   const int row = blockIdx.y;
-  const int head = column / (3 * p.head_dim);
-  const int part = column / p.head_dim - 3 * head;
+  const int kv_head = column / (parts * p.head_dim);
+  const int part = column / p.head_dim - parts * kv_head;
   const int dim = column % p.head_dim;
   const float* vector = r.qkv + static_cast<std::int64_t>(row) * width + (column - dim);
   float4 value = *reinterpret_cast<const float4*>(vector + dim);
   if (row >= extent.count) return;
   const int position = extent.first_position + row;
-  if (part < 2 && dim < r.rotary_dim) {
+  if (part <= group && dim < r.rotary_dim) {
     const int half = r.rotary_dim / 2;
     const float2* angles = r.rotary + static_cast<std::int64_t>(position) * half;
     value =
@@ -174,28 +178,35 @@ __global__ void __launch_bounds__(kThreads)
                     rotated(vector, dim + 2, angles, half), rotated(vector, dim + 3, angles, half));
   }
   char* target;
-  if (part == 0) {
+  if (part < group) {
     // Scores come out as base-2 logarithms.
     const float scale = rsqrtf(static_cast<float>(p.head_dim)) * 1.4426950408889634f;
     value = make_float4(value.x * scale, value.y * scale, value.z * scale, value.w * scale);
-    target = static_cast<char*>(p.query) +
-             (static_cast<std::int64_t>(row) * p.num_heads + head) * p.head_dim * 2;
+    target =
+        static_cast<char*>(p.query) +
+        (static_cast<std::int64_t>(row) * p.num_heads + kv_head * group + part) * p.head_dim * 2;
   } else {
-    target = cached_key(p.cache, position, head, p.head_dim);
-    if (part == 2) target += p.cache.block_bytes / 2;
+    target = cached_key(p.cache, position, kv_head, p.head_dim);
+    if (part > group) target += p.cache.block_bytes / 2;
   }
   *reinterpret_cast<uint2*>(target + dim * 2) = pack_four<T>(value);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    activate_all(Activation activation, const float4* input, uint2* output, std::int64_t vectors) {
+    activate_all(Activation activation, const float4* input, const float4* factor, uint2* output,
+                 std::int64_t vectors) {
   wait_for_dependencies();
   const std::int64_t i = blockIdx.x * static_cast<std::int64_t>(kThreads) + threadIdx.x;
   if (i >= vectors) return;
   const float4 x = input[i];
-  output[i] = pack_four<T>(make_float4(activate(activation, x.x), activate(activation, x.y),
-                                       activate(activation, x.z), activate(activation, x.w)));
+  float4 y = make_float4(activate(activation, x.x), activate(activation, x.y),
+                         activate(activation, x.z), activate(activation, x.w));
+  if (factor != nullptr) {
+    const float4 f = factor[i];
+    y = make_float4(y.x * f.x, y.y * f.y, y.z * f.z, y.w * f.w);
+  }
+  output[i] = pack_four<T>(y);
 }
 
 // One block a row.
@@ -235,30 +246,32 @@ void launch_embed(DType dtype, const std::int32_t* tokens, const void* embedding
   });
 }
 
-void launch_layer_norm(DType dtype, const float* x, const LayerNormOutput& first,
-                       const LayerNormOutput& second, float eps, std::int64_t count,
-                       std::int64_t hidden, cudaStream_t stream) {
-  with_type(dtype, "starting a LayerNorm", [&](auto type) {
-    launch_dependent(layer_norm<decltype(type)>, dim3(static_cast<unsigned>(count)), stream, x,
-                     first, second, eps, static_cast<int>(hidden));
+void launch_norm(const NormParams& params, const NormOutput& first, const NormOutput& second,
+                 cudaStream_t stream) {
+  with_type(params.dtype, "starting a norm", [&](auto type) {
+    launch_dependent(normalise<decltype(type)>, dim3(static_cast<unsigned>(params.count)), stream,
+                     params.kind, params.x, first, second, params.eps,
+                     static_cast<int>(params.hidden));
   });
 }
 
 void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
                    cudaStream_t stream) {
-  const dim3 grid(blocks_for(3 * attention.num_heads * attention.head_dim / 4),
-                  static_cast<unsigned>(attention.rows));
+  const std::int32_t group = attention.heads_per_kv_head;
+  const std::int32_t width = attention.num_heads / group * (group + 2) * attention.head_dim;
+  const dim3 grid(blocks_for(width / 4), static_cast<unsigned>(attention.rows));
   with_type(dtype, "starting the rotation", [&](auto type) {
     launch_dependent(rotate_and_store<decltype(type)>, grid, stream, rotary, attention);
   });
 }
 
-void launch_activation(DType dtype, Activation activation, const float* input, void* output,
-                       std::int64_t elements, cudaStream_t stream) {
+void launch_activation(DType dtype, Activation activation, const float* input, const float* factor,
+                       void* output, std::int64_t elements, cudaStream_t stream) {
   with_type(dtype, "starting an activation", [&](auto type) {
     launch_dependent(activate_all<decltype(type)>, dim3(blocks_for(elements / 4)), stream,
                      activation, reinterpret_cast<const float4*>(input),
-                     static_cast<uint2*>(output), elements / 4);
+                     reinterpret_cast<const float4*>(factor), static_cast<uint2*>(output),
+                     elements / 4);
   });
 }
 

@@ -14,8 +14,9 @@ namespace clusterfusion::cuda {
 void launch_embed(DType dtype, const std::int32_t* tokens, const void* embedding, float* x,
                   std::int64_t count, std::int64_t hidden, cudaStream_t stream);
 
-// Weight and bias [hidden] in the weights' type, and where the normalised rows go, in that type.
-struct LayerNormOutput {
+// Weight and bias (or null) [hidden] in the weights' type, and where the normalised rows go, in
+// that type.
+struct NormOutput {
   const void* weight = nullptr;
   const void* bias = nullptr;
   void* rows = nullptr;
@@ -24,14 +25,20 @@ struct LayerNormOutput {
 // The widest row that one block normalises.
 inline constexpr std::int64_t kMaxNormWidth = 5120;
 
-// LayerNorm of x[count, hidden]: once or, if `second.rows` is there, with two sets of parameters.
-// `hidden` is a multiple of 4.
-void launch_layer_norm(DType dtype, const float* x, const LayerNormOutput& first,
-                       const LayerNormOutput& second, float eps, std::int64_t count,
-                       std::int64_t hidden, cudaStream_t stream);
+struct NormParams {
+  DType dtype;  // the weights'
+  NormKind kind;
+  float eps;
+  const float* x;              // [count, hidden]
+  std::int64_t count, hidden;  // `hidden` is a multiple of 4
+};
+
+// The norm of x: once or, if `second.rows` is there, with two sets of parameters.
+void launch_norm(const NormParams& params, const NormOutput& first, const NormOutput& second,
+                 cudaStream_t stream);
 
 struct RotaryParams {
-  const float* qkv;      // [rows, heads, 3, head_dim], biases included
+  const float* qkv;      // [rows, LayerSpec::qkv_size()], biases included
   const float2* rotary;  // [positions, rotary_dim / 2]: cosine and sine
   std::int32_t rotary_dim;
 };
@@ -41,9 +48,10 @@ struct RotaryParams {
 void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
                    cudaStream_t stream);
 
-// output[i] = activation(input[i]), rounded to `dtype`; `elements` is a multiple of 4.
-void launch_activation(DType dtype, Activation activation, const float* input, void* output,
-                       std::int64_t elements, cudaStream_t stream);
+// output[i] = activation(input[i]), times factor[i] unless that is null, rounded to `dtype`;
+// `elements` is a multiple of 4.
+void launch_activation(DType dtype, Activation activation, const float* input, const float* factor,
+                       void* output, std::int64_t elements, cudaStream_t stream);
 
 struct RowScore {
   float target_logprob;     // of the row's target; 0 if it has none

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/stream/stream_kernel.hpp"
 #include "backend/cuda/stream/stream_setup.hpp"
 #include "base/fail.hpp"
@@ -20,11 +21,6 @@ constexpr std::int32_t kAnnouncedAhead = 2;
 // A part of a phase is dealt round-robin, so that no ticket has to be waited for when it begins.
 constexpr std::int32_t kStaticPercent = 30;
 constexpr std::int32_t kTicketBytes = 40960;
-
-plan::DeviceLimits limits_of(const cudaDeviceProp& properties) {
-  return {properties.multiProcessorCount,
-          static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
-}
 
 constexpr std::int32_t operand_index(std::int32_t operand_rows) {
   return operand_rows == 8 ? 0 : 1;

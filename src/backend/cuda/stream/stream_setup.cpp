@@ -35,7 +35,7 @@ StreamParams describe_model(const ModelConfig& config, const plan::ProductCuts& 
   p.mlp_down = streamed(cuts.mlp_down);
   p.attention_out = streamed(cuts.attention_out);
   p.lm_head = streamed(cuts.lm_head);
-  p.first_layer = weights.layers().front();
+  p.first_layer = weights.first_streamed_layer();
   p.layer_stride = weights.layer_stride();
   p.embedding = weights.embedding();
   p.lm_head_weight = weights.lm_head();

@@ -1,0 +1,36 @@
+// The tensors of a layer: the one list that binding, upload, checks and searches walk.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "clusterfusion/layer_spec.hpp"
+
+namespace clusterfusion {
+
+struct LayerTensorShape {
+  LayerTensor tensor;
+  std::vector<std::int64_t> shape;  // a vector's size, or a matrix's rows and columns
+};
+
+// Those that a layer of `spec` has, in the order of LayerTensor.
+inline std::vector<LayerTensorShape> layer_tensors(const LayerSpec& spec) {
+  std::vector<LayerTensorShape> list;
+  const auto add = [&](LayerTensor weight, std::vector<std::int64_t> shape, bool has_bias) {
+    list.push_back({weight, shape});
+    if (has_bias) list.push_back({bias_of(weight), {shape[0]}});
+  };
+  const std::int64_t hidden = spec.hidden_size;
+  const std::int64_t inner = spec.intermediate_size;
+  const bool norm_bias = spec.norm == NormKind::layer_norm;
+  add(LayerTensor::input_norm_weight, {hidden}, norm_bias);
+  add(LayerTensor::post_norm_weight, {hidden}, norm_bias);
+  add(LayerTensor::qkv_weight, {spec.qkv_size(), hidden}, spec.attention_bias);
+  if (spec.gated_mlp) add(LayerTensor::mlp_gate_weight, {inner, hidden}, spec.mlp_bias);
+  add(LayerTensor::mlp_up_weight, {inner, hidden}, spec.mlp_bias);
+  add(LayerTensor::mlp_down_weight, {hidden, inner}, spec.mlp_bias);
+  add(LayerTensor::attention_out_weight, {hidden, spec.attention_size()}, spec.attention_bias);
+  return list;
+}
+
+}  // namespace clusterfusion
