@@ -58,6 +58,19 @@ std::int64_t checked_max_positions(std::int64_t wanted, const ModelConfig& confi
   return wanted == 0 ? config.max_positions : wanted;
 }
 
+// How many pages sequences should have at most: by default half of the memory that is left, and the
+// longest context in any case.
+std::int64_t kv_pages(std::int64_t bytes, std::int64_t max_positions, std::int64_t page_bytes) {
+  if (bytes == 0) {
+    return std::max(available_memory() / 2 / page_bytes, kv_pages_of(max_positions));
+  }
+  require(bytes >= page_bytes, ErrorKind::invalid_argument,
+          "kv_bytes is {}, and a page of the KV cache, {} positions, takes {}; give at least that, "
+          "or 0 for half of the memory that is left",
+          bytes, kKvPagePositions, page_bytes);
+  return bytes / page_bytes;
+}
+
 // Everything that one decode step reads, but for the embedding's one row.
 template <typename F>
 void for_each_decoded_tensor(const ModelWeights& weights, F f) {
@@ -91,6 +104,9 @@ class CpuBackend final : public Backend {
     info_.kv_bytes_per_position = pool_.page_bytes() / kKvPagePositions;
     info_.max_positions = checked_max_positions(options.max_positions, config_);
     info_.prefill_chunk = transformer_.max_rows();
+    info_.kv_pages = kv_pages(options.kv_bytes, info_.max_positions, pool_.page_bytes());
+    info_.any_pieces = true;
+    info_.prefix_granularity = kKvPagePositions;
   }
 
   const BackendInfo& info() const noexcept override { return info_; }
@@ -98,6 +114,34 @@ class CpuBackend final : public Backend {
   SequenceId create_sequence(const SamplingParams& sampling) override {
     sequences_.try_emplace(next_id_, sampling, config_.vocab_size);
     return next_id_++;
+  }
+
+  SequenceId create_sequence(const SamplingParams& sampling, std::span<const TokenId> tokens,
+                             std::span<const KvPageId> pages) override {
+    require(std::ssize(pages) == kv_pages_of(std::ssize(tokens)), ErrorKind::invalid_argument,
+            "{} tokens stand in {} pages, but {} were given", tokens.size(),
+            kv_pages_of(std::ssize(tokens)), pages.size());
+    const SequenceId id = create_sequence(sampling);
+    Sequence& sequence = find(id);
+    sequence.sampler.append(tokens);
+    sequence.length = std::ssize(tokens);
+    for (const KvPageId page : pages) {
+      sequence.pages.push_back(reinterpret_cast<std::byte*>(page));
+      pool_.share(sequence.pages.back());
+    }
+    return id;
+  }
+
+  KvPageId hold_page(SequenceId id, std::int64_t index) override {
+    std::byte* const page = find(id).pages.at(static_cast<std::size_t>(index));
+    pool_.share(page);
+    return KvPageId{reinterpret_cast<std::uintptr_t>(page)};
+  }
+  void drop_page(KvPageId page) override { pool_.let_go(reinterpret_cast<std::byte*>(page)); }
+  std::int64_t kv_pages_in_use() const override { return pool_.in_use(); }
+
+  SampledToken sample(SequenceId id, std::span<const float> logits) override {
+    return find(id).sampler.sample(logits);
   }
 
   void release_sequence(SequenceId id) override {
@@ -140,11 +184,14 @@ class CpuBackend final : public Backend {
   }
   const Sequence& find(SequenceId id) const { return const_cast<CpuBackend*>(this)->find(id); }
 
+  // The pages up to `positions`, of which those that are to be written are the sequence's alone.
   void grow(Sequence& sequence, std::int64_t positions) {
-    const std::int64_t pages = (positions + kKvPagePositions - 1) / kKvPagePositions;
-    if (pages > static_cast<std::int64_t>(sequence.pages.size())) {
-      pool_.grow(sequence.pages, pages);
+    const std::int64_t pages = kv_pages_of(positions);
+    const std::int64_t had = std::ssize(sequence.pages);
+    for (std::int64_t p = sequence.length / kKvPagePositions; p < std::min(had, pages); ++p) {
+      pool_.make_own(sequence.pages[static_cast<std::size_t>(p)]);
     }
+    if (pages > had) pool_.grow(sequence.pages, pages);
   }
 
   void check_token(TokenId token, std::size_t index, const char* what) const {

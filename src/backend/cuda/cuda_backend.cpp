@@ -93,6 +93,10 @@ class CudaBackend final : public Backend {
     info_.prefill_chunk = prefill_.max_tokens();
     info_.decode_ahead = kDecodeAhead;
     prepare();
+    info_.kv_pages = kv_pages(options.kv_bytes);
+    // Whole pieces at the same places are the same computation.
+    info_.prefix_granularity =
+        info_.prefill_chunk % kKvPagePositions == 0 ? info_.prefill_chunk : 0;
   }
 
   ~CudaBackend() override { cudaStreamDestroy(stream_); }
@@ -105,6 +109,33 @@ class CudaBackend final : public Backend {
     sequences_.emplace(id,
                        Sequence{sampling, Sampler(sampling, model_->config().vocab_size), 0, {}});
     return id;
+  }
+
+  SequenceId create_sequence(const SamplingParams& sampling, std::span<const TokenId> tokens,
+                             std::span<const KvPageId> pages) override {
+    require(std::ssize(pages) == kv_pages_of(std::ssize(tokens)), ErrorKind::invalid_argument,
+            "create_sequence: expected {} pages for {} tokens, found {}",
+            kv_pages_of(std::ssize(tokens)), tokens.size(), pages.size());
+    const SequenceId id = create_sequence(sampling);
+    Sequence& sequence = find(id);
+    append(sequence, tokens);
+    for (const KvPageId page : pages) {
+      sequence.pages.push_back(reinterpret_cast<char*>(page));
+      pool_.share(sequence.pages.back());
+    }
+    return id;
+  }
+
+  KvPageId hold_page(SequenceId id, std::int64_t index) override {
+    char* const page = find(id).pages.at(static_cast<std::size_t>(index));
+    pool_.share(page);
+    return KvPageId{reinterpret_cast<std::uintptr_t>(page)};
+  }
+  void drop_page(KvPageId page) override { pool_.give_back(reinterpret_cast<char*>(page)); }
+  std::int64_t kv_pages_in_use() const override { return pool_.in_use(); }
+
+  SampledToken sample(SequenceId id, std::span<const float> logits) override {
+    return find(id).sampler.sample(logits);
   }
 
   void release_sequence(SequenceId id) override {
@@ -120,8 +151,10 @@ class CudaBackend final : public Backend {
     Sequence& sequence = find(id);
     require(positions <= info_.max_positions, ErrorKind::invalid_argument,
             "context: at most {} positions, {} asked for", info_.max_positions, positions);
-    const auto pages =
-        static_cast<std::size_t>((positions + kKvPagePositions - 1) / kKvPagePositions);
+    const auto pages = static_cast<std::size_t>(kv_pages_of(positions));
+    for (std::size_t p = sequence.length / kKvPagePositions;
+         p < std::min(pages, sequence.pages.size()); ++p)
+      make_own(sequence.pages[p]);
     while (sequence.pages.size() < pages) sequence.pages.push_back(pool_.take());
   }
 
@@ -231,6 +264,31 @@ class CudaBackend final : public Backend {
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
     allocate_scratch();
     point_at_weights();
+  }
+
+  // By default nine tenths of what the weights and scratch memory have left.
+  std::int64_t kv_pages(std::int64_t bytes) const {
+    const std::int64_t page_bytes = plan_.kv.page_bytes;
+    if (bytes == 0) {
+      std::size_t free = 0, total = 0;
+      check(cudaMemGetInfo(&free, &total), "asking for free memory");
+      return static_cast<std::int64_t>(free) / 10 * 9 / page_bytes;
+    }
+    require(bytes >= page_bytes, ErrorKind::invalid_argument,
+            "kv_bytes: expected at least {}, one page of {} positions, or 0 for nine tenths of the "
+            "memory that is left; found {}",
+            page_bytes, kKvPagePositions, bytes);
+    return bytes / page_bytes;
+  }
+
+  // Replaces a page that others have too by a copy.
+  void make_own(char*& page) {
+    if (!pool_.is_shared(page)) return;
+    char* const own = pool_.take();
+    check(cudaMemcpyAsync(own, page, plan_.kv.page_bytes, cudaMemcpyDeviceToDevice, stream_),
+          "copying a page of the KV cache");
+    pool_.give_back(page);
+    page = own;
   }
 
   void allocate_scratch() {
