@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "backend/backend.hpp"
@@ -31,9 +32,12 @@ struct FakeState {
   std::vector<std::int64_t> prefill_sizes;
   std::vector<std::size_t> decode_batches;
   std::vector<std::int64_t> burst_starts;   // lengths of the first sequence before decode()
-  std::vector<std::vector<SequenceId>> decoded;  // the sequences of each decode()
   std::vector<std::int32_t> burst_steps;         // and its steps
-  std::vector<SequenceId> prefilled;             // the sequence of each prefill()
+  std::vector<TokenId> prefilled;                // the first token of each prefill()'s sequence
+  std::vector<double> decode_times;              // the clock before each decode()
+  std::atomic<double> clock = 0;                 // seconds; steps and pieces take these
+  double step_seconds = 0;
+  double prefill_token_seconds = 0;
   std::vector<std::int64_t> reserved;            // what each reserve() asked for
   std::map<SequenceId, std::int64_t> live;       // sequences and what they may grow to
   bool asks_to_stop = true;                 // a device may leave out to ask in the middle of a call
@@ -133,13 +137,13 @@ class FakeBackend final : public Backend {
     const Step step(*this);
     before_step();
     state_->prefill_sizes.push_back(std::ssize(tokens));
-    state_->prefilled.push_back(id);
     EXPECT_GE(tokens.size(), 1u);
     EXPECT_LE(std::ssize(tokens), info().prefill_chunk);
     Sequence& sequence = sequences_.at(id);
     const auto width = static_cast<std::size_t>(vocab_size_);
     for (std::size_t i = 0; i < tokens.size(); ++i) {
       append(id, tokens[i]);
+      state_->clock = state_->clock + state_->prefill_token_seconds;
       const std::vector<float> logits = script_(sequence.tokens);
       if (!output.all_logits.empty()) {
         std::ranges::copy(logits, output.all_logits.subspan(i * width, width).begin());
@@ -154,6 +158,7 @@ class FakeBackend final : public Backend {
         *output.sampled = sequence.sampler.sample(logits);
       }
     }
+    state_->prefilled.push_back(sequence.tokens.front());
   }
 
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
@@ -161,8 +166,8 @@ class FakeBackend final : public Backend {
     const Step step(*this);
     before_step();
     state_->decode_batches.push_back(ids.size());
-    state_->decoded.emplace_back(ids.begin(), ids.end());
     state_->burst_steps.push_back(steps);
+    state_->decode_times.push_back(state_->clock);
     state_->burst_starts.push_back(length(ids.front()));
     EXPECT_EQ(ids.size(), inputs.size());
     EXPECT_TRUE(steps >= 1 && steps <= info().decode_ahead);
@@ -174,6 +179,7 @@ class FakeBackend final : public Backend {
       Sequence& sequence = sequences_.at(ids[b]);
       sampled[i] = sequence.sampler.sample(script_(sequence.tokens));
     }
+    state_->clock = state_->clock + steps * state_->step_seconds;
   }
 
   double measure_read_ceiling() override {

@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "clusterfusion/engine.hpp"
@@ -51,6 +52,11 @@ FakeEngine fake_engine(Script script, const std::function<void(FakeState&)>& set
 
 // A request with a prompt of one token.
 GenerateRequest one_token_request(std::int64_t max_new_tokens);
+
+template <typename Condition>
+void wait_until(Condition condition) {
+  while (!condition()) std::this_thread::yield();
+}
 
 // Expects an Error of `kind` whose message matches `message`.
 template <typename Action>

@@ -21,11 +21,6 @@ using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::SizeIs;
 
-template <typename Condition>
-void wait_until(Condition condition) {
-  while (!condition()) std::this_thread::yield();
-}
-
 // Runs a generation and checks what must hold for every one of them: events add up to results,
 // and each sequence ends once.
 std::vector<GenerateResult> run(Engine& engine, std::vector<GenerateRequest> requests) {
