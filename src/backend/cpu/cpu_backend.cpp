@@ -23,7 +23,8 @@ namespace cpu {
 namespace {
 
 // Positions whose logits are in memory at a time where the caller did not ask for them.
-constexpr std::int64_t kLogitRows = 32;
+// More rows of a batch read the LM head once more.
+constexpr std::int64_t kLogitRows = 128;
 constexpr int kMaxThreads = 4096;
 constexpr int kCeilingPasses = 5;
 constexpr std::int64_t kReadTaskBytes = 1 << 20;

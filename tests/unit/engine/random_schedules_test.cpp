@@ -82,7 +82,7 @@ SamplingParams random_sampling(Random& random) {
   if (random.one_in(4)) sampling.repetition_penalty = 1.3f;
   if (random.one_in(5)) sampling.frequency_penalty = 0.5f;
   if (random.one_in(5)) sampling.presence_penalty = -0.4f;
-  if (random.one_in(6)) sampling.no_repeat_ngram_size = random.between(1, 4);
+  if (random.one_in(6)) sampling.no_repeat_ngram_size = random.between(2, 4);
   if (random.one_in(6)) sampling.logit_bias = {{random.between(1, 200), 5.0f}};
   if (random.one_in(4)) sampling.num_logprobs = random.between(0, 3);
   return sampling;
