@@ -33,6 +33,7 @@ DecodeMode to_mode(const std::string& name) {
 
 EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads,
                       std::int64_t context, ffi::String kv_dtype, ffi::String mode,
+                      std::int64_t max_sequences, std::int64_t kv_bytes, bool prefix_cache,
                       ffi::Optional<ffi::Function> progress) {
   EngineOptions options;
   options.device = device;
@@ -40,6 +41,9 @@ EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads
   options.max_positions = context;
   options.kv_dtype = to_kv_dtype(kv_dtype);
   options.mode = to_mode(mode);
+  options.max_sequences = max_sequences;
+  options.kv_bytes = kv_bytes;
+  options.prefix_cache = prefix_cache;
   if (progress) {
     options.load_progress = [report = *progress](std::int64_t done, std::int64_t total) {
       report(done, total);
@@ -64,10 +68,25 @@ Fields engine_info(EngineRef engine) {
       {"kv_dtype", ffi::String(name_of(info.kv_dtype))},
       {"kv_bytes_per_position", info.kv_bytes_per_position},
       {"max_positions", info.max_positions},
+      {"kv_bytes", info.kv_bytes},
       {"num_parameters", model.num_parameters()},
       {"total_bytes", model.total_bytes()},
       {"bytes_per_token", model.bytes_per_token()},
       {"has_tokenizer", engine->engine->has_tokenizer()},
+  };
+}
+
+Fields engine_serving_statistics(EngineRef engine) {
+  const ServingStatistics statistics = engine->engine->serving_statistics();
+  return {
+      {"sequences_active", statistics.sequences_active},
+      {"sequences_waiting", statistics.sequences_waiting},
+      {"kv_pages", statistics.kv_pages},
+      {"kv_pages_in_use", statistics.kv_pages_in_use},
+      {"kv_pages_cached", statistics.kv_pages_cached},
+      {"prompt_tokens", statistics.prompt_tokens},
+      {"prefix_hit_tokens", statistics.prefix_hit_tokens},
+      {"preemptions", statistics.preemptions},
   };
 }
 
@@ -208,6 +227,7 @@ CLUSTERFUSION_EXPORT(engine_info)
 CLUSTERFUSION_EXPORT(engine_generation_config)
 CLUSTERFUSION_EXPORT(engine_tokenizer)
 CLUSTERFUSION_EXPORT(engine_warnings)
+CLUSTERFUSION_EXPORT(engine_serving_statistics)
 CLUSTERFUSION_EXPORT(engine_start)
 CLUSTERFUSION_EXPORT(generation_next)
 CLUSTERFUSION_EXPORT(generation_cancel)

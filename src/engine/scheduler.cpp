@@ -93,6 +93,8 @@ bool Scheduler::wait_for_work() {
 void Scheduler::take_submitted() {
   const std::lock_guard lock(mutex_);
   for (auto& sequence : submitted_) {
+    // Its withdrawal may have been noted before it was here.
+    if (sequence->caller->is_cancelled()) withdrawals_.store(true);
     sequence->arrival = next_arrival_++;
     waiting_.push_back(std::move(sequence));
   }

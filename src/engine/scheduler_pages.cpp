@@ -31,6 +31,7 @@ void Scheduler::drop_unwanted(Backend& backend) {
 
 // Ended sequences go; preempted ones wait again.
 void Scheduler::sweep() {
+  step_members_.clear();
   std::erase_if(active_, has_ended);
   std::erase_if(waiting_, has_ended);
   const auto by_arrival = [](const auto& a, const auto& b) { return a->arrival < b->arrival; };
