@@ -1,6 +1,6 @@
-// Tokens per second of decode steps on the CPU, by the number of sequences that share them. Rounds of
-// all numbers take turns, so that what else the machine does meets all of them; the medians of the
-// steps go to stdout as JSON. With one thread it is its processor time that counts.
+// Tokens per second of decode steps on the CPU, by the number of sequences that share them. Rounds
+// of all numbers take turns, so that what else the machine does meets all of them; the medians of
+// the steps go to stdout as JSON. With one thread it is its processor time that counts.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <ctime>

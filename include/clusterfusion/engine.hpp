@@ -157,7 +157,8 @@ class Generation {
   // the generation has ended.
   virtual std::optional<GenerateEvent> next() = 0;
   // Ends all sequences with `cancelled` behind what next() has returned, within a moment: a step
-  // that runs for nobody else is given up where it takes long. May be called from any thread and from a signal handler.
+  // that runs for nobody else is given up where it takes long. May be called from any thread and
+  // from a signal handler.
   virtual void cancel() noexcept = 0;
   // Results so far, one for each request; final after next() has returned nothing.
   virtual const std::vector<GenerateResult>& results() const noexcept = 0;

@@ -152,9 +152,9 @@ _DEFAULTS: GenerateOptions = {
 class Stream(Iterator[Event]):
     """Running generation of one or more texts: an iterator of events.
 
-    It is computed ahead of the iteration, together with what other threads generate. Ending it early frees what it holds:
-    leave a ``with`` block, call :meth:`close`, or drop the stream. :meth:`cancel` may be called
-    from another thread.
+    It is computed ahead of the iteration, together with what other threads generate. Ending it
+    early frees what it holds: leave a ``with`` block, call :meth:`close`, or drop the stream.
+    :meth:`cancel` may be called from another thread.
     """
 
     def __init__(self, handle: Any, wants_logprobs: bool, wants_prompt_logprobs: bool) -> None:

@@ -113,8 +113,8 @@ class Backend {
   // Forgets positions from `length` on.
   virtual void truncate(SequenceId sequence, std::int64_t length) = 0;
 
-  // The page of positions 64 `index` ... of a sequence that has reserved them, with one holder more:
-  // what is in it stays until drop_page(), whatever becomes of the sequence.
+  // The page of positions 64 `index` ... of a sequence that has reserved them, with one holder
+  // more: what is in it stays until drop_page(), whatever becomes of the sequence.
   virtual KvPageId hold_page(SequenceId sequence, std::int64_t index) = 0;
   // One holder less; the last, be it a sequence or not, gives the page back to the pool.
   virtual void drop_page(KvPageId page) = 0;

@@ -143,7 +143,8 @@ class EventWriter {
 
   // Samples come one after the other.
   void write(const GenerateEvent& event) {
-    if (has_samples() && !settings_.json_lines && !settings_.report.json && sample_ != event.index) {
+    if (has_samples() && !settings_.json_lines && !settings_.report.json &&
+        sample_ != event.index) {
       sample_ = event.index;
       write_output(fmt::format("{}--- sample {} ---\n", event.index > 0 ? "\n" : "", event.index));
     }

@@ -74,10 +74,10 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& name,
   }
   std::unique_ptr<Backend> backend = make_backend(options.device, choice, model, backend_options);
   require_intact(*model);
-  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
-                     options.interrupted,
-                     {.max_sequences = options.max_sequences,
-                      .prefix_cache = options.prefix_cache});
+  return make_engine(
+      model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
+      options.interrupted,
+      {.max_sequences = options.max_sequences, .prefix_cache = options.prefix_cache});
 }
 
 std::vector<GenerateResult> Engine::generate(std::vector<GenerateRequest> requests,

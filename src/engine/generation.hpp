@@ -16,7 +16,8 @@
 
 namespace clusterfusion {
 
-// The scheduler computes ahead of next(), which turns tokens into text and adds them to the results.
+// The scheduler computes ahead of next(), which turns tokens into text and adds them to the
+// results.
 //
 // - A request for 0 new tokens computes nothing, unless its prompt is to be scored: its one event
 //   says token_limit.

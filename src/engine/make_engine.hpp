@@ -16,7 +16,6 @@ namespace clusterfusion {
 std::unique_ptr<Engine> make_engine(std::shared_ptr<const Model> model,
                                     std::shared_ptr<const Tokenizer> tokenizer,
                                     std::unique_ptr<Backend> backend, std::string device_reason,
-                                    StopRequest interrupted = {},
-                                    SchedulerOptions scheduling = {});
+                                    StopRequest interrupted = {}, SchedulerOptions scheduling = {});
 
 }  // namespace clusterfusion

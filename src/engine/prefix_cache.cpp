@@ -55,8 +55,8 @@ bool PrefixCache::extend(Chain& chain, std::span<const TokenId> tokens) {
 
 void PrefixCache::add(Chain& chain, std::span<const TokenId> tokens, KvPageId page) {
   Entry& parent = chain.empty() ? *root_ : *chain.back();
-  const auto [place, is_new] = parent.children.try_emplace(
-      PageTokens(tokens.begin(), tokens.end()), std::make_unique<Entry>());
+  const auto [place, is_new] = parent.children.try_emplace(PageTokens(tokens.begin(), tokens.end()),
+                                                           std::make_unique<Entry>());
   Entry& entry = *place->second;
   entry.parent = &parent;
   entry.tokens = &place->first;

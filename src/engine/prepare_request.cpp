@@ -77,8 +77,8 @@ void check_memory(const PreparedRequest& prepared, const RequestLimits& limits) 
           "the request may need {} pages of {} positions for its {} prompt tokens and up to {} new "
           "ones, and the KV cache has {}: shorten the prompt, lower max_new_tokens, raise kv_bytes "
           "or choose a smaller kv_dtype",
-          kv_pages_of(positions), kKvPagePositions, prepared.prompt.size(),
-          prepared.max_new_tokens, limits.kv_pages);
+          kv_pages_of(positions), kKvPagePositions, prepared.prompt.size(), prepared.max_new_tokens,
+          limits.kv_pages);
 }
 
 // What the request forbids, in the backend's terms.

@@ -32,9 +32,9 @@ struct ScheduledSequence {
   std::shared_ptr<Caller> caller;
   std::size_t index = 0;  // the caller's number of it
   PreparedRequest request;
-  std::shared_ptr<PromptFamily> family;     // null for a prompt of its own
-  std::function<bool(TokenId)> ends_text;   // told each new token: whether a stop string is
-                                            // complete; empty without stop strings
+  std::shared_ptr<PromptFamily> family;    // null for a prompt of its own
+  std::function<bool(TokenId)> ends_text;  // told each new token: whether a stop string is
+                                           // complete; empty without stop strings
   std::uint64_t arrival = 0;
   SequenceState state = SequenceState::waiting;
 
@@ -47,13 +47,13 @@ struct ScheduledSequence {
 
   // While it is active: holds a sequence of the backend.
   SequenceId id = -1;
-  std::vector<TokenId> fed;        // what is prefilled: the prompt, and after a preemption also
-                                   // tokens where that gives the bits that decoding gave
-  std::int64_t length = 0;         // positions that hold keys and values
-  std::int64_t num_pages = 0;      // reserved
-  bool shares_last_page = false;   // which is to be copied before a position is added
-  std::size_t num_computed = 0;    // of `tokens`, since it became active or by `fed`
-  PrefixCache::Chain chain;        // its full pages in the prefix cache
+  std::vector<TokenId> fed;       // what is prefilled: the prompt, and after a preemption also
+                                  // tokens where that gives the bits that decoding gave
+  std::int64_t length = 0;        // positions that hold keys and values
+  std::int64_t num_pages = 0;     // reserved
+  bool shares_last_page = false;  // which is to be copied before a position is added
+  std::size_t num_computed = 0;   // of `tokens`, since it became active or by `fed`
+  PrefixCache::Chain chain;       // its full pages in the prefix cache
 
   bool is_active() const noexcept { return id >= 0; }
   bool decodes() const noexcept {

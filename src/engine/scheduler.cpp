@@ -149,8 +149,8 @@ void Scheduler::note_statistics(Backend& backend) {
   totals_.kv_pages_in_use = backend.kv_pages_in_use();
   totals_.kv_pages_cached = cache_.num_evictable();
   totals_.sequences_waiting = std::ssize(waiting_);
-  totals_.sequences_active = std::ranges::count_if(
-      active_, [](const auto& sequence) { return sequence->is_active(); });
+  totals_.sequences_active =
+      std::ranges::count_if(active_, [](const auto& sequence) { return sequence->is_active(); });
   const std::lock_guard lock(mutex_);
   published_ = totals_;
 }

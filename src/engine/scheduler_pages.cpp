@@ -88,8 +88,8 @@ bool Scheduler::try_to_activate(Backend& backend, Sequence& sequence) {
   }
   const std::int64_t positions = cached * kKvPagePositions;
   sequence.id = backend.create_sequence(
-      sequence.request.sampling,
-      std::span(sequence.fed).first(static_cast<std::size_t>(positions)), pages);
+      sequence.request.sampling, std::span(sequence.fed).first(static_cast<std::size_t>(positions)),
+      pages);
   sequence.length = positions;
   sequence.num_pages = cached;
   sequence.shares_last_page = false;
@@ -116,7 +116,8 @@ PrefixCache::Chain Scheduler::find_prefix(const Sequence& sequence) {
   const std::int64_t pages = info().prefix_granularity / kKvPagePositions;
   const std::int64_t most = (std::ssize(sequence.fed) - 1) / info().prefix_granularity * pages;
   PrefixCache::Chain chain = cache_.find(sequence.fed, most);
-  cache_.cut(chain, chain.size() / static_cast<std::size_t>(pages) * static_cast<std::size_t>(pages));
+  cache_.cut(chain,
+             chain.size() / static_cast<std::size_t>(pages) * static_cast<std::size_t>(pages));
   return chain;
 }
 

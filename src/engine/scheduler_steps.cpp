@@ -156,8 +156,7 @@ void Scheduler::share_prompt(Backend& backend, Sequence& first, std::span<const 
     if (num_active >= options_.max_sequences || !has_room(backend, num_active)) break;
     ++num_active;
     note_admission(*sample, first.length);
-    sample->id =
-        backend.create_sequence(sample->request.sampling, sample->request.prompt, pages);
+    sample->id = backend.create_sequence(sample->request.sampling, sample->request.prompt, pages);
     sample->fed = sample->request.prompt;
     sample->length = first.length;
     sample->num_pages = std::ssize(pages);
@@ -202,8 +201,8 @@ std::int32_t Scheduler::burst_of(const Members& members) const {
   if (next_to_prefill() != nullptr) return 1;
   std::int64_t most = info().decode_ahead;
   for (const Sequence* member : members) {
-    most = std::min(most, member->request.max_new_tokens -
-                              static_cast<std::int64_t>(member->num_computed));
+    most = std::min(
+        most, member->request.max_new_tokens - static_cast<std::int64_t>(member->num_computed));
   }
   return clock_.burst_steps(static_cast<std::int32_t>(most));
 }

@@ -1,5 +1,5 @@
-// KV pages on the device: 64 positions of all layers and heads each. Several may have one page: each
-// counts, and the last to give it back frees it.
+// KV pages on the device: 64 positions of all layers and heads each. Several may have one page:
+// each counts, and the last to give it back frees it.
 #pragma once
 
 #include <cstdint>

@@ -31,15 +31,15 @@ struct FakeState {
   std::function<void()> before_step;  // called in each prefill and decode
   std::vector<std::int64_t> prefill_sizes;
   std::vector<std::size_t> decode_batches;
-  std::vector<std::int64_t> burst_starts;   // lengths of the first sequence before decode()
-  std::vector<std::int32_t> burst_steps;         // and its steps
-  std::vector<TokenId> prefilled;                // the first token of each prefill()'s sequence
-  std::vector<double> decode_times;              // the clock before each decode()
-  std::atomic<double> clock = 0;                 // seconds; steps and pieces take these
+  std::vector<std::int64_t> burst_starts;  // lengths of the first sequence before decode()
+  std::vector<std::int32_t> burst_steps;   // and its steps
+  std::vector<TokenId> prefilled;          // the first token of each prefill()'s sequence
+  std::vector<double> decode_times;        // the clock before each decode()
+  std::atomic<double> clock = 0;           // seconds; steps and pieces take these
   double step_seconds = 0;
   double prefill_token_seconds = 0;
-  std::vector<std::int64_t> reserved;            // what each reserve() asked for
-  std::map<SequenceId, std::int64_t> live;       // sequences and what they may grow to
+  std::vector<std::int64_t> reserved;       // what each reserve() asked for
+  std::map<SequenceId, std::int64_t> live;  // sequences and what they may grow to
   bool asks_to_stop = true;                 // a device may leave out to ask in the middle of a call
   int truncations = 0;
   int ceilings_measured = 0;
@@ -74,8 +74,8 @@ class FakeBackend final : public Backend {
       const auto end = std::min(begin + kKvPagePositions, tokens.size());
       const std::vector<TokenId>& content = pages_.at(page).text;
       EXPECT_GE(content.size(), end);
-      EXPECT_TRUE(std::equal(tokens.begin(), tokens.begin() + static_cast<long>(end),
-                             content.begin()))
+      EXPECT_TRUE(
+          std::equal(tokens.begin(), tokens.begin() + static_cast<long>(end), content.begin()))
           << "a page of another text";
       ++pages_.at(page).users;
       sequence.pages.push_back(page);

@@ -51,8 +51,9 @@ std::unique_ptr<Engine> schedule_engine(std::int64_t kv_pages, SchedulerOptions 
   const std::int64_t page_bytes =
       make_cpu_backend(schedule_model(), options)->info().kv_bytes_per_position * kKvPagePositions;
   options.kv_bytes = kv_pages * page_bytes;
-  return make_engine(schedule_model(), byte_tokenizer(), make_cpu_backend(schedule_model(), options),
-                     "a test", {}, std::move(scheduling));
+  return make_engine(schedule_model(), byte_tokenizer(),
+                     make_cpu_backend(schedule_model(), options), "a test", {},
+                     std::move(scheduling));
 }
 
 // Few beginnings, so that prompts meet in the prefix cache, with ends of their own.
@@ -95,8 +96,10 @@ GenerateRequest random_request(Random& random, int longest) {
   request.sampling = random_sampling(random);
   request.ignore_eos = random.one_in(2);
   if (random.one_in(3)) request.stop_tokens = {random.between(1, kVocabSize - 1)};
-  if (random.one_in(4)) request.stop_strings = {std::string(1, static_cast<char>('a' + random.below(26)))};
-  if (random.one_in(5)) request.min_new_tokens = random.between(0, static_cast<int>(request.max_new_tokens));
+  if (random.one_in(4))
+    request.stop_strings = {std::string(1, static_cast<char>('a' + random.below(26)))};
+  if (random.one_in(5))
+    request.min_new_tokens = random.between(0, static_cast<int>(request.max_new_tokens));
   if (random.one_in(8)) request.num_prompt_logprobs = random.between(0, 2);
   if (random.one_in(6)) request.n = random.between(2, 5);
   return request;
@@ -159,9 +162,9 @@ void expect_as_alone(Engine& plain, const Call& call) {
     const std::int32_t samples = std::exchange(request.n, 1);
     for (std::int32_t sample = 0; sample < samples; ++sample) {
       const GenerateResult alone = plain.generate(request);
-      SCOPED_TRACE(testing::Message() << "result " << index << ", prompt of "
-                                      << request.prompt_tokens.size() << " tokens, sample "
-                                      << sample);
+      SCOPED_TRACE(testing::Message()
+                   << "result " << index << ", prompt of " << request.prompt_tokens.size()
+                   << " tokens, sample " << sample);
       expect_same(call.results.at(index++), alone);
       ++request.sampling.seed;
     }
@@ -191,7 +194,8 @@ TEST(RandomSchedules, EachTextIsTheOneAlone) {
     std::size_t sequences = 0;
     for (Call& call : calls) {
       call = random_call(random, longest);
-      for (const GenerateRequest& request : call.requests) sequences += static_cast<std::size_t>(request.n);
+      for (const GenerateRequest& request : call.requests)
+        sequences += static_cast<std::size_t>(request.n);
       if (sequences > 40) call.requests.resize(1);
     }
     std::vector<std::thread> threads;

@@ -65,7 +65,8 @@ class GatedEngine {
 GenerateRequest request_of(TokenId first, std::size_t prompt_size, std::int64_t new_tokens) {
   GenerateRequest request;
   for (std::size_t i = 0; i < prompt_size; ++i) {
-    request.prompt_tokens.push_back(static_cast<TokenId>((static_cast<std::size_t>(first) + i * 31) % kVocabSize));
+    request.prompt_tokens.push_back(
+        static_cast<TokenId>((static_cast<std::size_t>(first) + i * 31) % kVocabSize));
   }
   request.max_new_tokens = new_tokens;
   request.ignore_eos = true;
@@ -79,9 +80,9 @@ void finish(Generation& generation) {
 }
 
 std::vector<TokenId> alone(const GenerateRequest& request) {
-  const FakeEngine fake = fake_engine(
-      hashed_logits(), [](FakeState& state) { state.info.max_positions = 4096; }, 1 << 14, {},
-      {.prefix_cache = false});
+  const FakeEngine fake =
+      fake_engine(hashed_logits(), [](FakeState& state) { state.info.max_positions = 4096; },
+                  1 << 14, {}, {.prefix_cache = false});
   return fake.engine->generate(request).tokens;
 }
 
@@ -230,11 +231,13 @@ TEST(Scheduler, PreemptsWhereTheDeviceItselfHasNoMemory) {
 
 TEST(Scheduler, AnErrorOfOneSequenceEndsItsCallerAlone) {
   const Script hashed = hashed_logits();
-  GatedEngine gated([](FakeState&) {}, {}, [&](std::span<const TokenId> tokens) {
-    std::vector<float> logits = hashed(tokens);
-    if (tokens[0] == 66 && tokens.size() > 9) logits[7] = std::numeric_limits<float>::quiet_NaN();
-    return logits;
-  });
+  GatedEngine gated([](FakeState&) {}, {},
+                    [&](std::span<const TokenId> tokens) {
+                      std::vector<float> logits = hashed(tokens);
+                      if (tokens[0] == 66 && tokens.size() > 9)
+                        logits[7] = std::numeric_limits<float>::quiet_NaN();
+                      return logits;
+                    });
   const auto good = gated.start({request_of(1, 3, 40)});
   const auto bad = gated.start({request_of(2, 3, 40), request_of(66, 3, 40)});
   gated.go();
@@ -324,8 +327,7 @@ TEST(PrefixHits, OfWholePiecesElsewhere) {
       << "what was decoded has other bits";
   request.prompt_tokens.resize(256);
   EXPECT_EQ(gated.engine().generate(request).statistics.prefix_hit_tokens, 128);
-  EXPECT_THAT(gated.state().prefill_sizes,
-              ElementsAre(128, 128, 44, 44, 128, 16, 128));
+  EXPECT_THAT(gated.state().prefill_sizes, ElementsAre(128, 128, 44, 44, 128, 16, 128));
 }
 
 TEST(PrefixHits, NoneWithoutTheOptionOrTheMemory) {
