@@ -1,7 +1,6 @@
 #include "engine/prefix_cache.hpp"
 
 #include <algorithm>
-#include <ranges>
 
 namespace clusterfusion {
 namespace {
@@ -79,7 +78,7 @@ void PrefixCache::pin(const Chain& chain) {
 
 // From the end: what stands later in a text goes first.
 void PrefixCache::unpin(const Chain& chain) {
-  for (Entry* entry : std::views::reverse(chain)) unpin(*entry);
+  std::for_each(chain.rbegin(), chain.rend(), [this](Entry* entry) { unpin(*entry); });
 }
 
 void PrefixCache::pin(Entry& entry) {

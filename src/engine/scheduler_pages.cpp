@@ -36,7 +36,7 @@ void Scheduler::sweep() {
   std::erase_if(waiting_, has_ended);
   const auto by_arrival = [](const auto& a, const auto& b) { return a->arrival < b->arrival; };
   const auto move_over = [&](Sequences& from, Sequences& to, auto belongs_there) {
-    const auto rest = std::ranges::stable_partition(from, std::not_fn(belongs_there)).begin();
+    const auto rest = std::stable_partition(from.begin(), from.end(), std::not_fn(belongs_there));
     if (rest == from.end()) return;
     std::move(rest, from.end(), std::back_inserter(to));
     from.erase(rest, from.end());
