@@ -8,10 +8,12 @@
 #include <exception>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "base/condition_variable.hpp"
 #include "clusterfusion/engine.hpp"
+#include "clusterfusion/error.hpp"
 
 namespace clusterfusion {
 
@@ -32,7 +34,7 @@ class Caller {
   // `ended` of the sequences are gone, released by the backend too.
   void post(std::vector<SequenceNews> news, std::int64_t ended);
   // All sequences are gone; the error comes after the news.
-  void fail(std::exception_ptr error);
+  void fail(const std::exception_ptr& error);
   bool is_cancelled() const noexcept { return cancelled_.load(std::memory_order_relaxed); }
 
   // The caller's side.
@@ -60,7 +62,13 @@ class Caller {
   std::condition_variable changed_;
   std::deque<SequenceNews> inbox_;
   std::int64_t num_live_ = 0;
-  std::exception_ptr error_;
+  // An Error in its words, so that each thread has an exception of its own; any other as it is.
+  struct Failure {
+    ErrorKind kind = ErrorKind::internal;
+    std::string message;
+    std::exception_ptr other;
+  };
+  std::optional<Failure> failure_;
 };
 
 }  // namespace clusterfusion
