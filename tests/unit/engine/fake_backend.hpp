@@ -41,6 +41,7 @@ struct FakeState {
   double prefill_token_seconds = 0;
   std::vector<std::int64_t> reserved;       // what each reserve() asked for
   std::map<SequenceId, std::int64_t> live;  // sequences and what they may grow to
+  bool intervenes = true;                   // a device may know no interventions
   bool asks_to_stop = true;                 // a device may leave out to ask in the middle of a call
   int truncations = 0;
   int ceilings_measured = 0;
@@ -64,6 +65,7 @@ class FakeBackend final : public Backend {
   SequenceId create_sequence(const SamplingParams& sampling, std::span<const TokenId> tokens,
                              std::span<const KvPageId> pages,
                              std::shared_ptr<const Interventions> interventions) override {
+    if (!state_->intervenes) Backend::intervene(next_id_, interventions);
     const SequenceId id = create_sequence(sampling);
     const Step step(*this);
     Sequence& sequence = sequences_.at(id);
@@ -89,6 +91,7 @@ class FakeBackend final : public Backend {
     return id;
   }
   void intervene(SequenceId id, std::shared_ptr<const Interventions> interventions) override {
+    if (!state_->intervenes) return Backend::intervene(id, interventions);
     sequences_.at(id).interventions = std::move(interventions);
   }
   void release_sequence(SequenceId id) override {
