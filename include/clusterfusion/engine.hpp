@@ -28,12 +28,22 @@ struct EngineOptions {
   std::optional<DType> kv_dtype;          // of the KV cache; nothing: float32 on the CPU, the
                                           // weights' type on a GPU
   DecodeMode mode = DecodeMode::latency;  // of a GPU: what it is to be quick at
+  // Sequences that are computed together at most; others wait for their turn.
+  std::int64_t max_sequences = 256;
+  // Memory that keys and values of sequences and of cached prefixes should take at most. Where it
+  // runs out the youngest sequence waits, and is computed again later with the same text. 0: on the
+  // CPU half of the memory that is left, on a GPU nine tenths.
+  std::int64_t kv_bytes = 0;
+  // Whether prompts that begin with the same tokens share the keys and values of these. Texts are
+  // the same with and without.
+  bool prefix_cache = true;
   // Called by open() while it copies weights to a GPU, on the calling thread, with bytes done and
   // in all: first with 0, last with all. Where weights are used in place it is called once, with
   // all. What it throws ends the loading and comes out of open().
   std::function<void(std::int64_t done, std::int64_t total)> load_progress = {};
   // Asked every few hundredths of a second while a call of the engine computes, on the thread of
-  // that call: true ends the call with an Error of kind `interrupted`. For signals: Ctrl-C.
+  // that call, so perhaps on several at once: true ends the call with an Error of kind
+  // `interrupted`. For signals: Ctrl-C.
   std::function<bool()> interrupted = {};
   // Of a name on the hub: a branch, a tag or a whole commit hash; empty: "main".
   std::string revision = {};
@@ -64,6 +74,10 @@ struct GenerateRequest {
   std::vector<TokenId> stop_tokens;  // besides the model's end-of-text tokens
   bool ignore_eos = false;           // do not stop at the model's end-of-text tokens
   bool skip_special_tokens = true;   // leave special tokens out of the text
+  // Samples of the prompt, in [1, 65536]: each has a result of its own, in order, and they share
+  // the work on the prompt. Sample i is the text that a request with seed `sampling.seed` + i has
+  // (modulo 2^64, as vLLM does it); without a temperature all are the same.
+  std::int32_t n = 1;
   // -1: nothing about the prompt's tokens; 0: their log-probabilities; n in 1..100: also the n most
   // likely tokens at each place.
   std::int32_t num_prompt_logprobs = -1;
@@ -90,6 +104,11 @@ struct Statistics {
   double prefill_seconds = 0;                // of this prompt's prefill
   double time_to_first_token_seconds = 0;    // from start() to the first token
   double decode_seconds = 0;                 // spent in decode steps after the first token
+  double queue_seconds = 0;                  // waiting for a place and for memory
+  std::int64_t preemptions = 0;              // how often its memory went to older sequences
+  double recompute_seconds = 0;              // spent on what that had cost
+  std::int64_t prefix_hit_tokens = 0;        // of the prompt, that were in the prefix cache or
+                                             // computed for another sample
   double seconds_per_token = 0;              // decode_seconds / (new_tokens - 1), 0 if undefined
   double tokens_per_second = 0;              // its inverse
   double bytes_per_second = 0;               // weights and KV cache read by decode / decode_seconds
@@ -116,17 +135,32 @@ struct GenerateEvent {
   std::optional<FinishReason> finish_reason;  // set in the last event of a sequence
 };
 
-// Running generation of one or more sequences, pulled by the caller. Destroying it frees the
-// sequences. Keep the Engine alive as long as its generations.
+// What an engine's scheduler has to do, and what it has done since the engine was opened.
+struct ServingStatistics {
+  std::int64_t sequences_active = 0;   // hold memory
+  std::int64_t sequences_waiting = 0;  // for a place or for memory
+  std::int64_t kv_pages = 0;           // of 64 positions, that there should be at most
+  std::int64_t kv_pages_in_use = 0;    // of sequences and of cached prefixes
+  std::int64_t kv_pages_cached = 0;    // of these, that no sequence uses
+  std::int64_t prompt_tokens = 0;      // of all sequences that have begun
+  std::int64_t prefix_hit_tokens = 0;  // of these, that were in the prefix cache or computed for
+                                       // another sample: the hit rate is their share
+  std::int64_t preemptions = 0;
+};
+
+// Running generation of one or more sequences. It is computed ahead of next(), together with what
+// other threads have started. Destroying it frees the sequences. Keep the Engine alive as long as
+// its generations.
 class Generation {
  public:
   virtual ~Generation() = default;
-  // The next event; nothing when all sequences have ended. The first calls do the prefill.
+  // Waits for the next event; nothing when all sequences have ended.
   // Errors: those of the backend; interrupted (then the results end with `cancelled`). After one
   // the generation has ended.
   virtual std::optional<GenerateEvent> next() = 0;
-  // Ends all sequences with `cancelled`, within a moment: a step that runs is given up where it
-  // takes long. May be called from any thread and from a signal handler.
+  // Ends all sequences with `cancelled` behind what next() has returned, within a moment: a step
+  // that runs for nobody else is given up where it takes long. May be called from any thread and
+  // from a signal handler.
   virtual void cancel() noexcept = 0;
   // Results so far, one for each request; final after next() has returned nothing.
   virtual const std::vector<GenerateResult>& results() const noexcept = 0;
@@ -198,9 +232,11 @@ struct EngineInfo {
   DType kv_dtype = DType::float32;
   std::int64_t kv_bytes_per_position = 0;
   std::int64_t max_positions = 0;
+  std::int64_t kv_bytes = 0;  // EngineOptions::kv_bytes, or what stands in its place
 };
 
-// May be called from several threads: steps of different calls take turns.
+// May be called from several threads: what they generate shares steps, and other calls take turns
+// with these.
 class Engine {
  public:
   // Opens the checkpoint folder `path` (config.json, weights, tokenizer.json), or the one that a
@@ -225,9 +261,11 @@ class Engine {
   // Those of the model and the tokenizer, and of how they fit: one message each, often none.
   virtual const std::vector<std::string>& warnings() const noexcept = 0;
 
-  // Checks everything, allocates KV pages for the requests and returns before the first token.
-  // Errors: invalid_argument, out_of_range, out_of_memory.
+  // Checks everything, hands the requests to the scheduler and returns before the first token.
+  // Errors: invalid_argument, out_of_range, out_of_memory if a request may need more than kv_bytes.
   virtual std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests) = 0;
+
+  virtual ServingStatistics serving_statistics() const = 0;
 
   // Runs requests to their end. `on_event` sees every event and returns false to cancel.
   using EventCallback = std::function<bool(const GenerateEvent&)>;

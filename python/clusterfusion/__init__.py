@@ -33,6 +33,7 @@ from clusterfusion.results import (
     ModelConfig,
     Perplexity,
     Score,
+    ServingStatistics,
     Statistics,
     TokenLogprobs,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "ModelConfig",
     "Perplexity",
     "Score",
+    "ServingStatistics",
     "Statistics",
     "Stream",
     "TokenLogprobs",

@@ -42,6 +42,7 @@ from clusterfusion.results import (
     ModelConfig,
     Perplexity,
     Score,
+    ServingStatistics,
 )
 from clusterfusion.tokenizer import Tokenizer
 
@@ -151,9 +152,9 @@ _DEFAULTS: GenerateOptions = {
 class Stream(Iterator[Event]):
     """Running generation of one or more texts: an iterator of events.
 
-    Each step of the iteration computes until there is news. Ending it early frees what it holds:
-    leave a ``with`` block, call :meth:`close`, or drop the stream. :meth:`cancel` may be called
-    from another thread.
+    It is computed ahead of the iteration, together with what other threads generate. Ending it
+    early frees what it holds: leave a ``with`` block, call :meth:`close`, or drop the stream.
+    :meth:`cancel` may be called from another thread.
     """
 
     def __init__(self, handle: Any, wants_logprobs: bool, wants_prompt_logprobs: bool) -> None:
@@ -180,7 +181,7 @@ class Stream(Iterator[Event]):
         raise StopIteration
 
     def cancel(self) -> None:
-        """Ends all texts as soon as the running step is done; the iteration sees their ends."""
+        """Ends all texts behind what has come out; the iteration sees their ends."""
         _native.generation_cancel(self._handle)
 
     def close(self) -> None:
@@ -217,7 +218,7 @@ class Engine:
     """A model, its tokenizer and a device behind one door.
 
     It may be used in a ``with`` block, which closes it. All methods may be called from several
-    threads; steps of different calls take turns. They
+    threads: what they generate shares steps, and other calls take turns with these. They
     release the GIL while they compute. Exceptions are Python's own: ValueError and TypeError for
     arguments, IndexError for token ids outside the vocabulary, MemoryError if the KV cache does not
     fit, ArithmeticError if the model computes NaN or infinity.
@@ -236,6 +237,9 @@ class Engine:
         context: int | None = None,
         kv_dtype: str | None = None,
         mode: str = "latency",
+        max_sequences: int = 256,
+        kv_bytes: int = 0,
+        prefix_cache: bool = True,
         progress: Callable[[int, int], object] | None = None,
         revision: str | None = None,
     ) -> None:
@@ -256,6 +260,13 @@ class Engine:
             mode: What a GPU is to be quick at: "latency" of one sequence, or "throughput" of many,
                 of which up to 256 are decoded in a step. In each mode a text depends on its
                 request alone; the modes differ in last bits. On the CPU they are the same.
+            max_sequences: Texts that are computed together at most; others wait.
+            kv_bytes: Memory that keys and values of texts and of cached prefixes should take at
+                most. Where it runs out the youngest text waits, and is computed again later with
+                the same outcome. 0 for half of the memory that is left on the CPU, nine tenths on
+                a GPU.
+            prefix_cache: Whether prompts that begin with the same tokens share their keys and
+                values. Texts are the same with and without.
             progress: Called while the weights are copied to a GPU, with bytes done and in all:
                 first with 0, last with all. On the CPU it is called once, with all. What it raises
                 ends the loading and is raised here.
@@ -274,7 +285,9 @@ class Engine:
         """
         self._open_handle = None
         report = _reporter(progress)
-        arguments = _open_arguments(device, threads, context, kv_dtype, mode)
+        arguments = _open_arguments(
+            device, threads, context, kv_dtype, mode, max_sequences, kv_bytes, prefix_cache
+        )
         folder = hub.resolve(path, revision)
         self._open(lambda: _native.engine_open(folder, *arguments, report), report, stacklevel=3)
 
@@ -331,6 +344,10 @@ class Engine:
         """What the engine runs, and on what."""
         return EngineInfo(**_plain(_native.engine_info(self._handle)))
 
+    def serving_statistics(self) -> ServingStatistics:
+        """Returns what the scheduler has to do now, and what it has done so far."""
+        return ServingStatistics(**_native.engine_serving_statistics(self._handle))
+
     @property
     def device(self) -> str:
         """The device in use, "cpu" or "cuda"."""
@@ -364,23 +381,43 @@ class Engine:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     @overload
-    def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation: ...
+    def generate(
+        self, prompt: Prompt, *, n: None = None, **options: Unpack[GenerateOptions]
+    ) -> Generation: ...
     @overload
     def generate(
-        self, prompt: list[PromptT] | tuple[PromptT, ...], **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, n: int, **options: Unpack[GenerateOptions]
     ) -> list[Generation]: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[PromptT] | tuple[PromptT, ...],
+        *,
+        n: None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> list[Generation]: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[PromptT] | tuple[PromptT, ...],
+        *,
+        n: int,
+        **options: Unpack[GenerateOptions],
+    ) -> list[list[Generation]]: ...
 
-    def generate(self, prompt: Any, **options: Any) -> Generation | list[Generation]:
+    def generate(self, prompt: Any, *, n: int | None = None, **options: Any) -> Any:
         """Generates the continuation of a prompt, or of several as one batch.
 
         Args:
             prompt: A text (str, or bytes of UTF-8), or token ids (a list of integers or a 1-D
                 DLPack array of integers on the CPU), or a list of such prompts, which may be empty.
+            n: Samples of each prompt, in [1, 65536], which share the work on it. Sample i is the
+                text of ``seed + i``, as in vLLM; without a temperature all are the same.
             **options: Those of :class:`GenerateOptions`.
 
         Returns:
             A Generation; for a list of prompts a list, in the same order. Each is what its prompt
-            alone would give.
+            alone would give. With ``n`` a list of n in the place of each.
 
         Raises:
             TypeError: A prompt or an option has the wrong type, or an option is not known.
@@ -389,34 +426,41 @@ class Engine:
             IndexError: A token id is not in the vocabulary.
             KeyboardInterrupt: On Ctrl-C, within a moment.
         """
-        with self.stream(prompt, **options) as stream:
+        with self.stream(prompt, n=n, **options) as stream:
             for _ in stream:
                 pass
-        results = stream.results
+        results: list[Any] = stream.results
+        if n is not None:
+            results = [results[i : i + n] for i in range(0, len(results), n)]
         return results if is_batch(prompt) else results[0]
 
     def stream(
         self,
         prompt: Prompt | list[PromptT] | tuple[PromptT, ...],
+        *,
+        n: int | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Stream:
         """Like :meth:`generate`, but gives each token as it comes.
 
-        Everything is checked, and the KV cache allocated, before this returns.
+        Everything is checked before this returns.
 
         Args:
             prompt: As in :meth:`generate`.
+            n: As in :meth:`generate`.
             **options: Those of :class:`GenerateOptions`.
 
         Returns:
             An iterator of :class:`Event`; its ``results`` are what :meth:`generate` would return,
-            in a list.
+            in a flat list.
         """
         if is_batch(prompt):
             prompts = [_prompt_fields(f"prompt[{i}]", one) for i, one in enumerate(prompt)]
         else:
             prompts = [_prompt_fields("prompt", prompt)]
         requests = _requests(prompts, options, self._own_defaults)
+        samples = 1 if n is None else integer("n", n, 1, 65536)
+        requests = [{**request, "n": samples} for request in requests]
         with in_callers_words():
             handle = _native.engine_start(self._handle, requests)
         return Stream(
@@ -751,7 +795,14 @@ def _reporter(progress: Callable[[int, int], object] | None) -> _Reporter | None
 
 
 def _open_arguments(
-    device: str, threads: int, context: int | None, kv_dtype: str | None, mode: str
+    device: str,
+    threads: int,
+    context: int | None,
+    kv_dtype: str | None,
+    mode: str,
+    max_sequences: int,
+    kv_bytes: int,
+    prefix_cache: bool,
 ) -> tuple[Any, ...]:
     """The options of an engine as the library takes them."""
     return (
@@ -760,6 +811,9 @@ def _open_arguments(
         integer("context", context, 1) if context is not None else 0,
         text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
         text_option("mode", mode),
+        integer("max_sequences", max_sequences, 1),
+        integer("kv_bytes", kv_bytes, 0),
+        boolean("prefix_cache", prefix_cache),
     )
 
 

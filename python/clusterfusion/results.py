@@ -47,6 +47,11 @@ class Statistics:
         bytes_per_second: Weights and KV cache read by decode steps, by decode_seconds.
         read_ceiling_bytes_per_second: Of Engine.measure_read_ceiling(); 0 if it has not run.
         ceiling_share: bytes_per_second by the ceiling; 0 if it is not known.
+        queue_seconds: Waiting for a place among the engine's sequences and for memory.
+        preemptions: How often its memory went to older texts.
+        recompute_seconds: Spent on what that had cost.
+        prefix_hit_tokens: Tokens of the prompt that were in the prefix cache, or computed for
+            another sample.
     """
 
     prompt_tokens: int
@@ -59,6 +64,36 @@ class Statistics:
     bytes_per_second: float
     read_ceiling_bytes_per_second: float
     ceiling_share: float
+    queue_seconds: float = 0.0
+    preemptions: int = 0
+    recompute_seconds: float = 0.0
+    prefix_hit_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ServingStatistics:
+    """What an engine's scheduler has to do, and what it has done since the engine was opened.
+
+    Attributes:
+        sequences_active: Texts that hold memory.
+        sequences_waiting: Texts that wait for a place or for memory.
+        kv_pages: Pages of 64 positions that the KV cache should have at most.
+        kv_pages_in_use: Of these, those of texts and of cached prefixes.
+        kv_pages_cached: Of these, those that no text uses.
+        prompt_tokens: Of all texts that have begun.
+        prefix_hit_tokens: Of these, those that were in the prefix cache, or computed for another
+            sample; their share is the hit rate.
+        preemptions: How often a text's memory went to older ones.
+    """
+
+    sequences_active: int
+    sequences_waiting: int
+    kv_pages: int
+    kv_pages_in_use: int
+    kv_pages_cached: int
+    prompt_tokens: int
+    prefix_hit_tokens: int
+    preemptions: int
 
 
 @dataclass(frozen=True)
@@ -107,7 +142,8 @@ class Event:
     """One step's news of one text in a stream.
 
     Attributes:
-        index: Which prompt it belongs to; 0 for a single one.
+        index: Which prompt it belongs to; 0 for a single one. With ``n`` samples of each prompt,
+            sample s of prompt p has p * n + s.
         text: The text that this step completed; may be empty. All of them together are the text.
         token: The new token, or None in a last event that only brings text or the end.
         logprobs: The token's log-probabilities, or None if they were not asked for.
@@ -273,6 +309,7 @@ class EngineInfo:
         kv_dtype: Type of the KV cache.
         kv_bytes_per_position: Its bytes for one position of one sequence.
         max_positions: The longest context of this engine.
+        kv_bytes: Memory that keys and values should take at most.
         num_parameters: The model's parameters; a tied LM head counts once.
         total_bytes: Bytes of all weights as stored.
         bytes_per_token: Bytes of weights that one decode step reads.
@@ -286,6 +323,7 @@ class EngineInfo:
     kv_dtype: str
     kv_bytes_per_position: int
     max_positions: int
+    kv_bytes: int
     num_parameters: int
     total_bytes: int
     bytes_per_token: int

@@ -32,6 +32,9 @@ def from_transformers(
     context: int | None = None,
     kv_dtype: str | None = None,
     mode: str = "latency",
+    max_sequences: int = 256,
+    kv_bytes: int = 0,
+    prefix_cache: bool = True,
     progress: Callable[[int, int], object] | None = None,
 ) -> Engine:
     """Makes an engine of a model that transformers has loaded.
@@ -54,6 +57,9 @@ def from_transformers(
         context: The longest context in tokens.
         kv_dtype: Type of the KV cache.
         mode: "latency" or "throughput".
+        max_sequences: Texts that are computed together at most.
+        kv_bytes: Memory that keys and values should take at most.
+        prefix_cache: Whether prompts that begin alike share keys and values.
         progress: Called while weights are copied to a GPU.
 
     Raises:
@@ -66,7 +72,9 @@ def from_transformers(
     if device is None:
         device = "cuda" if {p.device.type for p in model.parameters()} == {"cuda"} else "cpu"
     report = _reporter(progress)
-    arguments = _open_arguments(device, threads, context, kv_dtype, mode)
+    arguments = _open_arguments(
+        device, threads, context, kv_dtype, mode, max_sequences, kv_bytes, prefix_cache
+    )
     opened = open_tokenizer(tokenizer)
     names, tensors = _weights(model)
     handle = None if opened is None else opened._handle

@@ -92,6 +92,7 @@ GenerateRequest to_request(const Fields& fields) {
   request.stop_tokens = get_tokens(fields, "stop_tokens");
   request.ignore_eos = get<bool>(fields, "ignore_eos");
   request.skip_special_tokens = get<bool>(fields, "skip_special_tokens");
+  request.n = static_cast<std::int32_t>(get<std::int64_t>(fields, "n"));
   request.num_prompt_logprobs =
       static_cast<std::int32_t>(get<std::int64_t>(fields, "num_prompt_logprobs"));
 
@@ -147,6 +148,10 @@ Fields to_ffi(const Statistics& statistics) {
       {"bytes_per_second", statistics.bytes_per_second},
       {"read_ceiling_bytes_per_second", statistics.read_ceiling_bytes_per_second},
       {"ceiling_share", statistics.ceiling_share},
+      {"queue_seconds", statistics.queue_seconds},
+      {"preemptions", statistics.preemptions},
+      {"recompute_seconds", statistics.recompute_seconds},
+      {"prefix_hit_tokens", statistics.prefix_hit_tokens},
   };
 }
 

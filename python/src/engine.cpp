@@ -35,6 +35,7 @@ DecodeMode to_mode(const std::string& name) {
 // The options in the order in which Python passes them.
 EngineOptions to_options(const std::string& device, std::int64_t threads, std::int64_t context,
                          const std::string& kv_dtype, const std::string& mode,
+                         std::int64_t max_sequences, std::int64_t kv_bytes, bool prefix_cache,
                          const ffi::Optional<ffi::Function>& progress) {
   EngineOptions options;
   options.device = device;
@@ -42,6 +43,9 @@ EngineOptions to_options(const std::string& device, std::int64_t threads, std::i
   options.max_positions = context;
   options.kv_dtype = to_kv_dtype(kv_dtype);
   options.mode = to_mode(mode);
+  options.max_sequences = max_sequences;
+  options.kv_bytes = kv_bytes;
+  options.prefix_cache = prefix_cache;
   if (progress) {
     options.load_progress = [report = *progress](std::int64_t done, std::int64_t total) {
       report(done, total);
@@ -55,8 +59,10 @@ EngineOptions to_options(const std::string& device, std::int64_t threads, std::i
 
 EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads,
                       std::int64_t context, ffi::String kv_dtype, ffi::String mode,
+                      std::int64_t max_sequences, std::int64_t kv_bytes, bool prefix_cache,
                       ffi::Optional<ffi::Function> progress) {
-  const EngineOptions options = to_options(device, threads, context, kv_dtype, mode, progress);
+  const EngineOptions options = to_options(device, threads, context, kv_dtype, mode, max_sequences,
+                                           kv_bytes, prefix_cache, progress);
   return EngineRef(ffi::make_object<EngineObj>(Engine::open(std::string(path), options)));
 }
 
@@ -65,7 +71,8 @@ EngineRef engine_from_tensors(ffi::Array<ffi::String> texts, ffi::Array<ffi::Str
                               ffi::Array<ffi::Tensor> tensors,
                               ffi::Optional<TokenizerRef> tokenizer, ffi::String device,
                               std::int64_t threads, std::int64_t context, ffi::String kv_dtype,
-                              ffi::String mode, ffi::Optional<ffi::Function> progress) {
+                              ffi::String mode, std::int64_t max_sequences, std::int64_t kv_bytes,
+                              bool prefix_cache, ffi::Optional<ffi::Function> progress) {
   ModelInMemory given;
   given.name = texts[0];
   given.config = texts[1];
@@ -74,7 +81,8 @@ EngineRef engine_from_tensors(ffi::Array<ffi::String> texts, ffi::Array<ffi::Str
     given.tensors.push_back({names[i], *tensors[i].GetDLTensorPtr()});
   }
   given.owner = std::make_shared<const ffi::Array<ffi::Tensor>>(tensors);
-  const EngineOptions options = to_options(device, threads, context, kv_dtype, mode, progress);
+  const EngineOptions options = to_options(device, threads, context, kv_dtype, mode, max_sequences,
+                                           kv_bytes, prefix_cache, progress);
   return EngineRef(ffi::make_object<EngineObj>(
       Engine::open(Model::from_memory(std::move(given)),
                    tokenizer ? (*tokenizer)->tokenizer : nullptr, options)));
@@ -93,10 +101,25 @@ Fields engine_info(EngineRef engine) {
       {"kv_dtype", ffi::String(name_of(info.kv_dtype))},
       {"kv_bytes_per_position", info.kv_bytes_per_position},
       {"max_positions", info.max_positions},
+      {"kv_bytes", info.kv_bytes},
       {"num_parameters", model.num_parameters()},
       {"total_bytes", model.total_bytes()},
       {"bytes_per_token", model.bytes_per_token()},
       {"has_tokenizer", engine->engine->has_tokenizer()},
+  };
+}
+
+Fields engine_serving_statistics(EngineRef engine) {
+  const ServingStatistics statistics = engine->engine->serving_statistics();
+  return {
+      {"sequences_active", statistics.sequences_active},
+      {"sequences_waiting", statistics.sequences_waiting},
+      {"kv_pages", statistics.kv_pages},
+      {"kv_pages_in_use", statistics.kv_pages_in_use},
+      {"kv_pages_cached", statistics.kv_pages_cached},
+      {"prompt_tokens", statistics.prompt_tokens},
+      {"prefix_hit_tokens", statistics.prefix_hit_tokens},
+      {"preemptions", statistics.preemptions},
   };
 }
 
@@ -238,6 +261,7 @@ CLUSTERFUSION_EXPORT(engine_info)
 CLUSTERFUSION_EXPORT(engine_generation_config)
 CLUSTERFUSION_EXPORT(engine_tokenizer)
 CLUSTERFUSION_EXPORT(engine_warnings)
+CLUSTERFUSION_EXPORT(engine_serving_statistics)
 CLUSTERFUSION_EXPORT(engine_start)
 CLUSTERFUSION_EXPORT(generation_next)
 CLUSTERFUSION_EXPORT(generation_cancel)

@@ -38,6 +38,13 @@ namespace clusterfusion {
 inline constexpr std::int64_t kKvPagePositions = 64;
 
 using SequenceId = std::int32_t;
+// A page of the KV cache; opaque.
+enum class KvPageId : std::uintptr_t {};
+
+// Pages that hold `positions`.
+constexpr std::int64_t kv_pages_of(std::int64_t positions) noexcept {
+  return (positions + kKvPagePositions - 1) / kKvPagePositions;
+}
 
 struct BackendOptions {
   int threads = 0;                 // CPU: worker threads; 0: one for each core this process may use
@@ -45,6 +52,7 @@ struct BackendOptions {
   // Type of the KV cache. Nothing: float32 on the CPU, the weights' type on a GPU.
   std::optional<DType> kv_dtype;
   DecodeMode mode = DecodeMode::latency;
+  std::int64_t kv_bytes = 0;  // BackendInfo::kv_pages in bytes; 0: the backend's own choice
   // EngineOptions::load_progress.
   std::function<void(std::int64_t done, std::int64_t total)> load_progress = {};
 };
@@ -58,6 +66,15 @@ struct BackendInfo {
   std::int64_t prefill_chunk = 512;  // the engine prefills in pieces of this many tokens, so that a
                                      // prompt can be cancelled and its progress shown
   std::int32_t decode_ahead = 1;     // steps that decode() may run without looking at the host
+  // Pages that all sequences and holders together should have at most. The scheduler keeps to it;
+  // the backend itself gives more as long as there is memory.
+  std::int64_t kv_pages = 0;
+  // Whether prefilling in any pieces, and decoding, give the same bits. If not, a prompt's pieces
+  // are those of prefill_chunk, and what was decoded is computed again by decoding.
+  bool any_pieces = false;
+  // A prompt's first n x prefix_granularity positions have the same bits in every prompt that
+  // begins with their tokens; a multiple of kKvPagePositions. 0: that is not known of any.
+  std::int64_t prefix_granularity = 0;
 };
 
 // What a prefill is to give back; each part may be absent (empty or null).
@@ -85,6 +102,13 @@ class Backend {
 
   // A new, empty sequence. The sampler sees every token of the sequence (repetition penalty).
   virtual SequenceId create_sequence(const SamplingParams& sampling) = 0;
+  // A new sequence of `tokens`, whose keys and values stand in `pages`, which the caller holds: as
+  // many as it takes, computed under the same `interventions` (see intervene()). Pages are shared;
+  // one that others have too is copied when this or another sequence comes to write into it.
+  virtual SequenceId create_sequence(const SamplingParams& sampling,
+                                     std::span<const TokenId> tokens,
+                                     std::span<const KvPageId> pages,
+                                     std::shared_ptr<const Interventions> interventions) = 0;
   // What changes the way of an empty sequence through the layers, for all its tokens; null:
   // nothing. Errors: unsupported.
   virtual void intervene(SequenceId sequence, std::shared_ptr<const Interventions> interventions) {
@@ -98,7 +122,7 @@ class Backend {
   virtual std::shared_ptr<DLTensor> allocate_activation(std::int64_t tokens, std::int64_t hidden) {
     return make_host_tensor(tokens, hidden);
   }
-  // Gives its pages back to the pool.
+  // Lets go of its pages.
   virtual void release_sequence(SequenceId sequence) = 0;
   // Positions that hold keys and values.
   virtual std::int64_t length(SequenceId sequence) const = 0;
@@ -107,6 +131,17 @@ class Backend {
   virtual void reserve(SequenceId sequence, std::int64_t positions) = 0;
   // Forgets positions from `length` on.
   virtual void truncate(SequenceId sequence, std::int64_t length) = 0;
+
+  // The page of positions 64 `index` ... of a sequence that has reserved them, with one holder
+  // more: what is in it stays until drop_page(), whatever becomes of the sequence.
+  virtual KvPageId hold_page(SequenceId sequence, std::int64_t index) = 0;
+  // One holder less; the last, be it a sequence or not, gives the page back to the pool.
+  virtual void drop_page(KvPageId page) = 0;
+  // Pages that sequences and holders have now, each counted once.
+  virtual std::int64_t kv_pages_in_use() const = 0;
+
+  // Chooses the token behind the sequence's, as prefill() does from these logits: float32 [vocab].
+  virtual SampledToken sample(SequenceId sequence, std::span<const float> logits) = 0;
 
   // Appends tokens (at least one) to a sequence and computes what `output` asks for.
   // Errors: out_of_range (token id, with its index), invalid_argument (context full),

@@ -28,6 +28,12 @@ void SequenceChecks::intervene(SequenceId id, const SequenceState& sequence) {
           sequence.length);
 }
 
+void SequenceChecks::pages(std::span<const TokenId> tokens, std::span<const KvPageId> pages) {
+  require(std::ssize(pages) == kv_pages_of(std::ssize(tokens)), ErrorKind::invalid_argument,
+          "{} tokens stand in {} pages, but {} were given", tokens.size(),
+          kv_pages_of(std::ssize(tokens)), pages.size());
+}
+
 void SequenceChecks::reserve(SequenceId id, std::int64_t positions) const {
   require(positions >= 0 && positions <= info_.max_positions, ErrorKind::invalid_argument,
           "cannot reserve {} positions for sequence {}: the longest context is {}", positions, id,

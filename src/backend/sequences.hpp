@@ -34,11 +34,6 @@ struct SequenceState {
   std::int64_t length = 0;
 };
 
-// Pages for so many positions.
-constexpr std::int64_t pages_for(std::int64_t positions) noexcept {
-  return (positions + kKvPagePositions - 1) / kKvPagePositions;
-}
-
 // `Page` is a pointer to a page of the device's KV pool.
 template <typename Page>
 struct PagedSequence : SequenceState {
@@ -53,6 +48,8 @@ class SequenceChecks {
   SequenceChecks(const ModelConfig& config, const BackendInfo& info)
       : config_(config), info_(info) {}
 
+  // Of a sequence that begins with tokens whose keys and values there are.
+  static void pages(std::span<const TokenId> tokens, std::span<const KvPageId> pages);
   // Before its first token.
   static void intervene(SequenceId id, const SequenceState& sequence);
   void reserve(SequenceId id, std::int64_t positions) const;

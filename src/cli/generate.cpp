@@ -2,9 +2,12 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "base/fail.hpp"
@@ -138,12 +141,18 @@ class EventWriter {
     flush_output();
   }
 
+  // Samples come one after the other.
   void write(const GenerateEvent& event) {
+    if (has_samples() && !settings_.json_lines && !settings_.report.json &&
+        sample_ != event.index) {
+      sample_ = event.index;
+      write_output(fmt::format("{}--- sample {} ---\n", event.index > 0 ? "\n" : "", event.index));
+    }
     if (settings_.json_lines) {
       write_output(to_line(event_json(event)));
     } else if (settings_.report.json) {
       num_tokens_ += event.token.has_value();
-      progress_->update(num_tokens_, settings_.request.max_new_tokens);
+      progress_->update(num_tokens_, settings_.request.n * settings_.request.max_new_tokens);
       return;
     } else if (tokenizer_ != nullptr) {
       write_output(event.text);
@@ -153,14 +162,21 @@ class EventWriter {
     flush_output();
   }
 
-  void end(const GenerateResult& result) {
+  void end(std::span<const GenerateResult> results) {
     progress_.reset();
     if (settings_.json_lines) {
-      Json json = {{"event", "end"}};
-      json.update(to_json(result, tokenizer_));
-      write_output(to_line(json));
+      for (std::size_t i = 0; i < results.size(); ++i) {
+        Json json = {{"event", "end"}};
+        if (has_samples()) json["sample"] = i;
+        json.update(to_json(results[i], tokenizer_));
+        write_output(to_line(json));
+      }
+    } else if (settings_.report.json && has_samples()) {
+      Json samples = Json::array();
+      for (const GenerateResult& result : results) samples.push_back(to_json(result, tokenizer_));
+      write_output(to_line({{"samples", samples}}));
     } else if (settings_.report.json) {
-      write_output(to_line(to_json(result, tokenizer_)));
+      write_output(to_line(to_json(results.front(), tokenizer_)));
     } else {
       write_output("\n");
     }
@@ -174,8 +190,11 @@ class EventWriter {
   }
 
  private:
+  bool has_samples() const { return settings_.request.n > 1; }
+
   Json event_json(const GenerateEvent& event) const {
     Json json = {{"event", "token"}, {"text", event.text}};
+    if (has_samples()) json["sample"] = event.index;
     if (event.token) {
       const bool with_logprob = settings_.request.sampling.num_logprobs >= 0;
       json.update(to_json(*event.token, tokenizer_, with_logprob));
@@ -187,7 +206,23 @@ class EventWriter {
   const Tokenizer* const tokenizer_;
   std::optional<ProgressBar> progress_;
   std::int64_t num_tokens_ = 0;
+  std::optional<std::size_t> sample_;  // whose text is being written
 };
+
+// The events of samples that are computed together, one sample after the other.
+void write_in_order(Generation& generation, std::int32_t samples, EventWriter& writer) {
+  std::vector<std::deque<GenerateEvent>> held(static_cast<std::size_t>(samples));
+  std::size_t current = 0;
+  while (auto event = generation.next()) {
+    held[event->index].push_back(std::move(*event));
+    while (current < held.size() && !held[current].empty()) {
+      const GenerateEvent first = std::move(held[current].front());
+      held[current].pop_front();
+      writer.write(first);
+      if (first.finish_reason) ++current;
+    }
+  }
+}
 
 // Adds the read ceiling to the statistics if it is asked for, or costs next to nothing. Whoever
 // pressed Ctrl-C does not want to wait for it.
@@ -223,23 +258,28 @@ ExitCode run(const Settings& settings) {
     const InterruptScope interrupt(generation.get());
     writer.begin(request);
     try {
-      while (const auto event = generation->next()) writer.write(*event);
+      write_in_order(*generation, request.n, writer);
     } catch (const Error&) {
       writer.abandon();
       throw;
     }
   }
-  GenerateResult result = generation->results().front();
+  std::vector<GenerateResult> results = generation->results();
   const bool with_statistics = !settings.report.quiet && !settings.no_stats;
   if (with_statistics || settings.report.json || settings.json_lines) {
-    add_read_ceiling(*engine, settings, result);
+    for (GenerateResult& result : results) add_read_ceiling(*engine, settings, result);
   }
-  writer.end(result);
+  writer.end(results);
   if (with_statistics) {
-    write_stderr(fmt::format("device: {}\n{}", format_device(engine->info()),
-                             format_statistics(result.statistics, name_of(*result.finish_reason))));
+    write_stderr(fmt::format("device: {}\n", format_device(engine->info())));
+    for (const GenerateResult& result : results) {
+      write_stderr(format_statistics(result.statistics, name_of(*result.finish_reason)));
+    }
   }
-  return result.finish_reason == FinishReason::cancelled ? exit_code_of_signal() : kDone;
+  const bool cancelled = std::ranges::any_of(results, [](const GenerateResult& result) {
+    return result.finish_reason == FinishReason::cancelled;
+  });
+  return cancelled ? exit_code_of_signal() : kDone;
 }
 
 // An option that sets `member` of the sampling parameters.
@@ -277,6 +317,9 @@ void add_sampling_options(CLI::App& app, Settings& settings) {
   app.add_flag("--allow-padded-ids", settings.request.allow_padded_ids,
                "let ids be drawn that the tokenizer does not know");
   add_number(app, "--seed", settings.request.sampling.seed, "the same seed gives the same text")
+      ->capture_default_str();
+  add_number(app, "--num-samples", settings.request.n,
+             "texts of the prompt, with --seed, --seed + 1 and so on", std::int32_t{1})
       ->capture_default_str();
   add_number(app, "--logprobs", settings.request.sampling.num_logprobs,
              "log-probabilities of each token and the N likeliest (with --json)", std::int32_t{0});
@@ -323,13 +366,15 @@ void add_generate_command(CLI::App& app, Command& selected) {
       "--generation-config\n"
       "takes its temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens as\n"
       "transformers' generate() does, where no option says otherwise.\n\n"
-      "Keys of --json: text, prompt_tokens, tokens, finish_reason, logprobs, statistics.\n"
+      "Keys of --json: text, prompt_tokens, tokens, finish_reason, logprobs, statistics;\n"
+      "with several samples a list of these under \"samples\".\n"
       "--json-lines prints {\"event\": \"token\", text, token, piece, ...} for each token and\n"
       "{\"event\": \"end\", ...} with the keys of --json as the last line.",
       "clusterfusion generate models/demo -p \"It was a dark night\" -n 48 --temperature 0.8 "
       "--seed 1");
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
+  add_memory_options(command, settings->engine);
   add_text_options(command, settings->prompt, "--prompt", "--prompt-file");
   settings->prompt_tokens_option = command
                                        .add_option("--prompt-tokens", settings->prompt_tokens,

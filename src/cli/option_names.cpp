@@ -30,6 +30,8 @@ constexpr Name kFields[] = {
     {"logit_bias", "--logit-bias"},
     {"allow_padded_ids", "--allow-padded-ids"},
     {"kv_dtype", "--kv-dtype"},
+    {"kv_bytes", "--kv-bytes"},
+    {"max_sequences", "--max-sequences"},
 };
 // Words of English too: fields where a message begins with them.
 constexpr Name kFirstWords[] = {{"temperature", "--temperature"},

@@ -53,6 +53,18 @@ void add_engine_options(CLI::App& app, EngineSettings& settings) {
       ->capture_default_str();
 }
 
+void add_memory_options(CLI::App& app, EngineSettings& settings) {
+  add_number(app, "--kv-bytes", settings.options.kv_bytes,
+             "memory for keys and values; 0: on the CPU half of what is left, on a GPU most of it",
+             std::int64_t{0})
+      ->capture_default_str();
+  add_number(app, "--max-sequences", settings.options.max_sequences,
+             "texts that are computed together at most", std::int64_t{1})
+      ->capture_default_str();
+  app.add_flag("!--no-prefix-cache", settings.options.prefix_cache,
+               "compute each prompt anew, also where one begins as another does");
+}
+
 void add_context_option(CLI::App& app, EngineSettings& settings) {
   add_number(app, "--context", settings.options.max_positions,
              "longest context in tokens; 0: the model's", std::int64_t{0})

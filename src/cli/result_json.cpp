@@ -39,6 +39,10 @@ Json to_json(const Statistics& statistics) {
       {"bytes_per_second", statistics.bytes_per_second},
       {"read_ceiling_bytes_per_second", statistics.read_ceiling_bytes_per_second},
       {"ceiling_share", statistics.ceiling_share},
+      {"queue_seconds", statistics.queue_seconds},
+      {"preemptions", statistics.preemptions},
+      {"recompute_seconds", statistics.recompute_seconds},
+      {"prefix_hit_tokens", statistics.prefix_hit_tokens},
   };
 }
 

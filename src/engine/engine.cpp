@@ -17,10 +17,15 @@ BackendOptions check_options(const EngineOptions& options, const ModelConfig& co
           "max_positions must be in [1, {}] (the model's max_position_embeddings), or 0 for the "
           "model's, got {}",
           config.max_positions, options.max_positions);
+  require(options.max_sequences >= 1, ErrorKind::invalid_argument,
+          "max_sequences must be at least 1, got {}", options.max_sequences);
+  require(options.kv_bytes >= 0, ErrorKind::invalid_argument,
+          "kv_bytes must be >= 0 (0: the device's own choice), got {}", options.kv_bytes);
   return {.threads = options.threads,
           .max_positions = options.max_positions,
           .kv_dtype = options.kv_dtype,
           .mode = options.mode,
+          .kv_bytes = options.kv_bytes,
           .load_progress = options.load_progress};
 }
 
@@ -30,8 +35,10 @@ std::unique_ptr<Engine> open_on(DeviceChoice choice, std::shared_ptr<const Model
   const BackendOptions backend_options = check_options(options, model->config());
   std::unique_ptr<Backend> backend = make_backend(options.device, choice, model, backend_options);
   require_intact(*model);
-  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
-                     options.interrupted);
+  return make_engine(
+      model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
+      options.interrupted,
+      {.max_sequences = options.max_sequences, .prefix_cache = options.prefix_cache});
 }
 
 }  // namespace
@@ -110,6 +117,8 @@ PerplexityResult Engine::perplexity(std::string_view text, bool add_special_toke
 }
 
 GenerateResult Engine::generate(GenerateRequest request, const EventCallback& on_event) {
+  require(request.n == 1, ErrorKind::invalid_argument,
+          "n is {}, and there is room for one result: pass a list of requests", request.n);
   std::vector<GenerateRequest> requests;
   requests.push_back(std::move(request));
   return std::move(generate(std::move(requests), on_event).front());

@@ -2,231 +2,157 @@
 
 #include <algorithm>
 #include <iterator>
+#include <map>
 
 namespace clusterfusion {
 namespace {
 
-double seconds_since(BatchGeneration::Clock::time_point start) {
-  return std::chrono::duration<double>(BatchGeneration::Clock::now() - start).count();
-}
-
-GenerateEvent last_event(std::size_t index, FinishReason reason) {
-  GenerateEvent event;
-  event.index = index;
-  event.finish_reason = reason;
-  return event;
-}
+// A cancellation by a signal handler, which cannot wake anybody, is seen after this time. Asking
+// whether the caller was interrupted may cost something (in Python the interpreter's lock).
+constexpr std::chrono::milliseconds kPatience{20};
 
 }  // namespace
 
 BatchGeneration::BatchGeneration(std::shared_ptr<SharedBackend> backend,
-                                 std::shared_ptr<const Tokenizer> tokenizer,
-                                 std::vector<PreparedRequest> requests, Clock::time_point started)
-    : backend_(std::move(backend)), started_(started), results_(requests.size()) {
+                                 std::shared_ptr<Scheduler> scheduler,
+                                 const std::shared_ptr<const Tokenizer>& tokenizer,
+                                 std::vector<Request> requests)
+    : backend_(std::move(backend)),
+      scheduler_(std::move(scheduler)),
+      results_(requests.size()),
+      num_running_(requests.size()) {
   const std::shared_ptr<const Interventions> interventions = backend_->interventions().now();
-  sequences_.reserve(requests.size());
+  std::map<std::size_t, std::shared_ptr<PromptFamily>> families;
+  Scheduler::Sequences sequences;
   for (std::size_t index = 0; index < requests.size(); ++index) {
-    PreparedRequest& request = requests[index];
+    PreparedRequest& request = requests[index].prepared;
     results_[index].prompt_tokens = request.prompt;
     results_[index].statistics.prompt_tokens = std::ssize(request.prompt);
+    const TextStream text(tokenizer, request.skip_special_tokens, request.stop_strings);
+    readers_.push_back({text, request.sampling.num_logprobs >= 0, false});
     if (request.max_new_tokens == 0 && !request.prompt_detail) {
-      results_[index].finish_reason = FinishReason::token_limit;
-      events_.push_back(last_event(index, FinishReason::token_limit));
+      GenerateEvent event;
+      event.index = index;
+      event.finish_reason = FinishReason::token_limit;
+      emit(std::move(event));
       continue;
     }
-    auto handle = std::make_unique<SequenceHandle>(
-        *backend_, request.sampling, std::ssize(request.prompt) + request.max_new_tokens,
-        interventions);
-    TextStream text(tokenizer, request.skip_special_tokens, std::move(request.stop_strings));
-    sequences_.push_back({index, std::move(request), std::move(text), std::move(handle)});
+    auto sequence = std::make_unique<ScheduledSequence>();
+    sequence->caller = caller_;
+    sequence->index = index;
+    if (!request.stop_strings.empty()) {
+      sequence->ends_text = [text = TextStream(text)](TokenId token) mutable {
+        text.push(token);
+        return text.stopped();
+      };
+    }
+    std::shared_ptr<PromptFamily>& family = families[requests[index].prompt_number];
+    if (!family) family = std::make_shared<PromptFamily>();
+    sequence->family = family;
+    sequence->interventions = interventions;
+    sequence->statistics.prompt_tokens = std::ssize(request.prompt);
+    sequence->request = std::move(request);
+    sequences.push_back(std::move(sequence));
   }
+  scheduler_->submit(std::move(sequences));
 }
+
+BatchGeneration::~BatchGeneration() { scheduler_->withdraw(*caller_); }
 
 std::optional<GenerateEvent> BatchGeneration::next() {
-  try {
-    while (events_.empty() && advance()) {
+  for (;;) {
+    if (!all_ended() && caller_->is_cancelled()) end_all(FinishReason::cancelled);
+    if (!events_.empty()) {
+      GenerateEvent event = std::move(events_.front());
+      events_.pop_front();
+      return event;
     }
-  } catch (const Error& error) {
-    if (error.kind() == ErrorKind::interrupted) cancel_sequences();
-    sequences_.clear();
-    events_.clear();
-    throw;
-  } catch (...) {
-    sequences_.clear();
-    events_.clear();
-    throw;
-  }
-  if (events_.empty()) return std::nullopt;
-  GenerateEvent event = std::move(events_.front());
-  events_.pop_front();
-  return event;
-}
-
-bool BatchGeneration::advance() {
-  if (sequences_.empty()) return false;
-  try {
-    if (is_cancelled()) throw Stopped{};
-    advance_sequences();
-  } catch (const Stopped&) {
-    cancel_sequences();
-  }
-  drop_finished();
-  return true;
-}
-
-void BatchGeneration::advance_sequences() {
-  const auto waiting = std::ranges::find_if(sequences_, &Sequence::in_prefill);
-  if (waiting != sequences_.end()) {
-    prefill_piece(*waiting);
-  } else {
-    decode_batch();
+    if (all_ended()) return std::nullopt;
+    try {
+      check_interrupted();
+      if (news_.empty()) news_ = caller_->wait_for_news(kPatience);
+    } catch (...) {
+      num_running_ = 0;
+      throw;
+    }
+    if (news_.empty()) continue;
+    SequenceNews news = std::move(news_.front());
+    news_.pop_front();
+    read(std::move(news));
   }
 }
 
-void BatchGeneration::cancel_sequences() {
-  for (Sequence& sequence : sequences_) {
-    if (sequence.handle) emit(sequence, last_event(sequence.index, FinishReason::cancelled));
-  }
+void BatchGeneration::check_interrupted() {
+  const auto now = std::chrono::steady_clock::now();
+  if (now < next_question_) return;
+  next_question_ = now + kPatience;
+  if (!backend_->ask_interrupted()) return;
+  end_all(FinishReason::cancelled);
+  events_.clear();
+  SharedBackend::fail_interrupted();
 }
 
-void BatchGeneration::prefill_piece(Sequence& sequence) {
-  const std::int64_t left = std::ssize(sequence.request.prompt) - sequence.prefilled;
-  const std::optional<ScoreDetail>& detail = sequence.request.prompt_detail;
-  const std::int64_t most =
-      detail ? scored_piece(backend_->info(), *detail) : backend_->info().prefill_chunk;
-  const std::int64_t count = std::min(left, most);
-  const std::span<const TokenId> piece =
-      std::span(sequence.request.prompt).subspan(sequence.prefilled, count);
-  SampledToken sampled;
-  PrefillOutput output;
-  if (count == left && sequence.request.max_new_tokens > 0) output.sampled = &sampled;
-
-  const std::span<const TokenId> next_tokens =
-      detail ? std::span<const TokenId>(sequence.request.prompt)
-                   .subspan(sequence.prefilled + 1, std::min(count, left - 1))
-             : std::span<const TokenId>();
-  std::vector<ScoredToken> scores(next_tokens.size());
-  result_of(sequence).statistics.prefill_seconds += prefill_scored(
-      *backend_, *sequence.handle, piece, next_tokens, detail.value_or(ScoreDetail{}), scores,
-      output, [this] { return is_cancelled(); });
-  std::ranges::move(scores, std::back_inserter(result_of(sequence).prompt_scores));
-  sequence.prefilled += count;
-  if (count < left) return;
-  if (sequence.request.max_new_tokens == 0) {
-    emit(sequence, last_event(sequence.index, FinishReason::token_limit));
-    return;
+void BatchGeneration::read(SequenceNews news) {
+  GenerateResult& result = results_[news.index];
+  std::ranges::move(news.prompt_scores, std::back_inserter(result.prompt_scores));
+  if (news.token) {
+    result.tokens.push_back(news.token->token);
+    if (readers_[news.index].wants_sampled) result.sampled.push_back(*news.token);
   }
-  result_of(sequence).statistics.time_to_first_token_seconds = seconds_since(started_);
-  accept(sequence, std::move(sampled));
-}
-
-// No sequence may grow past its limit, not even for a token that is then dropped.
-std::int32_t BatchGeneration::num_steps() const {
-  std::int64_t steps = backend_->info().decode_ahead;
-  for (const Sequence& sequence : sequences_) {
-    steps =
-        std::min(steps, sequence.request.max_new_tokens - std::ssize(result_of(sequence).tokens));
-  }
-  return static_cast<std::int32_t>(steps);
-}
-
-// Bytes that the whole batch reads in the `step`-th step from now: the weights once, and the keys
-// and values of each sequence up to the position that the step appends.
-double BatchGeneration::step_bytes(std::int64_t step) const {
-  std::int64_t positions = 0;
-  for (const Sequence& sequence : sequences_) {
-    positions +=
-        std::ssize(sequence.request.prompt) + std::ssize(result_of(sequence).tokens) + step;
-  }
-  return static_cast<double>(backend_->model().bytes_per_token()) +
-         static_cast<double>(positions) *
-             static_cast<double>(backend_->info().kv_bytes_per_position);
-}
-
-void BatchGeneration::decode_batch() {
-  const std::size_t batch = sequences_.size();
-  const std::int32_t steps = num_steps();
-  std::vector<SequenceId> ids;
-  std::vector<TokenId> inputs;
-  for (const Sequence& sequence : sequences_) {
-    ids.push_back(sequence.handle->id());
-    inputs.push_back(result_of(sequence).tokens.back());
-  }
-  std::vector<SampledToken> sampled(batch * static_cast<std::size_t>(steps));
-  double bytes = 0;
-  for (std::int32_t step = 0; step < steps; ++step) bytes += step_bytes(step);
-
-  const double seconds = backend_->run(
-      [&](Backend& backend) {
-        const Clock::time_point start = Clock::now();
-        backend.decode(ids, inputs, steps, sampled, {});
-        return seconds_since(start);
-      },
-      [this] { return is_cancelled(); });
-  for (Sequence& sequence : sequences_) {
-    result_of(sequence).statistics.decode_seconds += seconds;
-    sequence.decode_bytes += bytes;
-  }
-  // A sequence that ends before the last step leaves its surplus tokens behind with its pages.
-  for (std::size_t i = 0; i < sampled.size(); ++i) {
-    Sequence& sequence = sequences_[i % batch];
-    if (sequence.handle) accept(sequence, std::move(sampled[i]));
-  }
-}
-
-void BatchGeneration::accept(Sequence& sequence, SampledToken token) {
-  GenerateResult& result = result_of(sequence);
+  update_statistics(result, news);
+  if (!news.token && !news.finish_reason) return;
   GenerateEvent event;
-  event.index = sequence.index;
-  result.tokens.push_back(token.token);
-  if (sequence.request.sampling.num_logprobs >= 0) result.sampled.push_back(token);
-
-  if (std::ranges::count(sequence.request.stop_tokens, token.token) > 0) {
-    event.finish_reason = FinishReason::stop_token;
-  } else {
-    event.text = sequence.text.push(token.token);
-    event.finish_reason =
-        sequence.text.stopped() ? FinishReason::stop_string : limit_reached(sequence);
+  event.index = news.index;
+  event.finish_reason = news.finish_reason;
+  if (news.token && news.finish_reason != FinishReason::stop_token) {
+    event.text = readers_[news.index].text.push(news.token->token);
   }
-  event.token = std::move(token);
-  emit(sequence, std::move(event));
+  event.token = std::move(news.token);
+  emit(std::move(event));
 }
 
-std::optional<FinishReason> BatchGeneration::limit_reached(const Sequence& sequence) const {
-  if (std::ssize(result_of(sequence).tokens) < sequence.request.max_new_tokens) return std::nullopt;
-  return sequence.request.ends_at_context ? FinishReason::context_limit : FinishReason::token_limit;
-}
-
-void BatchGeneration::emit(Sequence& sequence, GenerateEvent event) {
+// A finish reason ends the sequence, with the text that was held back.
+void BatchGeneration::emit(GenerateEvent event) {
+  GenerateResult& result = results_[event.index];
+  Reader& reader = readers_[event.index];
   if (event.finish_reason) {
-    event.text += sequence.text.finish();
-    if (sequence.text.stopped()) event.finish_reason = FinishReason::stop_string;
-    result_of(sequence).finish_reason = *event.finish_reason;
-    sequence.handle.reset();
+    event.text += reader.text.finish();
+    if (reader.text.stopped()) event.finish_reason = FinishReason::stop_string;
+    result.finish_reason = *event.finish_reason;
+    reader.ended = true;
+    --num_running_;
   }
-  result_of(sequence).text += event.text;
-  update_statistics(sequence);
+  result.text += event.text;
   events_.push_back(std::move(event));
 }
 
-void BatchGeneration::update_statistics(Sequence& sequence) {
-  GenerateResult& result = result_of(sequence);
+// Of the sequences that have not ended; what they still had to tell is forgotten.
+void BatchGeneration::end_all(FinishReason reason) {
+  scheduler_->withdraw(*caller_);
+  news_.clear();
+  for (std::size_t index = 0; index < readers_.size(); ++index) {
+    if (readers_[index].ended) continue;
+    GenerateEvent event;
+    event.index = index;
+    event.finish_reason = reason;
+    emit(std::move(event));
+  }
+}
+
+void BatchGeneration::update_statistics(GenerateResult& result, const SequenceNews& news) {
   Statistics& statistics = result.statistics;
+  statistics = news.statistics;
   statistics.new_tokens = std::ssize(result.tokens);
   statistics.read_ceiling_bytes_per_second = backend_->known_read_ceiling();
   if (statistics.new_tokens < 2 || statistics.decode_seconds <= 0) return;
   statistics.seconds_per_token =
       statistics.decode_seconds / static_cast<double>(statistics.new_tokens - 1);
   statistics.tokens_per_second = 1 / statistics.seconds_per_token;
-  statistics.bytes_per_second = sequence.decode_bytes / statistics.decode_seconds;
+  statistics.bytes_per_second = news.decode_bytes / statistics.decode_seconds;
   if (statistics.read_ceiling_bytes_per_second > 0) {
     statistics.ceiling_share =
         statistics.bytes_per_second / statistics.read_ceiling_bytes_per_second;
   }
-}
-
-void BatchGeneration::drop_finished() {
-  std::erase_if(sequences_, [](const Sequence& sequence) { return sequence.handle == nullptr; });
 }
 
 }  // namespace clusterfusion

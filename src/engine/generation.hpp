@@ -1,7 +1,6 @@
-// The generate loop: prefill in pieces, decode in batches, events in a queue.
+// A running Generation: the caller's side of the scheduler, with texts and results.
 #pragma once
 
-#include <atomic>
 #include <chrono>
 #include <deque>
 #include <memory>
@@ -9,14 +8,16 @@
 #include <vector>
 
 #include "clusterfusion/engine.hpp"
+#include "engine/caller.hpp"
 #include "engine/prepare_request.hpp"
+#include "engine/scheduler.hpp"
 #include "engine/shared_backend.hpp"
 #include "engine/text_stream.hpp"
 
 namespace clusterfusion {
 
-// Prompts are prefilled one after the other; then all sequences that have not ended decode as one
-// batch. Which sequences share a batch does not change their tokens.
+// The scheduler computes ahead of next(), which turns tokens into text and adds them to the
+// results.
 //
 // - A request for 0 new tokens computes nothing, unless its prompt is to be scored: its one event
 //   says token_limit.
@@ -24,65 +25,50 @@ namespace clusterfusion {
 //   a text, a stop token for one, may show that the text held back has one), stop_token,
 //   token_limit, context_limit.
 // - A context limit of n means that prompt and new tokens together are at most n.
-// - cancel() lets tokens that are already computed come out, gives up the step that runs, and ends
-//   each sequence with one event that brings the text held back.
-// - An interrupted step ends the results in the same way, but the error takes the place of events.
+// - cancel() ends each sequence behind the tokens that have come out, with one event that brings
+//   the text held back. next() returns it when the sequences are gone, and their memory is free.
+// - An interruption ends the results in the same way, but the error takes the place of events.
 class BatchGeneration final : public Generation {
  public:
-  using Clock = std::chrono::steady_clock;
-
-  // Reserves the KV pages of all sequences. Errors: those of SequenceHandle.
-  BatchGeneration(std::shared_ptr<SharedBackend> backend,
-                  std::shared_ptr<const Tokenizer> tokenizer, std::vector<PreparedRequest> requests,
-                  Clock::time_point started);
+  // `requests` in the order of results; those with the same prompt number are samples of one
+  // prompt. Submits them.
+  struct Request {
+    PreparedRequest prepared;
+    std::size_t prompt_number = 0;
+  };
+  BatchGeneration(std::shared_ptr<SharedBackend> backend, std::shared_ptr<Scheduler> scheduler,
+                  const std::shared_ptr<const Tokenizer>& tokenizer, std::vector<Request> requests);
+  ~BatchGeneration() override;
 
   std::optional<GenerateEvent> next() override;
-  void cancel() noexcept override { cancelled_.store(true, std::memory_order_relaxed); }
+  void cancel() noexcept override { caller_->cancel(); }
   const std::vector<GenerateResult>& results() const noexcept override { return results_; }
 
  private:
-  struct Sequence {
-    std::size_t index;  // of the request and its result
-    PreparedRequest request;
+  // What the caller has seen of a sequence.
+  struct Reader {
     TextStream text;
-    std::unique_ptr<SequenceHandle> handle;
-    std::int64_t prefilled = 0;  // prompt tokens in the backend
-    double decode_bytes = 0;     // read by the decode steps that it took part in
-
-    bool in_prefill() const noexcept { return prefilled < std::ssize(request.prompt); }
+    bool wants_sampled = false;
+    bool ended = false;
   };
 
-  // Does one prefill piece or one decode step, or cancels; false if there is nothing left to do.
-  bool advance();
-  void advance_sequences();
-  void cancel_sequences();
-  void prefill_piece(Sequence& sequence);
-  void decode_batch();
-  std::int32_t num_steps() const;
-  double step_bytes(std::int64_t step) const;
-  bool is_cancelled() const noexcept { return cancelled_.load(std::memory_order_relaxed); }
-
-  // Takes note of a new token and decides whether the sequence goes on.
-  void accept(Sequence& sequence, SampledToken token);
-  std::optional<FinishReason> limit_reached(const Sequence& sequence) const;
-  // Sends the event; a finish reason ends the sequence and gives its pages back.
-  void emit(Sequence& sequence, GenerateEvent event);
-  void update_statistics(Sequence& sequence);
-  void drop_finished();
-
-  GenerateResult& result_of(const Sequence& sequence) { return results_[sequence.index]; }
-  const GenerateResult& result_of(const Sequence& sequence) const {
-    return results_[sequence.index];
-  }
+  bool all_ended() const noexcept { return num_running_ == 0; }
+  void read(SequenceNews news);
+  void end_all(FinishReason reason);
+  void emit(GenerateEvent event);
+  void update_statistics(GenerateResult& result, const SequenceNews& news);
+  // Errors: interrupted.
+  void check_interrupted();
 
   std::shared_ptr<SharedBackend> backend_;
-  const Clock::time_point started_;
+  std::shared_ptr<Scheduler> scheduler_;
+  std::shared_ptr<Caller> caller_ = std::make_shared<Caller>();
   std::vector<GenerateResult> results_;
-  std::vector<Sequence> sequences_;  // those that have not ended
+  std::vector<Reader> readers_;  // one for each result
+  std::size_t num_running_ = 0;  // results without a last event
+  std::deque<SequenceNews> news_;
   std::deque<GenerateEvent> events_;
-
-  std::atomic<bool> cancelled_ = false;
-  static_assert(std::atomic<bool>::is_always_lock_free, "cancel() is for signal handlers");
+  std::chrono::steady_clock::time_point next_question_;  // whether the caller was interrupted
 };
 
 }  // namespace clusterfusion

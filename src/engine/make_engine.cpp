@@ -4,6 +4,7 @@
 #include "engine/generation.hpp"
 #include "engine/hidden_states.hpp"
 #include "engine/prepare_request.hpp"
+#include "engine/scheduler.hpp"
 #include "engine/scoring.hpp"
 #include "engine/shared_backend.hpp"
 #include "engine/timing.hpp"
@@ -22,6 +23,14 @@ PreparedRequest prepare_numbered(GenerateRequest request, const RequestLimits& l
     if (count == 1) throw;
     fail(error.kind(), "requests[{}]: {}", index, error.what());
   }
+}
+
+// A sample of a prompt: its seed is the request's plus its number.
+BatchGeneration::Request sample_of(const PreparedRequest& prepared, std::size_t prompt_number,
+                                   std::int32_t sample) {
+  BatchGeneration::Request request{prepared, prompt_number};
+  request.prepared.sampling.seed += static_cast<std::uint64_t>(sample);
+  return request;
 }
 
 std::vector<std::string> warnings_of(const Model& model, const Tokenizer* tokenizer) {
@@ -46,13 +55,14 @@ class BackendEngine final : public Engine {
  public:
   BackendEngine(std::shared_ptr<const Model> model, std::shared_ptr<const Tokenizer> tokenizer,
                 std::unique_ptr<Backend> backend, std::string device_reason,
-                StopRequest interrupted)
+                SchedulerOptions scheduling, StopRequest interrupted)
       : model_(std::move(model)),
         tokenizer_(std::move(tokenizer)),
         device_reason_(std::move(device_reason)),
         warnings_(warnings_of(*model_, tokenizer_.get())),
         backend_(
-            std::make_shared<SharedBackend>(model_, std::move(backend), std::move(interrupted))) {}
+            std::make_shared<SharedBackend>(model_, std::move(backend), std::move(interrupted))),
+        scheduler_(std::make_shared<Scheduler>(backend_, std::move(scheduling))) {}
 
   const Model& model() const noexcept override { return *model_; }
   bool has_tokenizer() const noexcept override { return tokenizer_ != nullptr; }
@@ -68,18 +78,25 @@ class BackendEngine final : public Engine {
             .device_reason = device_reason_,
             .kv_dtype = info.kv_dtype,
             .kv_bytes_per_position = info.kv_bytes_per_position,
-            .max_positions = info.max_positions};
+            .max_positions = info.max_positions,
+            .kv_bytes = info.kv_pages * kKvPagePositions * info.kv_bytes_per_position};
   }
 
   std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests) override {
-    const auto started = BatchGeneration::Clock::now();
-    const RequestLimits limits{*model_, tokenizer_.get(), backend_->info().max_positions};
-    std::vector<PreparedRequest> prepared;
+    const BackendInfo& info = backend_->info();
+    const RequestLimits limits{*model_, tokenizer_.get(), info.max_positions, info.kv_pages};
+    std::vector<BatchGeneration::Request> samples;
     for (std::size_t i = 0; i < requests.size(); ++i) {
-      prepared.push_back(prepare_numbered(std::move(requests[i]), limits, i, requests.size()));
+      const std::int32_t n = requests[i].n;
+      const PreparedRequest prepared =
+          prepare_numbered(std::move(requests[i]), limits, i, requests.size());
+      for (std::int32_t sample = 0; sample < n; ++sample) {
+        samples.push_back(sample_of(prepared, i, sample));
+      }
     }
-    return std::make_unique<BatchGeneration>(backend_, tokenizer_, std::move(prepared), started);
+    return std::make_unique<BatchGeneration>(backend_, scheduler_, tokenizer_, std::move(samples));
   }
+  ServingStatistics serving_statistics() const override { return scheduler_->statistics(); }
 
   void logits(std::span<const TokenId> tokens, std::span<float> logits) override {
     compute_logits(*backend_, tokens, logits);
@@ -121,7 +138,9 @@ class BackendEngine final : public Engine {
   std::shared_ptr<const Tokenizer> tokenizer_;
   std::string device_reason_;
   std::vector<std::string> warnings_;
-  std::shared_ptr<SharedBackend> backend_;  // shared with the generations
+  // Shared with the generations.
+  std::shared_ptr<SharedBackend> backend_;
+  std::shared_ptr<Scheduler> scheduler_;
 };
 
 }  // namespace
@@ -129,9 +148,10 @@ class BackendEngine final : public Engine {
 std::unique_ptr<Engine> make_engine(std::shared_ptr<const Model> model,
                                     std::shared_ptr<const Tokenizer> tokenizer,
                                     std::unique_ptr<Backend> backend, std::string device_reason,
-                                    StopRequest interrupted) {
+                                    StopRequest interrupted, SchedulerOptions scheduling) {
   return std::make_unique<BackendEngine>(std::move(model), std::move(tokenizer), std::move(backend),
-                                         std::move(device_reason), std::move(interrupted));
+                                         std::move(device_reason), std::move(scheduling),
+                                         std::move(interrupted));
 }
 
 }  // namespace clusterfusion

@@ -6,6 +6,7 @@
 
 #include "backend/backend.hpp"
 #include "clusterfusion/engine.hpp"
+#include "engine/scheduler.hpp"
 
 namespace clusterfusion {
 
@@ -15,6 +16,6 @@ namespace clusterfusion {
 std::unique_ptr<Engine> make_engine(std::shared_ptr<const Model> model,
                                     std::shared_ptr<const Tokenizer> tokenizer,
                                     std::unique_ptr<Backend> backend, std::string device_reason,
-                                    StopRequest interrupted = {});
+                                    StopRequest interrupted = {}, SchedulerOptions scheduling = {});
 
 }  // namespace clusterfusion

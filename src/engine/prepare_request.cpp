@@ -9,6 +9,8 @@
 namespace clusterfusion {
 namespace {
 
+constexpr std::int32_t kMostSamples = 1 << 16;
+
 std::string suggest_first_token(const ModelConfig& config) {
   if (config.bos_token)
     return fmt::format(", for example token {} (bos_token_id)", *config.bos_token);
@@ -67,6 +69,18 @@ void check_prompt_fits(const PreparedRequest& prepared, std::int64_t max_new_tok
       length - longest, or_longer);
 }
 
+void check_memory(const PreparedRequest& prepared, const RequestLimits& limits) {
+  // The last token is never fed.
+  const std::int64_t positions =
+      std::ssize(prepared.prompt) + std::max<std::int64_t>(prepared.max_new_tokens - 1, 0);
+  require(kv_pages_of(positions) <= limits.kv_pages, ErrorKind::out_of_memory,
+          "the request may need {} pages of {} positions for its {} prompt tokens and up to {} new "
+          "ones, and the KV cache has {}: shorten the prompt, lower max_new_tokens, raise kv_bytes "
+          "or choose a smaller kv_dtype",
+          kv_pages_of(positions), kKvPagePositions, prepared.prompt.size(), prepared.max_new_tokens,
+          limits.kv_pages);
+}
+
 // What the request forbids, in the backend's terms.
 void restrict_sampling(const GenerateRequest& request, const RequestLimits& limits,
                        PreparedRequest& prepared) {
@@ -98,6 +112,8 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
   request.sampling.validate();
   require(request.max_new_tokens >= 0, ErrorKind::invalid_argument,
           "max_new_tokens must be >= 0, got {}", request.max_new_tokens);
+  require(request.n >= 1 && request.n <= kMostSamples, ErrorKind::invalid_argument,
+          "n must be in [1, {}] (samples of the prompt), got {}", kMostSamples, request.n);
   require(request.num_prompt_logprobs >= -1 && request.num_prompt_logprobs <= 100,
           ErrorKind::invalid_argument,
           "num_prompt_logprobs must be in [-1, 100] (-1: none), got {}",
@@ -116,6 +132,7 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
   const std::int64_t room = limits.max_positions - std::ssize(prepared.prompt);
   prepared.max_new_tokens = std::min(request.max_new_tokens, room);
   prepared.ends_at_context = request.max_new_tokens > room;
+  check_memory(prepared, limits);
   prepared.sampling = request.sampling;
   prepared.stop_strings = std::move(request.stop_strings);
   prepared.stop_tokens = std::move(request.stop_tokens);

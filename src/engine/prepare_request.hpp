@@ -17,6 +17,7 @@ struct RequestLimits {
   const Model& model;
   const Tokenizer* tokenizer;  // null: none
   std::int64_t max_positions;  // of the engine
+  std::int64_t kv_pages;       // that one sequence may have
 };
 
 struct PreparedRequest {
@@ -30,7 +31,8 @@ struct PreparedRequest {
   std::optional<ScoreDetail> prompt_detail;  // if the prompt's tokens are to be scored
 };
 
-// Errors: invalid_argument, out_of_range.
+// GenerateRequest::n is left to the caller.
+// Errors: invalid_argument, out_of_range, out_of_memory.
 PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& limits);
 
 // Errors: out_of_range naming `what`, index, id and vocabulary.

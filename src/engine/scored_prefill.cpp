@@ -1,7 +1,6 @@
 #include "engine/scored_prefill.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <vector>
 
 #include "sampling/sampler.hpp"
@@ -13,12 +12,12 @@ std::int64_t scored_piece(const BackendInfo& info, const ScoreDetail& detail) {
   return detail.needs_logits() ? std::min(info.prefill_chunk, kMostLogitRows) : info.prefill_chunk;
 }
 
-double prefill_scored(SharedBackend& backend, const SequenceHandle& sequence,
-                      std::span<const TokenId> tokens, std::span<const TokenId> targets,
-                      const ScoreDetail& detail, std::span<ScoredToken> scores,
-                      PrefillOutput output, const StopRequest& stop) {
+void prefill_scored(Backend& backend, std::int64_t vocab_size, SequenceId sequence,
+                    std::span<const TokenId> tokens, std::span<const TokenId> targets,
+                    const ScoreDetail& detail, std::span<ScoredToken> scores,
+                    PrefillOutput output) {
   constexpr TokenId kNoTarget = -1;
-  const auto vocab = static_cast<std::size_t>(backend.model().config().vocab_size);
+  const auto vocab = static_cast<std::size_t>(vocab_size);
   std::vector<TokenId> all_targets(tokens.size(), kNoTarget);
   std::ranges::copy(targets, all_targets.begin());
   std::vector<float> logprobs(tokens.size());
@@ -29,13 +28,7 @@ double prefill_scored(SharedBackend& backend, const SequenceHandle& sequence,
     output.target_logprobs = logprobs;
     output.all_logits = logits;
   }
-  const double seconds = backend.run(
-      [&](Backend& device) {
-        const auto start = std::chrono::steady_clock::now();
-        device.prefill(sequence.id(), tokens, output);
-        return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-      },
-      stop);
+  backend.prefill(sequence, tokens, output);
 
   for (std::size_t i = 0; i < targets.size(); ++i) {
     scores[i].token = targets[i];
@@ -45,7 +38,6 @@ double prefill_scored(SharedBackend& backend, const SequenceHandle& sequence,
     scores[i].is_likeliest = likeliest_token(row) == targets[i];
     scores[i].top = likeliest_tokens(row, detail.num_top);
   }
-  return seconds;
 }
 
 }  // namespace clusterfusion

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <span>
 
+#include "backend/backend.hpp"
 #include "clusterfusion/engine.hpp"
-#include "engine/shared_backend.hpp"
 
 namespace clusterfusion {
 
@@ -24,11 +24,10 @@ std::int64_t scored_piece(const BackendInfo& info, const ScoreDetail& detail);
 
 // Appends `tokens`, at most scored_piece(), to the sequence. targets[i] is the token that comes
 // after tokens[i]; scores[i] is to tell of it; both may be shorter than `tokens`. `output` is what
-// else the prefill is to give. Returns the seconds that the device took. `stop` and errors are
-// those of SharedBackend::run().
-double prefill_scored(SharedBackend& backend, const SequenceHandle& sequence,
-                      std::span<const TokenId> tokens, std::span<const TokenId> targets,
-                      const ScoreDetail& detail, std::span<ScoredToken> scores,
-                      PrefillOutput output = {}, const StopRequest& stop = {});
+// else the prefill is to give. Errors: those of Backend::prefill().
+void prefill_scored(Backend& backend, std::int64_t vocab_size, SequenceId sequence,
+                    std::span<const TokenId> tokens, std::span<const TokenId> targets,
+                    const ScoreDetail& detail, std::span<ScoredToken> scores,
+                    PrefillOutput output = {});
 
 }  // namespace clusterfusion

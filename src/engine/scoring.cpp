@@ -147,9 +147,11 @@ LoglikelihoodResult loglikelihood_of(SharedBackend& backend, const Loglikelihood
   result.tokens.resize(continuation.size());
   for (std::size_t begin = 0; begin < inputs.size(); begin += piece) {
     const std::size_t count = std::min(piece, inputs.size() - begin);
-    prefill_scored(backend, sequence, std::span(inputs).subspan(begin, count),
-                   continuation.subspan(begin, count), detail,
-                   std::span(result.tokens).subspan(begin, count));
+    backend.run([&](Backend& device) {
+      prefill_scored(device, backend.model().config().vocab_size, sequence.id(),
+                     std::span(inputs).subspan(begin, count), continuation.subspan(begin, count),
+                     detail, std::span(result.tokens).subspan(begin, count));
+    });
   }
   for (const ScoredToken& token : result.tokens) result.total += token.logprob;
   result.is_greedy = std::ranges::all_of(result.tokens, &ScoredToken::is_likeliest);

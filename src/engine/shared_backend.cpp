@@ -20,8 +20,13 @@ SharedBackend::SharedBackend(std::shared_ptr<const Model> model, std::unique_ptr
       backend_(std::move(backend)),
       interrupted_(std::move(interrupted)) {}
 
-SharedBackend::StopScope::StopScope(SharedBackend& shared, const StopRequest& stop)
+SharedBackend::StopScope::StopScope(SharedBackend& shared, const StopRequest& stop,
+                                    bool asks_caller)
     : backend_(*shared.backend_) {
+  if (!asks_caller) {
+    backend_.set_stop_request(stop);
+    return;
+  }
   if (!shared.interrupted_ && !stop) return;
   // Short steps and devices that do not ask leave it to this.
   if (shared.is_interrupted()) fail_interrupted();
@@ -46,6 +51,16 @@ double SharedBackend::measure_read_ceiling() {
     read_ceiling_ = run([](Backend& backend) { return backend.measure_read_ceiling(); });
   });
   return read_ceiling_;
+}
+
+std::exception_ptr SharedBackend::explained(const Error& error) const {
+  try {
+    require_intact(*model_);
+    if (error.kind() == ErrorKind::non_finite) explain_non_finite(error);
+  } catch (...) {
+    return std::current_exception();
+  }
+  return std::make_exception_ptr(error);
 }
 
 void SharedBackend::explain_non_finite(const Error& error) const {

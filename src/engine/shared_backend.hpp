@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <type_traits>
@@ -54,6 +55,20 @@ class SharedBackend {
 
   // What sequences that begin now are steered by.
   InterventionState& interventions() noexcept { return interventions_; }
+  // The same for a thread that is not the caller's: the engine's caller is not asked, an error is
+  // not told more (see explained()), and Stopped comes out if `stop` says so.
+  template <typename Step>
+  void run_unasked(Step&& step, const StopRequest& stop = {}) {
+    const std::lock_guard lock(turn_);
+    const StopScope scope(*this, stop, /*asks_caller=*/false);
+    std::forward<Step>(step)(*backend_);
+    require_intact(*model_);
+  }
+  // An error of a step, told where in the checkpoint its cause is.
+  std::exception_ptr explained(const Error& error) const;
+  // Whether the engine's caller wants its calls to end. Asks on the thread that it is called on.
+  bool ask_interrupted() const { return interrupted_ && interrupted_(); }
+  [[noreturn]] static void fail_interrupted();
 
   // Measured at the first call and remembered.
   double measure_read_ceiling();
@@ -64,7 +79,7 @@ class SharedBackend {
   // The backend asks `stop` and the engine's caller as long as this lives.
   class StopScope {
    public:
-    StopScope(SharedBackend& shared, const StopRequest& stop);
+    StopScope(SharedBackend& shared, const StopRequest& stop, bool asks_caller = true);
     ~StopScope() { backend_.set_stop_request({}); }
     StopScope(const StopScope&) = delete;
     StopScope& operator=(const StopScope&) = delete;
@@ -74,7 +89,6 @@ class SharedBackend {
   };
 
   bool is_interrupted();
-  [[noreturn]] static void fail_interrupted();
   [[noreturn]] void explain_non_finite(const Error& error) const;
 
   std::shared_ptr<const Model> model_;

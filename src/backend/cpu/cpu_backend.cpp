@@ -23,7 +23,8 @@ namespace cpu {
 namespace {
 
 // Positions whose logits are in memory at a time where the caller did not ask for them.
-constexpr std::int64_t kLogitRows = 32;
+// More rows of a batch read the LM head once more.
+constexpr std::int64_t kLogitRows = 128;
 constexpr int kMaxThreads = 4096;
 constexpr int kCeilingPasses = 5;
 constexpr std::int64_t kReadTaskBytes = 1 << 20;
@@ -49,6 +50,19 @@ int checked_threads(int threads) {
   return threads == 0 ? usable_cores() : threads;
 }
 
+// How many pages sequences should have at most: by default half of the memory that is left, and the
+// longest context in any case.
+std::int64_t kv_pages(std::int64_t bytes, std::int64_t max_positions, std::int64_t page_bytes) {
+  if (bytes == 0) {
+    return std::max(available_memory() / 2 / page_bytes, kv_pages_of(max_positions));
+  }
+  require(bytes >= page_bytes, ErrorKind::invalid_argument,
+          "kv_bytes is {}, and a page of the KV cache, {} positions, takes {}; give at least that, "
+          "or 0 for half of the memory that is left",
+          bytes, kKvPagePositions, page_bytes);
+  return bytes / page_bytes;
+}
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(std::shared_ptr<const Model> model, const BackendOptions& options)
@@ -67,6 +81,9 @@ class CpuBackend final : public Backend {
     info_.kv_bytes_per_position = pool_.page_bytes() / kKvPagePositions;
     info_.max_positions = longest_context(config_, options.max_positions);
     info_.prefill_chunk = transformer_.max_rows();
+    info_.kv_pages = kv_pages(options.kv_bytes, info_.max_positions, pool_.page_bytes());
+    info_.any_pieces = true;
+    info_.prefix_granularity = kKvPagePositions;
   }
 
   const BackendInfo& info() const noexcept override { return info_; }
@@ -75,10 +92,37 @@ class CpuBackend final : public Backend {
     return sequences_.create(sampling);
   }
 
+  SequenceId create_sequence(const SamplingParams& sampling, std::span<const TokenId> tokens,
+                             std::span<const KvPageId> pages,
+                             std::shared_ptr<const Interventions> interventions) override {
+    sequences_.check.pages(tokens, pages);
+    const SequenceId id = create_sequence(sampling);
+    Sequence& sequence = sequences_.find(id);
+    sequence.interventions = std::move(interventions);
+    sequence.append(tokens);
+    for (const KvPageId page : pages) {
+      sequence.pages.push_back(reinterpret_cast<std::byte*>(page));
+      pool_.share(sequence.pages.back());
+    }
+    return id;
+  }
+
   void intervene(SequenceId id, std::shared_ptr<const Interventions> interventions) override {
     Sequence& sequence = sequences_.find(id);
     sequences_.check.intervene(id, sequence);
     sequence.interventions = std::move(interventions);
+  }
+
+  KvPageId hold_page(SequenceId id, std::int64_t index) override {
+    std::byte* const page = sequences_.find(id).pages.at(static_cast<std::size_t>(index));
+    pool_.share(page);
+    return KvPageId{reinterpret_cast<std::uintptr_t>(page)};
+  }
+  void drop_page(KvPageId page) override { pool_.let_go(reinterpret_cast<std::byte*>(page)); }
+  std::int64_t kv_pages_in_use() const override { return pool_.in_use(); }
+
+  SampledToken sample(SequenceId id, std::span<const float> logits) override {
+    return sequences_.find(id).sampler.sample(logits);
   }
 
   void release_sequence(SequenceId id) override {
@@ -108,9 +152,14 @@ class CpuBackend final : public Backend {
   void set_stop_request(StopRequest stop) override { threads_.set_stop_request(std::move(stop)); }
 
  private:
+  // The pages up to `positions`, of which those that are to be written are the sequence's alone.
   void grow(Sequence& sequence, std::int64_t positions) {
-    const std::int64_t pages = pages_for(positions);
-    if (pages > std::ssize(sequence.pages)) pool_.grow(sequence.pages, pages);
+    const std::int64_t pages = kv_pages_of(positions);
+    const std::int64_t had = std::ssize(sequence.pages);
+    for (std::int64_t p = sequence.length / kKvPagePositions; p < std::min(had, pages); ++p) {
+      pool_.make_own(sequence.pages[static_cast<std::size_t>(p)]);
+    }
+    if (pages > had) pool_.grow(sequence.pages, pages);
   }
 
   void require_finite(std::span<const float> logits, std::int64_t position, SequenceId id) const;

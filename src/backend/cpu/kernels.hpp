@@ -21,7 +21,7 @@ inline constexpr std::int64_t padded(std::int64_t count) noexcept {
 
 // Queries that attention computes together; blocks of queries start at multiples of it.
 inline constexpr std::int64_t kQueryBlock = 4;
-// Weight rows in a task are best a multiple of this: every register tile's rows divide it.
+// Weight rows in a task are best a multiple of this: it divides into 1 to 4 streams of rows.
 inline constexpr std::int64_t kRowGroup = 12;
 
 // Row-major weights [rows, cols].

@@ -22,7 +22,10 @@ constexpr std::size_t kCacheLine = 64;
 // Every bit set is a NaN in float16, bfloat16 and float32.
 constexpr int kNanByte = 0xff;
 
-// Bytes that the machine can still give without swapping; the largest number if unknown.
+double gigabytes(std::int64_t bytes) { return static_cast<double>(bytes) * 1e-9; }
+
+}  // namespace
+
 std::int64_t available_memory() {
   std::ifstream file("/proc/meminfo");
   std::string name, unit;
@@ -33,10 +36,6 @@ std::int64_t available_memory() {
   }
   return std::numeric_limits<std::int64_t>::max();
 }
-
-double gigabytes(std::int64_t bytes) { return static_cast<double>(bytes) * 1e-9; }
-
-}  // namespace
 
 KvPool::KvPool(const KvLayout& layout, std::int64_t num_layers, std::int64_t num_kv_heads)
     : layout_(layout),
@@ -73,6 +72,7 @@ void KvPool::grow(std::vector<std::byte*>& pages, std::int64_t count) {
         page = free_.back();
         free_.pop_back();
       }
+      users_[page] = 1;
       pages.push_back(page);
       std::memset(page, kNanByte, static_cast<std::size_t>(page_bytes_));
     }
@@ -91,9 +91,25 @@ void KvPool::grow(std::vector<std::byte*>& pages, std::int64_t count) {
 
 void KvPool::shrink(std::vector<std::byte*>& pages, std::int64_t count) noexcept {
   while (static_cast<std::int64_t>(pages.size()) > count) {
-    free_.push_back(pages.back());  // grow() reserved the room
+    let_go(pages.back());
     pages.pop_back();
   }
+}
+
+void KvPool::let_go(std::byte* page) noexcept {
+  const auto found = users_.find(page);
+  if (--found->second > 0) return;
+  users_.erase(found);
+  free_.push_back(page);  // grow() reserved the room
+}
+
+void KvPool::make_own(std::byte*& page) {
+  if (!is_shared(page)) return;
+  std::vector<std::byte*> fresh;
+  grow(fresh, 1);
+  std::memcpy(fresh[0], page, static_cast<std::size_t>(page_bytes_));
+  let_go(page);
+  page = fresh[0];
 }
 
 }  // namespace clusterfusion::cpu

@@ -3,7 +3,8 @@
 // Weights [rows, cols] and activations [tokens, cols] are both contiguous along k, so a register
 // tile of tokens x rows needs no packing: every element of it has a 16-lane accumulator, and the
 // weights are widened to float32 in registers. A tile's shape changes nothing about the order in
-// which an element is summed.
+// which an element is summed. The rows of a tile lie far apart, so that memory is read in several
+// streams, each straight on; that is what decides the speed, also of many tokens.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "backend/cpu/multiply.cpp"
 #include <hwy/foreach_target.h>
@@ -16,12 +17,13 @@ HWY_BEFORE_NAMESPACE();
 namespace clusterfusion::cpu {
 namespace HWY_NAMESPACE {
 
-// The register tile of many tokens: what the vector registers hold beside the operands.
-constexpr int kTileTokens = kParts == 1 ? 4 : kParts == 2 ? 3 : 2;
-constexpr int kTileRows = kParts == 1 ? 6 : kParts == 2 ? 2 : 1;
-static_assert(kRowGroup % kTileRows == 0);
-// So few tokens are bound by reading the weights.
-constexpr int kStreamTokens = 4;
+// Tokens that one pass over the rows takes: what the vector registers hold beside the operands.
+constexpr int kPassTokens = kParts == 1 ? 8 : kParts == 2 ? 3 : 2;
+// So many tokens are bound by reading the weights, and one pass takes all of them.
+constexpr int kMostTokensOfAPass = kParts == 1 ? 10 : 4;
+// Weights that stay in the second cache while several passes go over them.
+constexpr std::int64_t kBlockBytes = 512 << 10;
+
 // Four sums at once, each in sum16's order.
 HWY_INLINE void sum4x16(const Vector16* acc, float* sums) {
 #if HWY_TARGET == HWY_SCALAR  // which cannot move lanes
@@ -59,40 +61,6 @@ HWY_INLINE void finish(const Product& p, std::int64_t row, std::int64_t row_step
       out[r * row_step] = p.add_to_out ? out[r * row_step] + value : value;
     }
   }
-}
-
-// kTokens x kRows elements, weights and activations met once along k.
-template <typename T, int kTokens, int kRows>
-HWY_NOINLINE void multiply_tile(const Product& p, const T* weights, std::int64_t row,
-                                std::int64_t token) {
-  const std::int64_t cols = p.weights.cols;
-  const T* w = weights + row * cols;
-  const float* a = p.in + token * p.in_stride;
-  Vector16 acc[kTokens * kRows];
-  CF_UNROLL
-  for (int i = 0; i < kTokens * kRows; ++i) acc[i] = set16(0.0f);
-
-  const auto step = [&](std::int64_t k, auto load_weights) HWY_ATTR {
-    Vector16 wide[kRows];
-    CF_UNROLL
-    for (int r = 0; r < kRows; ++r) wide[r] = load_weights(w + r * cols + k);
-    CF_UNROLL
-    for (int t = 0; t < kTokens; ++t) {
-      const Vector16 in = load16(a + t * p.in_stride + k);
-      CF_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        acc[t * kRows + r] = mul_add16(in, wide[r], acc[t * kRows + r]);
-      }
-    }
-  };
-  std::int64_t k = 0;
-  for (; k + kLanes <= cols; k += kLanes) {
-    step(k, [](const T* from) HWY_ATTR { return load16(from); });
-  }
-  if (k < cols) {
-    step(k, [&](const T* from) HWY_ATTR { return load_tail16(from, cols - k); });
-  }
-  finish<kTokens, kRows>(p, row, 1, token, acc);
 }
 
 // Rows row, row + row_step, ... row + (kStreams - 1) * row_step, and as many after each of them as
@@ -146,12 +114,12 @@ HWY_NOINLINE void stream(const Product& p, const T* weights, std::int64_t first,
   }
 }
 
-// Few tokens: the rows are cut into streams that are read at the same time. Measured on Zen 4: four
-// streams read 1.1 to 1.3 times as fast as one.
+// The rows are cut into streams that are read at the same time. Measured on Zen 4: four streams
+// read 1.1 to 1.3 times as fast as one.
 template <typename T, int kTokens>
 HWY_INLINE void stream_rows(const Product& p, const T* weights, std::int64_t row,
                             std::int64_t row_end, std::int64_t token) {
-  constexpr int kAccumulators = kParts == 1 ? 16 : kParts == 2 ? 4 : 2;
+  constexpr int kAccumulators = kParts == 1 ? 24 : kParts == 2 ? 6 : 2;
   constexpr int kStreams = std::clamp(kAccumulators / kTokens, 1, 4);
   const std::int64_t each = (row_end - row) / kStreams;
   if (each > 0) stream<T, kTokens, kStreams>(p, weights, row, each, each, token);
@@ -159,8 +127,8 @@ HWY_INLINE void stream_rows(const Product& p, const T* weights, std::int64_t row
   if (row < row_end) stream<T, kTokens, 1>(p, weights, row, row_end - row, 0, token);
 }
 
-// stream_rows for a number of tokens known only now, at most kStreamTokens.
-template <typename T, int kTokens = kStreamTokens>
+// stream_rows for a number of tokens known only now, at most kMostTokensOfAPass.
+template <typename T, int kTokens = kMostTokensOfAPass>
 HWY_INLINE void stream_few(const Product& p, const T* weights, std::int64_t row,
                            std::int64_t row_end, std::int64_t token, std::int64_t tokens) {
   if constexpr (kTokens > 0) {
@@ -169,37 +137,24 @@ HWY_INLINE void stream_few(const Product& p, const T* weights, std::int64_t row,
   }
 }
 
-// Asks for one of `parts` even parts of the memory [data, data + bytes).
-HWY_INLINE void prefetch_part(const void* data, std::int64_t bytes, std::int64_t part,
-                              std::int64_t parts) {
-  const char* from = static_cast<const char*>(data);
-  for (std::int64_t at = bytes * part / parts; at < bytes * (part + 1) / parts; at += 64) {
-    __builtin_prefetch(from + at, 0, 2);
-  }
-}
-
+// Many tokens go over blocks of rows in passes of even sizes: one token that is left over would
+// cost nearly as much as several.
 template <typename T>
 void multiply_typed(const Product& p, std::int64_t row_begin, std::int64_t row_end) {
   const T* weights = reinterpret_cast<const T*>(p.weights.data);
-  if (p.tokens <= kStreamTokens) {
+  if (p.tokens <= kMostTokensOfAPass) {
     return stream_few(p, weights, row_begin, row_end, 0, p.tokens);
   }
-  const std::int64_t tiles = p.tokens / kTileTokens;
-  const std::int64_t group_bytes =
-      kTileRows * p.weights.cols * static_cast<std::int64_t>(sizeof(T));
-  // A group of rows stays in the nearest cache while all tokens pass by, and the next one comes in.
-  for (std::int64_t row = row_begin; row < row_end; row += kTileRows) {
-    const bool whole = row + kTileRows <= row_end;
-    const std::int64_t end = whole ? row + kTileRows : row_end;
-    for (std::int64_t tile = 0; tile < tiles; ++tile) {
-      prefetch_part(weights + end * p.weights.cols, group_bytes, tile, tiles);
-      if (whole) {
-        multiply_tile<T, kTileTokens, kTileRows>(p, weights, row, tile * kTileTokens);
-      } else {
-        stream_rows<T, kTileTokens>(p, weights, row, end, tile * kTileTokens);
-      }
+  const std::int64_t passes = (p.tokens + kPassTokens - 1) / kPassTokens;
+  const std::int64_t row_bytes = p.weights.cols * static_cast<std::int64_t>(sizeof(T));
+  const std::int64_t block =
+      std::max<std::int64_t>(kBlockBytes / row_bytes / kRowGroup, 1) * kRowGroup;
+  for (std::int64_t row = row_begin; row < row_end; row += block) {
+    const std::int64_t end = std::min(row + block, row_end);
+    for (std::int64_t pass = 0; pass < passes; ++pass) {
+      const std::int64_t token = p.tokens * pass / passes;
+      stream_few(p, weights, row, end, token, p.tokens * (pass + 1) / passes - token);
     }
-    stream_few(p, weights, row, end, tiles * kTileTokens, p.tokens % kTileTokens);
   }
 }
 

@@ -16,8 +16,8 @@ namespace {
 // Activations of one run() take at most this much.
 constexpr std::int64_t kActivationBytes = std::int64_t{64} << 20;
 constexpr std::int64_t kMaxRows = 512;
-// Up to so many tokens are bound by reading the weights; their smallest task.
-constexpr std::int64_t kFewTokens = 32;
+// Up to so many tokens share long stretches of weights; their smallest task.
+constexpr std::int64_t kFewTokens = 128;
 constexpr std::int64_t kMinTaskBytes = 128 << 10;
 // Their largest: some ten milliseconds, after which a request to stop is looked at.
 constexpr std::int64_t kMaxTaskBytes = 16 << 20;
@@ -160,7 +160,7 @@ Product Transformer::product(const Layer& layer, const plan::Step& step) const {
           step.epilogue == plan::Epilogue::add_to_output};
 }
 
-// Few tokens: reading the weights is what takes the time. Each task reads a long stretch, half of
+// Few tokens: reading the weights counts. Each task reads a long stretch, half of
 // an even share of what is left, so that streams are long and yet all threads end together.
 std::vector<Transformer::Task> Transformer::streaming_tasks(std::span<const Job> jobs) const {
   const std::int64_t tokens = jobs[0].tokens();

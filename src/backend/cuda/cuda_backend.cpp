@@ -109,6 +109,10 @@ class CudaBackend final : public Backend {
     info_.prefill_chunk = prefill_.max_tokens();
     info_.decode_ahead = kDecodeAhead;
     prepare();
+    info_.kv_pages = kv_pages(options.kv_bytes);
+    // Whole pieces at the same places are the same computation.
+    info_.prefix_granularity =
+        info_.prefill_chunk % kKvPagePositions == 0 ? info_.prefill_chunk : 0;
   }
 
   ~CudaBackend() override { cudaStreamDestroy(stream_); }
@@ -119,6 +123,23 @@ class CudaBackend final : public Backend {
     return sequences_.create(sampling);
   }
 
+  SequenceId create_sequence(const SamplingParams& sampling, std::span<const TokenId> tokens,
+                             std::span<const KvPageId> pages,
+                             std::shared_ptr<const Interventions> interventions) override {
+    sequences_.check.pages(tokens, pages);
+    std::shared_ptr<DeviceInterventions> on_device =
+        interventions_.on_device(interventions, stream_);
+    const SequenceId id = create_sequence(sampling);
+    Sequence& sequence = find(id);
+    sequence.interventions = std::move(on_device);
+    sequence.append(tokens);
+    for (const KvPageId page : pages) {
+      sequence.pages.push_back(reinterpret_cast<char*>(page));
+      pool_.share(sequence.pages.back());
+    }
+    return id;
+  }
+
   void intervene(SequenceId id, std::shared_ptr<const Interventions> interventions) override {
     Sequence& sequence = find(id);
     sequences_.check.intervene(id, sequence);
@@ -127,6 +148,18 @@ class CudaBackend final : public Backend {
 
   std::shared_ptr<DLTensor> allocate_activation(std::int64_t tokens, std::int64_t hidden) override {
     return make_device_tensor(tokens, hidden);
+  }
+
+  KvPageId hold_page(SequenceId id, std::int64_t index) override {
+    char* const page = find(id).pages.at(static_cast<std::size_t>(index));
+    pool_.share(page);
+    return KvPageId{reinterpret_cast<std::uintptr_t>(page)};
+  }
+  void drop_page(KvPageId page) override { pool_.give_back(reinterpret_cast<char*>(page)); }
+  std::int64_t kv_pages_in_use() const override { return pool_.in_use(); }
+
+  SampledToken sample(SequenceId id, std::span<const float> logits) override {
+    return find(id).sampler.sample(logits);
   }
 
   void release_sequence(SequenceId id) override {
@@ -272,6 +305,31 @@ class CudaBackend final : public Backend {
     return *gemm_decoder_;
   }
 
+  // By default nine tenths of what the weights and scratch memory have left.
+  std::int64_t kv_pages(std::int64_t bytes) const {
+    const std::int64_t page_bytes = plan_.kv.page_bytes;
+    if (bytes == 0) {
+      std::size_t free = 0, total = 0;
+      check(cudaMemGetInfo(&free, &total), "asking for free memory");
+      return static_cast<std::int64_t>(free) / 10 * 9 / page_bytes;
+    }
+    require(bytes >= page_bytes, ErrorKind::invalid_argument,
+            "kv_bytes: expected at least {}, one page of {} positions, or 0 for nine tenths of the "
+            "memory that is left; found {}",
+            page_bytes, kKvPagePositions, bytes);
+    return bytes / page_bytes;
+  }
+
+  // Replaces a page that others have too by a copy.
+  void make_own(char*& page) {
+    if (!pool_.is_shared(page)) return;
+    char* const own = pool_.take();
+    check(cudaMemcpyAsync(own, page, plan_.kv.page_bytes, cudaMemcpyDeviceToDevice, stream_),
+          "copying a page of the KV cache");
+    pool_.give_back(page);
+    page = own;
+  }
+
   void allocate_scratch() {
     const ModelConfig& config = model_->config();
     const std::int64_t phases = num_phases(config.num_layers, config.parallel_residual);
@@ -303,9 +361,13 @@ class CudaBackend final : public Backend {
 
   Sequence& find(SequenceId id) { return sequences_.find(id); }
 
+  // The pages up to `positions`, of which those that are to be written are the sequence's alone.
   void grow(Sequence& sequence, std::int64_t positions) {
-    while (std::ssize(sequence.pages) < pages_for(positions))
-      sequence.pages.push_back(pool_.take());
+    const std::int64_t pages = kv_pages_of(positions);
+    const std::int64_t had = std::ssize(sequence.pages);
+    for (std::int64_t p = sequence.length / kKvPagePositions; p < std::min(had, pages); ++p)
+      make_own(sequence.pages[static_cast<std::size_t>(p)]);
+    while (std::ssize(sequence.pages) < pages) sequence.pages.push_back(pool_.take());
   }
 
   // At most prefill_.max_tokens() of a prompt. One token goes through the decode kernel: from two

@@ -23,8 +23,16 @@ char* KvPool::take() {
   }
   char* page = free_.back();
   free_.pop_back();
+  users_[page] = 1;
   poison_if_asked(page, page_bytes_);
   return page;
+}
+
+void KvPool::give_back(char* page) {
+  const auto found = users_.find(page);
+  if (--found->second > 0) return;
+  users_.erase(found);
+  free_.push_back(page);
 }
 
 }  // namespace clusterfusion::cuda

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "backend/backend.hpp"
@@ -25,13 +26,22 @@ struct FakeState {
                    .device = "a script",
                    .kv_bytes_per_position = 16,
                    .max_positions = 64,
-                   .prefill_chunk = 4};
+                   .prefill_chunk = 4,
+                   .kv_pages = 1 << 14};
   std::function<void()> before_step;  // called in each prefill and decode
   std::vector<std::int64_t> prefill_sizes;
   std::vector<std::size_t> decode_batches;
-  std::vector<std::int64_t> burst_starts;   // lengths of the first sequence before decode()
-  std::vector<std::int64_t> reserved;       // in the order of creation
+  std::vector<std::int64_t> burst_starts;  // lengths of the first sequence before decode()
+  std::vector<std::int32_t> burst_steps;   // and its steps
+  std::vector<TokenId> prefilled;          // the first token of each prefill()'s sequence
+  std::vector<std::shared_ptr<const Interventions>> prefilled_under;  // and its interventions
+  std::vector<double> decode_times;  // the clock before each decode()
+  std::atomic<double> clock = 0;     // seconds; steps and pieces take these
+  double step_seconds = 0;
+  double prefill_token_seconds = 0;
+  std::vector<std::int64_t> reserved;       // what each reserve() asked for
   std::map<SequenceId, std::int64_t> live;  // sequences and what they may grow to
+  bool intervenes = true;                   // a device may know no interventions
   bool asks_to_stop = true;                 // a device may leave out to ask in the middle of a call
   int truncations = 0;
   int ceilings_measured = 0;
@@ -48,25 +58,83 @@ class FakeBackend final : public Backend {
   SequenceId create_sequence(const SamplingParams& sampling) override {
     const Step step(*this);
     const SequenceId id = next_id_++;
-    sequences_.emplace(id, Sequence{{}, Sampler(sampling, vocab_size_)});
+    sequences_.emplace(id, Sequence{{}, Sampler(sampling, vocab_size_), {}, {}});
     state_->live[id] = 0;
     return id;
   }
-  void release_sequence(SequenceId sequence) override {
+  SequenceId create_sequence(const SamplingParams& sampling, std::span<const TokenId> tokens,
+                             std::span<const KvPageId> pages,
+                             std::shared_ptr<const Interventions> interventions) override {
+    if (!state_->intervenes) Backend::intervene(next_id_, interventions);
+    const SequenceId id = create_sequence(sampling);
     const Step step(*this);
-    EXPECT_EQ(sequences_.erase(sequence), 1u);
-    state_->live.erase(sequence);
+    Sequence& sequence = sequences_.at(id);
+    sequence.tokens.assign(tokens.begin(), tokens.end());
+    sequence.sampler.append(tokens);
+    sequence.interventions = std::move(interventions);
+    EXPECT_EQ(std::ssize(pages), kv_pages_of(std::ssize(tokens)));
+    for (const KvPageId page : pages) {
+      // The page holds what stood there when its tokens were computed, and all that came before.
+      const auto begin = sequence.pages.size() * kKvPagePositions;
+      const auto end = std::min(begin + kKvPagePositions, tokens.size());
+      const std::vector<TokenId>& content = pages_.at(page).text;
+      EXPECT_GE(content.size(), end);
+      EXPECT_TRUE(
+          std::equal(tokens.begin(), tokens.begin() + static_cast<long>(end), content.begin()))
+          << "a page of another text";
+      EXPECT_EQ(pages_.at(page).interventions, sequence.interventions)
+          << "a page of other interventions";
+      ++pages_.at(page).users;
+      sequence.pages.push_back(page);
+    }
+    state_->live[id] = std::ssize(pages) * kKvPagePositions;
+    return id;
+  }
+  void intervene(SequenceId id, std::shared_ptr<const Interventions> interventions) override {
+    if (!state_->intervenes) return Backend::intervene(id, interventions);
+    sequences_.at(id).interventions = std::move(interventions);
+  }
+  void release_sequence(SequenceId id) override {
+    const Step step(*this);
+    for (const KvPageId page : sequences_.at(id).pages) let_go(page);
+    EXPECT_EQ(sequences_.erase(id), 1u);
+    state_->live.erase(id);
+  }
+  KvPageId hold_page(SequenceId id, std::int64_t index) override {
+    const Step step(*this);
+    const KvPageId page = sequences_.at(id).pages.at(static_cast<std::size_t>(index));
+    ++pages_.at(page).users;
+    return page;
+  }
+  void drop_page(KvPageId page) override {
+    const Step step(*this);
+    let_go(page);
+  }
+  std::int64_t kv_pages_in_use() const override { return std::ssize(pages_); }
+  SampledToken sample(SequenceId id, std::span<const float> logits) override {
+    const Step step(*this);
+    return sequences_.at(id).sampler.sample(logits);
   }
   std::int64_t length(SequenceId sequence) const override {
     return std::ssize(sequences_.at(sequence).tokens);
   }
-  void reserve(SequenceId sequence, std::int64_t positions) override {
+  void reserve(SequenceId id, std::int64_t positions) override {
     const Step step(*this);
     EXPECT_LE(positions, info().max_positions);
-    std::int64_t all = positions;
-    for (const auto& [id, reserved] : state_->live) all += reserved;
-    require(all <= capacity, ErrorKind::out_of_memory, "the script has {} positions", capacity);
-    state_->live[sequence] = positions;
+    Sequence& sequence = sequences_.at(id);
+    // A page that others have as well is not written to.
+    const auto first = static_cast<std::size_t>(std::ssize(sequence.tokens) / kKvPagePositions);
+    for (std::size_t p = first; p < sequence.pages.size(); ++p) {
+      if (pages_.at(sequence.pages[p]).users == 1) continue;
+      const KvPageId own = new_page();
+      pages_.at(own).text = pages_.at(sequence.pages[p]).text;
+      pages_.at(own).interventions = pages_.at(sequence.pages[p]).interventions;
+      let_go(std::exchange(sequence.pages[p], own));
+    }
+    while (std::ssize(sequence.pages) < kv_pages_of(positions)) {
+      sequence.pages.push_back(new_page());
+    }
+    state_->live[id] = std::max(state_->live[id], positions);
     state_->reserved.push_back(positions);
   }
   void truncate(SequenceId sequence, std::int64_t length) override {
@@ -87,6 +155,7 @@ class FakeBackend final : public Backend {
     const auto width = static_cast<std::size_t>(vocab_size_);
     for (std::size_t i = 0; i < tokens.size(); ++i) {
       append(id, tokens[i]);
+      state_->clock = state_->clock + state_->prefill_token_seconds;
       const std::vector<float> logits = script_(sequence.tokens);
       if (!output.all_logits.empty()) {
         std::ranges::copy(logits, output.all_logits.subspan(i * width, width).begin());
@@ -94,10 +163,15 @@ class FakeBackend final : public Backend {
       if (!output.targets.empty() && output.targets[i] >= 0) {
         output.target_logprobs[i] = log_probability(logits, output.targets[i]);
       }
+      if (i + 1 == tokens.size() && !output.last_logits.empty()) {
+        std::ranges::copy(logits, output.last_logits.begin());
+      }
       if (i + 1 == tokens.size() && output.sampled) {
         *output.sampled = sequence.sampler.sample(logits);
       }
     }
+    state_->prefilled.push_back(sequence.tokens.front());
+    state_->prefilled_under.push_back(sequence.interventions);
   }
 
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
@@ -105,6 +179,8 @@ class FakeBackend final : public Backend {
     const Step step(*this);
     before_step();
     state_->decode_batches.push_back(ids.size());
+    state_->burst_steps.push_back(steps);
+    state_->decode_times.push_back(state_->clock);
     state_->burst_starts.push_back(length(ids.front()));
     EXPECT_EQ(ids.size(), inputs.size());
     EXPECT_TRUE(steps >= 1 && steps <= info().decode_ahead);
@@ -116,6 +192,7 @@ class FakeBackend final : public Backend {
       Sequence& sequence = sequences_.at(ids[b]);
       sampled[i] = sequence.sampler.sample(script_(sequence.tokens));
     }
+    state_->clock = state_->clock + steps * state_->step_seconds;
   }
 
   double measure_read_ceiling() override {
@@ -133,13 +210,30 @@ class FakeBackend final : public Backend {
 
   void set_stop_request(StopRequest stop) override { stop_ = std::move(stop); }
 
-  std::int64_t capacity = 1 << 20;  // positions of all sequences together
+  std::int64_t capacity = 1 << 14;  // pages of all sequences together
 
  private:
   struct Sequence {
     std::vector<TokenId> tokens;
     Sampler sampler;
+    std::vector<KvPageId> pages;
+    std::shared_ptr<const Interventions> interventions;
   };
+  struct Page {
+    std::int64_t users = 1;
+    std::vector<TokenId> text;  // of the sequence, up to the last position that was written here
+    std::shared_ptr<const Interventions> interventions;  // of the sequence that wrote last
+  };
+  KvPageId new_page() {
+    require(std::ssize(pages_) < capacity, ErrorKind::out_of_memory, "the script has {} pages",
+            capacity);
+    const KvPageId page{next_page_++};
+    pages_[page] = {};
+    return page;
+  }
+  void let_go(KvPageId page) {
+    if (--pages_.at(page).users == 0) pages_.erase(page);
+  }
   // Calls must not overlap.
   struct Step {
     explicit Step(FakeBackend& backend) : busy(backend.busy_) { EXPECT_FALSE(busy.exchange(true)); }
@@ -156,6 +250,10 @@ class FakeBackend final : public Backend {
     sequence.tokens.push_back(token);
     sequence.sampler.append(std::span(&token, 1));
     EXPECT_LE(std::ssize(sequence.tokens), state_->live.at(id)) << "grew past what was reserved";
+    Page& page = pages_.at(sequence.pages.at((sequence.tokens.size() - 1) / kKvPagePositions));
+    EXPECT_EQ(page.users, 1) << "written to a page that others have";
+    page.text = sequence.tokens;
+    page.interventions = sequence.interventions;
   }
 
   std::shared_ptr<FakeState> state_;
@@ -164,6 +262,8 @@ class FakeBackend final : public Backend {
   StopRequest stop_;
   std::map<SequenceId, Sequence> sequences_;
   SequenceId next_id_ = 0;
+  std::map<KvPageId, Page> pages_;
+  std::uintptr_t next_page_ = 1;
   std::atomic<bool> busy_ = false;
 };
 

@@ -131,13 +131,14 @@ Script hashed_logits() {
 }
 
 FakeEngine fake_engine(Script script, const std::function<void(FakeState&)>& set,
-                       std::int64_t capacity, StopRequest interrupted) {
+                       std::int64_t capacity, StopRequest interrupted,
+                       SchedulerOptions scheduling) {
   FakeEngine fake;
   if (set) set(*fake.state);
   auto backend = std::make_unique<FakeBackend>(fake.state, kVocabSize, std::move(script));
   backend->capacity = capacity;
   fake.engine = make_engine(tiny_model(), byte_tokenizer(), std::move(backend), "a test",
-                            std::move(interrupted));
+                            std::move(interrupted), std::move(scheduling));
   return fake;
 }
 

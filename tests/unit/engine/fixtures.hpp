@@ -6,11 +6,13 @@
 
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "clusterfusion/engine.hpp"
 #include "clusterfusion/error.hpp"
 #include "engine/fake_backend.hpp"
+#include "engine/scheduler.hpp"
 
 namespace clusterfusion::test {
 
@@ -43,12 +45,18 @@ struct FakeEngine {
   std::shared_ptr<FakeState> state = std::make_shared<FakeState>();
   std::unique_ptr<Engine> engine;
 };
-// `set` may change the state before the engine is made.
+// `set` may change the state before the engine is made; `capacity` is the device's, in pages.
 FakeEngine fake_engine(Script script, const std::function<void(FakeState&)>& set = {},
-                       std::int64_t capacity = 1 << 20, StopRequest interrupted = {});
+                       std::int64_t capacity = 1 << 14, StopRequest interrupted = {},
+                       SchedulerOptions scheduling = {});
 
 // A request with a prompt of one token.
 GenerateRequest one_token_request(std::int64_t max_new_tokens);
+
+template <typename Condition>
+void wait_until(Condition condition) {
+  while (!condition()) std::this_thread::yield();
+}
 
 // Expects an Error of `kind` whose message matches `message`.
 template <typename Action>

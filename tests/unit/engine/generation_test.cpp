@@ -58,7 +58,7 @@ TEST(Generate, StopsAtTheTokenLimit) {
   EXPECT_THAT(result.prompt_tokens, ElementsAre(1 + 'p'));
   EXPECT_THAT(result.sampled, IsEmpty());
   EXPECT_EQ(result.finish_reason, FinishReason::token_limit);
-  EXPECT_THAT(fake.state->reserved, ElementsAre(6));
+  EXPECT_THAT(fake.state->reserved, testing::Each(testing::Le(6)));
   EXPECT_THAT(fake.state->live, IsEmpty());
 }
 
@@ -181,7 +181,7 @@ TEST(Generate, MayFillTheContextCompletely) {
   const GenerateResult result = run(*fake.engine, request);
   EXPECT_THAT(result.tokens, SizeIs(4));
   EXPECT_EQ(result.finish_reason, FinishReason::context_limit);
-  EXPECT_THAT(fake.state->reserved, ElementsAre(64));
+  EXPECT_THAT(fake.state->reserved, testing::Each(testing::Le(64)));
 
   request.max_new_tokens = 4;  // both limits at once
   EXPECT_EQ(run(*fake.engine, request).finish_reason, FinishReason::token_limit);
@@ -313,9 +313,12 @@ TEST(Cancel, EndsAllSequencesAndGivesHeldTextBack) {
 }
 
 TEST(Cancel, WorksBetweenPrefillPieces) {
-  Generation* running = nullptr;
+  std::atomic<Generation*> running = nullptr;
   const FakeEngine fake = fake_engine(say("ok", 12), [&](FakeState& state) {
-    state.before_step = [&] { running->cancel(); };
+    state.before_step = [&] {
+      wait_until([&] { return running != nullptr; });
+      running.load()->cancel();
+    };
     state.asks_to_stop = false;
   });
   GenerateRequest request;
@@ -334,19 +337,21 @@ TEST(Cancel, WorksBetweenPrefillPieces) {
 TEST(Cancel, GivesUpTheRunningStep) {
   for (const int step : {1, 2, 4}) {
     SCOPED_TRACE(step);
-    Generation* running = nullptr;
+    std::atomic<Generation*> running = nullptr;
+    std::atomic<int> seen = 0;
     int steps = 0;
     const FakeEngine fake = fake_engine(say("hello", 6), [&](FakeState& state) {
       state.before_step = [&] {
-        if (++steps == step) running->cancel();
+        if (++steps != step) return;
+        wait_until([&] { return running != nullptr && seen == std::max(0, step - 2); });
+        running.load()->cancel();
       };
     });
     GenerateRequest request = one_token_request(9);
     request.prompt_tokens.assign(6, 5);  // prefilled in two steps
     const auto generation = fake.engine->start({request});
     running = generation.get();
-    while (generation->next()) {
-    }
+    while (generation->next()) ++seen;
     const GenerateResult& result = generation->results()[0];
     EXPECT_EQ(result.finish_reason, FinishReason::cancelled);
     EXPECT_EQ(result.text, step == 4 ? "he" : "") << "the step's own token does not come";
@@ -376,7 +381,7 @@ TEST(Interruption, EndsEveryCallWithAnErrorAndResultsAsCancelled) {
   EXPECT_FALSE(generation->next());
   for (const GenerateResult& result : generation->results()) {
     EXPECT_EQ(result.finish_reason, FinishReason::cancelled);
-    EXPECT_EQ(result.text, "h");
+    EXPECT_TRUE(std::string("helloxxxx").starts_with(result.text)) << result.text;
   }
   const std::vector<TokenId> tokens(20, 5);
   std::vector<float> logits(20 * kVocabSize);
@@ -403,10 +408,18 @@ TEST(Cancel, BeforeTheFirstCallAndAfterTheLast) {
 }
 
 TEST(Generation, FreesItsSequencesWhenDestroyed) {
-  const FakeEngine fake = fake_engine(say("hello"));
+  std::atomic<int> steps = 0;
+  std::atomic<bool> go_on = false;
+  const FakeEngine fake = fake_engine(say("hello"), [&](FakeState& state) {
+    state.before_step = [&] {
+      if (++steps == 3) wait_until([&] { return go_on.load(); });
+    };
+  });
   auto generation = fake.engine->start({one_token_request(9), one_token_request(9)});
   generation->next();
+  wait_until([&] { return steps == 3; });
   EXPECT_THAT(fake.state->live, SizeIs(2));
+  go_on = true;
   generation.reset();
   EXPECT_THAT(fake.state->live, IsEmpty());
 }
@@ -426,13 +439,20 @@ TEST(Generation, AnErrorEndsItAndFreesItsSequences) {
   EXPECT_THAT(fake.state->live, IsEmpty());
 }
 
-TEST(Generation, LeavesNothingReservedIfMemoryIsShort) {
-  const FakeEngine fake = fake_engine(say("hello"), {}, /*capacity=*/25);
-  expect_error(ErrorKind::out_of_memory, HasSubstr("25 positions"), [&] {
-    fake.engine->start({one_token_request(9), one_token_request(9), one_token_request(9)});
+TEST(Generation, RefusesWhatNeverFits) {
+  const FakeEngine fake = fake_engine(say("hello"), [](FakeState& state) {
+    state.info.max_positions = 1024;
+    state.info.kv_pages = 2;
   });
+  GenerateRequest request = one_token_request(9);
+  request.prompt_tokens.assign(121, 5);
+  expect_error(ErrorKind::out_of_memory,
+               HasSubstr("may need 3 pages of 64 positions for its 121 prompt tokens and up to 9 "
+                         "new ones, and the KV cache has 2"),
+               [&] { fake.engine->start({request}); });
   EXPECT_THAT(fake.state->live, IsEmpty());
-  EXPECT_NO_THROW(fake.engine->generate({one_token_request(9), one_token_request(9)}));
+  request.max_new_tokens = 8;  // the last is not fed
+  EXPECT_THAT(fake.engine->generate(request).tokens, SizeIs(8));
 }
 
 TEST(Generation, SaysWhereTheNonFiniteValueCameFrom) {
@@ -481,7 +501,7 @@ TEST(Statistics, UndefinedOnesAreZero) {
   EXPECT_EQ(s.ceiling_share, 0);
 }
 
-TEST(Threads, GenerationsOfOneEngineTakeTurns) {
+TEST(Threads, ShareOneEngine) {
   const FakeEngine fake = fake_engine(hashed_logits());
   const auto request_of = [](int i) {
     GenerateRequest request = one_token_request(40);

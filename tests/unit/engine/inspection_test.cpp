@@ -288,12 +288,17 @@ TEST_F(Inspection, HiddenStatesRefuse) {
 }
 
 TEST(InspectionWithoutADevice, ADeviceThatKnowsNoInterventionsSaysSo) {
-  const FakeEngine fake = fake_engine(say("abc"));
+  const FakeEngine fake =
+      fake_engine(say("abc"), [](FakeState& state) { state.intervenes = false; });
+  const auto begun_before = fake.engine->start({one_token_request(60)});
   fake.engine->ablate({.heads = {}, .mlps = {0}});
   expect_error(ErrorKind::unsupported, HasSubstr("knows neither steering nor ablation"),
                [&] { fake.engine->generate(one_token_request(3)); });
   fake.engine->ablate({});
   EXPECT_EQ(fake.engine->generate(one_token_request(3)).text, "abc");
+  while (begun_before->next()) {
+  }
+  EXPECT_THAT(begun_before->results()[0].tokens, testing::SizeIs(60));
   EXPECT_TRUE(fake.state->live.empty());
 }
 

@@ -77,7 +77,7 @@ class Arena {
 void place_input(Arena& arena, std::int64_t max_tokens, std::int64_t max_positions,
                  PromptInput& input) {
   arena.place(input.extent, static_cast<std::int64_t>(sizeof(PromptExtent)));
-  arena.place(input.pages, pages_for(max_positions) * static_cast<std::int64_t>(sizeof(char*)));
+  arena.place(input.pages, kv_pages_of(max_positions) * static_cast<std::int64_t>(sizeof(char*)));
   arena.place(input.tokens, max_tokens * 4);
 }
 
@@ -197,7 +197,7 @@ void Prefill::run(std::span<const TokenId> tokens, std::int64_t first_position,
 void Prefill::send(std::span<const TokenId> tokens, std::span<char* const> pages,
                    cudaStream_t stream) {
   *staged_.extent = extent_;
-  std::copy_n(pages.begin(), pages_for(extent_.first_position + extent_.count), staged_.pages);
+  std::copy_n(pages.begin(), kv_pages_of(extent_.first_position + extent_.count), staged_.pages);
   std::int32_t* const end = staged_.tokens + rows_;
   std::fill(std::copy(tokens.begin(), tokens.end(), staged_.tokens), end, 0);
   const auto bytes = reinterpret_cast<const char*>(end) - staging_.as<>();

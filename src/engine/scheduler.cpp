@@ -1,0 +1,158 @@
+#include "engine/scheduler.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <iterator>
+
+namespace clusterfusion {
+namespace {
+
+double machine_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+const char* name_of(SequenceState state) noexcept {
+  switch (state) {
+    case SequenceState::waiting: return "waiting";
+    case SequenceState::prefilling: return "prefilling";
+    case SequenceState::decoding: return "decoding";
+    case SequenceState::replaying: return "replaying";
+    case SequenceState::preempted: return "preempted";
+    case SequenceState::finished: return "finished";
+  }
+  return "unknown";
+}
+
+Scheduler::Scheduler(std::shared_ptr<SharedBackend> backend, SchedulerOptions options)
+    : backend_(std::move(backend)), options_(std::move(options)) {
+  if (!options_.now) options_.now = machine_seconds;
+  thread_ = std::thread([this] { work(); });
+}
+
+Scheduler::~Scheduler() {
+  {
+    const std::lock_guard lock(mutex_);
+    stop_ = true;
+  }
+  work_came_.notify_all();
+  thread_.join();
+}
+
+void Scheduler::submit(Sequences sequences) {
+  if (sequences.empty()) return;
+  sequences.front()->caller->expect(std::ssize(sequences));
+  {
+    const std::lock_guard lock(mutex_);
+    for (auto& sequence : sequences) {
+      sequence->waiting_since = now();
+      submitted_.push_back(std::move(sequence));
+    }
+  }
+  work_came_.notify_all();
+}
+
+void Scheduler::withdraw(Caller& caller) {
+  caller.cancel();
+  withdrawals_.store(true);
+  caller.wait_for_end();
+}
+
+ServingStatistics Scheduler::statistics() const {
+  const std::lock_guard lock(mutex_);
+  return published_;
+}
+
+void Scheduler::work() {
+  while (wait_for_work()) {
+    take_submitted();
+    try {
+      backend_->run_unasked([this](Backend& backend) { round(backend); },
+                            [this] { return is_step_unwanted(); });
+    } catch (const Stopped&) {
+      // What the step was for is dropped by the next round.
+    } catch (...) {
+      fail_all(std::current_exception());
+    }
+    step_members_.clear();
+    sweep();
+    deliver();
+  }
+}
+
+// False when the scheduler is to end.
+bool Scheduler::wait_for_work() {
+  std::unique_lock lock(mutex_);
+  work_came_.wait(lock, [this] {
+    return stop_ || !submitted_.empty() || !waiting_.empty() || !active_.empty();
+  });
+  return !stop_;
+}
+
+void Scheduler::take_submitted() {
+  const std::lock_guard lock(mutex_);
+  for (auto& sequence : submitted_) {
+    // Its withdrawal may have been noted before it was here.
+    if (sequence->caller->is_cancelled()) withdrawals_.store(true);
+    sequence->arrival = next_arrival_++;
+    waiting_.push_back(std::move(sequence));
+  }
+  submitted_.clear();
+}
+
+void Scheduler::round(Backend& backend) {
+  ++round_;
+  drop_unwanted(backend);
+  admit(backend);
+  const bool reads_more = prefill(backend);
+  if (!reads_more) decode(backend);
+  note_statistics(backend);
+}
+
+// The step that runs is given up if nobody wants it any more.
+bool Scheduler::is_step_unwanted() const {
+  return !step_members_.empty() && std::ranges::all_of(step_members_, [](const Sequence* member) {
+    return member->caller->is_cancelled();
+  });
+}
+
+void Scheduler::deliver() {
+  for (const std::shared_ptr<Caller>& caller : callers_with_news_) {
+    caller->post(std::exchange(caller->outbox, {}), std::exchange(caller->num_ended, 0));
+  }
+  callers_with_news_.clear();
+}
+
+void Scheduler::fail_all(const std::exception_ptr& error) {
+  deliver();
+  std::vector<std::shared_ptr<Caller>> callers;
+  for (const Sequences* sequences : {&waiting_, &active_}) {
+    for (const auto& sequence : *sequences) callers.push_back(sequence->caller);
+  }
+  try {
+    backend_->run_unasked([&](Backend& backend) {
+      for (const auto& sequence : active_) {
+        if (sequence->is_active()) deactivate(backend, *sequence);
+      }
+    });
+  } catch (...) {
+    // What cannot be released stays with the backend, which goes with the engine.
+  }
+  waiting_.clear();
+  active_.clear();
+  for (const auto& caller : callers) caller->fail(error);
+}
+
+void Scheduler::note_statistics(Backend& backend) {
+  totals_.kv_pages = info().kv_pages;
+  totals_.kv_pages_in_use = backend.kv_pages_in_use();
+  totals_.kv_pages_cached = cache_.num_evictable();
+  totals_.sequences_waiting = std::ssize(waiting_);
+  totals_.sequences_active =
+      std::ranges::count_if(active_, [](const auto& sequence) { return sequence->is_active(); });
+  const std::lock_guard lock(mutex_);
+  published_ = totals_;
+}
+
+}  // namespace clusterfusion

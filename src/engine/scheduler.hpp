@@ -1,0 +1,147 @@
+// Continuous batching: which sequences compute what, and when.
+//
+// A thread of its own works in rounds. In each, with the backend's turn (SharedBackend), it
+// 1. drops sequences whose callers have cancelled them;
+// 2. admits waiting ones while there are places and pages: first those that were preempted, then
+//    the one whose caller has the fewest active, then by arrival. It leaves a page for each active
+//    sequence, so that none has to be preempted soon;
+// 3. computes pieces of prompts, callers in turns. Beside streams of other callers that is one
+//    piece, and more only within the time of one decode step: no stream waits for longer than a
+//    piece and a step. (Where pieces may have any size, a piece takes as long as a step.) A
+//    caller's own streams wait until its admitted prompts are read: then all share their steps;
+// 4. decodes a burst of steps for all that decode: one step where prompts wait, else as many as
+//    take StepClock::kLongestBurstSeconds.
+//
+// Pages. Before a sequence grows, cached prefixes that nobody uses make room, least recently used
+// first; then the youngest active sequence is preempted: its pages go, its tokens stay. The last
+// one is never preempted, so that somebody always comes to an end.
+//
+// Recomputing gives the same text bit for bit. Where any pieces have the same bits
+// (BackendInfo::any_pieces) the prompt and the tokens behind it are prefilled together. Elsewhere
+// the prompt is prefilled in its own pieces, and the tokens are decoded again, as they were the
+// first time: they depend on the request alone, so they come out the same, which is checked.
+//
+// Errors. One that concerns a single sequence (non_finite, invalid_argument) ends its caller's
+// sequences and no others': a batch that fails is tried again one by one. Others end all that took
+// part.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/condition_variable.hpp"
+#include "engine/scheduled_sequence.hpp"
+#include "engine/shared_backend.hpp"
+#include "engine/step_clock.hpp"
+
+namespace clusterfusion {
+
+struct SchedulerOptions {
+  std::int64_t max_sequences = 256;  // active at once
+  bool prefix_cache = true;
+  std::function<double()> now = {};  // seconds; empty: the machine's clock
+};
+
+class Scheduler {
+ public:
+  using Sequences = std::vector<std::unique_ptr<ScheduledSequence>>;
+
+  Scheduler(std::shared_ptr<SharedBackend> backend, SchedulerOptions options);
+  // No caller may have sequences left.
+  ~Scheduler();
+  Scheduler(const Scheduler&) = delete;
+  Scheduler& operator=(const Scheduler&) = delete;
+
+  // Sequences of one caller. From any thread.
+  void submit(Sequences sequences);
+  // Cancels the caller's sequences and returns when they are gone. From any thread but its own.
+  void withdraw(Caller& caller);
+  ServingStatistics statistics() const;
+
+ private:
+  using Sequence = ScheduledSequence;
+  using Members = std::vector<Sequence*>;
+
+  // scheduler.cpp: the thread and its rounds.
+  void work();
+  bool wait_for_work();
+  void take_submitted();
+  void round(Backend& backend);
+  bool is_step_unwanted() const;
+  void deliver();
+  void fail_all(const std::exception_ptr& error);
+  void note_statistics(Backend& backend);
+
+  // scheduler_pages.cpp: who is active, and on which pages.
+  void drop_unwanted(Backend& backend);
+  void admit(Backend& backend);
+  Sequence* next_to_admit() const;
+  bool try_to_activate(Backend& backend, Sequence& sequence);
+  void note_admission(Sequence& sequence, std::int64_t cached_positions);
+  PrefixCache::Chain find_prefix(const Sequence& sequence);
+  bool uses_cache(const Sequence& sequence) const;
+  std::int64_t free_pages(Backend& backend) const;
+  bool has_room(Backend& backend, std::int64_t pages) const;
+  bool evict(Backend& backend);
+  bool grow(Backend& backend, Sequence& sequence, std::int64_t positions);
+  bool make_room(Backend& backend);
+  void preempt(Backend& backend, Sequence& sequence);
+  void deactivate(Backend& backend, Sequence& sequence);
+  void publish_pages(Backend& backend, Sequence& sequence);
+  void sweep();
+
+  // scheduler_steps.cpp: what active ones compute.
+  bool prefill(Backend& backend);
+  Sequence* next_to_prefill() const;
+  bool disturbs_others(const Sequence& sequence) const;
+  std::int64_t piece_of(const Sequence& sequence, bool beside_streams) const;
+  void prefill_piece(Backend& backend, Sequence& sequence, std::int64_t count);
+  void compute_piece(Backend& backend, Sequence& sequence, std::int64_t count,
+                     const PrefillOutput& output);
+  void finish_prefill(Backend& backend, Sequence& sequence, SampledToken sampled,
+                      std::span<const float> logits);
+  void share_prompt(Backend& backend, Sequence& first, std::span<const float> logits);
+  Members waiting_samples(const Sequence& first) const;
+  void decode(Backend& backend);
+  std::int32_t burst_of(const Members& members) const;
+  void decode_members(Backend& backend, const Members& members, std::int32_t steps);
+  void decode_apart(Backend& backend, const Members& members, const Error& error);
+  double step_bytes(const Members& members, std::int64_t step) const;
+  void accept(Backend& backend, Sequence& sequence, SampledToken token);
+  void finish(Backend& backend, Sequence& sequence, SequenceNews news);
+  SequenceNews news_of(const Sequence& sequence) const;
+  void fail_caller(Backend& backend, Caller& caller, const std::exception_ptr& error);
+  void post(Sequence& sequence, SequenceNews news);
+
+  const BackendInfo& info() const noexcept { return backend_->info(); }
+  double now() const { return options_.now(); }
+
+  std::shared_ptr<SharedBackend> backend_;
+  SchedulerOptions options_;
+
+  // The thread's own.
+  Sequences waiting_;  // by arrival
+  Sequences active_;   // by arrival; also those that have just ended, until sweep()
+  PrefixCache cache_;
+  StepClock clock_;
+  Members step_members_;  // of the step that runs
+  std::vector<std::shared_ptr<Caller>> callers_with_news_;
+  std::uint64_t round_ = 0;
+  std::uint64_t next_arrival_ = 0;
+  ServingStatistics totals_;
+
+  mutable std::mutex mutex_;  // of what follows
+  std::condition_variable work_came_;
+  Sequences submitted_;
+  ServingStatistics published_;
+  bool stop_ = false;
+
+  std::atomic<bool> withdrawals_ = false;  // some caller is cancelled: look at those that wait
+  std::thread thread_;
+};
+
+}  // namespace clusterfusion
