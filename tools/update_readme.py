@@ -167,7 +167,12 @@ def rows_table() -> str:
     result = load("rows_h200.json")
     if result is None:
         return ""
-    [times] = [model["times"] for model in result["results"] if model["model"] == "pythia-2.8b"]
+    times = [
+        time
+        for model in result["results"]
+        if model["model"] == "pythia-2.8b"
+        for time in model["times"]
+    ]
     short = [time for time in times if time["context"] == 128]
     [alone] = [time["ms_per_step"] for time in short if time["kernel"] == "one row"]
     together = [time for time in short if time["kernel"] == "rows"]
