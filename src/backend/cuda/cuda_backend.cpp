@@ -33,8 +33,8 @@ namespace cuda {
 namespace {
 
 constexpr std::int32_t kDecodeAhead = 16;  // steps of one launch, at most
-// Up to so many rows the streaming kernel is quicker than the series of kernels.
-constexpr std::size_t kStreamedRows = 16;
+// Up to so many rows the streaming kernel takes, and is quicker than the series of kernels.
+constexpr std::size_t kStreamedRows = plan::kMaxRows;
 
 cudaDeviceProp device_properties() {
   int device = 0;
@@ -71,13 +71,17 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
   return longest_context(config, options.max_positions);
 }
 
-// The decode kernel's plan; without stages, the layout of the KV cache alone, for a model that it
-// cannot stream but a series of kernels can decode, or one that is decoded layer by layer. Errors:
-// unsupported, in the words of the decode kernel.
+// Why no one kernel decodes the model, if none does: then prefill does, layer by layer.
+std::string unstreamed_because(const ModelConfig& config, const cudaDeviceProp& properties) {
+  const std::string reason = plan::unstreamed_because(config);
+  if (!reason.empty() || plan::can_stream(config, limits_of(properties))) return reason;
+  return "sizes that no kernel streams";
+}
+
+// The decode kernel's plan; without stages for a model that is decoded layer by layer. Errors:
+// unsupported (head size).
 plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
-  const bool by_layers = !plan::unstreamed_because(config).empty();
-  if (!by_layers && (plan::can_stream(config, limits_of(properties)) ||
-                     !GemmDecoder::supports(config, properties)))
+  if (unstreamed_because(config, properties).empty())
     return plan::make_decode_plan(config, limits_of(properties));
   plan::DecodePlan plan;
   plan.kv = plan::make_page_plan(config);
@@ -90,7 +94,7 @@ class CudaBackend final : public Backend {
       : model_(std::move(model)),
         properties_(device_properties()),
         plan_(decode_plan_of(model_->config(), properties_)),
-        unstreamed_(plan::unstreamed_because(model_->config())),
+        unstreamed_(unstreamed_because(model_->config(), properties_)),
         max_positions_(checked_context(model_->config(), options)),
         mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
@@ -204,7 +208,7 @@ class CudaBackend final : public Backend {
          sequences_.find_batch(sequences, inputs, steps, sampled.size(), logits.size()))
       grow(*sequence, sequence->length + steps);
     if (!unstreamed_.empty()) return decode_by_layers(sequences, inputs, steps, sampled, logits);
-    if (!gemm_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
+    if (!stream_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
     std::vector<std::size_t> together;
     for (std::size_t b = 0; b < sequences.size(); ++b) {
       const Sequence& sequence = find(sequences[b]);
@@ -215,7 +219,7 @@ class CudaBackend final : public Backend {
       else
         together.push_back(b);
     }
-    constexpr auto most = static_cast<std::size_t>(kMaxGemmRows);
+    const std::size_t most = max_rows();
     for (const std::vector<std::size_t>& group : alike_groups(sequences, together)) {
       for (std::size_t first = 0; first < group.size(); first += most) {
         const std::size_t count = std::min(most, group.size() - first);
@@ -235,9 +239,6 @@ class CudaBackend final : public Backend {
     grow(sequence, sequence.length + 1);
     const auto sms = static_cast<std::size_t>(properties_.multiProcessorCount);
     const bool of_rows = stream_decoder_.has_value();
-    require(of_rows || streams(), ErrorKind::unsupported,
-            "a timeline shows one kernel; this model is decoded by a series of kernels, as no one "
-            "kernel streams matrices of its sizes");
     constexpr static std::size_t kFirst = 0;
     std::vector<std::uint64_t> times(sms * (model_->config().num_layers + 1) *
                                      timeline_points(of_rows));
@@ -291,43 +292,20 @@ class CudaBackend final : public Backend {
 
   void prepare_rows() {
     const ModelConfig& config = model_->config();
-    const bool wanted = mode_ == DecodeMode::throughput || !streams();
-    if (!wanted || !GemmDecoder::supports(config, properties_)) return;
-    gemm_decoder_.emplace(config, plan_.kv, weights_, properties_.multiProcessorCount,
-                          max_positions_, kDecodeAhead);
-    if (streams() && StreamDecoder::supports(config, plan_.kv, properties_))
-      stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_,
-                              kDecodeAhead);
+    if (mode_ != DecodeMode::throughput || !StreamDecoder::supports(config, plan_.kv, properties_))
+      return;
+    stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_, kDecodeAhead);
+    if (GemmDecoder::supports(config, properties_))
+      gemm_decoder_.emplace(config, plan_.kv, weights_, properties_.multiProcessorCount,
+                            max_positions_, kDecodeAhead);
   }
-  // The quicker of those that there are; the bits are the same.
+  std::size_t max_rows() const noexcept {
+    return gemm_decoder_ ? static_cast<std::size_t>(kMaxGemmRows) : kStreamedRows;
+  }
+  // The quicker one of those that take so many rows; the bits are the same.
   RowDecoder& decoder_of(std::size_t rows) {
-    if (stream_decoder_ && rows <= kStreamedRows) return *stream_decoder_;
+    if (rows <= kStreamedRows) return *stream_decoder_;
     return *gemm_decoder_;
-  }
-
-  // By default nine tenths of what the weights and scratch memory have left.
-  std::int64_t kv_pages(std::int64_t bytes) const {
-    const std::int64_t page_bytes = plan_.kv.page_bytes;
-    if (bytes == 0) {
-      std::size_t free = 0, total = 0;
-      check(cudaMemGetInfo(&free, &total), "asking for free memory");
-      return static_cast<std::int64_t>(free) / 10 * 9 / page_bytes;
-    }
-    require(bytes >= page_bytes, ErrorKind::invalid_argument,
-            "kv_bytes: expected at least {}, one page of {} positions, or 0 for nine tenths of the "
-            "memory that is left; found {}",
-            page_bytes, kKvPagePositions, bytes);
-    return bytes / page_bytes;
-  }
-
-  // Replaces a page that others have too by a copy.
-  void make_own(char*& page) {
-    if (!pool_.is_shared(page)) return;
-    char* const own = pool_.take();
-    check(cudaMemcpyAsync(own, page, plan_.kv.page_bytes, cudaMemcpyDeviceToDevice, stream_),
-          "copying a page of the KV cache");
-    pool_.give_back(page);
-    page = own;
   }
 
   void allocate_scratch() {

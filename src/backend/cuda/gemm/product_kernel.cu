@@ -44,7 +44,6 @@ struct BlockShape {
   static constexpr int kMaxChunks = kNTiles * kNWarps;
   static constexpr int kSumBytes = kMTiles * kNTiles * kConsumerThreads * 16;
 };
-using Rows16 = BlockShape<1, 1, 3, 2>;
 using Rows32 = BlockShape<1, 2, 5, 2>;
 using Rows64 = BlockShape<2, 2, 5, 1>;
 
@@ -376,7 +375,6 @@ void launch(const ProductParams& params, cudaStream_t stream) {
 }  // namespace
 
 ProductBlock product_block(std::int32_t rows) {
-  if (rows <= Rows16::kRows) return {Rows16::kRows, Rows16::kMaxChunks};
   if (rows <= Rows32::kRows) return {Rows32::kRows, Rows32::kMaxChunks};
   return {Rows64::kRows, Rows64::kMaxChunks};
 }
@@ -384,11 +382,10 @@ ProductBlock product_block(std::int32_t rows) {
 void launch_products(DType dtype, const ProductParams& params, cudaStream_t stream) {
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    switch (product_block(params.rows).rows) {
-      case Rows16::kRows: return launch<T, Rows16>(params, stream);
-      case Rows32::kRows: return launch<T, Rows32>(params, stream);
-      default: return launch<T, Rows64>(params, stream);
-    }
+    if (product_block(params.rows).rows == Rows32::kRows)
+      launch<T, Rows32>(params, stream);
+    else
+      launch<T, Rows64>(params, stream);
   });
 }
 
