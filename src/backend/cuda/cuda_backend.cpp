@@ -308,6 +308,31 @@ class CudaBackend final : public Backend {
     return *gemm_decoder_;
   }
 
+  // By default nine tenths of what the weights and scratch memory have left.
+  std::int64_t kv_pages(std::int64_t bytes) const {
+    const std::int64_t page_bytes = plan_.kv.page_bytes;
+    if (bytes == 0) {
+      std::size_t free = 0, total = 0;
+      check(cudaMemGetInfo(&free, &total), "asking for free memory");
+      return static_cast<std::int64_t>(free) / 10 * 9 / page_bytes;
+    }
+    require(bytes >= page_bytes, ErrorKind::invalid_argument,
+            "kv_bytes: expected at least {}, one page of {} positions, or 0 for nine tenths of the "
+            "memory that is left; found {}",
+            page_bytes, kKvPagePositions, bytes);
+    return bytes / page_bytes;
+  }
+
+  // Replaces a page that others have too by a copy.
+  void make_own(char*& page) {
+    if (!pool_.is_shared(page)) return;
+    char* const own = pool_.take();
+    check(cudaMemcpyAsync(own, page, plan_.kv.page_bytes, cudaMemcpyDeviceToDevice, stream_),
+          "copying a page of the KV cache");
+    pool_.give_back(page);
+    page = own;
+  }
+
   void allocate_scratch() {
     const ModelConfig& config = model_->config();
     const std::int64_t phases = num_phases(config.num_layers, config.parallel_residual);
