@@ -112,6 +112,8 @@ def test_the_day(client):
     assert rows[-1]["advantage"] > 0
     (by_program,) = re.findall(r'^{.*"bits_per_byte": ?([\d.]+)', said, re.MULTILINE)
     assert float(by_program) == pytest.approx(bits[-1], rel=1e-6)
+    cosines = [float(value) for value in re.findall(r"^layer \d+: (-?[\d.]+)$", said, re.MULTILINE)]
+    assert len(cosines) > 1 and cosines[-1] == 1 and cosines[0] < cosines[-1]
     if "lm_eval" not in left_out:
         (file,) = (client.folder / "results" / "step143000").rglob("results_*.json")
         assert "acc,none" in json.loads(file.read_text())["results"]["night"]
