@@ -15,14 +15,14 @@ void SequenceChecks::token(TokenId token, std::size_t index, const char* what) c
           config_.vocab_size);
 }
 
-void SequenceChecks::room(SequenceId id, const SequenceState& sequence, std::size_t more) const {
+void SequenceChecks::room(SequenceId id, const BackendSequence& sequence, std::size_t more) const {
   require(more <= static_cast<std::uint64_t>(info_.max_positions - sequence.length),
           ErrorKind::invalid_argument,
           "sequence {} holds {} positions and cannot take {} more: the longest context is {}", id,
           sequence.length, more, info_.max_positions);
 }
 
-void SequenceChecks::intervene(SequenceId id, const SequenceState& sequence) {
+void SequenceChecks::intervene(SequenceId id, const BackendSequence& sequence) {
   require(sequence.length == 0, ErrorKind::invalid_argument,
           "sequence {} has {} positions already: interventions begin with a sequence", id,
           sequence.length);
@@ -40,12 +40,12 @@ void SequenceChecks::reserve(SequenceId id, std::int64_t positions) const {
           info_.max_positions);
 }
 
-void SequenceChecks::truncate(SequenceId id, const SequenceState& sequence, std::int64_t length) {
+void SequenceChecks::truncate(SequenceId id, const BackendSequence& sequence, std::int64_t length) {
   require(length >= 0 && length <= sequence.length, ErrorKind::invalid_argument,
           "cannot truncate sequence {} to {} positions: it has {}", id, length, sequence.length);
 }
 
-void SequenceChecks::prefill(SequenceId id, const SequenceState& sequence,
+void SequenceChecks::prefill(SequenceId id, const BackendSequence& sequence,
                              std::span<const TokenId> tokens, const PrefillOutput& output) const {
   require(!tokens.empty(), ErrorKind::invalid_argument,
           "prefill of sequence {} needs at least one token", id);

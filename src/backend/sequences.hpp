@@ -15,8 +15,8 @@
 namespace clusterfusion {
 
 // What a sequence has on every device.
-struct SequenceState {
-  SequenceState(const SamplingParams& params, std::int64_t vocab_size)
+struct BackendSequence {
+  BackendSequence(const SamplingParams& params, std::int64_t vocab_size)
       : sampling(params), sampler(params, vocab_size) {}
 
   // `tokens` are computed and stored.
@@ -36,8 +36,8 @@ struct SequenceState {
 
 // `Page` is a pointer to a page of the device's KV pool.
 template <typename Page>
-struct PagedSequence : SequenceState {
-  using SequenceState::SequenceState;
+struct PagedSequence : BackendSequence {
+  using BackendSequence::BackendSequence;
   std::vector<Page> pages;
 };
 
@@ -51,15 +51,15 @@ class SequenceChecks {
   // Of a sequence that begins with tokens whose keys and values there are.
   static void pages(std::span<const TokenId> tokens, std::span<const KvPageId> pages);
   // Before its first token.
-  static void intervene(SequenceId id, const SequenceState& sequence);
+  static void intervene(SequenceId id, const BackendSequence& sequence);
   void reserve(SequenceId id, std::int64_t positions) const;
-  static void truncate(SequenceId id, const SequenceState& sequence, std::int64_t length);
-  void prefill(SequenceId id, const SequenceState& sequence, std::span<const TokenId> tokens,
+  static void truncate(SequenceId id, const BackendSequence& sequence, std::int64_t length);
+  void prefill(SequenceId id, const BackendSequence& sequence, std::span<const TokenId> tokens,
                const PrefillOutput& output) const;
   // Of all of a batch, but for what differs between its members.
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
               std::size_t sampled, std::size_t logits) const;
-  void room(SequenceId id, const SequenceState& sequence, std::size_t more) const;
+  void room(SequenceId id, const BackendSequence& sequence, std::size_t more) const;
   [[noreturn]] static void unknown(SequenceId id);
 
  private:
@@ -118,8 +118,8 @@ PrefillOutput output_of_piece(const PrefillOutput& output, std::int64_t hidden_s
 // Calls append(tokens, output) for each piece of at most `most` tokens of a checked prompt; what is
 // thrown leaves the sequence as it was. `hidden_size` is the model's.
 template <typename Append>
-void prefill_in_pieces(SequenceState& sequence, std::span<const TokenId> tokens, std::int64_t most,
-                       const PrefillOutput& output, std::int64_t hidden_size,
+void prefill_in_pieces(BackendSequence& sequence, std::span<const TokenId> tokens,
+                       std::int64_t most, const PrefillOutput& output, std::int64_t hidden_size,
                        const Append& append) {
   const std::int64_t old_length = sequence.length;
   try {

@@ -61,8 +61,9 @@ void add_memory_options(CLI::App& app, EngineSettings& settings) {
   add_number(app, "--max-sequences", settings.options.max_sequences,
              "texts that are computed together at most", std::int64_t{1})
       ->capture_default_str();
-  app.add_flag("!--no-prefix-cache", settings.options.prefix_cache,
-               "compute each prompt anew, also where one begins as another does");
+  app.add_flag_callback(
+      "--no-prefix-cache", [&] { settings.options.prefix_cache = false; },
+      "compute each prompt anew, also where one begins as another does");
 }
 
 void add_context_option(CLI::App& app, EngineSettings& settings) {

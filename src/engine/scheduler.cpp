@@ -125,8 +125,13 @@ void Scheduler::deliver() {
 }
 
 void Scheduler::fail_all(const std::exception_ptr& error) {
-  deliver();
   std::vector<std::shared_ptr<Caller>> callers;
+  // What a round brings counts, unless it was computed from files that had lost bytes.
+  if (backend_->model().find_lost_file()) {
+    callers = std::exchange(callers_with_news_, {});
+    for (const auto& caller : callers) caller->outbox.clear();
+  }
+  deliver();
   for (const Sequences* sequences : {&waiting_, &active_}) {
     for (const auto& sequence : *sequences) callers.push_back(sequence->caller);
   }

@@ -24,13 +24,13 @@ __device__ __forceinline__ float warp_sum_over(const T* x, std::int64_t count, V
   return device::warp_sum(sum);
 }
 
-struct Moments {
+struct RowMoments {
   float mean, inverse_deviation;
 };
 
 // Mean first, then the squares around it: safe for any mean.
 template <int kCount, typename T>
-__device__ __forceinline__ Moments moments_of(const T* x, std::int64_t count, float eps) {
+__device__ __forceinline__ RowMoments moments_of(const T* x, std::int64_t count, float eps) {
   const auto n = static_cast<float>(count);
   const float mean = warp_sum_over<kCount>(x, count, [](float value) { return value; }) / n;
   const float squares = warp_sum_over<kCount>(
@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kPlainThreads)
   const LayerTask& in = p.task;
   const std::int64_t hidden = in.shape.hidden_size;
   const T* x = static_cast<const T*>(in.input);
-  const Moments moments = hidden % kVectorElements == 0
-                              ? moments_of<kVectorElements>(x, hidden, in.layer_norm_eps)
-                              : moments_of<1>(x, hidden, in.layer_norm_eps);
+  const RowMoments moments = hidden % kVectorElements == 0
+                                 ? moments_of<kVectorElements>(x, hidden, in.layer_norm_eps)
+                                 : moments_of<1>(x, hidden, in.layer_norm_eps);
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
   if (i >= hidden) return;
   const float value = (static_cast<float>(x[i]) - moments.mean) * moments.inverse_deviation;
