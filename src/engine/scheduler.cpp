@@ -106,6 +106,7 @@ void Scheduler::round(Backend& backend) {
   drop_unwanted(backend);
   admit(backend);
   const bool reads_more = prefill(backend);
+  deliver();  // first tokens need not wait for a burst
   if (!reads_more) decode(backend);
   note_statistics(backend);
 }
@@ -117,7 +118,9 @@ bool Scheduler::is_step_unwanted() const {
   });
 }
 
+// Nothing that was computed from files which had lost bytes: fail_all() comes then.
 void Scheduler::deliver() {
+  if (backend_->model().find_lost_file()) return;
   for (const std::shared_ptr<Caller>& caller : callers_with_news_) {
     caller->post(std::exchange(caller->outbox, {}), std::exchange(caller->num_ended, 0));
   }
@@ -126,12 +129,10 @@ void Scheduler::deliver() {
 
 void Scheduler::fail_all(const std::exception_ptr& error) {
   std::vector<std::shared_ptr<Caller>> callers;
-  // What a round brings counts, unless it was computed from files that had lost bytes.
-  if (backend_->model().find_lost_file()) {
-    callers = std::exchange(callers_with_news_, {});
-    for (const auto& caller : callers) caller->outbox.clear();
-  }
   deliver();
+  // What could not be delivered is dropped.
+  for (const auto& caller : callers_with_news_) caller->outbox.clear();
+  std::ranges::move(std::exchange(callers_with_news_, {}), std::back_inserter(callers));
   for (const Sequences* sequences : {&waiting_, &active_}) {
     for (const auto& sequence : *sequences) callers.push_back(sequence->caller);
   }

@@ -192,4 +192,10 @@ bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {
          draft_plan(config, limits).stages >= kMinStages;
 }
 
+std::string unstreamed_because(const ModelConfig& config, const DeviceLimits& limits) {
+  const std::string of_layer = unstreamed_because(config);
+  if (!of_layer.empty() || can_stream(config, limits)) return of_layer;
+  return "sizes that no kernel streams";
+}
+
 }  // namespace clusterfusion::plan

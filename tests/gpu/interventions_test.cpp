@@ -263,7 +263,15 @@ TEST_P(GpuInterventions, BeginWithASequence) {
   const auto gpu = on_gpu(DecodeMode::latency);
   const SequenceId id = gpu->create_sequence({});
   gpu->prefill(id, std::span(tokens_).first(3), {});
-  EXPECT_THROW(gpu->intervene(id, steered(config_, {0})), Error);
+  try {
+    gpu->intervene(id, steered(config_, {0}));
+    FAIL() << "expected an error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::invalid_argument);
+    EXPECT_NE(std::string(error.what()).find("interventions begin with a sequence"),
+              std::string::npos)
+        << error.what();
+  }
 }
 
 std::vector<Shape> some_shapes() {

@@ -71,17 +71,10 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
   return longest_context(config, options.max_positions);
 }
 
-// Why no one kernel decodes the model, if none does: then prefill does, layer by layer.
-std::string unstreamed_because(const ModelConfig& config, const cudaDeviceProp& properties) {
-  const std::string reason = plan::unstreamed_because(config);
-  if (!reason.empty() || plan::can_stream(config, limits_of(properties))) return reason;
-  return "sizes that no kernel streams";
-}
-
 // The decode kernel's plan; without stages for a model that is decoded layer by layer. Errors:
 // unsupported (head size).
 plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
-  if (unstreamed_because(config, properties).empty())
+  if (plan::unstreamed_because(config, limits_of(properties)).empty())
     return plan::make_decode_plan(config, limits_of(properties));
   plan::DecodePlan plan;
   plan.kv = plan::make_page_plan(config);
@@ -94,7 +87,7 @@ class CudaBackend final : public Backend {
       : model_(std::move(model)),
         properties_(device_properties()),
         plan_(decode_plan_of(model_->config(), properties_)),
-        unstreamed_(unstreamed_because(model_->config(), properties_)),
+        unstreamed_(plan::unstreamed_because(model_->config(), limits_of(properties_))),
         max_positions_(checked_context(model_->config(), options)),
         mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
@@ -287,7 +280,7 @@ class CudaBackend final : public Backend {
                             fragments <= kFragmentsOfHalfProducts);
     read_more_late(params_);
     allocate_scratch();
-    point_at_weights();
+    weights_.tell(params_);
   }
 
   void prepare_rows() {
@@ -350,16 +343,6 @@ class CudaBackend final : public Backend {
     params_.given_count = 1;
     params_.chosen = tokens_.as<std::int32_t>() + kDecodeAhead;
     host_chosen_.resize(kDecodeAhead);
-  }
-
-  void point_at_weights() {
-    params_.first_layer = weights_.first_streamed_layer();
-    params_.layer_stride = weights_.layer_stride();
-    params_.embedding = weights_.embedding();
-    params_.lm_head_weight = weights_.lm_head();
-    params_.final_norm_weight = weights_.final_norm_weight();
-    params_.final_norm_bias = weights_.final_norm_bias();
-    params_.rotary = weights_.rotary();
   }
 
   Sequence& find(SequenceId id) { return sequences_.find(id); }

@@ -60,6 +60,17 @@ class DeviceModel {
   const void* final_norm_bias() const noexcept { return final_norm_bias_; }
   // Cosines and sines, [positions, rotary_dim / 2].
   const float2* rotary() const noexcept { return rotary_.as<float2>(); }
+  // Points a streaming kernel's parameters at all of that.
+  template <typename Params>
+  void tell(Params& params) const {
+    params.first_layer = first_streamed_layer();
+    params.layer_stride = layer_stride();
+    params.embedding = embedding();
+    params.lm_head_weight = lm_head();
+    params.final_norm_weight = final_norm_weight();
+    params.final_norm_bias = final_norm_bias();
+    params.rotary = rotary();
+  }
   // All weights lie in one block.
   const DeviceMemory& weights() const noexcept { return weights_; }
 

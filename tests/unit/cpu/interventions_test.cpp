@@ -191,7 +191,15 @@ TEST_P(CpuInterventions, ABatchEqualsItsMembersAlone) {
 TEST_P(CpuInterventions, BeginWithASequence) {
   const SequenceId id = backend_->create_sequence({});
   prefill_logits(*backend_, config_, id, tokens_);
-  EXPECT_THROW(backend_->intervene(id, mixture()), Error);
+  try {
+    backend_->intervene(id, mixture());
+    FAIL() << "expected an error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::invalid_argument);
+    EXPECT_NE(std::string(error.what()).find("interventions begin with a sequence"),
+              std::string::npos)
+        << error.what();
+  }
 }
 
 // All activations of a run in which logits are asked for as well.

@@ -44,6 +44,16 @@ TEST(CutProducts, MultipliesEveryColumnOnceInSizesThatDoNotStream) {
   }
 }
 
+TEST(UnstreamedBecause, TellsLayersAndSizesThatNoKernelStreams) {
+  constexpr DeviceLimits kHopper{132, 232448};
+  EXPECT_EQ(unstreamed_because(config_of(2560, 32, 10240), kHopper), "");
+  for (const ModelConfig& config : {config_of(6144, 64, 24576), config_of(2816, 44, 11264)})
+    EXPECT_EQ(unstreamed_because(config, kHopper), "sizes that no kernel streams");
+  ModelConfig grouped = config_of(2560, 32, 10240);
+  grouped.num_kv_heads = 8;
+  EXPECT_EQ(unstreamed_because(grouped, kHopper), "grouped heads");
+}
+
 // Blocks on the busiest multiprocessor times their chunks: what a launch takes, about.
 std::int64_t longest(std::span<const std::int32_t> chunks, std::int32_t row_blocks,
                      std::int32_t size, std::int32_t sm_count) {

@@ -1,7 +1,7 @@
 // Many rows times a layer's matrices, on tensor cores, with the partial sums of the streaming
 // kernel in its order: a row has the same bits here and there, however many rows there are.
 //
-// A block multiplies up to 64 rows by a tile of up to 24 chunks (8 rows of a matrix each). A
+// A block multiplies up to 64 rows by a tile of up to 20 chunks (8 rows of a matrix each). A
 // thread, the producer, brings steps of 32 columns by bulk copies of boxes, inputs and weights
 // alike, into stages of two steps; each step lies there as [lines][64 bytes], so that eight lanes
 // read 128 bytes side by side. The steps come in the order of the streaming kernel's warps
@@ -358,6 +358,13 @@ constexpr std::int32_t shared_bytes(int blocks) {
 }
 
 template <typename T, typename Shape>
+void prepare() {
+  check(cudaFuncSetAttribute(product_kernel<T, Shape>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             shared_bytes(Shape::kBlocksOfMultiprocessor)),
+        "reserving shared memory for products");
+}
+
+template <typename T, typename Shape>
 void launch(const ProductParams& params, cudaStream_t stream) {
   const auto kernel = product_kernel<T, Shape>;
   const std::int32_t stage_bytes =
@@ -365,8 +372,6 @@ void launch(const ProductParams& params, cudaStream_t stream) {
   const std::int32_t room = shared_bytes(Shape::kBlocksOfMultiprocessor) - Shape::kSumBytes;
   const int stages = std::min(kMaxStages, room / stage_bytes);
   const std::int32_t bytes = Shape::kSumBytes + stages * stage_bytes;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "reserving shared memory for products");
   const DependentLaunch how(dim3(static_cast<unsigned>(params.tiles * params.row_blocks)),
                             dim3(kThreads), static_cast<std::size_t>(bytes), stream);
   check(cudaLaunchKernelEx(how.config(), kernel, params, stages), "starting products of many rows");
@@ -377,6 +382,13 @@ void launch(const ProductParams& params, cudaStream_t stream) {
 ProductBlock product_block(std::int32_t rows) {
   if (rows <= Rows32::kRows) return {Rows32::kRows, Rows32::kMaxChunks};
   return {Rows64::kRows, Rows64::kMaxChunks};
+}
+
+void prepare_products(DType dtype) {
+  with_type(dtype, [](auto zero) {
+    prepare<decltype(zero), Rows32>();
+    prepare<decltype(zero), Rows64>();
+  });
 }
 
 void launch_products(DType dtype, const ProductParams& params, cudaStream_t stream) {

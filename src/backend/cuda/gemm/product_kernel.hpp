@@ -17,6 +17,9 @@ struct ProductBlock {
 };
 ProductBlock product_block(std::int32_t rows);
 
+// Before the first launch, once.
+void prepare_products(DType dtype);
+
 void launch_products(DType dtype, const ProductParams& params, cudaStream_t stream);
 
 }  // namespace clusterfusion::cuda

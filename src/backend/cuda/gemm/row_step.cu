@@ -201,9 +201,9 @@ void launch_residual(DType dtype, const StreamParams& params, const ResidualPara
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr std::int32_t kPairThreads = 2 * kResidualThreads;
-    const auto kernel = params.hidden_size <= 5 * kPairThreads    ? residual_kernel<T, 5>
-                        : params.hidden_size <= 10 * kPairThreads ? residual_kernel<T, 10>
-                                                                  : residual_kernel<T, 16>;
+    static_assert(kMaxResidualSize == 10 * kPairThreads);
+    const auto kernel =
+        params.hidden_size <= 5 * kPairThreads ? residual_kernel<T, 5> : residual_kernel<T, 10>;
     check(cudaLaunchKernelEx(how.config(), kernel, params, residual),
           "starting the residual stream of many rows");
   });

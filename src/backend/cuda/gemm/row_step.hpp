@@ -27,7 +27,7 @@ struct ResidualParams {
 };
 
 // The longest row that launch_residual() takes.
-inline constexpr std::int64_t kMaxResidualSize = 8192;
+inline constexpr std::int64_t kMaxResidualSize = 5120;
 
 // The residual stream of each row takes what products owe it and is normalised.
 void launch_residual(DType dtype, const StreamParams& params, const ResidualParams& residual,

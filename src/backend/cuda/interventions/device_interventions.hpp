@@ -1,8 +1,8 @@
 // Interventions on a GPU.
 //
 // In a prefill kernels of their own add steering vectors between the layers. In a decode step
-// steering costs nothing: what is added to the residual stream before layer l + 1 is added to the
-// biases of the second MLP matrix of layer l, which reach the residual stream anyway and in
+// steering moves no byte more: what is added to the residual stream before layer l + 1 is added to
+// the biases of the second MLP matrix of layer l, which reach the residual stream anyway and in
 // float32; a launch is pointed at a second place for these biases (DeviceModel::steered_biases()).
 // Before layer 0 the vector goes to the embedding. An ablated MLP has zeros for activations and no
 // bias; an ablated head writes zeros.

@@ -35,13 +35,7 @@ StreamParams describe_model(const ModelConfig& config, const plan::ProductCuts& 
   p.mlp_down = streamed(cuts.mlp_down);
   p.attention_out = streamed(cuts.attention_out);
   p.lm_head = streamed(cuts.lm_head);
-  p.first_layer = weights.first_streamed_layer();
-  p.layer_stride = weights.layer_stride();
-  p.embedding = weights.embedding();
-  p.lm_head_weight = weights.lm_head();
-  p.final_norm_weight = weights.final_norm_weight();
-  p.final_norm_bias = weights.final_norm_bias();
-  p.rotary = weights.rotary();
+  weights.tell(p);
   p.num_layers = static_cast<std::int32_t>(config.num_layers);
   p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
   p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);
