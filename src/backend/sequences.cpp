@@ -94,6 +94,32 @@ void SequenceChecks::decode(std::span<const SequenceId> ids, std::span<const Tok
   }
 }
 
+void SequenceChecks::prefill_together(std::span<const PrefillPart> parts) const {
+  std::set<SequenceId> seen;
+  std::int64_t total = 0;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    require(seen.insert(parts[i].sequence).second, ErrorKind::invalid_argument,
+            "parts[{}] is of sequence {}, which is in this batch already", i, parts[i].sequence);
+    total += std::ssize(parts[i].tokens);
+  }
+  require(total <= info_.prefill_chunk, ErrorKind::invalid_argument,
+          "{} pieces of prompts have {} tokens in all, and one pass takes at most {}", parts.size(),
+          total, info_.prefill_chunk);
+}
+
+void Backend::prefill_together(std::span<const PrefillPart> parts) {
+  std::vector<std::int64_t> lengths;
+  for (const PrefillPart& part : parts) lengths.push_back(length(part.sequence));
+  try {
+    for (const PrefillPart& part : parts) prefill(part.sequence, part.tokens, part.output);
+  } catch (...) {
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      if (length(parts[i].sequence) > lengths[i]) truncate(parts[i].sequence, lengths[i]);
+    }
+    throw;
+  }
+}
+
 PrefillOutput output_of_piece(const PrefillOutput& output, std::int64_t hidden_size,
                               std::size_t total, std::size_t begin, std::size_t count) {
   PrefillOutput piece;

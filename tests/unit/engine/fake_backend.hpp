@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
@@ -109,6 +110,25 @@ class FakeBackend final : public Backend {
   void drop_page(KvPageId page) override {
     const Step step(*this);
     let_go(page);
+  }
+  // A page's bytes are the text up to its end, counted first.
+  void read_page(KvPageId page, std::span<std::byte> content) override {
+    const Step step(*this);
+    EXPECT_EQ(std::ssize(content), info().page_bytes());
+    const std::vector<TokenId>& text = pages_.at(page).text;
+    const auto size = static_cast<std::int32_t>(text.size());
+    std::memcpy(content.data(), &size, sizeof(size));
+    std::memcpy(content.data() + sizeof(size), text.data(), text.size() * sizeof(TokenId));
+  }
+  KvPageId add_page(std::span<const std::byte> content) override {
+    const Step step(*this);
+    const KvPageId page = new_page();
+    std::int32_t size = 0;
+    std::memcpy(&size, content.data(), sizeof(size));
+    std::vector<TokenId>& text = pages_.at(page).text;
+    text.resize(static_cast<std::size_t>(size));
+    std::memcpy(text.data(), content.data() + sizeof(size), text.size() * sizeof(TokenId));
+    return page;
   }
   std::int64_t kv_pages_in_use() const override { return std::ssize(pages_); }
   SampledToken sample(SequenceId id, std::span<const float> logits) override {
