@@ -5,10 +5,10 @@
 // - scoring: Engine::score() of `texts` texts of `text-tokens` tokens each, tokens a second;
 // - prefill: milliseconds until `prompts` prompts of `prompt-tokens` tokens have their first token;
 // - generation: new tokens a second of `generations` prompts of `begin` tokens, `new` more each.
-// Mode throughput, or with --latency the other one; with --cpu on the CPU. Each time is from the host, after a first run
-// that does not count; texts differ from each other and from repeat to repeat, and the prefix cache
-// is off. Weights are random float16 (random_pythia.hpp). Prints one JSON document on stdout, a
-// table on stderr.
+// Mode throughput, or with --latency the other one; with --cpu on the CPU. Each time is from the
+// host, after a first run that does not count; texts differ from each other and from repeat to
+// repeat, and the prefix cache is off. Weights are random float16 (random_pythia.hpp). Prints one
+// JSON document on stdout, a table on stderr.
 #include <fmt/format.h>
 
 #include <algorithm>

@@ -375,9 +375,7 @@ class Engine:
         file = file_path("path", path)
         return int(_native.engine_save_prompt_cache(self._handle, tokens, file))
 
-    def load_prompt_cache(
-        self, path: str | os.PathLike[str], prompt: Prompt | None = None
-    ) -> int:
+    def load_prompt_cache(self, path: str | os.PathLike[str], prompt: Prompt | None = None) -> int:
         """Takes what :meth:`save_prompt_cache` has saved into the prefix cache.
 
         Texts that begin with its tokens find it there until others need the memory. They are what

@@ -118,10 +118,10 @@ std::int64_t PromptCache::save(Engine& engine, std::span<const TokenId> prompt,
   return positions;
 }
 
-std::int64_t PromptCache::load(const std::filesystem::path& path,
-                               std::span<const TokenId> prompt) {
+std::int64_t PromptCache::load(const std::filesystem::path& path, std::span<const TokenId> prompt) {
   check_has_cache();
-  PromptCacheReader reader(path, identity(), backend_.info().page_bytes());
+  PromptCacheReader reader(path);
+  reader.expect(identity(), backend_.info().page_bytes());
   const std::span<const TokenId> saved = reader.tokens();
   if (!prompt.empty()) check_beginning(saved, prompt, quote(path.string()));
   PinnedPages pages(scheduler_);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 #include <nlohmann/json.hpp>
 
 #include "backend/backend.hpp"
@@ -55,8 +54,7 @@ void PromptCacheWriter::begin(const PromptCacheIdentity& identity, std::span<con
         {"version", identity.version}}},
       {"tokens", tensor_entry("I32", {tokens.size()}, 0, tokens.size_bytes())},
       {"pages", tensor_entry("U8", {pages, bytes}, tokens.size_bytes(), pages * bytes)},
-      {"page_checksums",
-       tensor_entry("U64", {pages}, pages_end, pages * sizeof(std::uint64_t))}};
+      {"page_checksums", tensor_entry("U64", {pages}, pages_end, pages * sizeof(std::uint64_t))}};
   // A folder's name may be no UTF-8.
   std::string text = header.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   const std::uint64_t unaligned = sizeof(std::uint64_t) + text.size();
@@ -77,35 +75,36 @@ void PromptCacheWriter::commit() {
   file_.commit();
 }
 
-PromptCacheReader::PromptCacheReader(const std::filesystem::path& path,
-                                     const PromptCacheIdentity& own, std::int64_t page_bytes)
-    : file_(path), name_(quote(path.string())), page_(static_cast<std::size_t>(page_bytes)) {
-  check_identity(own);
-  find_tensors();
-}
-
-void PromptCacheReader::check_identity(const PromptCacheIdentity& own) const {
-  const auto found = safetensors_metadata(file_.bytes(), name_);
-  const auto text = [&](const char* key) {
-    const auto at = found.find(key);
-    return at == found.end() ? std::string() : at->second;
-  };
-  require(text("format") == kFormat, ErrorKind::malformed,
+PromptCacheReader::PromptCacheReader(const std::filesystem::path& path)
+    : file_(path),
+      name_(quote(path.string())),
+      metadata_(safetensors_metadata(file_.bytes(), name_)) {
+  require(metadata("format") == kFormat, ErrorKind::malformed,
           "{}: expected a prompt that was saved with --prompt-cache (format {}), found format {}; "
           "name another file",
-          name_, quote(kFormat), quote(text("format")));
-  require(text("model") == own.model, ErrorKind::invalid_argument,
+          name_, quote(kFormat), quote(metadata("format")));
+}
+
+std::string PromptCacheReader::metadata(const char* key) const {
+  const auto found = metadata_.find(key);
+  return found == metadata_.end() ? std::string() : found->second;
+}
+
+void PromptCacheReader::expect(const PromptCacheIdentity& own, std::int64_t page_bytes) {
+  require(metadata("model") == own.model, ErrorKind::invalid_argument,
           "{}: expected keys and values of the model in {} (fingerprint of shape and weights {}), "
           "found those of {} ({}); {}",
-          name_, own.model_name, own.model, text("model_name"), text("model"), kAdvice);
+          name_, own.model_name, own.model, metadata("model_name"), metadata("model"), kAdvice);
   const auto compare = [&](const char* key, const char* what, const std::string& expected) {
-    require(text(key) == expected, ErrorKind::invalid_argument,
+    require(metadata(key) == expected, ErrorKind::invalid_argument,
             "{}: expected keys and values of {} {}, as this engine's are, found {}; {}", name_,
-            what, quote(expected), quote(text(key)), kAdvice);
+            what, quote(expected), quote(metadata(key)), kAdvice);
   };
   compare("kv_dtype", "type", own.kv_dtype);
   compare("arithmetic", "device and mode", own.arithmetic);
   compare("version", "version", own.version);
+  page_.resize(static_cast<std::size_t>(page_bytes));
+  find_tensors();
 }
 
 void PromptCacheReader::find_tensors() {

@@ -9,10 +9,10 @@
 // It is written under another name and renamed when it is whole.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -52,22 +52,24 @@ class PromptCacheWriter {
 
 class PromptCacheReader {
  public:
-  // Errors: those of MappedFile; malformed if it is no such file, or truncated; invalid_argument if
-  // it was saved of another model, type of keys and values, device, mode or version.
-  PromptCacheReader(const std::filesystem::path& path, const PromptCacheIdentity& own,
-                    std::int64_t page_bytes);
+  // Errors: those of MappedFile; malformed if it is no such file.
+  explicit PromptCacheReader(const std::filesystem::path& path);
 
+  // Before anything else is asked. Errors: invalid_argument if it was saved of another model, type
+  // of keys and values, device, mode or version; malformed if it is truncated.
+  void expect(const PromptCacheIdentity& own, std::int64_t page_bytes);
   std::span<const TokenId> tokens() const noexcept { return tokens_; }
   std::int64_t num_pages() const noexcept { return static_cast<std::int64_t>(checksums_.size()); }
   // A copy of page `index`, checked; valid until the next call. Errors: malformed, io.
   std::span<const std::byte> page(std::int64_t index);
 
  private:
-  void check_identity(const PromptCacheIdentity& own) const;
+  std::string metadata(const char* key) const;
   void find_tensors();
 
   MappedFile file_;
   std::string name_;  // quoted, for messages
+  std::map<std::string, std::string> metadata_;
   std::vector<TokenId> tokens_;
   std::vector<std::uint64_t> checksums_;
   std::size_t pages_begin_ = 0;

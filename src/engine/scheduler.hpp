@@ -69,7 +69,8 @@ class Scheduler {
   bool has_prefix_cache() const noexcept {
     return options_.prefix_cache && info().prefix_granularity > 0;
   }
-  // The first pages of `tokens` that are in the cache; none of them is evicted before unpin_pages().
+  // The first pages of `tokens` that are in the cache; none of them is evicted before
+  // unpin_pages().
   PrefixCache::Chain pin_pages(std::span<const TokenId> tokens);
   void unpin_pages(const PrefixCache::Chain& chain);
   void read_page(const PrefixCache::Entry& entry, std::span<std::byte> content);

@@ -14,8 +14,7 @@ void Scheduler::unpin_pages(const PrefixCache::Chain& chain) {
 }
 
 void Scheduler::read_page(const PrefixCache::Entry& entry, std::span<std::byte> content) {
-  backend_->run(
-      [&](Backend& backend) { backend.read_page(PrefixCache::page_of(entry), content); });
+  backend_->run([&](Backend& backend) { backend.read_page(PrefixCache::page_of(entry), content); });
 }
 
 void Scheduler::add_page(PrefixCache::Chain& chain, std::span<const TokenId> tokens,

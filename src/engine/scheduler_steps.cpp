@@ -43,8 +43,8 @@ Scheduler::Members Scheduler::prefilling() const {
       members.push_back(sequence.get());
     }
   }
-  std::ranges::stable_sort(
-      members, {}, [](const Sequence* sequence) { return sequence->caller->last_piece; });
+  std::ranges::stable_sort(members, {},
+                           [](const Sequence* sequence) { return sequence->caller->last_piece; });
   return members;
 }
 
@@ -65,8 +65,9 @@ std::int64_t Scheduler::piece_of(const Sequence& sequence, bool beside_streams) 
 std::vector<Scheduler::Piece> Scheduler::next_pieces(const Members& waiting,
                                                      bool beside_streams) const {
   std::vector<Piece> pieces;
-  std::int64_t room = beside_streams && info().any_pieces ? clock_.piece_tokens(info().prefill_chunk)
-                                                          : info().prefill_chunk;
+  std::int64_t room = beside_streams && info().any_pieces
+                          ? clock_.piece_tokens(info().prefill_chunk)
+                          : info().prefill_chunk;
   for (Sequence* const sequence : waiting) {
     const std::int64_t most = piece_of(*sequence, beside_streams);
     const std::int64_t left = std::ssize(sequence->fed) - sequence->length;

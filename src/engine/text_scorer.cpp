@@ -48,10 +48,10 @@ void TextScorer::admit() {
     const std::int64_t positions = std::ssize(texts_[next_].tokens) - 1;
     const std::int64_t pages = kv_pages_of(positions);
     if (!open_.empty() && open_pages_ + pages > most_pages(backend_.info())) return;
-    open_.push_back({next_++,
-                     std::make_unique<SequenceHandle>(backend_, SamplingParams{}, positions,
-                                                      interventions_),
-                     pages});
+    open_.push_back(
+        {next_++,
+         std::make_unique<SequenceHandle>(backend_, SamplingParams{}, positions, interventions_),
+         pages});
     open_pages_ += pages;
   }
 }

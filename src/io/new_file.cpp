@@ -54,7 +54,8 @@ void NewFile::fail_writing(int error) const {
   const ErrorKind kind = error == ENOENT || error == ENOTDIR ? ErrorKind::not_found
                          : error == EACCES || error == EPERM ? ErrorKind::permission_denied
                                                              : ErrorKind::io;
-  fail(kind, "cannot write {}: {}; give a file in a folder that exists, can be written and has room",
+  fail(kind,
+       "cannot write {}: {}; give a file in a folder that exists, can be written and has room",
        quote(path_.string()), std::strerror(error));
 }
 

@@ -38,10 +38,9 @@ std::string fingerprint_of(const Model& model) {
   std::string words = words_of(model.config());
   std::vector<std::span<const std::byte>> pieces;
   const auto add = [&](const DLTensor& tensor) {
-    words += is_present(tensor)
-                 ? fmt::format("; {} [{}]", name_of(*dtype_of(tensor)),
-                               fmt::join(std::span(tensor.shape, tensor.ndim), ", "))
-                 : "; absent";
+    words += is_present(tensor) ? fmt::format("; {} [{}]", name_of(*dtype_of(tensor)),
+                                              fmt::join(std::span(tensor.shape, tensor.ndim), ", "))
+                                : "; absent";
     if (!is_present(tensor)) return;
     std::span<const std::byte> bytes(data_of(tensor), static_cast<std::size_t>(num_bytes(tensor)));
     while (!bytes.empty()) {

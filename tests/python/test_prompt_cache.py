@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from checkpoints import write_random_checkpoint
 from clusterfusion import Engine
 
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = os.environ.get("CLUSTERFUSION_BIN") or shutil.which("clusterfusion")
 needs_program = pytest.mark.skipif(PROGRAM is None, reason="no program: set CLUSTERFUSION_BIN")
 OPTIONS = {"max_new_tokens": 12, "temperature": 1.0, "seed": 3, "ignore_eos": True, "logprobs": 1}
@@ -89,15 +91,15 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
     engine = Engine(folder)
     engine.save_prompt_cache(prompt_of(130), file)
     other = checkpoint(tmp_path / "other", 6)
-    with pytest.raises(ValueError, match="expected keys and values of the model in .*found those"):
+    with pytest.raises(ValueError, match=r"expected keys and values of the model in .*found those"):
         Engine(other).load_prompt_cache(file)
-    with pytest.raises(ValueError, match='of type "float16".*found "float32"'):
+    with pytest.raises(ValueError, match=r'of type "float16".*found "float32"'):
         Engine(folder, kv_dtype="float16").load_prompt_cache(file)
     with pytest.raises(ValueError, match="of its 128 tokens, token 0 is"):
         engine.load_prompt_cache(file, prompt_of(130, 2))
     with pytest.raises(ValueError, match="ends after 100 of them"):
         engine.load_prompt_cache(file, prompt_of(100))
-    with pytest.raises(ValueError, match="prompt has 63 tokens.*nothing to save"):
+    with pytest.raises(ValueError, match=r"prompt has 63 tokens.*nothing to save"):
         engine.save_prompt_cache(prompt_of(63), tmp_path / "short")
     with pytest.raises(ValueError, match="prefix_cache"):
         Engine(folder, prefix_cache=False).load_prompt_cache(file)
@@ -128,11 +130,11 @@ def test_damaged_files_give_no_wrong_text(folder, tmp_path):
         damaged[choose.randrange(1200, len(whole))] ^= 1 << choose.randrange(8)
         file.write_bytes(damaged)
         engine = Engine(folder)
-        with pytest.raises(ValueError, match="damaged: page . of 2"):
+        with pytest.raises(ValueError, match=r"damaged: page . of 2"):
             engine.load_prompt_cache(file)
         assert engine.generate(prompt, **OPTIONS).tokens == expected
         file.write_bytes(whole[: choose.randrange(1, len(whole))])
-        with pytest.raises(ValueError, match="truncated|fewer than the 8"):
+        with pytest.raises(ValueError, match=r"truncated|fewer than the 8"):
             engine.load_prompt_cache(file)
 
 
@@ -142,6 +144,27 @@ def generate(folder: Path, prompt: list[int], *arguments: str | Path, code: int 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     return done
+
+
+def test_on_a_gpu(gpu, tmp_path):
+    """Whole pieces of prompts are saved there, and each mode has bits of its own."""
+    folder = write_random_checkpoint(
+        tmp_path / "checkpoint", hidden_size=128, vocab_size=400, max_positions=4200
+    )
+    prompt = prompt_of(2500)
+    for mode in ("latency", "throughput"):
+        options = {"device": gpu, "mode": mode, "context": 3000}
+        file = tmp_path / mode
+        saved = Engine(folder, **options).save_prompt_cache(prompt, file)
+        engine = Engine(folder, **options)
+        assert engine.load_prompt_cache(file, prompt) == saved >= 2048
+        found = engine.generate(prompt, **OPTIONS)
+        assert found.statistics.prefix_hit_tokens == saved
+        alone = Engine(folder, prefix_cache=False, **options).generate(prompt, **OPTIONS)
+        assert (found.tokens, found.logprobs) == (alone.tokens, alone.logprobs)
+    if gpu == "cuda":
+        with pytest.raises(ValueError, match=r"mode latency.*mode throughput"):
+            Engine(folder, device=gpu, context=3000).load_prompt_cache(tmp_path / "throughput")
 
 
 @needs_program
@@ -171,6 +194,23 @@ def test_command_line(folder, tmp_path):
     assert "truncated" in refused.stderr
     generate(folder, prompt, "--prompt-cache", file, "--no-prefix-cache", code=2)
     generate(folder, prompt, "--prompt-cache", "", code=2)
+
+
+@needs_program
+def test_commands_of_the_documentation(demo_model, tmp_path):
+    lines = (ROOT / "docs" / "batching.md").read_text().splitlines()
+    commands = [line.split() for line in lines if line.startswith("    clusterfusion generate")]
+    article = "It was a dark and stormy night, and nobody was at home. " * 8
+    (tmp_path / "article.txt").write_text(article)
+    (tmp_path / "article-and-question.txt").write_text(article + "Who was at home?")
+    told = []
+    for _, *words in commands:
+        words[words.index("models/demo")] = str(demo_model)
+        done = subprocess.run([PROGRAM, *words], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        told += re.findall(r"^prompt cache: (\d+) of \d+ tokens (.*)$", done.stderr, re.MULTILINE)
+    assert [words for _, words in told] == ["saved to article.kv", "loaded from article.kv"]
+    assert told[0][0] == told[1][0]
 
 
 @needs_program

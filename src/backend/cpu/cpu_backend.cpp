@@ -279,7 +279,8 @@ void CpuBackend::ask(const PrefillPart& part, Sequence& sequence, std::int64_t f
   const bool last = !output.last_logits.empty() || output.sampled != nullptr;
   for (std::size_t i = 0; i < part.tokens.size(); ++i) {
     const bool has_target = !output.targets.empty() && output.targets[i] != -1;
-    if (output.all_logits.empty() && !has_target && !(last && i + 1 == part.tokens.size())) continue;
+    if (output.all_logits.empty() && !has_target && !(last && i + 1 == part.tokens.size()))
+      continue;
     const auto offset = static_cast<std::int64_t>(i);
     asked.push_back({&part, &sequence, first_row + offset, sequence.length + offset, i});
   }

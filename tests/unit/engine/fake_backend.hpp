@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
@@ -31,6 +30,7 @@ struct FakeState {
                    .kv_pages = 1 << 14};
   std::function<void()> before_step;  // called in each prefill and decode
   std::vector<std::int64_t> prefill_sizes;
+  std::vector<std::size_t> prefill_passes;  // pieces of each prefill_together()
   std::vector<std::size_t> decode_batches;
   std::vector<std::int64_t> burst_starts;  // lengths of the first sequence before decode()
   std::vector<std::int32_t> burst_steps;   // and its steps
@@ -111,25 +111,8 @@ class FakeBackend final : public Backend {
     const Step step(*this);
     let_go(page);
   }
-  // A page's bytes are the text up to its end, counted first.
-  void read_page(KvPageId page, std::span<std::byte> content) override {
-    const Step step(*this);
-    EXPECT_EQ(std::ssize(content), info().page_bytes());
-    const std::vector<TokenId>& text = pages_.at(page).text;
-    const auto size = static_cast<std::int32_t>(text.size());
-    std::memcpy(content.data(), &size, sizeof(size));
-    std::memcpy(content.data() + sizeof(size), text.data(), text.size() * sizeof(TokenId));
-  }
-  KvPageId add_page(std::span<const std::byte> content) override {
-    const Step step(*this);
-    const KvPageId page = new_page();
-    std::int32_t size = 0;
-    std::memcpy(&size, content.data(), sizeof(size));
-    std::vector<TokenId>& text = pages_.at(page).text;
-    text.resize(static_cast<std::size_t>(size));
-    std::memcpy(text.data(), content.data() + sizeof(size), text.size() * sizeof(TokenId));
-    return page;
-  }
+  void read_page(KvPageId, std::span<std::byte>) override { fail_no_bytes(); }
+  KvPageId add_page(std::span<const std::byte>) override { fail_no_bytes(); }
   std::int64_t kv_pages_in_use() const override { return std::ssize(pages_); }
   SampledToken sample(SequenceId id, std::span<const float> logits) override {
     const Step step(*this);
@@ -194,6 +177,14 @@ class FakeBackend final : public Backend {
     state_->prefilled_under.push_back(sequence.interventions);
   }
 
+  void prefill_together(std::span<const PrefillPart> parts) override {
+    state_->prefill_passes.push_back(parts.size());
+    std::int64_t tokens = 0;
+    for (const PrefillPart& part : parts) tokens += std::ssize(part.tokens);
+    EXPECT_LE(tokens, info().prefill_chunk);
+    Backend::prefill_together(parts);
+  }
+
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
               std::span<SampledToken> sampled, std::span<float> logits) override {
     const Step step(*this);
@@ -244,6 +235,9 @@ class FakeBackend final : public Backend {
     std::vector<TokenId> text;  // of the sequence, up to the last position that was written here
     std::shared_ptr<const Interventions> interventions;  // of the sequence that wrote last
   };
+  [[noreturn]] static void fail_no_bytes() {
+    fail(ErrorKind::unsupported, "the pages of a script have no bytes");
+  }
   KvPageId new_page() {
     require(std::ssize(pages_) < capacity, ErrorKind::out_of_memory, "the script has {} pages",
             capacity);

@@ -15,9 +15,9 @@ namespace clusterfusion {
 namespace {
 
 using namespace test;
+using clusterfusion::testing::TemporaryFolder;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-using clusterfusion::testing::TemporaryFolder;
 
 constexpr std::size_t kMostBytes = 64 << 20;
 
@@ -47,7 +47,8 @@ std::unique_ptr<Engine> engine_with(const Setting& setting = {}) {
 
 std::vector<TokenId> prompt_of(int length, int seed = 3) {
   std::vector<TokenId> tokens;
-  for (int i = 0; i < length; ++i) tokens.push_back((seed * 7919 + i * 104729 + i * i) % kVocabSize);
+  for (int i = 0; i < length; ++i)
+    tokens.push_back((seed * 7919 + i * 104729 + i * i) % kVocabSize);
   return tokens;
 }
 
@@ -90,9 +91,10 @@ TEST(PromptCache, TextsAreThoseWithout) {
         EXPECT_EQ(loading->load_prompt_cache(file, one), length / 64 * 64);
         const GenerateResult result = generate(*loading, one);
         expect_same(result, generate(*plain, one));
-        EXPECT_EQ(result.statistics.prefix_hit_tokens, (std::ssize(one) - 1) / 64 * 64 >= length / 64 * 64
-                                                           ? length / 64 * 64
-                                                           : (std::ssize(one) - 1) / 64 * 64);
+        EXPECT_EQ(result.statistics.prefix_hit_tokens,
+                  (std::ssize(one) - 1) / 64 * 64 >= length / 64 * 64
+                      ? length / 64 * 64
+                      : (std::ssize(one) - 1) / 64 * 64);
       }
       expect_same(generate(*saving, longer), generate(*engine_with({.kv_dtype = dtype}), longer));
     }
@@ -167,9 +169,8 @@ TEST(PromptCache, RefusesToSaveWhatCannotBeUsed) {
   const auto without = engine_with({.scheduling = {.prefix_cache = false}});
   expect_error(ErrorKind::invalid_argument, HasSubstr("prefix_cache"),
                [&] { without->save_prompt_cache(prompt_of(64), file); });
-  expect_error(ErrorKind::out_of_memory, HasSubstr("kv_bytes"), [&] {
-    engine_with({.kv_pages = 2})->save_prompt_cache(prompt_of(200), file);
-  });
+  expect_error(ErrorKind::out_of_memory, HasSubstr("kv_bytes"),
+               [&] { engine_with({.kv_pages = 2})->save_prompt_cache(prompt_of(200), file); });
   EXPECT_EQ(num_files(folder), 0u);
 }
 
