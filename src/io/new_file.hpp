@@ -20,7 +20,7 @@ class NewFile {
   NewFile& operator=(const NewFile&) = delete;
 
   void write(std::span<const std::byte> bytes);
-  // What was written is on the disk when this returns, under its name.
+  // Gives it its name, once what was written is on the disk.
   void commit();
 
  private:
