@@ -185,9 +185,9 @@ def test_command_line(folder, tmp_path):
     assert file.read_bytes() == written
     assert os.listdir(tmp_path) == ["prompt.cache"]
 
-    refused = generate(folder, prompt_of(200, 2), "--prompt-cache", file, code=1)
+    refused = generate(folder, prompt_of(200, 2), "--prompt-cache", file, code=2)
     assert (refused.stdout, "is of another prompt" in refused.stderr) == ("", True)
-    refused = generate(folder, prompt, "--prompt-cache", file, "--kv-dtype", "float16", code=1)
+    refused = generate(folder, prompt, "--prompt-cache", file, "--kv-dtype", "float16", code=2)
     assert "float16" in refused.stderr
     file.write_bytes(written[:-1])
     refused = generate(folder, prompt, "--prompt-cache", file, code=1)
