@@ -330,7 +330,7 @@ TEST(Loglikelihood, ReportsProgressAndCanBeCancelled) {
 // As a device that computes pieces of several texts in one pass.
 void pack(FakeState& state) {
   state.info.packs_prompts = true;
-  state.info.prefill_chunk = 32;
+  state.info.prefill_chunk = 512;
 }
 
 TEST(Scoring, TextsSharePasses) {
@@ -338,11 +338,9 @@ TEST(Scoring, TextsSharePasses) {
   const FakeEngine packed = fake_engine(hashed_logits(), pack);
   std::vector<std::vector<TokenId>> texts;
   std::vector<LoglikelihoodRequest> requests;
-  std::size_t tokens = 0;
   for (unsigned i = 0; i < 60; ++i) {
     const int length = i == 20 ? 65 : 2 + static_cast<int>(i * 7919 % 11);
     texts.push_back(random_tokens(static_cast<std::size_t>(length), i));
-    tokens += texts.back().size() - 1;
     requests.push_back({random_tokens(1 + i * 31 % 20, i), random_tokens(1 + i * 17 % 9, 100 + i)});
   }
   std::size_t most_live = 0;
@@ -352,9 +350,8 @@ TEST(Scoring, TextsSharePasses) {
     EXPECT_EQ(scores[i].tokens, texts[i]);
     EXPECT_EQ(scores[i].logprobs, plain.engine->score(std::span(texts[i])).logprobs) << i;
   }
-  EXPECT_LT(packed.state->prefill_passes.size(), 20u);
-  EXPECT_GE(packed.state->prefill_passes.size(), tokens / 32);
-  EXPECT_EQ(most_live, 2u) << "each has a page, though it fills little of it";
+  EXPECT_LT(packed.state->prefill_passes.size(), 8u);
+  EXPECT_EQ(most_live, 16u) << "each has a page, though it fills little of it";
 
   const auto expected = plain.engine->loglikelihood(requests, {.num_top = 2});
   std::vector<std::int64_t> done;
