@@ -11,7 +11,7 @@
 #include "backend/cuda/cublas_library.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
-#include "backend/cuda/decode/decode_timeline.hpp"
+#include "backend/cuda/decode/timeline.hpp"
 #include "backend/cuda/device_model.hpp"
 #include "backend/cuda/device_tensor.hpp"
 #include "backend/cuda/gemm/gemm_decoder.hpp"

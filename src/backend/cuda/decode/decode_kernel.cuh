@@ -20,16 +20,20 @@
 
 #include <type_traits>
 
-#include "backend/cuda/decode/decode_combiner.cuh"
-#include "backend/cuda/decode/decode_common.cuh"
-#include "backend/cuda/decode/decode_dealer.cuh"
+#include "backend/cuda/decode/buffer_clearer.cuh"
 #include "backend/cuda/decode/decode_kernel.hpp"
-#include "backend/cuda/decode/decode_numbers.cuh"
-#include "backend/cuda/decode/decode_producer.cuh"
-#include "backend/cuda/decode/decode_sweeper.cuh"
-#include "backend/cuda/device/mma.cuh"
-#include "backend/cuda/device/registers.cuh"
-#include "backend/cuda/device/shared_memory.cuh"
+#include "backend/cuda/decode/paged_cache.cuh"
+#include "backend/cuda/decode/producer.cuh"
+#include "backend/cuda/decode/shared.cuh"
+#include "backend/cuda/decode/split_combiner.cuh"
+#include "backend/cuda/decode/work_scheduler.cuh"
+#include "backend/cuda/numeric/activation.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
+#include "backend/cuda/numeric/pack.cuh"
+#include "backend/cuda/numeric/softmax.cuh"
+#include "backend/cuda/ptx/mma.cuh"
+#include "backend/cuda/ptx/registers.cuh"
+#include "backend/cuda/ptx/shared_memory.cuh"
 #include "sampling/philox.hpp"
 
 namespace clusterfusion::cuda {
@@ -893,7 +897,7 @@ class DecodeStep {
     }
     consumer_barrier();
     // Scores come out as base-2 logarithms.
-    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * 1.4426950408889634f;
+    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * kLog2E;
 #pragma unroll
     for (int round = 0; round < kRounds; ++round) {
       const int i = thread + round * kConsumerThreads;
@@ -965,12 +969,6 @@ class DecodeStep {
 #pragma unroll
       for (int t = 0; t < kMaxHeadSteps; ++t) query.step[t] = query_step(t);
     }
-  }
-
-  // A product's two parts together. What is infinite stays so: the second part is then zero times
-  // infinity, or infinity of another sign.
-  __device__ __forceinline__ static float both_parts(float first, float second) {
-    return isinf(first) ? first : first + second;
   }
 
   // Positions that a warp takes at once, in two halves of 8.

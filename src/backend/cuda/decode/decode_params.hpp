@@ -87,7 +87,7 @@ struct alignas(16) Candidate {
 };
 
 // What the SMs tell each other within one epoch, a layer or the LM head of one step: Lamport
-// buffers (device/lamport_buffer.cuh), at these byte offsets of a set. Epoch e uses set e %
+// buffers (sync/lamport_buffer.cuh), at these byte offsets of a set. Epoch e uses set e %
 // kLamportSets.
 struct LamportLayout {
   std::int32_t qkv;              // float32 [3 hidden], with bias, before the rotation

@@ -4,10 +4,13 @@
 #pragma once
 
 #include "backend/cuda/decode/decode_kernel.cuh"
-#include "backend/cuda/device/grid_dependency.cuh"
-#include "backend/cuda/device/tensor_copy.cuh"
+#include "backend/cuda/numeric/activation.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
+#include "backend/cuda/numeric/pack.cuh"
 #include "backend/cuda/ops/layer_params.hpp"
 #include "backend/cuda/ops/position.cuh"
+#include "backend/cuda/ptx/grid_dependency.cuh"
+#include "backend/cuda/ptx/tensor_copy.cuh"
 
 namespace clusterfusion::cuda {
 

@@ -11,7 +11,7 @@
 // its last two rows 8 to 15.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/stream/shared.cuh"
 
 namespace clusterfusion::cuda::stream {
@@ -54,7 +54,7 @@ class Activations {
   // all of it again and again would hold up the weights.
   __device__ __forceinline__ void await(const Sources& sources, bool much) {
     bool missing = much;
-    while (__any_sync(0xffffffffu, missing)) {
+    while (__any_sync(kAllLanes, missing)) {
       missing = false;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
@@ -63,7 +63,7 @@ class Activations {
     }
     load(sources, [](const char* from) { return lamport_load_4(from); });
     missing = true;
-    while (__any_sync(0xffffffffu, missing)) {
+    while (__any_sync(kAllLanes, missing)) {
       missing = false;
       for_each([&](int t, int piece, int i) {
         if (!sources.has(t, piece, i) || !any_half_not_ready(operand[t][piece][i])) return;

@@ -10,10 +10,11 @@
 // its weights columns 2 r and 2 r + 1 of operand B of the outputs.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
-#include "backend/cuda/device/bulk_copy.cuh"
-#include "backend/cuda/device/mma.cuh"
-#include "backend/cuda/device/shared_memory.cuh"
+#include "backend/cuda/numeric/pack.cuh"
+#include "backend/cuda/numeric/softmax.cuh"
+#include "backend/cuda/ptx/bulk_copy.cuh"
+#include "backend/cuda/ptx/mma.cuh"
+#include "backend/cuda/ptx/shared_memory.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/choose_token.cuh"
 #include "backend/cuda/stream/consumer.cuh"
@@ -309,7 +310,7 @@ class Attention {
       return;
     }
     // Scores come out as base-2 logarithms.
-    value *= rsqrtf(static_cast<float>(c.p.head_dim)) * 1.4426950408889634f;
+    value *= rsqrtf(static_cast<float>(c.p.head_dim)) * kLog2E;
     const float rounded = static_cast<float>(static_cast<T>(value));
     T* query = queries() + input.row * 2 * c.p.head_dim + input.dim;
     query[0] = static_cast<T>(value);
@@ -330,12 +331,6 @@ class Attention {
   }
 
   // ---------------------------------------------------------------- one block of positions
-
-  // A product's two parts together. What is infinite stays so: the second part is then zero times
-  // infinity, or infinity of another sign.
-  __device__ __forceinline__ static float both_parts(float first, float second) {
-    return isinf(first) ? first : first + second;
-  }
 
   // Puts keys and values of the step's own rows at positions `first` .. + 15 into the landed block,
   // those of the task's rows into the cache too, and clears the values behind the last: whatever

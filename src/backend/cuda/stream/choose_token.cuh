@@ -2,12 +2,12 @@
 // noise, with noise that depends on (seed, position, token) alone.
 #pragma once
 
+#include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/stream/shared.cuh"
 #include "sampling/philox.hpp"
 
 namespace clusterfusion::cuda::stream {
 
-inline constexpr unsigned kAllLanes = 0xffffffffu;
 // A logit that is not finite beats everything, as this token.
 inline constexpr std::int64_t kNoToken = 0xffffffff;
 

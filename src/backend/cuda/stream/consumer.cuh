@@ -2,7 +2,7 @@
 // in the ring.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
 #include "backend/cuda/stream/shared.cuh"
 
 namespace clusterfusion::cuda::stream {

@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "backend/cuda/device/mma.cuh"
-#include "backend/cuda/device/shared_memory.cuh"
+#include "backend/cuda/ptx/mma.cuh"
+#include "backend/cuda/ptx/shared_memory.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/consumer.cuh"
 #include "backend/cuda/stream/partial_sums.cuh"

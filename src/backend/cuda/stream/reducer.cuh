@@ -3,7 +3,8 @@
 // They need nothing that the consumers would wait for.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/activation.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/choose_token.cuh"
 #include "backend/cuda/stream/partial_sums.cuh"

@@ -3,8 +3,9 @@
 // go to all blocks (or, where every block keeps the one row there is, into its shared memory).
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/numeric/layer_norm.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
+#include "backend/cuda/numeric/pack.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/choose_token.cuh"
 #include "backend/cuda/stream/consumer.cuh"

@@ -2,13 +2,13 @@
 // things lie.
 #pragma once
 
-#include "backend/cuda/device/counter.cuh"
-#include "backend/cuda/device/elect.cuh"
-#include "backend/cuda/device/lamport_buffer.cuh"
-#include "backend/cuda/device/mbarrier.cuh"
-#include "backend/cuda/device/reduce.cuh"
-#include "backend/cuda/device/ring.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
+#include "backend/cuda/ptx/elect.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
 #include "backend/cuda/stream/stream_params.hpp"
+#include "backend/cuda/sync/counter.cuh"
+#include "backend/cuda/sync/lamport_buffer.cuh"
+#include "backend/cuda/sync/ring.cuh"
 
 namespace clusterfusion::cuda::stream {
 

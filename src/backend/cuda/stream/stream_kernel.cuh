@@ -17,16 +17,16 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "backend/cuda/device/registers.cuh"
+#include "backend/cuda/ptx/registers.cuh"
 #include "backend/cuda/stream/attention.cuh"
-#include "backend/cuda/stream/clearer.cuh"
-#include "backend/cuda/stream/combiner.cuh"
+#include "backend/cuda/stream/buffer_clearer.cuh"
 #include "backend/cuda/stream/matrix_product.cuh"
 #include "backend/cuda/stream/producer.cuh"
 #include "backend/cuda/stream/reducer.cuh"
 #include "backend/cuda/stream/residual.cuh"
-#include "backend/cuda/stream/scheduler.cuh"
-#include "backend/cuda/stream/setup_shared.cuh"
+#include "backend/cuda/stream/shared_setup.cuh"
+#include "backend/cuda/stream/split_combiner.cuh"
+#include "backend/cuda/stream/work_scheduler.cuh"
 
 namespace clusterfusion::cuda::stream {
 

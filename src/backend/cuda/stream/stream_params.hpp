@@ -41,7 +41,7 @@ struct RowGroup {
 };
 
 // What the SMs tell each other within one epoch (a layer or the LM head of one step) about `rows`
-// rows: Lamport buffers (device/lamport_buffer.cuh) at these byte offsets of a set. Epoch e uses
+// rows: Lamport buffers (sync/lamport_buffer.cuh) at these byte offsets of a set. Epoch e uses
 // set e % kLamportSets.
 struct RowsLayout {
   std::int32_t input_norm, post_norm;  // 16-bit [rows, hidden]; not used if one row stays in place

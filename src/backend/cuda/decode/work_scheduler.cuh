@@ -8,7 +8,7 @@
 // where few blocks have some, these leave the first phase early.
 #pragma once
 
-#include "backend/cuda/decode/decode_common.cuh"
+#include "backend/cuda/decode/shared.cuh"
 
 namespace clusterfusion::cuda {
 

@@ -3,8 +3,8 @@
 // output there.
 #pragma once
 
-#include "backend/cuda/decode/decode_common.cuh"
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/decode/shared.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
 
 namespace clusterfusion::cuda {
 

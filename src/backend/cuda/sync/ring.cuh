@@ -13,8 +13,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "backend/cuda/device/bulk_copy.cuh"
-#include "backend/cuda/device/mbarrier.cuh"
+#include "backend/cuda/ptx/bulk_copy.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
 
 namespace clusterfusion::device {
 

@@ -3,7 +3,7 @@
 // output, and writes it.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/shared.cuh"
 

@@ -7,7 +7,7 @@
 // set again, which is the set of epoch e + 2.
 #pragma once
 
-#include "backend/cuda/decode/decode_common.cuh"
+#include "backend/cuda/decode/shared.cuh"
 
 namespace clusterfusion::cuda {
 

@@ -2,7 +2,7 @@
 // what the dealer has announced.
 #pragma once
 
-#include "backend/cuda/decode/decode_common.cuh"
+#include "backend/cuda/decode/shared.cuh"
 
 namespace clusterfusion::cuda {
 
