@@ -146,18 +146,19 @@ std::string unstreamed_because(const LayerSpec& spec) {
   return "";
 }
 
-MatrixPlan with_half_the_products(MatrixPlan plan) {
+MatrixPlan with_packed_operands(MatrixPlan plan) {
   const bool one_unit = plan.units_per_chunk() * plan.segments == kConsumerWarps;
   // The kernel has code for these.
   const bool known = plan.iterations == 4 || plan.iterations == 5;
-  if (plan.tile != Tile::slices || plan.unit_rows != 1 || !one_unit || !known) return plan;
+  if (plan.mapping != MmaMapping::two_pass || plan.unit_rows != 1 || !one_unit || !known)
+    return plan;
   if (plan.rows_per_chunk % 2 == 0) {
     // A half of the columns of two rows, or a quarter of those of four.
-    plan.tile = Tile::halves;
+    plan.mapping = MmaMapping::packed;
     plan.unit_rows = plan.rows_per_chunk % 4 == 0 ? 4 : 2;
     plan.segments *= plan.unit_rows;
   } else if (plan.rows_per_chunk == 1) {
-    plan.tile = Tile::chunk_pairs;
+    plan.mapping = MmaMapping::packed_pairs;
     plan.iterations *= 2;
   }
   return plan;

@@ -277,7 +277,7 @@ class CudaBackend final : public Backend {
     kernel_ = find_decode_kernel(config.dtype, fragments, static_cast<int>(config.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
     params_ = stream_params(config, plan_, properties_.multiProcessorCount,
-                            fragments <= kFragmentsOfHalfProducts);
+                            fragments <= kMaxPackedFragments);
     read_more_late(params_);
     allocate_scratch();
     weights_.tell(params_);

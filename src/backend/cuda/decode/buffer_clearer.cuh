@@ -16,37 +16,38 @@ namespace clusterfusion::cuda {
 __device__ __forceinline__ void prefetch_norms(const DecodeParams& p, int epoch) {
   if (blockIdx.x > 3) return;
   const int layer = epoch % epochs_per_step(p);
-  const bool final = layer == p.num_layers;
-  if (final && blockIdx.x > 1) return;
+  const bool is_final = layer == p.num_layers;
+  if (is_final && blockIdx.x > 1) return;
   const StreamedLayer& first = p.first_layer;
   const void* of_first = blockIdx.x == 0   ? first.input_norm_weight
                          : blockIdx.x == 1 ? first.input_norm_bias
                          : blockIdx.x == 2 ? first.post_norm_weight
                                            : first.post_norm_bias;
   const void* vector = of_layer(p, of_first, layer);
-  if (final) vector = blockIdx.x == 0 ? p.final_norm_weight : p.final_norm_bias;
+  if (is_final) vector = blockIdx.x == 0 ? p.final_norm_weight : p.final_norm_bias;
   bulk_prefetch(vector, p.hidden_size * 2);
 }
 
-__device__ __forceinline__ void sweep(const DecodeParams& p, SharedControl* control, int lane) {
+__device__ __forceinline__ void clear_buffers(const DecodeParams& p, SharedControl* control,
+                                              int lane) {
   static_assert(kLamportSets == 3);
-  constexpr unsigned kNap = 100;
+  constexpr unsigned kBackoffNanoseconds = 100;
   const int epochs = p.steps * epochs_per_step(p);
   for (int epoch = 0; epoch < epochs; ++epoch) {
     if (lane == 0) {
-      block_counter_wait(&control->begun, epoch + 1, kNap);
+      block_counter_wait(&control->begun, epoch + 1, kBackoffNanoseconds);
       counter_add_release(p.arrivals, 1);
       counter_wait(p.arrivals, (epoch + 1) * gridDim.x);
-      block_counter_store(&control->swept, epoch + 1);
+      block_counter_store(&control->cleared, epoch + 1);
       prefetch_norms(p, epoch + 1);
     }
     __syncwarp();
     if (epoch == 0) continue;
     char* set = lamport_set(p, epoch - 1);
-    const uint4 empty = make_uint4(kNotReady, kNotReady, kNotReady, kNotReady);
+    const uint4 not_ready = make_uint4(kNotReady, kNotReady, kNotReady, kNotReady);
     for (int offset = (static_cast<int>(blockIdx.x) * 32 + lane) * 16; offset < p.layout.bytes;
          offset += static_cast<int>(gridDim.x) * 32 * 16)
-      *reinterpret_cast<uint4*>(set + offset) = empty;
+      *reinterpret_cast<uint4*>(set + offset) = not_ready;
     __syncwarp();
   }
 }

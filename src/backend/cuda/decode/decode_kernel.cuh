@@ -53,13 +53,13 @@ template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache = Pa
 class DecodeStep {
  public:
   using Frag = Fragments<kMaxIterations>;
-  using Tile = plan::Tile;
+  using MmaMapping = plan::MmaMapping;
   static constexpr int kBatch = 5;  // loads under way together
   static_assert(kMaxIterations % kBatch == 0);
   static constexpr bool kPairs = kMaxIterations <= kBatch;  // of units are multiplied side by side
-  // Whether tiles of plan::with_half_the_products are known.
-  static constexpr bool kHalfProducts =
-      kMaxIterations <= kFragmentsOfHalfProducts && Cache::kManyLayers;
+  // Whether tiles of plan::with_packed_operands are known.
+  static constexpr bool kPackedOperands =
+      kMaxIterations <= kMaxPackedFragments && Cache::kManyLayers;
   // For sm_120, ptxas ignores setmaxnreg: consumers have no more registers than all other threads.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
   static constexpr bool kFewRegisters = true;
@@ -81,7 +81,7 @@ class DecodeStep {
         lane(threadIdx.x % 32),
         g(threadIdx.x % 32 / 4),
         q(threadIdx.x % 4),
-        ring(&control->ring, params.stages + zero()) {}
+        ring(&control->ring, params.stages + opaque_zero()) {}
 
   // All steps of the launch, as a consumer.
   __device__ __forceinline__ void consume() {
@@ -113,13 +113,13 @@ class DecodeStep {
 
   // Zero, which the compiler cannot know: what it is added to stays in a register, where the
   // compiler would look it up in constant memory again and again.
-  __device__ __forceinline__ int zero() const {
-    return static_cast<int>(block_counter_load(&control->zero));
+  __device__ __forceinline__ int opaque_zero() const {
+    return static_cast<int>(block_counter_load(&control->opaque_zero));
   }
 
   // The compiler may not know these any more. Else it computes the addresses of all phases once, in
   // front of the loop over layers, and spills them.
-  __device__ __forceinline__ void forget_indices() {
+  __device__ __forceinline__ void make_indices_opaque() {
     asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane), "+r"(g), "+r"(q));
   }
 
@@ -150,7 +150,7 @@ class DecodeStep {
     if constexpr (Cache::kManyLayers)
       control->ablates_mlp = p.ablated.any && p.ablated.has_mlp(epoch % epochs_per_step(p));
     block_counter_store(&control->begun, epoch + 1);
-    block_counter_wait(&control->swept, epoch);
+    block_counter_wait(&control->cleared, epoch);
   }
 
   // Element offset of this lane's first 8 values in a row segment of its warp.
@@ -170,19 +170,19 @@ class DecodeStep {
   // holds half g % 2 of slice g / 2, if there is one: of each 16 bytes (in operand_order) the first
   // 8 or the second.
   __device__ __forceinline__ int activation_column(const StreamedMatrix& matrix) const {
-    if (!kHalfProducts || matrix.tile == Tile::slices) return lane_column(matrix);
+    if (!kPackedOperands || matrix.mapping == MmaMapping::two_pass) return lane_column(matrix);
     const int column = (warp & (matrix.segments - 1)) * matrix.segment_columns +
                        (g / 2 & ((1 << matrix.slices_log2) - 1)) * matrix.slice_columns + q * 8;
-    return matrix.tile == Tile::halves ? column : column + g % 2 * 4;
+    return matrix.mapping == MmaMapping::packed ? column : column + g % 2 * 4;
   }
   __device__ __forceinline__ int activation_swap(const StreamedMatrix& matrix) const {
-    const int slice = kHalfProducts && matrix.tile != Tile::slices ? g / 2 : g;
+    const int slice = kPackedOperands && matrix.mapping != MmaMapping::two_pass ? g / 2 : g;
     return matrix.swaps && slice % 2 != 0 ? 32 : 0;
   }
   // To be called when the fragments are there.
-  __device__ __forceinline__ void pick_half(const StreamedMatrix& matrix, Frag& fragments) const {
-    if constexpr (kHalfProducts) {
-      if (matrix.tile != Tile::halves) return;
+  __device__ __forceinline__ void select_half(const StreamedMatrix& matrix, Frag& fragments) const {
+    if constexpr (kPackedOperands) {
+      if (matrix.mapping != MmaMapping::packed) return;
       const bool none = g >= 2 << matrix.slices_log2;
 #pragma unroll
       for (uint4& value : fragments.value) {
@@ -193,54 +193,55 @@ class DecodeStep {
   }
   // Fragment i of a Lamport buffer, of which `first` are this lane's first values: of one
   // iteration, or of two where a tile's rows are those of two chunks.
-  template <bool kChunkPairs>
+  template <bool kPackedPairs>
   __device__ __forceinline__ static uint4 load_fragment(const T* first, int swap, int i) {
-    if constexpr (!kChunkPairs) return lamport_load_4(first + i * 32 + (i % 2 == 0 ? swap : -swap));
+    if constexpr (!kPackedPairs)
+      return lamport_load_4(first + i * 32 + (i % 2 == 0 ? swap : -swap));
     const uint2 even = lamport_load_2(first + 64 * i + swap);
     const uint2 odd = lamport_load_2(first + 64 * i + 32 - swap);
     return make_uint4(even.x, even.y, odd.x, odd.y);
   }
 
   // A Lamport buffer of 16-bit activations as fragments: asks for them once ...
-  __device__ __forceinline__ void ask_activations(const StreamedMatrix& matrix, std::int32_t offset,
-                                                  Frag& fragments) const {
-    if (kHalfProducts && matrix.tile == Tile::chunk_pairs)
-      ask_activations<true>(matrix, offset, fragments);
+  __device__ __forceinline__ void request_activations(const StreamedMatrix& matrix,
+                                                      std::int32_t offset, Frag& fragments) const {
+    if (kPackedOperands && matrix.mapping == MmaMapping::packed_pairs)
+      request_activations<true>(matrix, offset, fragments);
     else
-      ask_activations<false>(matrix, offset, fragments);
+      request_activations<false>(matrix, offset, fragments);
   }
-  template <bool kChunkPairs>
-  __device__ __forceinline__ void ask_activations(const StreamedMatrix& matrix, std::int32_t offset,
-                                                  Frag& fragments) const {
+  template <bool kPackedPairs>
+  __device__ __forceinline__ void request_activations(const StreamedMatrix& matrix,
+                                                      std::int32_t offset, Frag& fragments) const {
     const T* first = lamport<const T>(offset) + activation_column(matrix);
     const int swap = activation_swap(matrix);
 #pragma unroll
     for (int i = 0; i < kMaxIterations; ++i) {
       fragments.value[i] = make_uint4(0, 0, 0, 0);
-      if (i < (kChunkPairs ? matrix.iterations / 2 : matrix.iterations))
-        fragments.value[i] = load_fragment<kChunkPairs>(first, swap, i);
+      if (i < (kPackedPairs ? matrix.iterations / 2 : matrix.iterations))
+        fragments.value[i] = load_fragment<kPackedPairs>(first, swap, i);
     }
   }
   // ... and again until all that this lane needs are there.
-  __device__ __forceinline__ void wait_activations(const StreamedMatrix& matrix,
-                                                   std::int32_t offset, Frag& fragments) {
+  __device__ __forceinline__ void await_activations(const StreamedMatrix& matrix,
+                                                    std::int32_t offset, Frag& fragments) {
     const T* first = lamport<const T>(offset) + activation_column(matrix);
     const int swap = activation_swap(matrix);
     bool missing = true;
     while (__any_sync(kAllLanes, missing)) {
-      load_ahead();
+      prefetch_chunks();
       missing = false;
 #pragma unroll
       for (int i = 0; i < kMaxIterations; ++i) {
         if (!any_half_not_ready(fragments.value[i])) continue;
         missing = true;
-        if (kHalfProducts && matrix.tile == Tile::chunk_pairs)
+        if (kPackedOperands && matrix.mapping == MmaMapping::packed_pairs)
           fragments.value[i] = load_fragment<true>(first, swap, i);
         else
           fragments.value[i] = load_fragment<false>(first, swap, i);
       }
     }
-    pick_half(matrix, fragments);
+    select_half(matrix, fragments);
   }
 
   // This thread's pairs of a vector of hidden_size elements: pair j starts at element(j).
@@ -346,12 +347,12 @@ class DecodeStep {
         fragments.value[i] =
             *reinterpret_cast<const uint4*>(first + i * 32 + (i % 2 == 0 ? swap : -swap));
     }
-    pick_half(matrix, fragments);
+    select_half(matrix, fragments);
   }
 
   // x += one or two Lamport buffers; all loads of a batch first, and again only for what is
   // missing: the SMs' loads of results share the way from L2 with the weights.
-  __device__ __forceinline__ void add_deltas(const float* first, const float* second) {
+  __device__ __forceinline__ void add_pending_updates(const float* first, const float* second) {
 #pragma unroll
     for (int begin = 0; begin < kMaxIterations; begin += kBatch) {
       uint2 delta[kBatch], other[kBatch];
@@ -364,7 +365,7 @@ class DecodeStep {
       }
       bool missing = true;
       while (__any_sync(kAllLanes, missing)) {
-        load_ahead();
+        prefetch_chunks();
         missing = false;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
@@ -390,7 +391,7 @@ class DecodeStep {
     ring.release(lane);
     next_id = ring.announcement().id;
   }
-  __device__ __forceinline__ bool comes(Stream stream) const {
+  __device__ __forceinline__ bool is_next(Stream stream) const {
     return next_id == ring_id(epoch, stream);
   }
 
@@ -409,56 +410,57 @@ class DecodeStep {
   // multiplies next. It makes room in the ring, so that memory need not wait as well. Only where
   // a product has both halves of slices. As many as there are registers for (bfloat16 needs
   // more).
-  static constexpr int kMaxAhead =
+  static constexpr int kMaxPrefetched =
       !kPairs || kFewRegisters || !Cache::kManyLayers || kMaxHeadSteps > 8 ? 0
       : kMaxHeadSteps <= 5 && MmaInput<T>::kIsHalf                         ? 3
                                                                            : 2;
-  struct LoadedAhead {
-    uint4 weight[kHalfProducts ? (kMaxAhead > 2 ? kMaxAhead : 2) : 1][kBatch] = {};
-    float bias[kMaxAhead > 0 ? kMaxAhead : 1] = {};
+  struct PrefetchRegisters {
+    uint4 weight[kPackedOperands ? (kMaxPrefetched > 2 ? kMaxPrefetched : 2) : 1][kBatch] = {};
+    float bias[kMaxPrefetched > 0 ? kMaxPrefetched : 1] = {};
     int chunks = 0;
   };
 
   // A warp's way through the units of its segment, chunk after chunk. All in registers and by
   // increments: between two chunks there is no time to compute addresses.
-  struct Turns {
-    int turn;                   // the next unit of this warp in the current chunk
+  struct UnitCursor {
+    int unit_index;             // the next unit of this warp in the current chunk
     int offset;                 // in the chunk, of this lane's first values of that unit
     std::uint32_t sum_address;  // where this lane's sum of that unit goes
     int bias_offset;            // in the chunk's biases, of this lane's row of unit 0
     int unit_bias_bytes;
     // From one unit of this warp to the next.
-    int turn_step, offset_step, sum_step;
+    int unit_step, offset_step, sum_step;
     int chunk_units, chunk_bytes, iterations;
     std::uint32_t swap;
     int holds_sum, holds_bias;  // the lane with the first of a row's sums adds the bias to it
-    Tile tile;
+    MmaMapping mapping;
 
-    __device__ __forceinline__ Turns(const DecodeStep& step, const StreamedMatrix& matrix,
-                                     bool has_bias) {
-      tile = kHalfProducts ? matrix.tile : Tile::slices;
+    __device__ __forceinline__ UnitCursor(const DecodeStep& step, const StreamedMatrix& matrix,
+                                          bool has_bias) {
+      mapping = kPackedOperands ? matrix.mapping : MmaMapping::two_pass;
       const int row_in_unit = step.g >> matrix.slices_log2;
-      const int row_in_chunk = tile == Tile::chunk_pairs ? 0 : row_in_unit;
+      const int row_in_chunk = mapping == MmaMapping::packed_pairs ? 0 : row_in_unit;
       const int segment = step.warp & (matrix.segments - 1);
       const int slice = step.g & ((1 << matrix.slices_log2) - 1);
       // Each (row, segment, slice) has a sum.
       const int row_sums_log2 = matrix.segments_log2 + matrix.slices_log2;
       const int unit_bytes = matrix.unit_rows * matrix.row_bytes;
       const int unit_sums = matrix.unit_rows << row_sums_log2;
-      turn = step.warp >> matrix.segments_log2;
-      offset = turn * unit_bytes + row_in_chunk * matrix.row_bytes + step.lane_column(matrix) * 2;
-      const int sum = turn * unit_sums + (row_in_unit << row_sums_log2) +
+      unit_index = step.warp >> matrix.segments_log2;
+      offset =
+          unit_index * unit_bytes + row_in_chunk * matrix.row_bytes + step.lane_column(matrix) * 2;
+      const int sum = unit_index * unit_sums + (row_in_unit << row_sums_log2) +
                       (segment << matrix.slices_log2) + slice;
       sum_address = shared_address(step.sums + sum);
-      const int zero = step.zero();
-      turn_step = (plan::kConsumerWarps >> matrix.segments_log2) + zero;
-      offset_step = turn_step * unit_bytes;
-      sum_step = turn_step * unit_sums * 4;
+      const int zero = step.opaque_zero();
+      unit_step = (plan::kConsumerWarps >> matrix.segments_log2) + zero;
+      offset_step = unit_step * unit_bytes;
+      sum_step = unit_step * unit_sums * 4;
       chunk_units = matrix.units_per_chunk + zero;
       chunk_bytes = chunk_units * unit_bytes;
       iterations = matrix.iterations + zero;
       swap = step.swap_columns(matrix) * 2;
-      holds_sum = step.q == (tile == Tile::slices ? step.g / 2 : slice);
+      holds_sum = step.q == (mapping == MmaMapping::two_pass ? step.g / 2 : slice);
       holds_bias = holds_sum && has_bias && segment == 0 && slice == 0;
       bias_offset = row_in_chunk * static_cast<int>(sizeof(Bias));
       unit_bias_bytes = matrix.unit_rows * static_cast<int>(sizeof(Bias));
@@ -476,17 +478,17 @@ class DecodeStep {
     // This warp's units of a chunk, two at a time.
     __device__ __forceinline__ void multiply_chunk(Chunk chunk, const Frag& fragments) {
       const std::uint32_t bias = chunk.biases + bias_offset;
-      const auto unit_at = [&](int turn, int offset) -> Unit {
-        return {chunk.data + offset, bias + turn * unit_bias_bytes, holds_bias};
+      const auto unit_at = [&](int index, int offset) -> Unit {
+        return {chunk.data + offset, bias + index * unit_bias_bytes, holds_bias};
       };
       with_iterations(iterations, [&](auto constant) {
         constexpr int kIterations = constant;
         if constexpr (kPairs) {
 #pragma unroll 1
-          while (turn + turn_step < chunk_units) {
+          while (unit_index + unit_step < chunk_units) {
             const float2 values = dot_2<kIterations>(
-                unit_at(turn, offset), unit_at(turn + turn_step, offset + offset_step), swap,
-                iterations, fragments);
+                unit_at(unit_index, offset), unit_at(unit_index + unit_step, offset + offset_step),
+                swap, iterations, fragments);
             if (holds_sum != 0) {
               store_shared(sum_address, values.x);
               store_shared(sum_address + sum_step, values.y);
@@ -495,20 +497,21 @@ class DecodeStep {
           }
         }
 #pragma unroll 1
-        while (turn < chunk_units) {
-          const float value = dot<kIterations>(unit_at(turn, offset), swap, iterations, fragments);
+        while (unit_index < chunk_units) {
+          const float value =
+              dot<kIterations>(unit_at(unit_index, offset), swap, iterations, fragments);
           if (holds_sum != 0) store_shared(sum_address, value);
           advance(1);
         }
       });
-      turn -= chunk_units;
+      unit_index -= chunk_units;
       offset -= chunk_bytes;
     }
     // Loads this warp's only unit of a chunk.
     __device__ __forceinline__ void load(Chunk chunk, uint4 (&weight)[kBatch],
                                          float& of_row) const {
-      of_row =
-          load_shared_if(chunk.biases + bias_offset + turn * unit_bias_bytes, holds_bias, Bias{});
+      of_row = load_shared_if(chunk.biases + bias_offset + unit_index * unit_bias_bytes, holds_bias,
+                              Bias{});
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         weight[i] = make_uint4(0, 0, 0, 0);
@@ -516,51 +519,52 @@ class DecodeStep {
       }
     }
     // The same of this warp's unit of two chunks.
-    __device__ __forceinline__ void load_pair(Chunk chunk, LoadedAhead& loaded) const {
-      loaded.bias[0] = load_shared_if(chunk.biases + bias_offset, holds_bias, Bias{});
+    __device__ __forceinline__ void load_pair(Chunk chunk, PrefetchRegisters& prefetched) const {
+      prefetched.bias[0] = load_shared_if(chunk.biases + bias_offset, holds_bias, Bias{});
 #pragma unroll
       for (int i = 0; i < 2 * kBatch; ++i) {
-        loaded.weight[i / kBatch][i % kBatch] = make_uint4(0, 0, 0, 0);
+        prefetched.weight[i / kBatch][i % kBatch] = make_uint4(0, 0, 0, 0);
         if (i < iterations)
-          loaded.weight[i / kBatch][i % kBatch] = load_iteration(chunk.data + offset, swap, i);
+          prefetched.weight[i / kBatch][i % kBatch] = load_iteration(chunk.data + offset, swap, i);
       }
     }
-    // Multiplies what load() or load_pair() has loaded.
-    __device__ __forceinline__ void multiply(const LoadedAhead& loaded, const Frag& fragments) {
-      if (tile == Tile::chunk_pairs) {
-        ProductsOfHalves products;
+    // Multiplies what load() or load_pair() has prefetched.
+    __device__ __forceinline__ void multiply(const PrefetchRegisters& prefetched,
+                                             const Frag& fragments) {
+      if (mapping == MmaMapping::packed_pairs) {
+        PackedProducts products;
 #pragma unroll
         for (int i = 0; i < 2 * kBatch; ++i)
-          products.add_of_pair(i, loaded.weight[i / kBatch][i % kBatch], fragments);
-        if (holds_sum != 0) store_shared(sum_address, products.diagonal() + loaded.bias[0]);
+          products.add_pair(i, prefetched.weight[i / kBatch][i % kBatch], fragments);
+        if (holds_sum != 0) store_shared(sum_address, products.diagonal() + prefetched.bias[0]);
       } else {
-        ProductsOfHalves products[kMaxAhead > 0 ? kMaxAhead : 1];
+        PackedProducts products[kMaxPrefetched > 0 ? kMaxPrefetched : 1];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
 #pragma unroll
-          for (int which = 0; which < kMaxAhead; ++which)
-            products[which].add(i, loaded.weight[which][i], fragments.value[i]);
+          for (int which = 0; which < kMaxPrefetched; ++which)
+            products[which].add(i, prefetched.weight[which][i], fragments.value[i]);
 #pragma unroll
-        for (int which = 0; which < kMaxAhead; ++which)
-          if (holds_sum != 0 && which < loaded.chunks)
+        for (int which = 0; which < kMaxPrefetched; ++which)
+          if (holds_sum != 0 && which < prefetched.chunks)
             store_shared(sum_address + which * sum_step,
-                         products[which].diagonal() + loaded.bias[which]);
+                         products[which].diagonal() + prefetched.bias[which]);
       }
-      sum_address += loaded.chunks * sum_step;
+      sum_address += prefetched.chunks * sum_step;
     }
 
     // Calls `run` with the number of iterations as a constant, where it is one that Pythia's sizes
     // have: loads that need no predicate are issued one behind the other. 0 stands for any other.
     template <typename Run>
     __device__ __forceinline__ static void with_iterations(int iterations, Run&& run) {
-      if constexpr (kPairs && !kHalfProducts && !kFewRegisters) {
+      if constexpr (kPairs && !kPackedOperands && !kFewRegisters) {
         if (iterations == 5) return run(std::integral_constant<int, 5>{});
         if (iterations == 4) return run(std::integral_constant<int, 4>{});
       }
       run(std::integral_constant<int, 0>{});
     }
     __device__ __forceinline__ void advance(int units) {
-      turn += units * turn_step;
+      unit_index += units * unit_step;
       offset += units * offset_step;
       sum_address += units * sum_step;
     }
@@ -570,13 +574,13 @@ class DecodeStep {
   // `slot` are there; returns how many there are then. With as few instructions as can be, because
   // each takes time. (These three loops have no common frame: where it calls a body, ptxas keeps an
   // announcement on the stack.)
-  __device__ __forceinline__ int multiply_chunks(Turns& turns, int id, int slot, int max_slots,
-                                                 const Frag& fragments) {
+  __device__ __forceinline__ int multiply_chunks(UnitCursor& cursor, int id, int slot,
+                                                 int max_slots, const Frag& fragments) {
     if (next_id != id) return slot;
     RingAnnouncement next = ring.announcement();
     do {
       ring.wait_landed();
-      turns.multiply_chunk(turns.chunk(next), fragments);
+      cursor.multiply_chunk(cursor.chunk(next), fragments);
       ring.release(lane);
       next = ring.announcement();
       ++slot;
@@ -587,27 +591,28 @@ class DecodeStep {
 
   // The same where a product has both halves of slices, and a warp one unit of a chunk.
   template <int kIterations>
-  __device__ __forceinline__ int multiply_halves(Turns& turns, int id, int slot, int max_slots,
-                                                 const Frag& fragments) {
+  __device__ __forceinline__ int multiply_packed(UnitCursor& cursor, int id, int slot,
+                                                 int max_slots, const Frag& fragments) {
     if (next_id != id) return slot;
     RingAnnouncement next = ring.announcement();
-    const std::uint32_t bias_offset = turns.bias_offset + turns.turn * turns.unit_bias_bytes;
+    const std::uint32_t bias_offset =
+        cursor.bias_offset + cursor.unit_index * cursor.unit_bias_bytes;
     do {
-      const typename Turns::Chunk chunk = turns.chunk(next);
+      const typename UnitCursor::Chunk chunk = cursor.chunk(next);
       ring.wait_landed();
       uint4 weight[kIterations];
 #pragma unroll
       for (int i = 0; i < kIterations; ++i)
-        weight[i] = load_iteration(chunk.data + turns.offset, turns.swap, i);
-      const float bias = load_shared_if(chunk.biases + bias_offset, turns.holds_bias, Bias{});
+        weight[i] = load_iteration(chunk.data + cursor.offset, cursor.swap, i);
+      const float bias = load_shared_if(chunk.biases + bias_offset, cursor.holds_bias, Bias{});
       ring.release(lane);
-      ProductsOfHalves products;
+      PackedProducts products;
 #pragma unroll
       for (int i = 0; i < kIterations; ++i) products.add(i, weight[i], fragments.value[i]);
       next = ring.announcement();
       const float value = products.diagonal() + bias;
-      if (turns.holds_sum != 0) store_shared(turns.sum_address, value);
-      turns.sum_address += turns.sum_step;
+      if (cursor.holds_sum != 0) store_shared(cursor.sum_address, value);
+      cursor.sum_address += cursor.sum_step;
       ++slot;
     } while (next.id == id && slot < max_slots);
     next_id = next.id;
@@ -617,8 +622,8 @@ class DecodeStep {
   // The same where a tile's rows are those of two chunks: lanes of g < 4 have the first one's.
   // Where there is no second one, the other lanes' sums do not count.
   template <int kIterations>
-  __device__ __forceinline__ int multiply_chunk_pairs(Turns& turns, int id, int slot, int max_slots,
-                                                      const Frag& fragments) {
+  __device__ __forceinline__ int multiply_packed_pairs(UnitCursor& cursor, int id, int slot,
+                                                       int max_slots, const Frag& fragments) {
     if (next_id != id) return slot;
     RingAnnouncement next = ring.announcement();
     do {
@@ -626,20 +631,21 @@ class DecodeStep {
       const bool two = behind.id == id && slot + 1 < max_slots;
       ring.wait_landed();
       if (two) ring.wait_next_landed();
-      const typename Turns::Chunk chunk = turns.chunk(two && g >= 4 ? behind : next);
+      const typename UnitCursor::Chunk chunk = cursor.chunk(two && g >= 4 ? behind : next);
       uint4 weight[kIterations];
 #pragma unroll
       for (int i = 0; i < kIterations; ++i)
-        weight[i] = load_iteration(chunk.data + turns.offset, turns.swap, i);
-      const float bias = load_shared_if(chunk.biases + turns.bias_offset, turns.holds_bias, Bias{});
+        weight[i] = load_iteration(chunk.data + cursor.offset, cursor.swap, i);
+      const float bias =
+          load_shared_if(chunk.biases + cursor.bias_offset, cursor.holds_bias, Bias{});
       ring.release(lane, two);
-      ProductsOfHalves products;
+      PackedProducts products;
 #pragma unroll
-      for (int i = 0; i < kIterations; ++i) products.add_of_pair(i, weight[i], fragments);
+      for (int i = 0; i < kIterations; ++i) products.add_pair(i, weight[i], fragments);
       next = ring.announcement();
       const float value = products.diagonal() + bias;
-      if (turns.holds_sum != 0 && (two || g < 4)) store_shared(turns.sum_address, value);
-      turns.sum_address += turns.sum_step * (two ? 2 : 1);
+      if (cursor.holds_sum != 0 && (two || g < 4)) store_shared(cursor.sum_address, value);
+      cursor.sum_address += cursor.sum_step * (two ? 2 : 1);
       slot += two ? 2 : 1;
     } while (next.id == id && slot < max_slots);
     next_id = next.id;
@@ -649,83 +655,85 @@ class DecodeStep {
   // Multiplies all chunks of `stream` that come next, and hands each row's sum, bias included, to
   // `finish`. `ahead` is called when the last chunk is multiplied, before the rows are finished:
   // the place to ask for what comes next.
-  template <typename Finish, typename Ahead>
+  template <typename Epilogue, typename BeforeEpilogue>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
-                                           const Frag& fragments, Finish&& finish, Ahead&& ahead) {
-    forget_indices();
+                                           const Frag& fragments, Epilogue&& epilogue,
+                                           BeforeEpilogue&& before_epilogue) {
+    make_indices_opaque();
     const int max_slots = matrix.max_slots;
     const int id = ring_id(epoch, stream);
-    Turns turns(*this, matrix, control->has_bias[static_cast<int>(stream)]);
+    UnitCursor cursor(*this, matrix, control->has_bias[static_cast<int>(stream)]);
     int slot = 0;
-    if (kMaxAhead > 0 && loaded.chunks > 0) {
-      turns.multiply(loaded, fragments);
-      slot = loaded.chunks;
+    if (kMaxPrefetched > 0 && prefetched.chunks > 0) {
+      cursor.multiply(prefetched, fragments);
+      slot = prefetched.chunks;
       next_id = ring.announcement().id;
     }
-    forget_loaded();
+    discard_prefetched();
 #pragma unroll 1
     while (true) {
-      if (kHalfProducts && turns.tile == Tile::halves && turns.iterations == 5)
-        slot = multiply_halves<5>(turns, id, slot, max_slots, fragments);
-      else if (kHalfProducts && turns.tile == Tile::halves)
-        slot = multiply_halves<4>(turns, id, slot, max_slots, fragments);
-      else if (kHalfProducts && turns.tile == Tile::chunk_pairs && turns.iterations == 10)
-        slot = multiply_chunk_pairs<10>(turns, id, slot, max_slots, fragments);
-      else if (kHalfProducts && turns.tile == Tile::chunk_pairs)
-        slot = multiply_chunk_pairs<8>(turns, id, slot, max_slots, fragments);
+      if (kPackedOperands && cursor.mapping == MmaMapping::packed && cursor.iterations == 5)
+        slot = multiply_packed<5>(cursor, id, slot, max_slots, fragments);
+      else if (kPackedOperands && cursor.mapping == MmaMapping::packed)
+        slot = multiply_packed<4>(cursor, id, slot, max_slots, fragments);
+      else if (kPackedOperands && cursor.mapping == MmaMapping::packed_pairs &&
+               cursor.iterations == 10)
+        slot = multiply_packed_pairs<10>(cursor, id, slot, max_slots, fragments);
+      else if (kPackedOperands && cursor.mapping == MmaMapping::packed_pairs)
+        slot = multiply_packed_pairs<8>(cursor, id, slot, max_slots, fragments);
       else
-        slot = multiply_chunks(turns, id, slot, max_slots, fragments);
+        slot = multiply_chunks(cursor, id, slot, max_slots, fragments);
       const bool over = next_id != id;
       if (over) break;
-      finish_rows(matrix, slot, finish);
-      turns.sum_address -= slot * matrix.sums_per_chunk * 4;
+      reduce_rows(matrix, slot, epilogue);
+      cursor.sum_address -= slot * matrix.sums_per_chunk * 4;
       slot = 0;
     }
-    ahead();
-    if (slot > 0) finish_rows(matrix, slot, finish);
+    before_epilogue();
+    if (slot > 0) reduce_rows(matrix, slot, epilogue);
   }
-  template <typename Finish>
+  template <typename Epilogue>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
-                                           const Frag& fragments, Finish&& finish) {
-    multiply(stream, matrix, fragments, finish, [] {});
+                                           const Frag& fragments, Epilogue&& epilogue) {
+    multiply(stream, matrix, fragments, epilogue, [] {});
   }
 
-  // Nothing is loaded ahead here. What a register may have to keep takes it all the time: so the
-  // compiler is told.
-  __device__ __forceinline__ void forget_loaded() {
-    loaded = LoadedAhead{};
+  // Nothing is prefetched ahead here. What a register may have to keep takes it all the time: so
+  // the compiler is told.
+  __device__ __forceinline__ void discard_prefetched() {
+    prefetched = PrefetchRegisters{};
     norms = LayerNorms{};
     norms_loaded = false;
   }
 
   // Takes the next chunks from the ring, if they have landed and are not attention's; their stream
   // stays the one that comes next (`next_id`). For whole warps.
-  __device__ __forceinline__ void load_ahead() {
-    if constexpr (kMaxAhead > 0) {
-      if (loaded.chunks == kMaxAhead || next_id == kRingEnd) return;
+  __device__ __forceinline__ void prefetch_chunks() {
+    if constexpr (kMaxPrefetched > 0) {
+      if (prefetched.chunks == kMaxPrefetched || next_id == kRingEnd) return;
       const int stream = stream_of(next_id);
       if (stream == static_cast<int>(Stream::attention)) return;
       if (!ring.peek().holds(next_id)) return;
-      forget_indices();
+      make_indices_opaque();
       const StreamedMatrix& matrix = control->matrices[stream];
-      if (matrix.tile == Tile::slices) return;
-      const Turns turns(*this, matrix, control->has_bias[stream]);
-      if (turns.tile == Tile::chunk_pairs) {
+      if (matrix.mapping == MmaMapping::two_pass) return;
+      const UnitCursor cursor(*this, matrix, control->has_bias[stream]);
+      if (cursor.mapping == MmaMapping::packed_pairs) {
         const RingPeek first = ring.peek(), second = ring.peek_next();
-        if (loaded.chunks > 0 || matrix.max_slots < 3 || !second.holds(next_id)) return;
-        turns.load_pair(turns.chunk(g < 4 ? first.what : second.what), loaded);
+        if (prefetched.chunks > 0 || matrix.max_slots < 3 || !second.holds(next_id)) return;
+        cursor.load_pair(cursor.chunk(g < 4 ? first.what : second.what), prefetched);
         ring.release(lane, true);
-        loaded.chunks = 2;
+        prefetched.chunks = 2;
         return;
       }
 #pragma unroll
-      for (int i = 0; i < kMaxAhead; ++i) {
-        if (i != loaded.chunks || i + 1 >= matrix.max_slots) continue;
+      for (int i = 0; i < kMaxPrefetched; ++i) {
+        if (i != prefetched.chunks || i + 1 >= matrix.max_slots) continue;
         const RingPeek chunk = ring.peek();
         if (!chunk.holds(next_id)) return;
-        turns.load(turns.chunk(chunk.what), loaded.weight[i], loaded.bias[i]);
+        cursor.load(cursor.chunk(chunk.what), prefetched.weight[i], prefetched.bias[i]);
         ring.release(lane);
-        ++loaded.chunks;
+        ++prefetched.chunks;
       }
     }
   }
@@ -783,13 +791,13 @@ class DecodeStep {
   // column 2 s, the second in 2 s + 1. Rows 0 to 7 have the first half of a slice's weights, rows 8
   // to 15 the second, so one product is all it takes; lanes q get slice q = g % slices of row g /
   // slices.
-  struct ProductsOfHalves {
+  struct PackedProducts {
     float result[2][4] = {};
     __device__ __forceinline__ void add(int i, const uint4& weight, const uint4& activation) {
       mma_16x8x16<T>(result[i % 2], weight, activation.x, activation.y);
     }
     // Iteration i, where a fragment has two.
-    __device__ __forceinline__ void add_of_pair(int i, const uint4& weight, const Frag& fragments) {
+    __device__ __forceinline__ void add_pair(int i, const uint4& weight, const Frag& fragments) {
       const uint4& activation = fragments.value[i / 2];
       if (i % 2 == 0)
         mma_16x8x16<T>(result[0], weight, activation.x, activation.y);
@@ -827,9 +835,9 @@ class DecodeStep {
   }
 
   // Adds up the sums of each row, by some lanes each.
-  template <typename Finish>
-  __device__ __forceinline__ void finish_rows(const StreamedMatrix& matrix, int slots,
-                                              Finish&& finish) {
+  template <typename Epilogue>
+  __device__ __forceinline__ void reduce_rows(const StreamedMatrix& matrix, int slots,
+                                              Epilogue&& epilogue) {
     consumer_barrier();
     const unsigned before = control->finished_chunks;
     const int count = slots * matrix.rows_per_chunk;
@@ -857,7 +865,7 @@ class DecodeStep {
       const int slot = matrix.slot_of(i);
       const int chunk = control->chunks[(before + slot) % kKnownChunks];
       const int row = (chunk - slot) * matrix.rows_per_chunk + i;
-      if (row < matrix.rows) finish(row, value);
+      if (row < matrix.rows) epilogue(row, value);
     }
     consumer_barrier();
     if (thread == 0) control->finished_chunks = before + slots;
@@ -927,12 +935,12 @@ class DecodeStep {
   };
 
   __device__ __forceinline__ void attend(int layer, int position) {
-    forget_indices();
+    make_indices_opaque();
     const plan::AttentionSplits splits = splits_at(p, position);
     Query query;
     Softmax state;
     int task = -1, head = 0, last_block = 0;
-    while (comes(Stream::attention)) {
+    while (is_next(Stream::attention)) {
       const RingAnnouncement what = ring.wait();
       if (what.label.first != task) {
         task = what.label.first;
@@ -980,7 +988,7 @@ class DecodeStep {
   static_assert(kMaxHeadSteps % kStepsAtOnce == 0);
 
   // This warp's group of positions of one block, which lies at `data` in shared memory. The warps
-  // take the groups of one block after the other in turn.
+  // take the groups of one block after the other in unit_index.
   __device__ __forceinline__ void attend_block(int layer, int head, int block, int position,
                                                std::uint32_t data, const Query& query,
                                                Softmax& state) {
@@ -1172,10 +1180,10 @@ class DecodeStep {
   // Those of layer `index`, or the final one's behind the last layer.
   __device__ __forceinline__ void load_norms(int index) {
     const StreamedLayer layer = layer_at(p, index);
-    const bool final = index == p.num_layers;
-    load_norm(final ? p.final_norm_weight : layer.input_norm_weight,
-              final ? p.final_norm_bias : layer.input_norm_bias, norms.input);
-    if (!final) load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
+    const bool is_final = index == p.num_layers;
+    load_norm(is_final ? p.final_norm_weight : layer.input_norm_weight,
+              is_final ? p.final_norm_bias : layer.input_norm_bias, norms.input);
+    if (!is_final) load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
   }
 
   // One epoch: a layer, or the LM head behind the last one.
@@ -1184,32 +1192,32 @@ class DecodeStep {
   // fit into the instruction cache: what does not comes from L2, behind the weights.
   __device__ __forceinline__ void run_epoch(int index, int step, int position) {
     mark(TimelinePoint::begin);
-    const bool head = index == p.num_layers;
-    const int parts = head || p.parallel_residual ? 1 : 2;
+    const bool is_lm_head = index == p.num_layers;
+    const int parts = is_lm_head || p.parallel_residual ? 1 : 2;
 #pragma unroll 1
     for (int part = 0; part < parts; ++part) {
       prepare_input(index, part);
       Frag fragments;
-      bool asked = false;  // `fragments` have been asked for
-      const int streams = head ? 1 : p.parallel_residual ? 4 : 2;
+      bool requested = false;  // `fragments` have been requested for
+      const int streams = is_lm_head ? 1 : p.parallel_residual ? 4 : 2;
 #pragma unroll 1
       for (int i = 0; i < streams; ++i) {
-        const Stream stream = stream_at(head, part, i);
+        const Stream stream = stream_at(is_lm_head, part, i);
         if (stream == (p.parallel_residual ? Stream::mlp_down : Stream::attention_out)) {
-          if (comes(Stream::attention)) {
+          if (is_next(Stream::attention)) {
             attend(index, position);
-            forget_loaded();
+            discard_prefetched();
           }
           mark(TimelinePoint::attention);
         }
-        if (comes(stream)) multiply_stream(stream, index, step, position, fragments, asked);
+        if (is_next(stream)) multiply_stream(stream, index, step, position, fragments, requested);
       }
     }
   }
 
   // The streams of an epoch's part, in order.
-  __device__ __forceinline__ Stream stream_at(bool head, int part, int i) const {
-    if (head) return Stream::lm_head;
+  __device__ __forceinline__ Stream stream_at(bool is_lm_head, int part, int i) const {
+    if (is_lm_head) return Stream::lm_head;
     if (p.parallel_residual) {
       if (i < 2) return i == 0 ? Stream::qkv : Stream::mlp_up;
       return i == 2 ? Stream::mlp_down : Stream::attention_out;
@@ -1221,17 +1229,17 @@ class DecodeStep {
   // x takes what it is owed and is normalised: of the epoch before in the first part, of attention
   // in the second one of a layer with sequential residual; before the first layer, what steers it.
   __device__ __forceinline__ void prepare_input(int index, int part) {
-    forget_indices();
+    make_indices_opaque();
     if (!norms_loaded) load_norms(index);
     const bool is_first = index == 0 && part == 0;
     if (!is_first || p.first_steering != nullptr) {
       char* set = lamport_set(p, part == 0 ? epoch - 1 : epoch);
       const auto* attention = reinterpret_cast<const float*>(set + p.layout.delta_attention);
       const auto* mlp = reinterpret_cast<const float*>(set + p.layout.delta_mlp);
-      add_deltas(is_first    ? p.first_steering
-                 : part == 0 ? mlp
-                             : attention,
-                 part == 0 && !is_first && p.parallel_residual ? attention : nullptr);
+      add_pending_updates(is_first    ? p.first_steering
+                          : part == 0 ? mlp
+                                      : attention,
+                          part == 0 && !is_first && p.parallel_residual ? attention : nullptr);
     }
     mark(TimelinePoint::input);
     const Moments m = moments(part == 0);
@@ -1244,19 +1252,19 @@ class DecodeStep {
   }
 
   __device__ __forceinline__ void multiply_stream(Stream stream, int index, int step, int position,
-                                                  Frag& fragments, bool& asked) {
-    forget_indices();
+                                                  Frag& fragments, bool& requested) {
+    make_indices_opaque();
     const StreamedMatrix& matrix = control->matrices[static_cast<int>(stream)];
     const bool from_buffer = stream == Stream::mlp_down || stream == Stream::attention_out;
     if (from_buffer) {
       const std::int32_t source = stream == Stream::mlp_down ? p.layout.mlp : p.layout.attention;
-      if (!asked) ask_activations(matrix, source, fragments);
-      wait_activations(matrix, source, fragments);
+      if (!requested) request_activations(matrix, source, fragments);
+      await_activations(matrix, source, fragments);
       mark(stream == Stream::mlp_down ? TimelinePoint::mlp : TimelinePoint::attention_in);
     } else {
       load_normed(matrix, stream == Stream::mlp_up ? 1 : 0, fragments);
     }
-    asked = false;
+    requested = false;
     float* result = nullptr;
     TimelinePoint done = TimelinePoint::qkv;
     switch (stream) {
@@ -1291,10 +1299,10 @@ class DecodeStep {
           // Attention comes between a layer's other streams and what needs it, or has been before.
           const Stream next = p.parallel_residual ? Stream::attention_out : Stream::mlp_down;
           const Stream before = p.parallel_residual ? Stream::mlp_down : Stream::mlp_up;
-          asked = stream == before && comes(next);
-          if (asked)
-            ask_activations(control->matrices[static_cast<int>(next)],
-                            p.parallel_residual ? p.layout.attention : p.layout.mlp, fragments);
+          requested = stream == before && is_next(next);
+          if (requested)
+            request_activations(control->matrices[static_cast<int>(next)],
+                                p.parallel_residual ? p.layout.attention : p.layout.mlp, fragments);
           if (kPairs &&
               stream == (p.parallel_residual ? Stream::attention_out : Stream::mlp_down)) {
             load_norms(index + 1);
@@ -1381,8 +1389,8 @@ class DecodeStep {
   float* sums;  // [sum_slots]: partial sums of rows; states of attention
   int thread, warp, lane, g, q;
   RingConsumer ring;
-  int next_id = kRingEnd;  // of the stage that comes next, or of what was loaded ahead
-  LoadedAhead loaded;
+  int next_id = kRingEnd;  // of the stage that comes next, or of what was prefetched ahead
+  PrefetchRegisters prefetched;
   LayerNorms norms;  // of the next LayerNorm
   bool norms_loaded = false;
   int epoch = 0;
@@ -1414,10 +1422,10 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
     case 0:
       if (elect_one()) produce(params, cache, control);
       break;
-    case 1: sweep(params, control, lane); break;
+    case 1: clear_buffers(params, control, lane); break;
     case 2: SplitCombiner<T>(params, control).run(); break;
     default:
-      if (elect_one()) DecodeDealer(params, cache, control).run();
+      if (elect_one()) WorkScheduler(params, cache, control).run();
   }
 }
 

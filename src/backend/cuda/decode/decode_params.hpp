@@ -32,7 +32,7 @@ struct StreamedMatrix {
   std::int32_t row_bytes;
   std::int32_t iterations;
   bool swaps;  // each two iterations in odd slices: see swap_columns
-  plan::Tile tile;
+  plan::MmaMapping mapping;
   std::int32_t max_slots;         // chunks whose sums fit
   std::uint32_t rows_reciprocal;  // 2^32 / rows_per_chunk, rounded up
 

@@ -9,10 +9,10 @@
 
 namespace clusterfusion::cuda {
 
-// Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `half_the_products`:
-// whether the kernel knows tiles of plan::with_half_the_products.
+// Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `packed_operands`:
+// whether the kernel knows tiles of plan::with_packed_operands.
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
-                           std::int32_t sm_count, bool half_the_products);
+                           std::int32_t sm_count, bool packed_operands);
 
 // What plans must know of the device.
 plan::DeviceLimits limits_of(const cudaDeviceProp& properties);

@@ -26,7 +26,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
       // What earlier steps of this launch have written must be there before it is copied.
       const int written = epoch_of(id) - epochs_per_step(p);
       if (written >= 0) {
-        block_counter_wait(&control->swept, written + 2);
+        block_counter_wait(&control->cleared, written + 2);
         fence_before_bulk_copy();
       }
     }

@@ -42,22 +42,22 @@ struct SharedControl {
     const char* biases;  // null if there are none
   };
   Source sources[kNumStreams];  // of the first layer
-  struct DealtPhase {
+  struct PhaseSchedule {
     Stream first, second;
-    int chunks;           // of both
-    int first_by_ticket;  // of them
-    int late_from;        // from this one on p.late_in_flight copies may be under way
+    int chunks;         // of both
+    int first_dynamic;  // of them
+    int late_from;      // from this one on p.late_in_flight copies may be under way
     bool attention_before;
   };
-  DealtPhase phases[kMaxPhases];
+  PhaseSchedule phases[kMaxPhases];
   int token;
-  bool ablates_mlp;  // of this epoch's layer
-  std::uint32_t zero;
+  bool ablates_mlp;           // of this epoch's layer
+  std::uint32_t opaque_zero;  // 0: see DecodeStep::opaque_zero()
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;
   // Epochs e that all blocks have begun, as this block knows: the Lamport set of epoch e + 1 is
   // empty and may be used, and KV entries of the epochs before e may be streamed.
-  std::uint32_t swept;
+  std::uint32_t cleared;
   // Of the layer kernel, which says what they are (ops/layer_kernel.cuh): numbers that do not
   // change, and flags that rise.
   int block_number, scratch_half;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void init_shared(const DecodeParams& p, char* shared)
   control->matrices[static_cast<int>(Stream::mlp_down)] = p.mlp_down;
   control->matrices[static_cast<int>(Stream::attention_out)] = p.attention_out;
   control->matrices[static_cast<int>(Stream::lm_head)] = p.lm_head;
-  control->begun = control->swept = control->zero = control->finished_chunks = 0;
+  control->begun = control->cleared = control->opaque_zero = control->finished_chunks = 0;
 }
 // By another one.
 __device__ __forceinline__ void init_sources(const DecodeParams& p, SharedControl* control) {

@@ -15,13 +15,13 @@ class SplitCombiner {
       : p(params), control(shared), lane(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void run() {
-    constexpr unsigned kNap = 100;
+    constexpr unsigned kBackoffNanoseconds = 100;
     int epoch = 0;
     for (int step = 0; step < p.steps; ++step, ++epoch) {
       const int splits = splits_at(p, p.first_position + step).splits;
       for (int layer = 0; layer < p.num_layers; ++layer, ++epoch) {
         if (splits == 1) continue;
-        block_counter_wait(&control->swept, epoch, kNap);
+        block_counter_wait(&control->cleared, epoch, kBackoffNanoseconds);
         combine(epoch, layer, splits, static_cast<int>(blockIdx.x));
       }
     }

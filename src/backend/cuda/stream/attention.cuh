@@ -30,12 +30,12 @@ class Attention {
 
   // All tasks of this block in this layer. Scratch must be free.
   __device__ __forceinline__ void run(int step) {
-    c.forget_indices();
+    c.make_indices_opaque();
     Query query;
     Softmax state;
     Task task{};
     int label = -1;
-    while (c.comes(kAttentionPhase)) {
+    while (c.is_next(kAttentionPhase)) {
       c.ring.wait_landed();
       if (c.next.label.first != label) {
         label = c.next.label.first;
@@ -46,7 +46,7 @@ class Attention {
       const bool is_last = (c.next.label.second & kLast) != 0;
       attend_block(task, c.next.label.second & ~kLast, query, state);
       c.ring.release(c.lane);
-      c.look();
+      c.await_announcement();
       if (!is_last) continue;
       combine_warps(task, state);
       label = -1;
@@ -426,11 +426,11 @@ class Attention {
     const float correction = exp2_approximately(state.maximum - base);
     state.maximum = maximum;
     state.sum = __fmul_rn(state.sum, correction);
-    const bool counts = c.g / 2 < task.rows;
+    const bool is_valid = c.g / 2 < task.rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float weight0 = counts ? exp2_approximately(score[half][0] - base) : 0.0f;
-      const float weight1 = counts ? exp2_approximately(score[half][1] - base) : 0.0f;
+      const float weight0 = is_valid ? exp2_approximately(score[half][0] - base) : 0.0f;
+      const float weight1 = is_valid ? exp2_approximately(score[half][1] - base) : 0.0f;
       state.sum += weight0 + weight1;
       weights[half] = pack<T>(weight0, weight1);
       const float2 rounded = unpack<T>(weights[half]);

@@ -27,13 +27,14 @@ __device__ __forceinline__ void prefetch_norms(const StreamParams& p, int epoch)
   bulk_prefetch(vector, p.hidden_size * 2);
 }
 
-__device__ __forceinline__ void clear(const StreamParams& p, StreamShared* control, int lane) {
+__device__ __forceinline__ void clear_buffers(const StreamParams& p, StreamShared* control,
+                                              int lane) {
   static_assert(kLamportSets == 3);
-  constexpr unsigned kNap = 100;
+  constexpr unsigned kBackoffNanoseconds = 100;
   const int epochs = p.steps * epochs_per_step(p);
   for (int epoch = 0; epoch < epochs; ++epoch) {
     if (lane == 0) {
-      block_counter_wait(&control->begun, epoch + 1, kNap);
+      block_counter_wait(&control->begun, epoch + 1, kBackoffNanoseconds);
       counter_add_release(p.arrivals, 1);
       counter_wait(p.arrivals, (epoch + 1) * gridDim.x);
       block_counter_store(&control->cleared, epoch + 1);

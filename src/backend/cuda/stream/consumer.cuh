@@ -53,14 +53,14 @@ struct Consumer {
 
   // The compiler may not know these any more. Else it computes the addresses of all phases once, in
   // front of the loop over layers, and spills them.
-  __device__ __forceinline__ void forget_indices() {
+  __device__ __forceinline__ void make_indices_opaque() {
     asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane), "+r"(g), "+r"(q));
   }
   __device__ __forceinline__ void barrier() const {
     asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
   }
-  __device__ __forceinline__ void look() { next = ring.announcement(); }
-  __device__ __forceinline__ bool comes(int phase) const {
+  __device__ __forceinline__ void await_announcement() { next = ring.announcement(); }
+  __device__ __forceinline__ bool is_next(int phase) const {
     return phase_id_of(next.id) == phase_id(epoch, phase);
   }
 

@@ -49,11 +49,11 @@ struct Operand {
 
 struct StreamPhase {
   int operands;
-  int slots;            // input vectors of all operands
-  int second_product;   // its first operand
-  int chunks;           // of all operands
-  int first_by_ticket;  // where chunks are dealt in one order
-  int late_from;        // from this chunk on p.late_in_flight copies may be under way
+  int slots;           // input vectors of all operands
+  int second_product;  // its first operand
+  int chunks;          // of all operands
+  int first_dynamic;   // where chunks are dealt in one order
+  int late_from;       // from this chunk on p.late_in_flight copies may be under way
   int ticket_chunks;
   bool normalizes, attention_before;
   bool rotates;  // each block begins with another operand, as not all fit into registers

@@ -57,7 +57,7 @@ class Combiner {
       : p(params), control(shared), lane(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ __forceinline__ void run() const {
-    constexpr unsigned kNap = 100;
+    constexpr unsigned kBackoffNanoseconds = 100;
     const int warps_of_row = (p.num_heads * p.head_dim + 31) / 32;
     int epoch = 0;
     for (int step = 0; step < p.steps; ++step, ++epoch) {
@@ -69,7 +69,7 @@ class Combiner {
           const int splits = splits_of(row, step);
           for (; item < warps_of_row; item += static_cast<int>(gridDim.x)) {
             if (splits == 1) continue;
-            if (!waited) block_counter_wait(&control->cleared, epoch, kNap);
+            if (!waited) block_counter_wait(&control->cleared, epoch, kBackoffNanoseconds);
             waited = true;
             combine(lamport_set(p, epoch), layer, row, item * 32 + lane, splits);
           }

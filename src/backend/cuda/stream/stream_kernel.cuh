@@ -60,7 +60,7 @@ class DecodeStep {
   // All steps of the launch.
   __device__ __forceinline__ void run() {
     const StreamParams& p = c.p;
-    c.look();
+    c.await_announcement();
     int token = residual.holds_row() ? c.control->rows[residual.row].token : 0;
     for (int step = 0; step < p.steps; ++step) {
       if (residual.holds_row()) residual.embed(token);
@@ -92,7 +92,7 @@ class DecodeStep {
         c.mark(StreamPoint::normalised);
       }
       if (phase.attention_before) {
-        if (c.comes(kAttentionPhase)) {
+        if (c.is_next(kAttentionPhase)) {
           product.partials.drain();
           attention.run(step);
         }
@@ -143,11 +143,11 @@ __global__ void __launch_bounds__(kStreamBlockThreads, 1)
   if (role == 0) {
     if (elect_one()) produce(params, control);
   } else if (role == 1) {
-    clear(params, control, static_cast<int>(threadIdx.x) % 32);
+    clear_buffers(params, control, static_cast<int>(threadIdx.x) % 32);
   } else if (role == 2) {
     Combiner<T>(params, control).run();
   } else if (elect_one()) {
-    Scheduler(params, control).run();
+    WorkScheduler(params, control).run();
   }
 #endif
 }
