@@ -34,10 +34,11 @@ struct DeviceLimits {
   std::int64_t shared_bytes_per_block = 0;  // the opt-in maximum
 };
 
-// What the 8 columns of operand B, the activations, are. Each row of A needs one of them.
+// How a chunk's units and the activations are mapped to mma.m16n8k16: what the 8 columns of operand
+// B, the activations, are. Each row of A needs one of them.
 enum class MmaMapping : std::int32_t {
   // One half of the activations (words 0 and 2, or 1 and 3) of unit_rows x slices = 8 slices: it
-  // takes two products, and of each one half of the rows counts.
+  // takes two products, and of each one half of the rows is used.
   two_pass,
   // Both halves of 2 or 4 slices, for 4 or 2 rows: one product is enough. With 2 slices half of the
   // columns is zero, which takes less power.
@@ -90,7 +91,7 @@ std::string unstreamed_because(const LayerSpec& spec);
 // What streams through the ring.
 enum class Stream : std::int32_t { qkv, mlp_up, attention, mlp_down, attention_out, lm_head, none };
 
-// The matrices of a phase are dealt out together, one after the other.
+// The matrices of a phase are scheduled together, one after the other.
 struct Phase {
   Stream first = Stream::none;
   Stream second = Stream::none;
@@ -127,12 +128,12 @@ constexpr std::int32_t leave_for_attention_from(std::int32_t qkv_chunks,
   return qkv_chunks + mlp_up_chunks / 2;
 }
 
-// How the chunks of a phase are handed out: at first in turns (turn t of SM s is chunk
-// t sm_count + s), so that nothing has to be waited for when the phase begins; then by ticket,
-// because SMs are not served equally.
+// How the chunks of a phase are assigned to SMs: statically at first, round-robin (chunk r sm_count
+// + s in round r goes to SM s), so that nobody waits for a ticket when the phase begins; then
+// dynamically, by ticket, because memory does not serve SMs equally.
 struct WorkSchedule {
   std::int32_t static_rounds = 0;
-  std::int32_t first_dynamic = 0;
+  std::int32_t first_dynamic = 0;  // first chunk that is drawn by ticket
 };
 constexpr WorkSchedule work_schedule(std::int32_t chunks, std::int32_t static_percent,
                                      std::int32_t sm_count) noexcept {
@@ -169,7 +170,8 @@ bool can_stream(const ModelConfig& config, const DeviceLimits& limits);
 // sizes do not stream on such a device. Empty if can_stream().
 std::string unstreamed_because(const ModelConfig& config, const DeviceLimits& limits);
 
-// The same matrix with half as many products, where a warp has one unit of a chunk; else as it is.
+// The same matrix with both halves of the activations in one product (half as many products), where
+// a warp has one unit of a chunk; else as it is.
 MatrixPlan with_packed_operands(MatrixPlan plan);
 
 // Attention of one sequence with `positions` keys (the current one included).

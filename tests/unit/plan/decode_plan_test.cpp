@@ -72,7 +72,7 @@ std::vector<int> touched_in_pairs(const MatrixPlan& plan, int chunks) {
 }
 
 // Counts how often the lanes of all warps touch each element of some chunks, as the kernel goes
-// through them: the warps of a segment take its units in turns, across chunks.
+// through them: the warps of a segment take its units round-robin, across chunks.
 std::vector<int> touched(const MatrixPlan& plan, int chunks) {
   if (plan.mapping == MmaMapping::packed_pairs) return touched_in_pairs(plan, chunks);
   const std::int64_t chunk_elements = plan.rows_per_chunk * plan.columns;
@@ -119,7 +119,8 @@ TEST_P(EveryShape, TouchesEachElementOnceWithPackedOperands) {
     const MatrixPlan half = with_packed_operands(matrix);
     EXPECT_THAT(touched(half, 5), testing::Each(1)) << matrix.rows << " x " << matrix.columns;
     EXPECT_EQ(half.rows_per_chunk, matrix.rows_per_chunk);
-    // What is multiplied by the normalised input: the kernel knows that for the other tiles only.
+    // What is multiplied by the normalised input: the kernel has code for that with the other
+    // mappings only.
     if (half.columns == GetParam().hidden) {
       EXPECT_NE(half.mapping, MmaMapping::packed_pairs);
     }
@@ -246,8 +247,8 @@ TEST(AttentionSplits, CoverEveryBlockOnceWithinTheirBound) {
         }
 }
 
-// SMs draw tickets in any order; each chunk must be handed out once.
-TEST(WorkSchedule, HandsOutEachChunkOnce) {
+// SMs draw tickets in any order; each chunk must be assigned once.
+TEST(WorkSchedule, AssignsEachChunkOnce) {
   std::mt19937 random(5);
   for (const int sms : {1, 7, 131, 132, 170})
     for (const int chunks : {0, 1, 5, 131, 132, 133, 3584, 10061})

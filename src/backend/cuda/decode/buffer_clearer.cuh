@@ -1,19 +1,25 @@
-// The sweeper of the streaming decode kernel: one warp of each block that makes Lamport sets usable
-// again, off the path of the computation, and looks after what the next epoch needs.
+// The buffer clearer of the streaming kernels: one warp of each block that clears the Lamport
+// buffers of past epochs, off the critical path, and prefetches what the next epoch needs into L2.
 //
 // A block begins epoch e when it has read all that earlier epochs left it. When all blocks have
-// begun epoch e, nobody reads set e - 1 any more: the sweepers empty it, each its share. That is
+// begun epoch e, nobody reads set e - 1 any more: the clearers clear it, each its share. That is
 // done before they arrive at epoch e + 1, so whoever knows that all have arrived there may use the
 // set again, which is the set of epoch e + 2.
 #pragma once
 
-#include "backend/cuda/decode/shared.cuh"
+#include "backend/cuda/decode/epoch.cuh"
+#include "backend/cuda/ptx/bulk_copy.cuh"
+#include "backend/cuda/sync/counter.cuh"
+#include "backend/cuda/sync/lamport_buffer.cuh"
 
 namespace clusterfusion::cuda {
 
-// Brings the LayerNorm parameters of an epoch into L2, where all blocks look for them at the same
-// time, when nothing else is to be done: a vector each by the first blocks.
-__device__ __forceinline__ void prefetch_norms(const DecodeParams& p, int epoch) {
+using namespace device;
+
+// Prefetches the LayerNorm parameters of an epoch into L2, where all blocks load them at the same
+// time: a vector each by the first blocks.
+template <typename Params>
+__device__ __forceinline__ void prefetch_norms(const Params& p, int epoch) {
   if (blockIdx.x > 3) return;
   const int layer = epoch % epochs_per_step(p);
   const bool is_final = layer == p.num_layers;
@@ -28,10 +34,9 @@ __device__ __forceinline__ void prefetch_norms(const DecodeParams& p, int epoch)
   bulk_prefetch(vector, p.hidden_size * 2);
 }
 
-__device__ __forceinline__ void clear_buffers(const DecodeParams& p, SharedControl* control,
-                                              int lane) {
+template <typename Params, typename Control>
+__device__ __forceinline__ void clear_buffers(const Params& p, Control* control, int lane) {
   static_assert(kLamportSets == 3);
-  constexpr unsigned kBackoffNanoseconds = 100;
   const int epochs = p.steps * epochs_per_step(p);
   for (int epoch = 0; epoch < epochs; ++epoch) {
     if (lane == 0) {

@@ -1,14 +1,15 @@
 // The streaming decode step: one block on each SM, all layers, one launch for many tokens.
 //
 // Roles of a block's warps
-//   8 consumers   multiply what has landed in the ring, on the tensor cores
-//   1 dealer      says which weight chunks and KV blocks come into the ring; it needs no result to
-//                 know that, so memory never waits
-//   1 producer    copies them
-//   1 sweeper     makes the vectors usable again through which blocks tell each other results
-//   1 combiner    merges the splits of a long context's attention
-// Every output row is computed whole, in a fixed order, by whoever was dealt it, so the same input
-// gives the same bits. Blocks meet nowhere: a block waits for the elements it reads, no more.
+//   8 consumers        multiply what has landed in the ring, on the tensor cores
+//   1 work scheduler   announces which weight chunks and KV blocks come into the ring; it needs no
+//                      result to know that, so memory never waits
+//   1 producer         copies them with bulk copies
+//   1 buffer clearer   makes Lamport buffers, which carry results between blocks, usable again
+//   1 split combiner   merges the splits of a long context's attention
+// Every output row is computed whole, in a fixed order, by the block that drew it, so the same
+// input gives the same bits. There is no grid barrier: a block waits for the elements it reads, no
+// more.
 //
 // The stream of a layer
 //   parallel residual    QKV, MLP up, attention, MLP down, attention output
@@ -57,7 +58,7 @@ class DecodeStep {
   static constexpr int kBatch = 5;  // loads under way together
   static_assert(kMaxIterations % kBatch == 0);
   static constexpr bool kPairs = kMaxIterations <= kBatch;  // of units are multiplied side by side
-  // Whether tiles of plan::with_packed_operands are known.
+  // Whether this kernel has code for the mappings of plan::with_packed_operands.
   static constexpr bool kPackedOperands =
       kMaxIterations <= kMaxPackedFragments && Cache::kManyLayers;
   // For sm_120, ptxas ignores setmaxnreg: consumers have no more registers than all other threads.
@@ -111,14 +112,14 @@ class DecodeStep {
  protected:
   // ---------------------------------------------------------------- consumers
 
-  // Zero, which the compiler cannot know: what it is added to stays in a register, where the
-  // compiler would look it up in constant memory again and again.
+  // Zero, opaque to the compiler: what it is added to stays in a register, where the compiler would
+  // load it from constant memory again and again.
   __device__ __forceinline__ int opaque_zero() const {
     return static_cast<int>(block_counter_load(&control->opaque_zero));
   }
 
-  // The compiler may not know these any more. Else it computes the addresses of all phases once, in
-  // front of the loop over layers, and spills them.
+  // Keeps the compiler from hoisting the address arithmetic of all phases out of the loop over
+  // layers, where it would spill the results.
   __device__ __forceinline__ void make_indices_opaque() {
     asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane), "+r"(g), "+r"(q));
   }
@@ -166,9 +167,8 @@ class DecodeStep {
     return matrix.swaps && g % 2 != 0 ? 32 : 0;
   }
 
-  // The same for the activations. Where a product's columns are both halves of slices, this lane
-  // holds half g % 2 of slice g / 2, if there is one: of each 16 bytes (in operand_order) the first
-  // 8 or the second.
+  // The same for the activations. With packed operands this lane holds half g % 2 of slice g / 2,
+  // if there is one: of each 16 bytes (in operand_order) the first 8 or the second.
   __device__ __forceinline__ int activation_column(const StreamedMatrix& matrix) const {
     if (!kPackedOperands || matrix.mapping == MmaMapping::two_pass) return lane_column(matrix);
     const int column = (warp & (matrix.segments - 1)) * matrix.segment_columns +
@@ -179,7 +179,7 @@ class DecodeStep {
     const int slice = kPackedOperands && matrix.mapping != MmaMapping::two_pass ? g / 2 : g;
     return matrix.swaps && slice % 2 != 0 ? 32 : 0;
   }
-  // To be called when the fragments are there.
+  // Of packed operands, the half that this lane holds. To be called when the fragments are there.
   __device__ __forceinline__ void select_half(const StreamedMatrix& matrix, Frag& fragments) const {
     if constexpr (kPackedOperands) {
       if (matrix.mapping != MmaMapping::packed) return;
@@ -192,7 +192,7 @@ class DecodeStep {
     }
   }
   // Fragment i of a Lamport buffer, of which `first` are this lane's first values: of one
-  // iteration, or of two where a tile's rows are those of two chunks.
+  // iteration, or of two with packed pairs.
   template <bool kPackedPairs>
   __device__ __forceinline__ static uint4 load_fragment(const T* first, int swap, int i) {
     if constexpr (!kPackedPairs)
@@ -202,7 +202,7 @@ class DecodeStep {
     return make_uint4(even.x, even.y, odd.x, odd.y);
   }
 
-  // A Lamport buffer of 16-bit activations as fragments: asks for them once ...
+  // A Lamport buffer of 16-bit activations as fragments: issues the loads once ...
   __device__ __forceinline__ void request_activations(const StreamedMatrix& matrix,
                                                       std::int32_t offset, Frag& fragments) const {
     if (kPackedOperands && matrix.mapping == MmaMapping::packed_pairs)
@@ -222,7 +222,7 @@ class DecodeStep {
         fragments.value[i] = load_fragment<kPackedPairs>(first, swap, i);
     }
   }
-  // ... and again until all that this lane needs are there.
+  // ... and repeats those of missing elements until all that this lane needs are there.
   __device__ __forceinline__ void await_activations(const StreamedMatrix& matrix,
                                                     std::int32_t offset, Frag& fragments) {
     const T* first = lamport<const T>(offset) + activation_column(matrix);
@@ -350,8 +350,8 @@ class DecodeStep {
     select_half(matrix, fragments);
   }
 
-  // x += one or two Lamport buffers; all loads of a batch first, and again only for what is
-  // missing: the SMs' loads of results share the way from L2 with the weights.
+  // Adds pending residual updates: x += one or two Lamport buffers. All loads of a batch are issued
+  // first, and repeated only for missing elements: they share the way from L2 with the weights.
   __device__ __forceinline__ void add_pending_updates(const float* first, const float* second) {
 #pragma unroll
     for (int begin = 0; begin < kMaxIterations; begin += kBatch) {
@@ -406,10 +406,9 @@ class DecodeStep {
     }
   };
 
-  // What a warp has taken from the ring while it waits for its input: the first chunks of what it
-  // multiplies next. It makes room in the ring, so that memory need not wait as well. Only where
-  // a product has both halves of slices. As many as there are registers for (bfloat16 needs
-  // more).
+  // Prefetch registers: this warp's part of the first chunks that it multiplies next, taken from
+  // the ring while it waits for its input. That frees stages, so that memory need not wait as well.
+  // Only with packed operands; as many chunks as there are registers for (bfloat16 needs more).
   static constexpr int kMaxPrefetched =
       !kPairs || kFewRegisters || !Cache::kManyLayers || kMaxHeadSteps > 8 ? 0
       : kMaxHeadSteps <= 5 && MmaInput<T>::kIsHalf                         ? 3
@@ -420,8 +419,8 @@ class DecodeStep {
     int chunks = 0;
   };
 
-  // A warp's way through the units of its segment, chunk after chunk. All in registers and by
-  // increments: between two chunks there is no time to compute addresses.
+  // Iterates over a warp's units of its segment, chunk after chunk. All state is in registers and
+  // advances by increments: between two chunks there is no time to compute addresses.
   struct UnitCursor {
     int unit_index;             // the next unit of this warp in the current chunk
     int offset;                 // in the chunk, of this lane's first values of that unit
@@ -528,7 +527,7 @@ class DecodeStep {
           prefetched.weight[i / kBatch][i % kBatch] = load_iteration(chunk.data + offset, swap, i);
       }
     }
-    // Multiplies what load() or load_pair() has prefetched.
+    // Multiplies what load() or load_pair() has loaded.
     __device__ __forceinline__ void multiply(const PrefetchRegisters& prefetched,
                                              const Frag& fragments) {
       if (mapping == MmaMapping::packed_pairs) {
@@ -589,7 +588,7 @@ class DecodeStep {
     return slot;
   }
 
-  // The same where a product has both halves of slices, and a warp one unit of a chunk.
+  // The same with packed operands, where a warp has one unit of a chunk.
   template <int kIterations>
   __device__ __forceinline__ int multiply_packed(UnitCursor& cursor, int id, int slot,
                                                  int max_slots, const Frag& fragments) {
@@ -619,8 +618,8 @@ class DecodeStep {
     return slot;
   }
 
-  // The same where a tile's rows are those of two chunks: lanes of g < 4 have the first one's.
-  // Where there is no second one, the other lanes' sums do not count.
+  // The same with packed pairs: lanes of g < 4 have the first of two chunks, the others the second.
+  // Where there is no second one, the other lanes' sums are not stored.
   template <int kIterations>
   __device__ __forceinline__ int multiply_packed_pairs(UnitCursor& cursor, int id, int slot,
                                                        int max_slots, const Frag& fragments) {
@@ -653,8 +652,8 @@ class DecodeStep {
   }
 
   // Multiplies all chunks of `stream` that come next, and hands each row's sum, bias included, to
-  // `finish`. `ahead` is called when the last chunk is multiplied, before the rows are finished:
-  // the place to ask for what comes next.
+  // `epilogue`. `before_epilogue` is called when the last chunk is multiplied, before rows are
+  // reduced: the place to issue loads of what comes next.
   template <typename Epilogue, typename BeforeEpilogue>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
                                            const Frag& fragments, Epilogue&& epilogue,
@@ -698,16 +697,15 @@ class DecodeStep {
     multiply(stream, matrix, fragments, epilogue, [] {});
   }
 
-  // Nothing is prefetched ahead here. What a register may have to keep takes it all the time: so
-  // the compiler is told.
+  // Nothing is prefetched from here on: tells the compiler, which would keep the registers alive.
   __device__ __forceinline__ void discard_prefetched() {
     prefetched = PrefetchRegisters{};
     norms = LayerNorms{};
     norms_loaded = false;
   }
 
-  // Takes the next chunks from the ring, if they have landed and are not attention's; their stream
-  // stays the one that comes next (`next_id`). For whole warps.
+  // Moves the next chunks from the ring to prefetch registers, if they have landed and are not
+  // attention's; `next_id` stays theirs. For whole warps.
   __device__ __forceinline__ void prefetch_chunks() {
     if constexpr (kMaxPrefetched > 0) {
       if (prefetched.chunks == kMaxPrefetched || next_id == kRingEnd) return;
@@ -773,7 +771,7 @@ class DecodeStep {
     return load_shared_4((i % 2 == 0 ? address + swap : address - swap) + i * 64);
   }
 
-  // In independent chains: latency is all that counts here.
+  // In independent chains, to hide the latency of a product.
   struct Products {
     float even[2][4] = {}, odd[2][4] = {};
     __device__ __forceinline__ void add(int i, const uint4& weight, const uint4& activation) {
@@ -787,8 +785,8 @@ class DecodeStep {
     }
   };
 
-  // With both halves of two or four slices in a product's columns: the first half of slice s in
-  // column 2 s, the second in 2 s + 1. Rows 0 to 7 have the first half of a slice's weights, rows 8
+  // With packed operands: the first half of slice s in column 2 s of operand B, the second in
+  // column 2 s + 1. Rows 0 to 7 have the first half of a slice's weights, rows 8
   // to 15 the second, so one product is all it takes; lanes q get slice q = g % slices of row g /
   // slices.
   struct PackedProducts {
@@ -988,7 +986,7 @@ class DecodeStep {
   static_assert(kMaxHeadSteps % kStepsAtOnce == 0);
 
   // This warp's group of positions of one block, which lies at `data` in shared memory. The warps
-  // take the groups of one block after the other in unit_index.
+  // take the groups of one block after the other round-robin.
   __device__ __forceinline__ void attend_block(int layer, int head, int block, int position,
                                                std::uint32_t data, const Query& query,
                                                Softmax& state) {
@@ -1198,7 +1196,7 @@ class DecodeStep {
     for (int part = 0; part < parts; ++part) {
       prepare_input(index, part);
       Frag fragments;
-      bool requested = false;  // `fragments` have been requested for
+      bool requested = false;  // the loads of `fragments` have been issued
       const int streams = is_lm_head ? 1 : p.parallel_residual ? 4 : 2;
 #pragma unroll 1
       for (int i = 0; i < streams; ++i) {
@@ -1226,8 +1224,9 @@ class DecodeStep {
     return i == 0 ? Stream::mlp_up : Stream::mlp_down;
   }
 
-  // x takes what it is owed and is normalised: of the epoch before in the first part, of attention
-  // in the second one of a layer with sequential residual; before the first layer, what steers it.
+  // Adds pending residual updates to x, then normalises it. Pending are the products of the epoch
+  // before in the first part, attention's in the second part of a layer with sequential residual,
+  // and before the first layer a steering vector.
   __device__ __forceinline__ void prepare_input(int index, int part) {
     make_indices_opaque();
     if (!norms_loaded) load_norms(index);
@@ -1389,7 +1388,7 @@ class DecodeStep {
   float* sums;  // [sum_slots]: partial sums of rows; states of attention
   int thread, warp, lane, g, q;
   RingConsumer ring;
-  int next_id = kRingEnd;  // of the stage that comes next, or of what was prefetched ahead
+  int next_id = kRingEnd;  // of the next stage, or of what lies in prefetch registers
   PrefetchRegisters prefetched;
   LayerNorms norms;  // of the next LayerNorm
   bool norms_loaded = false;

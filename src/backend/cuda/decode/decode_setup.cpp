@@ -10,16 +10,9 @@
 namespace clusterfusion::cuda {
 namespace {
 
-// More copies under way make what the SMs tell each other wait behind them.
-constexpr std::int32_t kMaxInFlight = 2;
-// Late in a phase they may be more.
-constexpr std::int32_t kLateInFlight = 3;
-constexpr std::int32_t kLatePercent = 60;
 // Time enough to draw a ticket while a copy lands. More would be drawn too early to even out what
 // one SM takes longer for than another.
 constexpr int kAnnouncedAhead = 1;
-// A part of a phase is dealt in turns, so that no ticket has to be waited for when it begins.
-constexpr int kStaticPercent = 30;
 constexpr int kTicketChunks = 2;
 
 StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, bool packed_operands) {

@@ -9,8 +9,17 @@
 
 namespace clusterfusion::cuda {
 
+// Settings of both streaming kernels.
+// More copies in flight make what the SMs tell each other wait behind them.
+inline constexpr std::int32_t kMaxInFlight = 2;
+// Late in a phase they may be more.
+inline constexpr std::int32_t kLateInFlight = 3;
+inline constexpr std::int32_t kLatePercent = 60;
+// A part of a phase is assigned statically, so that nobody waits for a ticket when it begins.
+inline constexpr std::int32_t kStaticPercent = 30;
+
 // Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `packed_operands`:
-// whether the kernel knows tiles of plan::with_packed_operands.
+// whether the kernel has code for plan::with_packed_operands.
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
                            std::int32_t sm_count, bool packed_operands);
 

@@ -23,8 +23,8 @@ struct PagedCache {
            static_cast<std::int64_t>(block_in_page) * p.kv_block_bytes;
   }
 
-  // For the dealer: where the blocks of a task come from, one after the other. The page table is in
-  // global memory, so this looks one block ahead.
+  // For the work scheduler: where the blocks of a task come from, one after the other. The page
+  // table is in global memory, so this looks one block ahead.
   class Reader {
    public:
     __device__ __forceinline__ Reader(const PagedCache& cache, int layer, int head, int first,

@@ -1,5 +1,5 @@
 // The producer of the streaming decode kernel: one thread of each block that copies into the ring
-// what the dealer has announced.
+// what the work scheduler has announced.
 #pragma once
 
 #include "backend/cuda/decode/shared.cuh"

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/cuda/decode/decode_params.hpp"
+#include "backend/cuda/decode/epoch.cuh"
 #include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/ptx/elect.cuh"
 #include "backend/cuda/sync/counter.cuh"
@@ -14,11 +15,8 @@ namespace clusterfusion::cuda {
 using namespace device;
 using plan::Stream;
 
-inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
-
 // Shared memory: control, activations, sums, ring. The sizes are those of DecodePlan.
 inline constexpr int kNumStreams = static_cast<int>(Stream::none);
-inline constexpr int kMaxPhases = 5;  // of a layer, and the LM head
 
 // As many as consumers may not have finished, and as there may be in the ring.
 inline constexpr int kKnownChunks = 256;
@@ -28,14 +26,14 @@ struct SharedControl {
   RingControl ring;
   float2 reduce[2][plan::kConsumerWarps];
   Candidate candidate[plan::kConsumerWarps];
-  // Of the last matrix chunks that the dealer has announced, in its order: which one.
+  // Of the last matrix chunks that the work scheduler has announced, in its order: which one.
   int chunks[kKnownChunks];
   unsigned finished_chunks;  // consumers have finished the rows of so many
   // By Stream: which one comes is known only when it comes, and a look into parameters by index
   // would be one into memory.
   StreamedMatrix matrices[kNumStreams];
   bool has_bias[kNumStreams];
-  // What the dealer must know of a phase and of its matrices. Here, because it needs it at once
+  // What the work scheduler must know of a phase and of its matrices. Here, because it needs it at
   // when a phase begins: parameters would have to be fetched again, behind the weights.
   struct Source {
     const char* weights;
@@ -56,7 +54,7 @@ struct SharedControl {
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;
   // Epochs e that all blocks have begun, as this block knows: the Lamport set of epoch e + 1 is
-  // empty and may be used, and KV entries of the epochs before e may be streamed.
+  // clear and may be used, and KV entries of the epochs before e may be streamed.
   std::uint32_t cleared;
   // Of the layer kernel, which says what they are (ops/layer_kernel.cuh): numbers that do not
   // change, and flags that rise.
@@ -108,26 +106,11 @@ __device__ __forceinline__ int ring_id(int epoch, plan::Stream stream) {
 __device__ __forceinline__ int epoch_of(int ring_id) { return ring_id / 8; }
 __device__ __forceinline__ int stream_of(int ring_id) { return ring_id % 8; }
 
-// Epochs of a step: its layers, and the LM head.
-__device__ __forceinline__ int epochs_per_step(const DecodeParams& p) { return p.num_layers + 1; }
-
 __device__ __forceinline__ plan::AttentionSplits splits_at(const DecodeParams& p, int position) {
   return plan::attention_splits(position + 1, p.kv_block_positions, p.num_heads, p.head_dim,
                                 gridDim.x);
 }
 
-// Addresses in a ring's orders.
-__device__ __forceinline__ std::uint64_t address_of(const char* pointer) {
-  return reinterpret_cast<std::uint64_t>(pointer);
-}
-__device__ __forceinline__ const char* pointer_to(std::uint64_t address) {
-  return reinterpret_cast<const char*>(address);
-}
-
-__device__ __forceinline__ const char* of_layer(const DecodeParams& p, const void* of_first,
-                                                int layer) {
-  return static_cast<const char*>(of_first) + layer * p.layer_stride;
-}
 __device__ __forceinline__ StreamedLayer layer_at(const DecodeParams& p, int layer) {
   const StreamedLayer& first = p.first_layer;
   return {of_layer(p, first.qkv, layer),
@@ -142,10 +125,6 @@ __device__ __forceinline__ StreamedLayer layer_at(const DecodeParams& p, int lay
           of_layer(p, first.attention_out_bias, layer),
           of_layer(p, first.mlp_up_bias, layer),
           of_layer(p, first.mlp_down_bias, layer)};
-}
-
-__device__ __forceinline__ char* lamport_set(const DecodeParams& p, int epoch) {
-  return p.lamport + static_cast<std::int64_t>(epoch % kLamportSets) * p.layout.bytes;
 }
 
 }  // namespace clusterfusion::cuda

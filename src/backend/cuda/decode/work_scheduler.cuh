@@ -1,11 +1,13 @@
-// The dealer of the streaming decode kernel: one thread of each block that knows, before anything
-// is computed, what has to be read, and announces it in the ring, a little ahead of the producer.
+// The work scheduler of the streaming decode kernel: one thread of each block that knows, before
+// anything is computed, what has to be read, and announces it in the ring, a little ahead of the
+// producer.
 // With a chunk it brings the biases of the chunk's rows: consumers who had to fetch them would wait
 // for them behind the weights.
 //
-// The chunks of a phase are dealt out in turns at first, then by ticket, because SMs are not served
-// equally. All of this block's attention comes with the second phase of a layer, in front of it;
-// where few blocks have some, these leave the first phase early.
+// The chunks of a phase are assigned statically, round-robin, at first, and then dynamically, by
+// ticket, because memory does not serve SMs equally. All of this block's attention comes with the
+// second phase of a layer, in front of it; where few blocks have some, these leave the first phase
+// early.
 #pragma once
 
 #include "backend/cuda/decode/shared.cuh"
@@ -134,7 +136,7 @@ class WorkScheduler {
   // What a caller of schedule_phase() may put in between.
   struct NoHooks {
     __device__ __forceinline__ void before_chunk(int) const {}
-    // Whether to deal the turns of another block, `number`, too.
+    // Whether to do the static share of another block, `number`, too.
     __device__ __forceinline__ bool next_late(int& number) const { return false; }
   };
 
@@ -166,14 +168,15 @@ class WorkScheduler {
                        chunk < phase.late_from ? p.max_in_flight : p.late_in_flight);
       }
       if (leaves) break;
-      if (hooks.next_late(begin)) continue;  // `end` and `stride` are still those of turns
+      if (hooks.next_late(begin))
+        continue;  // `end` and `stride` are still those of the static share
       begin = first_dynamic + static_cast<int>(atomicAdd(counter, p.ticket_chunks));
       if (begin >= chunks) break;
       end = min(begin + static_cast<int>(p.ticket_chunks), chunks);
       stride = 1;
       leaves = begin >= leave_from;
     }
-    // Every phase of every step has a counter of its own: this dealer may be a step ahead of
+    // Every phase of every step has a counter of its own: this scheduler may be a step ahead of
     // another that has not drawn its last ticket yet.
     ++counter;
   }

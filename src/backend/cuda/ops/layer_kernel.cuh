@@ -91,13 +91,13 @@ __device__ __forceinline__ int blocks_started(const LayerParams& layer, int half
 // end where others wait for its SM.
 __device__ __forceinline__ void watch_starts(const LayerParams& layer, SharedControl* control) {
   constexpr int kLooks = 40;
-  constexpr unsigned kBackoffNanoseconds = 250;  // nanoseconds
+  constexpr unsigned kNanoseconds = 250;  // between two of them
   for (int look = 0; look < kLooks; ++look) {
     if (blocks_started(layer, control->scratch_half) == static_cast<int>(gridDim.x)) {
       block_counter_store(&control->all_started, 1);
       return;
     }
-    __nanosleep(kBackoffNanoseconds);
+    __nanosleep(kNanoseconds);
   }
 }
 
@@ -170,7 +170,7 @@ class LayerWorkScheduler : public WorkScheduler<RowCache> {
   }
 
  private:
-  // The turns of several blocks may come one after the other, so none of them may reach into a
+  // The static shares of several blocks may come one after the other, so none may reach into a
   // phase's second matrix.
   __device__ __forceinline__ SharedControl::PhaseSchedule static_rounds_in_first_matrix(
       SharedControl::PhaseSchedule phase) const {
@@ -390,7 +390,7 @@ __device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedCo
   const int half = control->scratch_half;
   combiner.combine(half, 0, splits, control->block_number);
   // Whose share comes late is known when attention is over: then this waits for nothing else.
-  block_counter_wait(&control->attended, 1, /*nanoseconds=*/100);
+  block_counter_wait(&control->attended, 1, kBackoffNanoseconds);
   int number = 0;
   while (true) {
     if (lane == 0) number = next_late(layer, control, Share::combination);
@@ -400,7 +400,7 @@ __device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedCo
   }
 }
 
-// Empties the half of the scratch that the launch before has used.
+// Clears the half of the scratch that the launch before has used.
 __device__ __forceinline__ void clear_other_half(const LayerParams& p, const SharedControl* control,
                                                  int lane) {
   const int before = 1 - control->scratch_half;

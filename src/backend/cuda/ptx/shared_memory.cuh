@@ -25,7 +25,7 @@ __device__ __forceinline__ void store_shared_4(std::uint32_t address, const floa
                : "memory");
 }
 
-// Two words, or zeros if they do not count.
+// Predicated: two words, or zeros.
 __device__ __forceinline__ uint2 load_shared_2_if(std::uint32_t address, int predicate) {
   uint2 words;
   asm volatile(
@@ -42,7 +42,7 @@ __device__ __forceinline__ uint2 load_shared_2_if(std::uint32_t address, int pre
   return words;
 }
 
-// A number, or 0 if it does not count.
+// Predicated: a number, or 0.
 __device__ __forceinline__ float load_shared_if(std::uint32_t address, int predicate, float) {
   float value;
   asm volatile(

@@ -2,8 +2,8 @@
 //
 // A task is a split of one head's context for one group of rows: up to four rows of one sequence at
 // consecutive positions, each of which sees its own past only. The warps take groups of 16
-// positions in turn, each with an online softmax of its own, and merge at the end. Keys and values
-// of the step's own rows are put into the landed block and into the cache.
+// positions round-robin, each with an online softmax of its own, and merge at the end. Keys and
+// values of the step's own rows are put into the landed block and into the cache.
 //
 // Precision: what rounding takes from a query and from the softmax's weights has operand rows and
 // columns of its own. Query r of a task has rows 2 r and 2 r + 1 of operand A of the scores, and
@@ -99,7 +99,7 @@ class Attention {
   }
 
   // This warp's group of positions of one block, which has landed. The warps take the groups of one
-  // block after the other in turn.
+  // block after the other round-robin.
   __device__ __forceinline__ void attend_block(const Task& task, int block, const Query& query,
                                                Softmax& state) {
     const int groups = c.p.kv_block_positions / kGroup;

@@ -51,8 +51,8 @@ struct Consumer {
         q(static_cast<int>(threadIdx.x) % 4),
         ring(control, params, shared_ring(params, shared)) {}
 
-  // The compiler may not know these any more. Else it computes the addresses of all phases once, in
-  // front of the loop over layers, and spills them.
+  // Keeps the compiler from hoisting the address arithmetic of all phases out of the loop over
+  // layers, where it would spill the results.
   __device__ __forceinline__ void make_indices_opaque() {
     asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane), "+r"(g), "+r"(q));
   }

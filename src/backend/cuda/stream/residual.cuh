@@ -1,6 +1,7 @@
 // The residual stream of one row, which a block's consumer threads keep in memory of their own,
-// each its elements: takes what earlier products owe it, is normalised, and the normalised vectors
-// go to all blocks (or, where every block keeps the one row there is, into its shared memory).
+// each its elements. Before a phase that normalises, pending updates are added; the normalised
+// vectors go to all blocks (or, where every block keeps the one row there is, into its shared
+// memory).
 #pragma once
 
 #include "backend/cuda/numeric/layer_norm.cuh"

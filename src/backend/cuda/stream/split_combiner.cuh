@@ -1,6 +1,6 @@
-// The combiner: one warp of each block that merges the splits of long contexts' attention, off the
-// path of the computation. A lane waits for what the splits have of one element of one head's
-// output, and writes it.
+// The split combiner: one warp of each block that merges the splits of long contexts' attention,
+// off the critical path. A lane waits for what the splits have of one element of one head's output,
+// and writes it.
 #pragma once
 
 #include "backend/cuda/numeric/operand_order.cuh"
@@ -57,7 +57,6 @@ class Combiner {
       : p(params), control(shared), lane(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ __forceinline__ void run() const {
-    constexpr unsigned kBackoffNanoseconds = 100;
     const int warps_of_row = (p.num_heads * p.head_dim + 31) / 32;
     int epoch = 0;
     for (int step = 0; step < p.steps; ++step, ++epoch) {

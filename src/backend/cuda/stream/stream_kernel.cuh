@@ -3,23 +3,24 @@
 // whatever is computed beside it.
 //
 // Roles of a block's warps
-//   8 consumers   multiply what has landed in the ring, on the tensor cores; attention; LayerNorm
-//   1 scheduler   says which pieces of weights and KV blocks come into the ring; it needs no result
-//                 to know that, so memory never waits
-//   1 producer    copies them
-//   1 clearer     makes the buffers usable again through which blocks tell each other results
-//   1 combiner    merges the splits of a long context's attention
-//   4 reducers    add up what the consumers have of a chunk, and run the epilogue
-// Every sum has a fixed order, whoever makes it, so the same input gives the same bits. Blocks meet
-// nowhere: a block waits for the elements it reads, no more.
+//   8 consumers        multiply what has landed in the ring, on the tensor cores; attention;
+//                      LayerNorm
+//   1 work scheduler   announces which pieces of weights and KV blocks come into the ring; it needs
+//                      no result to know that, so memory never waits
+//   1 producer         copies them with bulk copies
+//   1 buffer clearer   makes Lamport buffers, which carry results between blocks, usable again
+//   1 split combiner   merges the splits of a long context's attention
+//   4 reducers         add up the consumers' partial sums of a chunk, and run the epilogue
+// Every sum has a fixed order, whoever makes it, so the same input gives the same bits. There is no
+// grid barrier: a block waits for the elements it reads, no more.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "backend/cuda/decode/buffer_clearer.cuh"
 #include "backend/cuda/ptx/registers.cuh"
 #include "backend/cuda/stream/attention.cuh"
-#include "backend/cuda/stream/buffer_clearer.cuh"
 #include "backend/cuda/stream/matrix_product.cuh"
 #include "backend/cuda/stream/producer.cuh"
 #include "backend/cuda/stream/reducer.cuh"

@@ -1,12 +1,13 @@
-// The scheduler: one thread of each block that knows, before anything is computed, what has to be
-// read, and announces it in the ring, a little ahead of the producer. With the last piece of a
+// The work scheduler: one thread of each block that knows, before anything is computed, what has to
+// be read, and announces it in the ring, a little ahead of the producer. With the last piece of a
 // chunk it brings the biases of the chunk's rows: whoever had to fetch them would wait for them
 // behind the weights.
 //
-// The chunks of a phase are dealt out round-robin at first, then by ticket, because SMs are not
-// served equally. Where not all of a phase's input vectors fit into registers, each block begins
-// with another one of them, and helps with the next when there are no more chunks of that. A
-// block's share of attention comes in front of the phase that needs it.
+// The chunks of a phase are assigned statically, round-robin, at first, and then dynamically, by
+// ticket, because memory does not serve SMs equally. Where not all of a phase's input vectors fit
+// into registers, each block begins with another one of them, and helps with the next when there
+// are no more chunks of that. A block's share of attention comes in front of the phase that needs
+// it.
 #pragma once
 
 #include "backend/cuda/stream/shared.cuh"
@@ -63,7 +64,7 @@ class WorkScheduler {
     counter += kMaxOperands;
   }
 
-  // What must be known of an operand to deal its chunks, in registers.
+  // What must be known of an operand to schedule its chunks, in registers.
   struct Chunks {
     const char* weights;
     const char* biases;

@@ -1,13 +1,13 @@
-// A ring of stages in shared memory between a scheduler, a producer (a thread each, of different
-// warps) and several consumer warps.
+// A circular buffer of stages in shared memory between a scheduler and a producer (a thread each,
+// of different warps) and several consumer warps, with three mbarriers a stage: empty, announced,
+// full.
 //
 // For each stage the scheduler waits until it is empty, announces what it will hold, and adds what
 // goes with the data. The producer copies what is announced, a few copies at a time; it has
 // nothing else to do, so the next copy begins as soon as one has landed. Consumers see the
-// announcement at once, and the data when it has landed: so they know that something is over
-// without waiting for a copy of something else. Every consumer warp passes every stage, in order:
-// the parity of the barriers cannot tell a lap from the one before last, so nobody may skip one.
-// Everything is handed over by mbarriers, which order what they hand over.
+// announcement at once, and the data when it has landed: so they know that a phase is over without
+// waiting for a copy of the next. Every consumer warp passes every stage, in order: the parity of
+// the barriers cannot tell a lap from the one before last, so nobody may skip one.
 #pragma once
 
 #include <cstddef>
@@ -42,6 +42,12 @@ struct RingOrder {
   std::uint64_t source;
   int in_flight;  // so many copies may be under way, this one included
 };
+__device__ __forceinline__ std::uint64_t address_of(const char* pointer) {
+  return reinterpret_cast<std::uint64_t>(pointer);
+}
+__device__ __forceinline__ const char* pointer_to(std::uint64_t address) {
+  return reinterpret_cast<const char*>(address);
+}
 // The same as the producer gets it: with the stage's data, as an address in shared memory.
 struct RingTask {
   RingOrder order;
@@ -80,7 +86,7 @@ __device__ __forceinline__ void ring_init(RingControl* control, const char* data
   mbarrier_fence_init();
 }
 
-// What everybody in a ring has in common: a place, which goes from stage to stage.
+// What all roles have in common: a cursor, which goes from stage to stage.
 class RingCursor {
  public:
   __device__ __forceinline__ RingCursor(RingControl* control, int stages)
