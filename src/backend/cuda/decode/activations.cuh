@@ -18,7 +18,8 @@ class DecodeActivations : public DecodeProduct<T, kMaxIterations, kMaxHeadSteps,
   using typename Base::Frag;
   using typename Base::MmaMapping;
 
-  // The same for the activations. With packed operands this lane holds half g % 2 of slice g / 2,
+  // What lane_column() and swap_columns() are for the matrix, for the activations. With packed
+  // operands this lane holds half g % 2 of slice g / 2,
   // if there is one: of each 16 bytes (in operand_order) the first 8 or the second.
   __device__ __forceinline__ int activation_column(const StreamedMatrix& matrix) const {
     if (!kPackedOperands || matrix.mapping == MmaMapping::two_pass) return lane_column(matrix);

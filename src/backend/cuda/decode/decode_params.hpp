@@ -1,4 +1,4 @@
-// Everything the streaming decode kernel is told: plain data, filled by the host.
+// The parameters of the streaming decode kernel: plain data, filled by the host.
 #pragma once
 
 #include <vector_types.h>
@@ -86,7 +86,7 @@ struct alignas(16) Candidate {
   std::int64_t token;  // of 32 bits: never "not ready" as an element of a Lamport buffer
 };
 
-// What the SMs tell each other within one epoch, a layer or the LM head of one step: Lamport
+// How results cross between SMs within one epoch, a layer or the LM head of one step: Lamport
 // buffers (sync/lamport_buffer.cuh), at these byte offsets of a set. Epoch e uses set e %
 // kLamportSets.
 struct LamportLayout {

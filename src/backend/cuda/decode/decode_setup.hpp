@@ -1,4 +1,4 @@
-// From a plan to what the streaming kernels are told.
+// From a plan to the parameters of the streaming kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@
 namespace clusterfusion::cuda {
 
 // Settings of both streaming kernels.
-// More copies in flight make what the SMs tell each other wait behind them.
+// Results that cross between SMs wait behind copies in flight: no more of them.
 inline constexpr std::int32_t kMaxInFlight = 2;
 // Late in a phase they may be more.
 inline constexpr std::int32_t kLateInFlight = 3;

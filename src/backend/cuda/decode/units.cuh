@@ -37,9 +37,9 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
   // This lane's share of a unit; lanes q = g / 2 get slice g % slices of row g / slices. The four
   // words of a lane's 16 bytes of weights are operand A as they stand: words 0 and 2 in row g,
   // words 1 and 3 in row g + 8. So the activations, operand B, are words 0 and 2 for a first
-  // product, of which rows 0 to 7 count, and words 1 and 3 for a second, of which rows 8 to 15 do;
-  // they lie in this order in memory (operand_order). In both the diagonal counts: row g (+ 8),
-  // column g.
+  // product, of which rows 0 to 7 are used, and words 1 and 3 for a second, of which rows 8 to 15;
+  // they lie in this order in memory (operand_order). In both the diagonal is the result: row g
+  // (+ 8), column g.
   template <int kIterations>
   __device__ __forceinline__ static float dot(const Unit& unit, std::uint32_t swap, int iterations,
                                               const Frag& fragments) {

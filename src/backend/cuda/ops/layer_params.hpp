@@ -1,4 +1,4 @@
-// Everything the fused layer kernel is told: plain data, filled by the host.
+// The parameters of the fused layer kernel: plain data, filled by the host.
 #pragma once
 
 #include <cuda.h>

@@ -317,8 +317,8 @@ class Attention {
     query[c.p.head_dim] = static_cast<T>(isinf(rounded) ? 0.0f : value - rounded);
   }
 
-  // Step t of operand row g. Rows of queries that are not there hold anything finite or not: what
-  // comes of them is looked at by nobody.
+  // Step t of operand row g. Rows of queries that are not there hold anything finite or not: their
+  // results are not used.
   __device__ __forceinline__ uint2 query_step(int t) const {
     if (16 * t >= c.p.head_dim) return make_uint2(0, 0);
     return *reinterpret_cast<const uint2*>(queries() + c.g * c.p.head_dim + 16 * t + 4 * c.q);

@@ -174,8 +174,8 @@ class MatrixProduct {
   // Steps whose weights are under way together, as far as there are registers.
   static constexpr int kBatch = kOperandRows * kPieces > 32 ? 2 : Inputs::kSteps;
 
-  // Of a chunk: of the products with a weight's first two words, of which rows 0 to 7 count, and
-  // of those with its last two, of which rows 8 to 15 do.
+  // Of a chunk: of the products with a weight's first two words, of which rows 0 to 7 are used,
+  // and of those with its last two, of which rows 8 to 15 are.
   struct Sums {
     float value[Inputs::kTiles][2][4] = {};
   };

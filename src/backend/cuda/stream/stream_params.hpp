@@ -1,4 +1,4 @@
-// Everything the streaming kernel for many rows is told: plain data, filled by the host.
+// The parameters of the streaming kernel for many rows: plain data, filled by the host.
 #pragma once
 
 #include <vector_types.h>
@@ -40,7 +40,7 @@ struct RowGroup {
   std::int32_t sequence_first;  // first row of the step that is of the same sequence
 };
 
-// What the SMs tell each other within one epoch (a layer or the LM head of one step) about `rows`
+// How results cross between SMs within one epoch (a layer or the LM head of one step) about `rows`
 // rows: Lamport buffers (sync/lamport_buffer.cuh) at these byte offsets of a set. Epoch e uses
 // set e % kLamportSets.
 struct RowsLayout {
