@@ -25,6 +25,8 @@ namespace clusterfusion::plan {
 
 inline constexpr std::int32_t kConsumerWarps = 8;
 inline constexpr std::int32_t kKvPagePositions = 64;
+// Stages of a ring, at most.
+inline constexpr std::int32_t kMaxStages = 16;
 // Shared memory for barriers, labels and small reductions.
 inline constexpr std::int64_t kControlBytes = 3072;
 

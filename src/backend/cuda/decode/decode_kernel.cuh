@@ -68,12 +68,11 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
 
  protected:
   using Base::add_pending_updates, Base::attend, Base::await_activations, Base::begin_epoch,
-      Base::best, Base::better, Base::candidate, Base::choose_token, Base::consumer_barrier,
-      Base::control, Base::discard_prefetched, Base::embed, Base::epoch, Base::is_next,
-      Base::kPairs, Base::load_normed, Base::load_norms, Base::make_indices_opaque, Base::mark,
-      Base::mean_before, Base::moments, Base::multiply, Base::next_id, Base::normalise, Base::norms,
-      Base::norms_loaded, Base::p, Base::request_activations, Base::ring, Base::thread,
-      Base::worst_candidate;
+      Base::best, Base::choose_token, Base::consumer_barrier, Base::control,
+      Base::discard_prefetched, Base::embed, Base::epoch, Base::is_next, Base::kPairs,
+      Base::load_normed, Base::load_norms, Base::make_indices_opaque, Base::mark, Base::mean_before,
+      Base::moments, Base::multiply, Base::next_id, Base::normalise, Base::norms,
+      Base::norms_loaded, Base::p, Base::request_activations, Base::ring, Base::thread;
   using typename Base::Frag;
   using typename Base::LayerNorms;
   using typename Base::Moments;
@@ -192,7 +191,7 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
           }
           if (result != nullptr) lamport_store(result + row, value);
           if (stream != Stream::lm_head) return;
-          const Candidate here = candidate(row, value, position);
+          const Candidate here = candidate(p, position, row, value);
           if (better(here, best)) best = here;
         },
         [&] {

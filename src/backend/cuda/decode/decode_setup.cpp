@@ -6,6 +6,7 @@
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "base/fail.hpp"
+#include "base/round_up.hpp"
 
 namespace clusterfusion::cuda {
 namespace {
@@ -47,7 +48,7 @@ LamportLayout lamport_layout(const ModelConfig& config, std::int32_t sm_count) {
   LamportLayout layout{};
   const auto take = [&](std::int64_t bytes) {
     const std::int32_t offset = layout.bytes;
-    layout.bytes += static_cast<std::int32_t>((bytes + 255) / 256 * 256);
+    layout.bytes += static_cast<std::int32_t>(round_up(bytes, 256));
     return offset;
   };
   layout.qkv = take(config.hidden_size * 12);

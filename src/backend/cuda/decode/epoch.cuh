@@ -9,7 +9,8 @@
 namespace clusterfusion::cuda {
 
 inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
-inline constexpr int kMaxPhases = 5;  // of a layer, and the LM head
+inline constexpr int kNever = 0x7fffffff;  // of a chunk: none is so late
+inline constexpr int kMaxPhases = 5;       // of a layer, and the LM head
 
 // Of a step: its layers, and the LM head.
 template <typename Params>

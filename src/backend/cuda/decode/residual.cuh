@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/cuda/decode/activations.cuh"
+#include "backend/cuda/numeric/layer_norm.cuh"
 #include "backend/cuda/numeric/operand_order.cuh"
 
 namespace clusterfusion::cuda {
@@ -98,7 +99,6 @@ class DecodeResidual : public DecodeActivations<T, kMaxIterations, kMaxHeadSteps
     float moved = sums.x * p.inverse_hidden_size;
     float variance = sums.y * p.inverse_hidden_size - moved * moved;
     float mean = mean_before + moved;
-    constexpr float kFewDeviations = 16.0f;  // squared: four bits of the variance are lost at most
     if (!(moved * moved <= kFewDeviations * variance)) {
       sums = shifted_sums(mean, 1);
       moved = sums.x * p.inverse_hidden_size;

@@ -21,6 +21,7 @@ inline constexpr int kNumStreams = static_cast<int>(Stream::none);
 // As many as consumers may not have finished, and as there may be in the ring.
 inline constexpr int kKnownChunks = 256;
 static_assert(kKnownChunks >= kMaxChunkSlots + kMaxRingStages);
+static_assert(plan::kMaxStages <= kMaxRingStages);
 
 struct SharedControl {
   RingControl ring;

@@ -121,7 +121,6 @@ class WorkScheduler {
     ring.add(biases, piece.biases + begin, end - begin);
   }
 
-  static constexpr int kNever = 0x7fffffff;
   static constexpr int kLateChunks = 16;  // of a block, in a phase
 
   // From which of the first phase's chunks on this block draws no more tickets.

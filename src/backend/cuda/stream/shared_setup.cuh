@@ -59,7 +59,6 @@ class SharedSetup {
     phase.first_dynamic = plan::work_schedule(phase.chunks, p.static_percent, blocks).first_dynamic;
     // Short phases are over before more copies under way could be of use.
     constexpr int kLateChunks = 8;  // of a block, in a phase
-    constexpr int kNever = 0x7fffffff;
     phase.late_from =
         phase.chunks >= kLateChunks * blocks
             ? static_cast<int>(static_cast<std::int64_t>(phase.chunks) * p.late_percent / 100)
