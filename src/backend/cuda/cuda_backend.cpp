@@ -11,7 +11,7 @@
 #include "backend/cuda/cublas_library.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
-#include "backend/cuda/decode/decode_timeline.hpp"
+#include "backend/cuda/decode/timeline.hpp"
 #include "backend/cuda/device_model.hpp"
 #include "backend/cuda/device_tensor.hpp"
 #include "backend/cuda/gemm/gemm_decoder.hpp"
@@ -281,7 +281,7 @@ class CudaBackend final : public Backend {
     kernel_ = find_decode_kernel(config.dtype, fragments, static_cast<int>(config.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
     params_ = stream_params(config, plan_, properties_.multiProcessorCount,
-                            fragments <= kFragmentsOfHalfProducts);
+                            fragments <= kMaxPackedFragments);
     read_more_late(params_);
     allocate_scratch();
     weights_.tell(params_);

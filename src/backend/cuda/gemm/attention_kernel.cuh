@@ -4,12 +4,12 @@
 // positions come by asynchronous copies into a ring of each warp's own.
 #pragma once
 
-#include "backend/cuda/device/async_copy.cuh"
-#include "backend/cuda/device/grid_dependency.cuh"
 #include "backend/cuda/gemm/attention_memory.hpp"
 #include "backend/cuda/gemm/product_input.hpp"
+#include "backend/cuda/ptx/async_copy.cuh"
+#include "backend/cuda/ptx/grid_dependency.cuh"
 #include "backend/cuda/stream/attention.cuh"
-#include "backend/cuda/stream/combiner.cuh"
+#include "backend/cuda/stream/split_combiner.cuh"
 
 namespace clusterfusion::cuda::gemm {
 

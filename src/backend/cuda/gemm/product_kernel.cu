@@ -11,18 +11,19 @@
 #include <algorithm>
 
 #include "backend/cuda/check.hpp"
-#include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/dependent_launch.hpp"
-#include "backend/cuda/device/elect.cuh"
-#include "backend/cuda/device/grid_dependency.cuh"
-#include "backend/cuda/device/lamport_buffer.cuh"
-#include "backend/cuda/device/mbarrier.cuh"
-#include "backend/cuda/device/registers.cuh"
-#include "backend/cuda/device/shared_memory.cuh"
-#include "backend/cuda/device/tensor_copy.cuh"
-#include "backend/cuda/device/wgmma.cuh"
 #include "backend/cuda/gemm/product_input.hpp"
 #include "backend/cuda/gemm/product_kernel.hpp"
+#include "backend/cuda/numeric/activation.cuh"
+#include "backend/cuda/numeric/pack.cuh"
+#include "backend/cuda/ptx/elect.cuh"
+#include "backend/cuda/ptx/grid_dependency.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
+#include "backend/cuda/ptx/registers.cuh"
+#include "backend/cuda/ptx/shared_memory.cuh"
+#include "backend/cuda/ptx/tensor_copy.cuh"
+#include "backend/cuda/ptx/wgmma.cuh"
+#include "backend/cuda/sync/lamport_buffer.cuh"
 #include "backend/cuda/with_type.cuh"
 
 namespace clusterfusion::cuda {

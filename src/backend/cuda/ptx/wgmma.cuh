@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "backend/cuda/device/mma.cuh"
+#include "backend/cuda/ptx/mma.cuh"
 
 namespace clusterfusion::device {
 
