@@ -4,12 +4,14 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "backend/backend.hpp"
 #include "engine/caller.hpp"
 #include "engine/prefix_cache.hpp"
 #include "engine/prepare_request.hpp"
+#include "engine/speculation.hpp"
 
 namespace clusterfusion {
 
@@ -55,6 +57,7 @@ struct ScheduledSequence {
   bool shares_last_page = false;  // which is to be copied before a position is added
   std::size_t num_computed = 0;   // of `tokens`, since it became active or by `fed`
   PrefixCache::Chain chain;       // its full pages in the prefix cache
+  std::optional<DraftedText> drafted;  // what the draft knows of it, once it was asked
 
   bool is_active() const noexcept { return id >= 0; }
   bool decodes() const noexcept {
