@@ -38,9 +38,9 @@ struct EngineOptions {
   // the same with and without.
   bool prefix_cache = true;
   // Who proposes tokens that may come next, several of which are then computed in one step; the
-  // texts are the same as without. "" or "none": nobody. "ngram": what followed the last tokens of a
-  // text where they stood in it before. Else a checkpoint with the same tokens, by its folder or its
-  // name on the hub, which runs on the same device.
+  // texts are the same as without. "" or "none": nobody. "ngram": what followed the last tokens of
+  // a text where they stood in it before. Else a checkpoint with the same tokens, by its folder or
+  // its name on the hub, which runs on the same device.
   std::string draft = {};
   // Tokens that it may propose for a text in one step, 1 to 15. It proposes fewer, or none, where
   // they would not pay.

@@ -171,9 +171,9 @@ class Backend {
   // first token only ends its run: the next step is to meet it, if ever it is made.
   virtual void verify(std::span<Proposal> batch) { verify_by_steps(*this, batch); }
 
-  // What prefill(), decode(), verify() and measure_read_ceiling() ask while they compute, if it is not empty.
-  // Where it says true they throw Stopped; each sequence then holds what it held before the call.
-  // A device whose calls are short need not ask.
+  // What prefill(), decode(), verify() and measure_read_ceiling() ask while they compute, if it is
+  // not empty. Where it says true they throw Stopped; each sequence then holds what it held before
+  // the call. A device whose calls are short need not ask.
   virtual void set_stop_request(StopRequest stop) { static_cast<void>(stop); }
 
   // Bytes per second at which this device reads the model's weights when it does nothing else; the

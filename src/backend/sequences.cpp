@@ -101,9 +101,9 @@ void SequenceChecks::verify(std::span<const Proposal> batch) const {
     const std::vector<TokenId>& tokens = batch[b].tokens;
     require(seen.insert(batch[b].sequence).second, ErrorKind::invalid_argument,
             "batch[{}] is of sequence {}, which is in this batch already", b, batch[b].sequence);
-    require(!tokens.empty() && std::ssize(tokens) <= info_.verify_rows, ErrorKind::invalid_argument,
-            "batch[{}] must have 1 to {} tokens on this device, but has {}", b, info_.verify_rows,
-            tokens.size());
+    require(!tokens.empty() && (info_.verify_rows == 1 || std::ssize(tokens) <= info_.verify_rows),
+            ErrorKind::invalid_argument, "batch[{}] must have 1 to {} tokens, but has {}", b,
+            info_.verify_rows, tokens.size());
     for (std::size_t i = 0; i < tokens.size(); ++i) token(tokens[i], i, "proposed tokens");
   }
 }

@@ -34,12 +34,13 @@ class DraftText {
 // What is wanted for one text.
 struct DraftQuery {
   DraftText* text = nullptr;         // of this draft, which has read all
-  std::int32_t most = 0;             // so many tokens at most, 1 or more
-  std::vector<TokenId> tokens = {};  // that follow the text; any, also ids of no vocabulary
+  std::int32_t most = 0;             // so many tokens at most, 1 or more; the draft may lower it
+  std::vector<TokenId> tokens = {};  // that follow the text; ids of no vocabulary end them
   std::int32_t certainty = 0;        // of them, below kCertainties
 };
 
-// Not thread-safe. Nothing that a text or a broken draft causes is thrown: it proposes nothing then.
+// Not thread-safe. Nothing that a text or a broken draft causes is thrown: it proposes nothing
+// then.
 class Draft {
  public:
   virtual ~Draft() = default;

@@ -109,7 +109,8 @@ class ModelText final : public DraftText {
     }
     const std::size_t end = text_.size() - 1;
     if (right_ == end) return true;
-    const auto count = std::min(end - right_, static_cast<std::size_t>(backend().info().prefill_chunk));
+    const auto count =
+        std::min(end - right_, static_cast<std::size_t>(backend().info().prefill_chunk));
     const auto piece = std::span(text_).subspan(right_, count);
     const double start = machine_seconds();
     backend().prefill(id_, piece, {});
@@ -159,7 +160,9 @@ class ModelDraft final : public Draft {
   double seconds_per_token() const override { return device_->step(); }
 
  private:
-  static ModelText& text_of(const DraftQuery& query) { return static_cast<ModelText&>(*query.text); }
+  static ModelText& text_of(const DraftQuery& query) {
+    return static_cast<ModelText&>(*query.text);
+  }
 
   // The same rules and the same noise, as far as the draft's vocabulary reaches.
   SamplingParams sampling_of_draft(SamplingParams sampling) const {
@@ -217,15 +220,15 @@ class ModelDraft final : public Draft {
 std::unique_ptr<Draft> make_model_draft(std::shared_ptr<const Model> model,
                                         std::unique_ptr<Backend> backend,
                                         std::int64_t target_vocab_size) {
-  auto device = std::make_shared<DraftDevice>(
-      DraftDevice{std::move(model), std::move(backend), {}, {}});
+  auto device =
+      std::make_shared<DraftDevice>(DraftDevice{std::move(model), std::move(backend), {}, {}});
   return std::make_unique<ModelDraft>(std::move(device), target_vocab_size);
 }
 
 void require_same_vocabulary(const Model& target, const Tokenizer* target_tokenizer,
                              const Model& draft, const Tokenizer* draft_tokenizer) {
-  const std::string names = fmt::format("draft {} does not fit {}", draft.folder().string(),
-                                        target.folder().string());
+  const std::string names =
+      fmt::format("draft {} does not fit {}", draft.folder().string(), target.folder().string());
   require((target_tokenizer == nullptr) == (draft_tokenizer == nullptr),
           ErrorKind::invalid_argument,
           "{}: only {} has a tokenizer.json, so that their vocabularies cannot be compared; give "

@@ -20,9 +20,9 @@ constexpr std::uint64_t mixed(std::uint64_t hash, TokenId token) {
 
 // Longer matches go on longer as well.
 std::int32_t certainty_of(std::int64_t match_length) {
-  return std::min(static_cast<std::int32_t>(std::bit_width(
-                      static_cast<std::uint64_t>(match_length))) - 1,
-                  kCertainties - 1);
+  return std::min(
+      static_cast<std::int32_t>(std::bit_width(static_cast<std::uint64_t>(match_length))) - 1,
+      kCertainties - 1);
 }
 
 class NgramText final : public DraftText {

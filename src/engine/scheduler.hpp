@@ -118,8 +118,7 @@ class Scheduler {
   void decode_members(Backend& backend, const Members& members, std::int32_t steps);
   void decode_apart(Backend& backend, const Members& members, const Error& error);
   double step_bytes(const Members& members, std::int64_t step) const;
-  static void note_decode(const Members& members, double seconds, double bytes,
-                          std::int32_t steps);
+  static void note_decode(const Members& members, double seconds, double bytes, std::int32_t steps);
   void accept(Backend& backend, Sequence& sequence, SampledToken token);
   void finish(Backend& backend, Sequence& sequence, SequenceNews news);
   SequenceNews news_of(const Sequence& sequence) const;
@@ -132,8 +131,8 @@ class Scheduler {
   DraftCandidate candidate_of(Sequence& sequence);
   void drop_what_has_no_room(Backend& backend, const Members& members,
                              std::span<DraftCandidate> candidates) const;
-  void verify(Backend& backend, const Members& members,
-              std::span<const DraftCandidate> candidates, double start);
+  void verify(Backend& backend, const Members& members, std::span<const DraftCandidate> candidates,
+              double start);
   double verified_bytes(const Members& members, std::span<const Proposal> batch) const;
 
   const BackendInfo& info() const noexcept { return backend_->info(); }

@@ -1,21 +1,23 @@
 #include "engine/speculation.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 namespace clusterfusion {
 namespace {
 
-constexpr double kExpected = 0.6;        // share that is right, before anything is seen
-constexpr double kExpectedWeight = 20;   // of the engine's texts
-constexpr double kEngineWeight = 2;      // what those say of a new one
-constexpr double kKeptOfText = 0.9;      // at each step
+constexpr double kExpected = 0.6;       // share that is right, before anything is seen
+constexpr double kExpectedWeight = 20;  // of the engine's texts
+constexpr double kEngineWeight = 2;     // what those say of a new one
+constexpr double kKeptOfText = 0.9;     // at each step
 constexpr double kKeptOfEngine = 0.998;
-constexpr double kKeptIdle = 0.98;       // without proposals, so that they are tried again
-constexpr double kReadingSteps = 64;     // by which what a draft must read should pay
+constexpr double kKeptIdle = 0.98;    // without proposals, so that they are tried again
+constexpr double kReadingSteps = 64;  // by which what a draft must read should pay
 constexpr std::int32_t kLongestBurst = 16;
 constexpr std::int32_t kRowsMeasured = 16;
-constexpr double kMeasuredSeconds = 1;   // longer steps are left to be measured when they come
+constexpr int kRepetitions = 3;
+constexpr double kMeasuredSeconds = 1;  // what takes longer is measured once
 // Of kMostLost one part may be lost at once, the other little by little.
 constexpr double kAtOnce = 0.4;
 
@@ -33,32 +35,39 @@ void Speculation::measure(Backend& backend) {
       std::min<std::int64_t>({kRowsMeasured, options_.verify_rows, room}));
   const SequenceId id = backend.create_sequence({});
   try {
-    const std::vector<TokenId> first(1, 0);
-    backend.prefill(id, first, {});
+    backend.reserve(id, 1 + most);
+    const TokenId first = 0;
+    backend.prefill(id, {&first, 1}, {});
     const double begin = options_.now();
-    // What is done once only is not in the times of the second round.
-    for (const bool is_first : {true, false}) {
-      for (std::int32_t rows = 1; rows <= most; rows *= 2) {
-        Proposal proposal{id, std::vector<TokenId>(static_cast<std::size_t>(rows), 0)};
-        const double start = options_.now();
-        backend.verify({&proposal, 1});
-        const double end = options_.now();
-        if (!is_first) costs_.note(rows, end - start);
-        backend.truncate(id, 1);
-        if (end - begin > kMeasuredSeconds && rows > 1) break;
-      }
+    for (std::int32_t rows = 1; rows <= most; rows *= 2) {
+      const bool is_slow = options_.now() - begin > kMeasuredSeconds;
+      costs_.note(rows, seconds_of(backend, id, rows, is_slow ? 1 : kRepetitions));
     }
   } catch (const Error&) {
     costs_ = {};
   }
   backend.release_sequence(id);
   if (draft_->is_cheap()) return;
-  DraftedText text = begin({});
+  const DraftedText text = begin({});
   text.draft->append(std::vector<TokenId>(kRowsMeasured, 0));
-  for (int i = 0; i < 2 && text.draft->read(); ++i) {
+  for (int i = 0; i < kRepetitions && text.draft->read(); ++i) {
     DraftQuery query{text.draft.get(), 2};
     draft_->propose({&query, 1});
   }
+}
+
+// Of a step behind one token, the quickest of some.
+double Speculation::seconds_of(Backend& backend, SequenceId id, std::int32_t rows,
+                               int repetitions) const {
+  double best = std::numeric_limits<double>::infinity();
+  for (int i = 0; i < repetitions; ++i) {
+    Proposal proposal{id, std::vector<TokenId>(static_cast<std::size_t>(rows), 0)};
+    const double start = options_.now();
+    backend.verify({&proposal, 1});
+    best = std::min(best, options_.now() - start);
+    backend.truncate(id, 1);
+  }
+  return best;
 }
 
 double Speculation::share_of(const DraftedText& text, std::int32_t certainty) const {
@@ -99,7 +108,8 @@ void Speculation::plan(std::span<const DraftCandidate> candidates,
   std::vector<std::int32_t> counts(candidates.size(), 0);
   double best_rate = texts / plain, right = 0, reading = 0;
   std::int32_t best = 0, longest = 0;
-  const auto most = std::min(static_cast<std::int32_t>(tokens.size()), options_.verify_rows - texts);
+  const auto most =
+      std::min(static_cast<std::int32_t>(tokens.size()), options_.verify_rows - texts);
   for (std::int32_t n = 1; n <= most && plain > 0; ++n) {
     const Token& token = tokens[static_cast<std::size_t>(n - 1)];
     if (counts[token.candidate]++ == 0) reading += reading_share(candidates[token.candidate]);
@@ -144,12 +154,12 @@ void Speculation::ask(std::span<DraftCandidate> candidates, std::span<const std:
   draft_->propose(queries);
   for (std::size_t i = 0; i < queries.size(); ++i) {
     std::vector<TokenId>& tokens = queries[i].tokens;
-    const auto foreign = std::ranges::find_if(tokens, [this](TokenId token) {
-      return token < 0 || token >= options_.vocab_size;
-    });
+    tokens.resize(std::min(tokens.size(), static_cast<std::size_t>(queries[i].most)));
+    const auto foreign = std::ranges::find_if(
+        tokens, [this](TokenId token) { return token < 0 || token >= options_.vocab_size; });
     tokens.erase(foreign, tokens.end());
     asked[i]->proposals = std::move(tokens);
-    asked[i]->certainty = queries[i].certainty;
+    asked[i]->certainty = std::clamp(queries[i].certainty, 0, kCertainties - 1);
   }
 }
 
@@ -184,7 +194,8 @@ bool Speculation::propose(std::span<DraftCandidate> candidates) {
 // Tokens that have come allow for a loss again.
 void Speculation::settle(const DraftCandidate& candidate, double plain) {
   DraftedText& text = *candidate.text;
-  const std::int64_t come = candidate.new_tokens - std::exchange(text.num_settled, candidate.new_tokens);
+  const std::int64_t come =
+      candidate.new_tokens - std::exchange(text.num_settled, candidate.new_tokens);
   text.lost -= (1 - kAtOnce) * kMostLost * plain * static_cast<double>(come);
   text.lost = std::max(text.lost, 0.0);
 }

@@ -66,8 +66,8 @@ struct SpeculationOptions {
 
 class Speculation {
  public:
-  // Of the time that a text of kWindow tokens takes without a draft, what one may cost it at most if
-  // it is always wrong.
+  // Of the time that a text of kWindow tokens takes without a draft, what one may cost it at most
+  // if it is always wrong.
   static constexpr double kMostLost = 0.025;
   static constexpr std::int64_t kWindow = 256;
 
@@ -90,6 +90,7 @@ class Speculation {
   std::int32_t longest_burst() const noexcept { return idle_steps_; }
 
  private:
+  double seconds_of(Backend& backend, SequenceId id, std::int32_t rows, int repetitions) const;
   // Numbers of tokens to propose: of each candidate at most `available`, which become these.
   void plan(std::span<const DraftCandidate> candidates, std::span<std::int32_t> available) const;
   double budget(std::span<const DraftCandidate> candidates, double plain) const;
@@ -104,8 +105,8 @@ class Speculation {
   SpeculationOptions options_;
   StepCosts costs_;
   std::array<Acceptance, kCertainties> acceptance_;  // of all texts
-  double draft_seconds_ = 0;    // of the coming step, without
-  double reading_seconds_ = 0;  // what the draft has read for it
+  double draft_seconds_ = 0;                         // of the coming step, without
+  double reading_seconds_ = 0;                       // what the draft has read for it
   std::int32_t idle_steps_ = 1;
 };
 

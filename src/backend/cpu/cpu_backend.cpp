@@ -82,8 +82,7 @@ class CpuBackend final : public Backend {
     info_.max_positions = longest_context(config_, options.max_positions);
     info_.prefill_chunk = transformer_.max_rows();
     info_.kv_pages = kv_pages(options.kv_bytes, info_.max_positions, pool_.page_bytes());
-    info_.verify_rows =
-        static_cast<std::int32_t>(std::min(transformer_.max_rows(), kLogitRows));
+    info_.verify_rows = static_cast<std::int32_t>(std::min(transformer_.max_rows(), kLogitRows));
     info_.any_pieces = true;
     info_.prefix_granularity = kKvPagePositions;
   }
