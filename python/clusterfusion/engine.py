@@ -840,7 +840,7 @@ def _open_arguments(
 
 
 def _draft(draft: str | os.PathLike[str] | None) -> str:
-    """ "none", "ngram" or a checkpoint's folder."""
+    """Returns "none", "ngram" or a checkpoint's folder."""
     if draft is None or draft == "none":
         return "none"
     return "ngram" if draft == "ngram" else hub.resolve(draft)

@@ -9,9 +9,9 @@
 
 #include "backend/backend.hpp"
 #include "engine/caller.hpp"
+#include "engine/drafted_text.hpp"
 #include "engine/prefix_cache.hpp"
 #include "engine/prepare_request.hpp"
-#include "engine/speculation.hpp"
 
 namespace clusterfusion {
 

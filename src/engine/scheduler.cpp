@@ -3,7 +3,10 @@
 #include <algorithm>
 #include <iterator>
 
+#include "engine/speculation.hpp"
+
 namespace clusterfusion {
+
 const char* name_of(SequenceState state) noexcept {
   switch (state) {
     case SequenceState::waiting: return "waiting";

@@ -31,17 +31,18 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <thread>
 #include <vector>
 
 #include "base/condition_variable.hpp"
 #include "engine/scheduled_sequence.hpp"
 #include "engine/shared_backend.hpp"
-#include "engine/speculation.hpp"
 #include "engine/step_clock.hpp"
 
 namespace clusterfusion {
+
+struct DraftCandidate;
+class Speculation;
 
 struct SchedulerOptions {
   std::int64_t max_sequences = 256;  // active at once
@@ -146,8 +147,8 @@ class Scheduler {
   Sequences active_;   // by arrival; also those that have just ended, until sweep()
   PrefixCache cache_;
   StepClock clock_;
-  std::optional<Speculation> speculation_;
-  Members step_members_;  // of the step that runs
+  std::unique_ptr<Speculation> speculation_;  // null without a draft
+  Members step_members_;                      // of the step that runs
   std::vector<std::shared_ptr<Caller>> callers_with_news_;
   std::uint64_t round_ = 0;
   std::uint64_t next_arrival_ = 0;

@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "engine/scheduler.hpp"
+#include "engine/speculation.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -18,12 +19,12 @@ void note_proposals(Statistics& statistics, std::int64_t proposed, std::int64_t 
 
 void Scheduler::prepare_speculation(std::unique_ptr<Draft> draft) {
   if (draft == nullptr || info().verify_rows < 2) return;
-  speculation_.emplace(std::move(draft),
-                       SpeculationOptions{.most_tokens = options_.draft_tokens,
-                                          .adapts = options_.draft_adapts,
-                                          .vocab_size = backend_->model().config().vocab_size,
-                                          .verify_rows = info().verify_rows,
-                                          .now = options_.now});
+  speculation_ = std::make_unique<Speculation>(
+      std::move(draft), SpeculationOptions{.most_tokens = options_.draft_tokens,
+                                           .adapts = options_.draft_adapts,
+                                           .vocab_size = backend_->model().config().vocab_size,
+                                           .verify_rows = info().verify_rows,
+                                           .now = options_.now});
   if (!options_.draft_adapts) return;
   backend_->run_unasked([this](Backend& backend) { speculation_->measure(backend); });
 }

@@ -5,6 +5,7 @@
 
 #include "base/fail.hpp"
 #include "engine/scheduler.hpp"
+#include "engine/speculation.hpp"
 
 namespace clusterfusion {
 // Whether a piece is to come before the next decode step.
