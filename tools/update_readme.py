@@ -191,8 +191,23 @@ def rows_table() -> str:
         lines.append(f"| {name} | " + " | ".join(map(text, together)) + " |")
     return (
         f"Many sequences at once (mode `throughput`), beside {alone:.2f} ms for each sequence "
-        "alone (mode `latency`); same card and run:\n\n" + "\n".join(lines) + "\n"
+        "alone (mode `latency`); same card and run:\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+        + unstreamed_line(result)
     )
+
+
+def unstreamed_line(result: dict) -> str:
+    """What a step of GPT-NeoX-20B takes, whose sizes do not stream."""
+    [model] = [model for model in result["results"] if model["model"] == "gpt-neox-20b"]
+    steps = " and ".join(
+        f"{time['ms_per_step']:.1f} ms a step of {time['rows']} ({time['ceiling_share']:.0%} of "
+        "the ceiling)"
+        for time in model["times"]
+        if time["kernel"] == "rows" and time["rows"] in (1, 32)
+    )
+    return f"GPT-NeoX-20B, by a series of kernels: {steps}.\n"
 
 
 def cpu_table() -> str:
