@@ -168,8 +168,8 @@ KvPlan make_page_plan(const ModelConfig& config);
 // Whether make_decode_plan() gives a plan, for callers that have another way.
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits);
 
-// Why the model is decoded layer by layer: what unstreamed_because() of its layer says, or that its
-// sizes do not stream on such a device. Empty if can_stream().
+// Why no streaming kernel decodes the model: what unstreamed_because() of its layer says, or that
+// its sizes do not stream on such a device. Empty if can_stream().
 std::string unstreamed_because(const ModelConfig& config, const DeviceLimits& limits);
 
 // The same matrix with both halves of the activations in one product (half as many products), where
