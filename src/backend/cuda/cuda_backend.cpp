@@ -106,6 +106,7 @@ class CudaBackend final : public Backend {
     info_.decode_ahead = kDecodeAhead;
     prepare();
     if (!unstreamed_.empty()) info_.device += fmt::format(", {} ({})", path(), unstreamed_);
+    if (decodes_rows()) info_.verify_rows = static_cast<std::int32_t>(max_rows());
     info_.kv_pages = kv_pages(options.kv_bytes);
     // Whole pieces at the same places are the same computation.
     info_.prefix_granularity =
@@ -200,7 +201,7 @@ class CudaBackend final : public Backend {
     for (Sequence* sequence :
          sequences_.find_batch(sequences, inputs, steps, sampled.size(), logits.size()))
       grow(*sequence, sequence->length + steps);
-    if (!stream_decoder_ && !gemm_decoder_)
+    if (!decodes_rows())
       return streams() ? decode_one_by_one(sequences, inputs, steps, sampled, logits)
                        : decode_by_layers(sequences, inputs, steps, sampled, logits);
     std::vector<std::size_t> together;
@@ -220,6 +221,23 @@ class CudaBackend final : public Backend {
         decode_rows(
             {sequences, inputs, sampled, logits, std::span(group).subspan(first, count), steps});
       }
+    }
+  }
+
+  void verify(std::span<Proposal> batch) override {
+    if (!decodes_rows()) return verify_by_steps(*this, batch);
+    std::vector<SequenceId> ids;
+    std::vector<std::int64_t> lengths;
+    for (Sequence* sequence : sequences_.find_batch(batch)) lengths.push_back(sequence->length);
+    for (std::size_t b = 0; b < batch.size(); ++b) {
+      ids.push_back(batch[b].sequence);
+      grow(find(ids[b]), lengths[b] + std::ssize(batch[b].tokens));
+    }
+    try {
+      verify_groups(batch, ids);
+    } catch (...) {
+      for (std::size_t b = 0; b < batch.size(); ++b) find(ids[b]).truncate(lengths[b]);
+      throw;
     }
   }
 
@@ -300,6 +318,8 @@ class CudaBackend final : public Backend {
       gemm_decoder_.emplace(config, plan_.kv, weights_, properties_.multiProcessorCount,
                             max_positions_, kDecodeAhead);
   }
+  // Whether a step takes several rows.
+  bool decodes_rows() const noexcept { return stream_decoder_ || gemm_decoder_; }
   std::size_t max_rows() const noexcept {
     return static_cast<std::size_t>(gemm_decoder_ ? kMaxGemmRows : plan::kMaxRows);
   }
@@ -621,6 +641,106 @@ class CudaBackend final : public Backend {
       }
       sampler += filters;
     }
+  }
+
+  void verify_groups(std::span<Proposal> batch, std::span<const SequenceId> ids) {
+    std::vector<std::size_t> together;
+    for (std::size_t b = 0; b < batch.size(); ++b) {
+      // Rows that are steered each as its position is have no step in common.
+      if (find(ids[b]).steps_alike(2) == 1)
+        verify_by_steps(*this, batch.subspan(b, 1));
+      else
+        together.push_back(b);
+    }
+    for (const std::vector<std::size_t>& group : alike_groups(ids, together)) {
+      std::vector<Proposal*> proposals;
+      std::size_t rows = 0;
+      for (const std::size_t b : group) {
+        const std::size_t more = batch[b].tokens.size();
+        if (rows + more > max_rows()) {
+          verify_rows(proposals);
+          proposals.clear();
+          rows = 0;
+        }
+        proposals.push_back(&batch[b]);
+        rows += more;
+      }
+      verify_rows(proposals);
+    }
+  }
+
+  // How a sequence's rows of a verify_rows() are chosen from.
+  struct VerifiedRows {
+    std::size_t first_row = 0;
+    std::optional<std::size_t> first_sampler;  // of row_samplers_, one for each row
+    bool on_host = false;
+  };
+
+  // All tokens of the proposals are rows of one step; interventions are alike.
+  void verify_rows(std::span<Proposal* const> proposals) {
+    std::vector<DecodeRow> rows;
+    std::vector<VerifiedRows> verified;
+    std::size_t samplers = 0;
+    bool with_logits = false;
+    for (const Proposal* proposal : proposals) {
+      const Sequence& sequence = find(proposal->sequence);
+      VerifiedRows own{rows.size(), std::nullopt, needs_host(sequence.sampling)};
+      if (!own.on_host && needs_sampler(sequence.sampling)) own.first_sampler = samplers;
+      if (own.first_sampler) samplers += proposal->tokens.size();
+      const bool by_logits = own.on_host || own.first_sampler;
+      with_logits |= by_logits;
+      for (const TokenId token : proposal->tokens) {
+        rows.push_back(row_of(sequence, token, !by_logits));
+        rows.back().position += std::ssize(rows) - 1 - static_cast<std::int64_t>(own.first_row);
+      }
+      verified.push_back(own);
+    }
+    RowDecoder& decoder = decoder_of(rows.size());
+    tell_interventions(decoder, find(proposals.front()->sequence));
+    decoder.enqueue(rows, 1, with_logits, stream_);
+    for (std::size_t i = 0; i < proposals.size(); ++i) {
+      if (verified[i].first_sampler) enqueue_samplers(decoder, *proposals[i], verified[i]);
+    }
+    std::vector<std::int32_t> chosen(rows.size());
+    check(cudaMemcpyAsync(chosen.data(), decoder.chosen(), chosen.size() * sizeof(std::int32_t),
+                          cudaMemcpyDeviceToHost, stream_),
+          "fetching tokens");
+    check(cudaStreamSynchronize(stream_), "running the streaming kernel");
+    for (std::size_t i = 0; i < proposals.size(); ++i)
+      choose_verified(decoder, *proposals[i], verified[i], chosen);
+  }
+
+  // Each row's sampler has seen the tokens up to its own.
+  void enqueue_samplers(RowDecoder& decoder, const Proposal& proposal, const VerifiedRows& rows) {
+    const Sequence& sequence = find(proposal.sequence);
+    while (row_samplers_.size() < *rows.first_sampler + proposal.tokens.size())
+      row_samplers_.emplace_back(model_->config().vocab_size, kDecodeAhead);
+    const std::span<const TokenId> before = sequence.sampler.tokens();
+    std::vector<TokenId> tokens(before.begin(), before.end());
+    for (std::size_t i = 0; i < proposal.tokens.size(); ++i) {
+      tokens.push_back(proposal.tokens[i]);
+      DeviceSampler& sampler = row_samplers_[*rows.first_sampler + i];
+      sampler.begin(sequence.sampling, tokens, sequence.length + 1 + static_cast<std::int64_t>(i),
+                    stream_);
+      sampler.choose(decoder.logits(rows.first_row + i), stream_);
+      sampler.fetch(stream_);
+    }
+  }
+
+  // What was computed is there.
+  void choose_verified(const RowDecoder& decoder, Proposal& proposal, const VerifiedRows& rows,
+                       std::span<const std::int32_t> chosen) {
+    Sequence& sequence = find(proposal.sequence);
+    choose_run(sequence, proposal, [&](std::size_t i) {
+      const std::size_t row = rows.first_row + i;
+      require_finite(chosen[row], sequence.length - 1);
+      if (rows.first_sampler) return row_samplers_[*rows.first_sampler + i].chosen(0);
+      if (!rows.on_host) return SampledToken{chosen[row], 0.0f, {}};
+      check(cudaMemcpy(host_logits_.data(), decoder.logits(row),
+                       host_logits_.size() * sizeof(float), cudaMemcpyDeviceToHost),
+            "fetching logits");
+      return sequence.sampler.sample(host_logits_);
+    });
   }
 
   // Prompts of one token, one after the other; the host chooses. What is thrown leaves the

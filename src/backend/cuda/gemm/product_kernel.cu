@@ -36,10 +36,10 @@ constexpr int kStageSteps = 2;
 constexpr int kGroupThreads = 128;  // of a warpgroup
 constexpr int kGroupChunks = 8;     // that it multiplies
 
-// What a block computes: so many rows, by so many warpgroups. Few rows leave room for blocks of the
-// next kernel, which fill their rings meanwhile. With many rows the producer is a warpgroup too,
-// which gives up the registers that consumers take.
-template <int kTheRows, int kTheGroups, int kTheProducerRegisters, int kTheConsumerRegisters>
+// What a block computes: so many rows, by so many warpgroups. With many rows the producer is a
+// warpgroup too, which gives up the registers that consumers take.
+template <int kTheRows, int kTheGroups, int kTheProducerRegisters, int kTheConsumerRegisters,
+          int kTheSharedBytes = static_cast<int>(kProductSharedBytes)>
 struct BlockShape {
   static constexpr int kRows = kTheRows, kGroups = kTheGroups;
   static constexpr int kConsumers = kGroups * 4;                    // warps
@@ -48,16 +48,16 @@ struct BlockShape {
   static constexpr bool kMovesRegisters = kConsumerRegisters > kProducerRegisters;
   static constexpr int kProducerThreads = kMovesRegisters ? kGroupThreads : 32;
   static constexpr int kThreads = kGroups * kGroupThreads + kProducerThreads;
-  static constexpr int kSharedBytes = (kMovesRegisters ? 224 : 110) * 1024;
+  static constexpr int kSharedBytes = kTheSharedBytes;
   static constexpr int kMaxChunks = kGroups * kGroupChunks;
   static constexpr int kPieceBytes = kRows * 16;
   static constexpr int kInputBytes = gemm::kStepPieces * kPieceBytes;  // of a step
 };
 using Rows16 = BlockShape<16, 3, 0, 0>;
-using Rows32 = BlockShape<32, 3, 0, 0>;
+// Leaves room for blocks of the next kernel, which fill their rings meanwhile.
+using Rows32 = BlockShape<32, 3, 0, 0, 110 * 1024>;
 using Rows64 = BlockShape<64, 3, 32, 160>;
 using Rows128 = BlockShape<128, 2, 24, 240>;
-static_assert(Rows128::kSharedBytes <= kProductSharedBytes);
 
 // Of a piece, the steps that warp `warp` of the streaming kernel multiplies.
 __device__ __forceinline__ int steps_of(const ProductOperand& operand, int warp) {
