@@ -74,18 +74,8 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.mlp_up = matrix(plan.mlp_up);
   p.mlp_down = matrix(plan.mlp_down);
   p.lm_head = matrix(plan.lm_head);
-  p.num_layers = static_cast<std::int32_t>(config.num_layers);
-  p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
-  p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);
-  p.num_heads = static_cast<std::int32_t>(config.num_heads);
-  p.head_dim = static_cast<std::int32_t>(config.head_dim);
-  p.rotary_dim = static_cast<std::int32_t>(config.rotary_dim);
-  p.vocab_size = static_cast<std::int32_t>(config.vocab_size);
+  set_shape(p, config, plan.kv);
   p.drawable_vocab_size = p.vocab_size;
-  p.layer_norm_eps = static_cast<float>(config.layer_norm_eps);
-  p.inverse_hidden_size = 1.0f / static_cast<float>(config.hidden_size);
-  p.activation = config.activation;
-  p.parallel_residual = config.parallel_residual;
   p.stages = plan.stages;
   p.stage_bytes = static_cast<std::int32_t>(plan.stage_bytes);
   p.bias_offset = static_cast<std::int32_t>(plan.data_bytes);
@@ -97,9 +87,6 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.late_percent = 100;  // never
   p.static_percent = kStaticPercent;
   p.ticket_chunks = kTicketChunks;
-  p.kv_head_bytes = static_cast<std::int32_t>(plan.kv.head_bytes);
-  p.kv_block_bytes = static_cast<std::int32_t>(plan.kv.block_bytes);
-  p.kv_block_positions = plan.kv.block_positions;
   p.layout = lamport_layout(config, sm_count);
   return p;
 }

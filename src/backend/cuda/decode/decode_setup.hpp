@@ -18,6 +18,25 @@ inline constexpr std::int32_t kLatePercent = 60;
 // A part of a phase is assigned statically, so that nobody waits for a ticket when it begins.
 inline constexpr std::int32_t kStaticPercent = 30;
 
+// What both kernels' parameters say of a model's shape and of its KV cache.
+template <typename Params>
+void set_shape(Params& p, const ModelConfig& config, const plan::KvPlan& kv) {
+  p.num_layers = static_cast<std::int32_t>(config.num_layers);
+  p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
+  p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);
+  p.num_heads = static_cast<std::int32_t>(config.num_heads);
+  p.head_dim = static_cast<std::int32_t>(config.head_dim);
+  p.rotary_dim = static_cast<std::int32_t>(config.rotary_dim);
+  p.vocab_size = static_cast<std::int32_t>(config.vocab_size);
+  p.layer_norm_eps = static_cast<float>(config.layer_norm_eps);
+  p.inverse_hidden_size = 1.0f / static_cast<float>(config.hidden_size);
+  p.activation = config.activation;
+  p.parallel_residual = config.parallel_residual;
+  p.kv_head_bytes = static_cast<std::int32_t>(kv.head_bytes);
+  p.kv_block_bytes = static_cast<std::int32_t>(kv.block_bytes);
+  p.kv_block_positions = kv.block_positions;
+}
+
 // Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `packed_operands`:
 // whether the kernel has code for plan::with_packed_operands.
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
