@@ -191,8 +191,23 @@ def rows_table() -> str:
         lines.append(f"| {name} | " + " | ".join(map(text, together)) + " |")
     return (
         f"Many sequences at once (mode `throughput`), beside {alone:.2f} ms for each sequence "
-        "alone (mode `latency`); same card and run:\n\n" + "\n".join(lines) + "\n"
+        "alone (mode `latency`); same card and run:\n\n"
+        + "\n".join(lines)
+        + "\n\n"
+        + unstreamed_line(result)
     )
+
+
+def unstreamed_line(result: dict) -> str:
+    """What a step of GPT-NeoX-20B takes, whose sizes do not stream."""
+    [model] = [model for model in result["results"] if model["model"] == "gpt-neox-20b"]
+    steps = " and ".join(
+        f"{time['ms_per_step']:.1f} ms a step of {time['rows']} ({time['ceiling_share']:.0%} of "
+        "the ceiling)"
+        for time in model["times"]
+        if time["kernel"] == "rows" and time["rows"] in (1, 32)
+    )
+    return f"GPT-NeoX-20B, by a series of kernels: {steps}.\n"
 
 
 def cpu_table() -> str:
@@ -309,8 +324,8 @@ def layer_calls(text: str) -> str:
     return with_tables(text, "cost", costs, "")
 
 
-def decode_kernel(text: str) -> str:
-    """docs/decode-kernel.md with the sampling kernel's times."""
+def sampling_kernel(text: str) -> str:
+    """docs/sampling-kernel.md with the sampling kernel's times."""
     tables = [layer_tables.sample_time_table(load("sample_time_h100.json"))]
     return with_tables(text, "sampling times", tables)
 
@@ -320,7 +335,7 @@ def documents() -> dict[Path, Callable[[str], str]]:
     return {
         README: readme,
         DOCS / "layer-calls.md": layer_calls,
-        DOCS / "decode-kernel.md": decode_kernel,
+        DOCS / "sampling-kernel.md": sampling_kernel,
     }
 
 

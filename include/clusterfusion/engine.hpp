@@ -37,6 +37,14 @@ struct EngineOptions {
   // Whether prompts that begin with the same tokens share the keys and values of these. Texts are
   // the same with and without.
   bool prefix_cache = true;
+  // Who proposes tokens that may come next, several of which are then computed in one step; the
+  // texts are the same as without. "" or "none": nobody. "ngram": what followed the last tokens of
+  // a text where they stood in it before. Else a checkpoint with the same tokens, by its folder or
+  // its name on the hub, which runs on the same device.
+  std::string draft = {};
+  // Tokens that it may propose for a text in one step, 1 to 15. It proposes fewer, or none, where
+  // they would not pay.
+  std::int32_t draft_tokens = 8;
   // Called by open() while it copies weights to a GPU, on the calling thread, with bytes done and
   // in all: first with 0, last with all. Where weights are used in place it is called once, with
   // all. What it throws ends the loading and comes out of open().
@@ -109,6 +117,11 @@ struct Statistics {
   double recompute_seconds = 0;              // spent on what that had cost
   std::int64_t prefix_hit_tokens = 0;        // of the prompt, that were in the prefix cache or
                                              // computed for another sample
+  std::int64_t decode_steps = 0;             // in which the model has computed this text's tokens
+  std::int64_t draft_steps = 0;              // of these, in which a draft had proposed some
+  std::int64_t draft_proposed = 0;           // tokens that it proposed
+  std::int64_t draft_accepted = 0;           // of these, that were the text's
+  double mean_accepted = 0;                  // draft_accepted / draft_steps, 0 if undefined
   double seconds_per_token = 0;              // decode_seconds / (new_tokens - 1), 0 if undefined
   double tokens_per_second = 0;              // its inverse
   double bytes_per_second = 0;               // weights and KV cache read by decode / decode_seconds
@@ -233,6 +246,7 @@ struct EngineInfo {
   std::int64_t kv_bytes_per_position = 0;
   std::int64_t max_positions = 0;
   std::int64_t kv_bytes = 0;  // EngineOptions::kv_bytes, or what stands in its place
+  std::string draft = {};     // "ngram" or the draft's folder; empty: none
 };
 
 // May be called from several threads: what they generate shares steps, and other calls take turns

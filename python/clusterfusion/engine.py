@@ -241,6 +241,8 @@ class Engine:
         max_sequences: int = 256,
         kv_bytes: int = 0,
         prefix_cache: bool = True,
+        draft: str | os.PathLike[str] | None = None,
+        draft_tokens: int = 8,
         progress: Callable[[int, int], object] | None = None,
         revision: str | None = None,
     ) -> None:
@@ -268,6 +270,13 @@ class Engine:
                 a GPU.
             prefix_cache: Whether prompts that begin with the same tokens share their keys and
                 values. Texts are the same with and without.
+            draft: Who proposes tokens that may come next, several of which are then computed in one
+                step, for the same texts in less time: "ngram" (what followed the last tokens where
+                they stood in the text before), or a smaller checkpoint with the same tokens, a
+                folder or a name on the hub, which runs on the same device; None for nobody. On a
+                GPU it needs mode="throughput".
+            draft_tokens: Tokens that it may propose for a text in one step, 1 to 15; it proposes
+                fewer, or none, where they would not pay.
             progress: Called while the weights are copied to a GPU, with bytes done and in all:
                 first with 0, last with all. On the CPU it is called once, with all. What it raises
                 ends the loading and is raised here.
@@ -287,7 +296,16 @@ class Engine:
         self._open_handle = None
         report = _reporter(progress)
         arguments = _open_arguments(
-            device, threads, context, kv_dtype, mode, max_sequences, kv_bytes, prefix_cache
+            device,
+            threads,
+            context,
+            kv_dtype,
+            mode,
+            max_sequences,
+            kv_bytes,
+            prefix_cache,
+            draft,
+            draft_tokens,
         )
         folder = hub.resolve(path, revision)
         self._open(lambda: _native.engine_open(folder, *arguments, report), report, stacklevel=3)
@@ -856,6 +874,8 @@ def _open_arguments(
     max_sequences: int,
     kv_bytes: int,
     prefix_cache: bool,
+    draft: str | os.PathLike[str] | None,
+    draft_tokens: int,
 ) -> tuple[Any, ...]:
     """The options of an engine as the library takes them."""
     return (
@@ -867,7 +887,16 @@ def _open_arguments(
         integer("max_sequences", max_sequences, 1),
         integer("kv_bytes", kv_bytes, 0),
         boolean("prefix_cache", prefix_cache),
+        _draft(draft),
+        integer("draft_tokens", draft_tokens, INT32_MIN, INT32_MAX),
     )
+
+
+def _draft(draft: str | os.PathLike[str] | None) -> str:
+    """Returns "none", "ngram" or a checkpoint's folder."""
+    if draft is None or draft == "none":
+        return "none"
+    return "ngram" if draft == "ngram" else hub.resolve(draft)
 
 
 def _requests(

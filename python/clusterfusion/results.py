@@ -52,6 +52,11 @@ class Statistics:
         recompute_seconds: Spent on what that had cost.
         prefix_hit_tokens: Tokens of the prompt that were in the prefix cache, or computed for
             another sample.
+        decode_steps: Steps in which the model has computed the text's tokens.
+        draft_steps: Of these, those in which a draft had proposed some.
+        draft_proposed: Tokens that it proposed.
+        draft_accepted: Of these, those that were the text's.
+        mean_accepted: draft_accepted / draft_steps; 0 if undefined.
     """
 
     prompt_tokens: int
@@ -68,6 +73,11 @@ class Statistics:
     preemptions: int = 0
     recompute_seconds: float = 0.0
     prefix_hit_tokens: int = 0
+    decode_steps: int = 0
+    draft_steps: int = 0
+    draft_proposed: int = 0
+    draft_accepted: int = 0
+    mean_accepted: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -314,6 +324,7 @@ class EngineInfo:
         total_bytes: Bytes of all weights as stored.
         bytes_per_token: Bytes of weights that one decode step reads.
         has_tokenizer: Whether the folder has a tokenizer.json.
+        draft: "ngram" or the draft's folder; "" for none.
     """
 
     path: str
@@ -328,3 +339,4 @@ class EngineInfo:
     total_bytes: int
     bytes_per_token: int
     has_tokenizer: bool
+    draft: str = ""

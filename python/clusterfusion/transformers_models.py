@@ -35,6 +35,8 @@ def from_transformers(
     max_sequences: int = 256,
     kv_bytes: int = 0,
     prefix_cache: bool = True,
+    draft: str | os.PathLike[str] | None = None,
+    draft_tokens: int = 8,
     progress: Callable[[int, int], object] | None = None,
 ) -> Engine:
     """Makes an engine of a model that transformers has loaded.
@@ -60,6 +62,8 @@ def from_transformers(
         max_sequences: Texts that are computed together at most.
         kv_bytes: Memory that keys and values should take at most.
         prefix_cache: Whether prompts that begin alike share keys and values.
+        draft: Who proposes tokens: "ngram", a checkpoint, or None.
+        draft_tokens: Tokens that it may propose at a time.
         progress: Called while weights are copied to a GPU.
 
     Raises:
@@ -73,7 +77,16 @@ def from_transformers(
         device = "cuda" if {p.device.type for p in model.parameters()} == {"cuda"} else "cpu"
     report = _reporter(progress)
     arguments = _open_arguments(
-        device, threads, context, kv_dtype, mode, max_sequences, kv_bytes, prefix_cache
+        device,
+        threads,
+        context,
+        kv_dtype,
+        mode,
+        max_sequences,
+        kv_bytes,
+        prefix_cache,
+        draft,
+        draft_tokens,
     )
     opened = open_tokenizer(tokenizer)
     names, tensors = _weights(model)

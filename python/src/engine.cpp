@@ -36,6 +36,7 @@ DecodeMode to_mode(const std::string& name) {
 EngineOptions to_options(const std::string& device, std::int64_t threads, std::int64_t context,
                          const std::string& kv_dtype, const std::string& mode,
                          std::int64_t max_sequences, std::int64_t kv_bytes, bool prefix_cache,
+                         const std::string& draft, std::int64_t draft_tokens,
                          const ffi::Optional<ffi::Function>& progress) {
   EngineOptions options;
   options.device = device;
@@ -46,6 +47,8 @@ EngineOptions to_options(const std::string& device, std::int64_t threads, std::i
   options.max_sequences = max_sequences;
   options.kv_bytes = kv_bytes;
   options.prefix_cache = prefix_cache;
+  options.draft = draft;
+  options.draft_tokens = static_cast<std::int32_t>(draft_tokens);
   if (progress) {
     options.load_progress = [report = *progress](std::int64_t done, std::int64_t total) {
       report(done, total);
@@ -60,9 +63,10 @@ EngineOptions to_options(const std::string& device, std::int64_t threads, std::i
 EngineRef engine_open(ffi::String path, ffi::String device, std::int64_t threads,
                       std::int64_t context, ffi::String kv_dtype, ffi::String mode,
                       std::int64_t max_sequences, std::int64_t kv_bytes, bool prefix_cache,
+                      ffi::String draft, std::int64_t draft_tokens,
                       ffi::Optional<ffi::Function> progress) {
   const EngineOptions options = to_options(device, threads, context, kv_dtype, mode, max_sequences,
-                                           kv_bytes, prefix_cache, progress);
+                                           kv_bytes, prefix_cache, draft, draft_tokens, progress);
   return EngineRef(ffi::make_object<EngineObj>(Engine::open(std::string(path), options)));
 }
 
@@ -72,7 +76,8 @@ EngineRef engine_from_tensors(ffi::Array<ffi::String> texts, ffi::Array<ffi::Str
                               ffi::Optional<TokenizerRef> tokenizer, ffi::String device,
                               std::int64_t threads, std::int64_t context, ffi::String kv_dtype,
                               ffi::String mode, std::int64_t max_sequences, std::int64_t kv_bytes,
-                              bool prefix_cache, ffi::Optional<ffi::Function> progress) {
+                              bool prefix_cache, ffi::String draft, std::int64_t draft_tokens,
+                              ffi::Optional<ffi::Function> progress) {
   ModelInMemory given;
   given.name = texts[0];
   given.config = texts[1];
@@ -82,7 +87,7 @@ EngineRef engine_from_tensors(ffi::Array<ffi::String> texts, ffi::Array<ffi::Str
   }
   given.owner = std::make_shared<const ffi::Array<ffi::Tensor>>(tensors);
   const EngineOptions options = to_options(device, threads, context, kv_dtype, mode, max_sequences,
-                                           kv_bytes, prefix_cache, progress);
+                                           kv_bytes, prefix_cache, draft, draft_tokens, progress);
   return EngineRef(ffi::make_object<EngineObj>(
       Engine::open(Model::from_memory(std::move(given)),
                    tokenizer ? (*tokenizer)->tokenizer : nullptr, options)));
@@ -102,6 +107,7 @@ Fields engine_info(EngineRef engine) {
       {"kv_bytes_per_position", info.kv_bytes_per_position},
       {"max_positions", info.max_positions},
       {"kv_bytes", info.kv_bytes},
+      {"draft", ffi::String(info.draft)},
       {"num_parameters", model.num_parameters()},
       {"total_bytes", model.total_bytes()},
       {"bytes_per_token", model.bytes_per_token()},

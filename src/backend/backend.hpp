@@ -24,6 +24,7 @@
 
 #include "backend/activation_output.hpp"
 #include "backend/interventions.hpp"
+#include "backend/proposal.hpp"
 #include "base/host_tensor.hpp"
 #include "base/stop_request.hpp"
 #include "clusterfusion/decode_mode.hpp"
@@ -37,7 +38,6 @@ namespace clusterfusion {
 // Positions in one KV page, for every backend.
 inline constexpr std::int64_t kKvPagePositions = 64;
 
-using SequenceId = std::int32_t;
 // A page of the KV cache; opaque.
 enum class KvPageId : std::uintptr_t {};
 
@@ -66,6 +66,9 @@ struct BackendInfo {
   std::int64_t prefill_chunk = 512;  // the engine prefills in pieces of this many tokens, so that a
                                      // prompt can be cancelled and its progress shown
   std::int32_t decode_ahead = 1;     // steps that decode() may run without looking at the host
+  // Rows that verify() computes in one step, at most, over all sequences of a batch. 1: it takes a
+  // step for each token, so that proposals gain nothing.
+  std::int32_t verify_rows = 1;
   // Pages that all sequences and holders together should have at most. The scheduler keeps to it;
   // the backend itself gives more as long as there is memory.
   std::int64_t kv_pages = 0;
@@ -181,9 +184,18 @@ class Backend {
                       std::int32_t steps, std::span<SampledToken> sampled,
                       std::span<float> logits) = 0;
 
-  // What prefill(), decode() and measure_read_ceiling() ask while they compute, if it is not empty.
-  // Where it says true they throw Stopped; each sequence then holds what it held before the call.
-  // A device whose calls are short need not ask.
+  // Decode steps whose inputs somebody has guessed, for a batch of different sequences: appends the
+  // first token of each proposal, chooses the token behind it, and goes on while the token chosen
+  // is the one proposed next. A proposal has at most verify_rows tokens, or any number where that
+  // is 1. What is chosen has the bits of single steps, and on return each sequence holds as many
+  // positions more as tokens were chosen for it.
+  // Errors: those of decode(), with the sequences as they were. One that comes behind a sequence's
+  // first token only ends its run: the next step is to meet it, if ever it is made.
+  virtual void verify(std::span<Proposal> batch) { verify_by_steps(*this, batch); }
+
+  // What prefill(), decode(), verify() and measure_read_ceiling() ask while they compute, if it is
+  // not empty. Where it says true they throw Stopped; each sequence then holds what it held before
+  // the call. A device whose calls are short need not ask.
   virtual void set_stop_request(StopRequest stop) { static_cast<void>(stop); }
 
   // Bytes per second at which this device reads the model's weights when it does nothing else; the

@@ -120,6 +120,20 @@ void Backend::prefill_together(std::span<const PrefillPart> parts) {
   }
 }
 
+void SequenceChecks::verify(std::span<const Proposal> batch) const {
+  require(!batch.empty(), ErrorKind::invalid_argument, "verify needs at least one sequence");
+  std::set<SequenceId> seen;
+  for (std::size_t b = 0; b < batch.size(); ++b) {
+    const std::vector<TokenId>& tokens = batch[b].tokens;
+    require(seen.insert(batch[b].sequence).second, ErrorKind::invalid_argument,
+            "batch[{}] is of sequence {}, which is in this batch already", b, batch[b].sequence);
+    require(!tokens.empty() && (info_.verify_rows == 1 || std::ssize(tokens) <= info_.verify_rows),
+            ErrorKind::invalid_argument, "batch[{}] must have 1 to {} tokens, but has {}", b,
+            info_.verify_rows, tokens.size());
+    for (std::size_t i = 0; i < tokens.size(); ++i) token(tokens[i], i, "proposed tokens");
+  }
+}
+
 PrefillOutput output_of_piece(const PrefillOutput& output, std::int64_t hidden_size,
                               std::size_t total, std::size_t begin, std::size_t count) {
   PrefillOutput piece;

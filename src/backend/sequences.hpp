@@ -61,6 +61,8 @@ class SequenceChecks {
   // Of all of a batch, but for what differs between its members.
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
               std::size_t sampled, std::size_t logits) const;
+  // Of proposals, but for their room.
+  void verify(std::span<const Proposal> batch) const;
   void room(SequenceId id, const BackendSequence& sequence, std::size_t more) const;
   [[noreturn]] static void unknown(SequenceId id);
 
@@ -104,6 +106,18 @@ class Sequences {
     return batch;
   }
 
+  // The same for a verify(), whose proposals begin without choices.
+  std::vector<Sequence*> find_batch(std::span<Proposal> batch) {
+    check.verify(batch);
+    std::vector<Sequence*> sequences;
+    for (Proposal& proposal : batch) {
+      sequences.push_back(&find(proposal.sequence));
+      check.room(proposal.sequence, *sequences.back(), proposal.tokens.size());
+      proposal.chosen.clear();
+    }
+    return sequences;
+  }
+
   const SequenceChecks check;
 
  private:
@@ -111,6 +125,41 @@ class Sequences {
   std::map<SequenceId, Sequence> sequences_;
   SequenceId next_id_ = 0;
 };
+
+// Goes on with a proposal as long as it is what the sequence chooses: choose(i) gives the choice
+// behind tokens[i], which is appended by then. On return the sequence has the tokens of the run.
+// Errors: those of choose() for the first token, with the sequence as it was; later ones end the
+// run.
+template <typename Choose>
+void choose_run(BackendSequence& sequence, Proposal& proposal, const Choose& choose) {
+  while (proposal.goes_on()) {
+    const std::size_t i = proposal.chosen.size();
+    const std::int64_t length = sequence.length;
+    sequence.append(std::span(proposal.tokens).subspan(i, 1));
+    try {
+      proposal.chosen.push_back(choose(i));
+    } catch (const Error& error) {
+      sequence.truncate(length);
+      if (i == 0 || !concerns_one_sequence(error.kind())) throw;
+      return;
+    }
+  }
+}
+
+// Pieces of a batch, in its order, with at most `most` rows each: calls run(first, last).
+template <typename Run>
+void for_each_rows(std::span<const Proposal> batch, std::size_t most, const Run& run) {
+  std::size_t first = 0, rows = 0;
+  for (std::size_t i = 0; i < batch.size(); ++i) {
+    if (rows + batch[i].tokens.size() > most) {
+      run(first, i);
+      first = i;
+      rows = 0;
+    }
+    rows += batch[i].tokens.size();
+  }
+  run(first, batch.size());
+}
 
 // What tokens [begin, begin + count) of a prompt of `total` are to give: the last ones bring what
 // is asked for at the end.

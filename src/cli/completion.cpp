@@ -11,7 +11,9 @@
 namespace clusterfusion::cli {
 namespace {
 
-bool takes_file(const OptionEntry& option) { return option.value == "FILE"; }
+bool takes_file(const OptionEntry& option) {
+  return option.value == "FILE" || option.value == "MODEL";
+}
 
 // What bash may put in the place of a value: a line of a case statement.
 std::string bash_value(const OptionEntry& option) {
@@ -68,7 +70,7 @@ std::string zsh_value(const OptionEntry& option) {
   if (option.value.empty()) return "";
   std::string action = " ";
   if (!option.choices.empty()) action = fmt::format("({})", fmt::join(option.choices, " "));
-  if (takes_file(option) || option.value == "MODEL") action = "_files";
+  if (takes_file(option)) action = "_files";
   return fmt::format(":{}:{}", option.value, action);
 }
 

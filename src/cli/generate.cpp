@@ -405,6 +405,7 @@ void add_generate_command(CLI::App& app, Command& selected) {
   add_engine_options(command, settings->engine);
   add_context_option(command, settings->engine);
   add_memory_options(command, settings->engine);
+  add_draft_options(command, settings->engine);
   add_text_options(command, settings->prompt, "--prompt", "--prompt-file");
   settings->prompt_tokens_option = command
                                        .add_option("--prompt-tokens", settings->prompt_tokens,

@@ -22,6 +22,10 @@ std::optional<DType> parse_dtype(const std::string& name) {
   return std::nullopt;
 }
 
+bool names_checkpoint(const std::string& draft) {
+  return !draft.empty() && draft != "none" && draft != "ngram";
+}
+
 }  // namespace
 
 void add_model_options(CLI::App& app, ModelName& model, const std::string& what) {
@@ -66,6 +70,19 @@ void add_memory_options(CLI::App& app, EngineSettings& settings) {
       "compute each prompt anew, also where one begins as another does");
 }
 
+void add_draft_options(CLI::App& app, EngineSettings& settings) {
+  settings.options.draft = "none";
+  app.add_option("--draft", settings.options.draft,
+                 "who guesses tokens that are then computed together, for the same text in less "
+                 "time: none, ngram (what the text has said before) or a smaller checkpoint with "
+                 "the same tokens (folder or name on the hub)")
+      ->type_name("MODEL")
+      ->capture_default_str();
+  add_number(app, "--draft-tokens", settings.options.draft_tokens,
+             "tokens that it may guess at a time, 1 to 15; fewer where they do not pay", 1)
+      ->capture_default_str();
+}
+
 void add_context_option(CLI::App& app, EngineSettings& settings) {
   add_number(app, "--context", settings.options.max_positions,
              "longest context in tokens; 0: the model's", std::int64_t{0})
@@ -82,6 +99,9 @@ std::unique_ptr<Engine> open_engine(const EngineSettings& settings, const Report
   };
   const std::filesystem::path folder =
       find_or_download(settings.model, CheckpointFiles::model, report.quiet);
+  if (names_checkpoint(options.draft)) {
+    options.draft = find_or_download({options.draft, ""}, CheckpointFiles::model, report.quiet);
+  }
   std::unique_ptr<Engine> engine = Engine::open(folder, options);
   print_warnings(engine->warnings(), report.quiet);
   return engine;

@@ -24,6 +24,8 @@ void add_model_options(CLI::App& app, ModelName& model, const std::string& what)
 void add_engine_options(CLI::App& app, EngineSettings& settings);
 // --context, the longest context, for the commands in which it means nothing else.
 void add_context_option(CLI::App& app, EngineSettings& settings);
+// --draft and --draft-tokens, for the commands that generate.
+void add_draft_options(CLI::App& app, EngineSettings& settings);
 // --kv-bytes, --max-sequences and --no-prefix-cache, for the commands that generate.
 void add_memory_options(CLI::App& app, EngineSettings& settings);
 struct ReportSettings {

@@ -64,7 +64,15 @@ std::string format_statistics(const Statistics& statistics, std::string_view fin
                           format_bytes(statistics.read_ceiling_bytes_per_second));
     }
   }
-  return text + "\n";
+  text += "\n";
+  if (statistics.draft_steps == 0) return text;
+  return text + fmt::format("draft: {} in {}, {} accepted ({:.0f} %), {} a step; {} in all\n",
+                            format_count(statistics.draft_proposed, "token"),
+                            format_count(statistics.draft_steps, "step"), statistics.draft_accepted,
+                            100.0 * static_cast<double>(statistics.draft_accepted) /
+                                static_cast<double>(statistics.draft_proposed),
+                            three_digits(statistics.mean_accepted),
+                            format_count(statistics.decode_steps, "step"));
 }
 
 }  // namespace clusterfusion::cli

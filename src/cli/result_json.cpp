@@ -43,6 +43,11 @@ Json to_json(const Statistics& statistics) {
       {"preemptions", statistics.preemptions},
       {"recompute_seconds", statistics.recompute_seconds},
       {"prefix_hit_tokens", statistics.prefix_hit_tokens},
+      {"decode_steps", statistics.decode_steps},
+      {"draft_steps", statistics.draft_steps},
+      {"draft_proposed", statistics.draft_proposed},
+      {"draft_accepted", statistics.draft_accepted},
+      {"mean_accepted", statistics.mean_accepted},
   };
 }
 

@@ -4,7 +4,9 @@
 #include "clusterfusion/hub.hpp"
 #include "engine/choose_device.hpp"
 #include "engine/make_engine.hpp"
+#include "engine/open_draft.hpp"
 #include "model/intact.hpp"
+#include "tokenizer/neighbour_files.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -21,6 +23,7 @@ BackendOptions check_options(const EngineOptions& options, const ModelConfig& co
           "max_sequences must be at least 1, got {}", options.max_sequences);
   require(options.kv_bytes >= 0, ErrorKind::invalid_argument,
           "kv_bytes must be >= 0 (0: the device's own choice), got {}", options.kv_bytes);
+  check_draft_options(options);
   return {.threads = options.threads,
           .max_positions = options.max_positions,
           .kv_dtype = options.kv_dtype,
@@ -35,10 +38,12 @@ std::unique_ptr<Engine> open_on(DeviceChoice choice, std::shared_ptr<const Model
   const BackendOptions backend_options = check_options(options, model->config());
   std::unique_ptr<Backend> backend = make_backend(options.device, choice, model, backend_options);
   require_intact(*model);
-  return make_engine(
-      model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
-      options.interrupted,
-      {.max_sequences = options.max_sequences, .prefix_cache = options.prefix_cache});
+  SchedulerOptions scheduling{.max_sequences = options.max_sequences,
+                              .prefix_cache = options.prefix_cache,
+                              .draft = open_draft(options, choice.device, *model, tokenizer.get()),
+                              .draft_tokens = options.draft_tokens};
+  return make_engine(model, std::move(tokenizer), std::move(backend), std::move(choice.reason),
+                     options.interrupted, std::move(scheduling));
 }
 
 }  // namespace
@@ -76,14 +81,7 @@ std::unique_ptr<Engine> Engine::open(const std::filesystem::path& name,
   const std::filesystem::path path = find_checkpoint(name, options.revision);
   std::shared_ptr<const Model> model = Model::open(path);
   check_options(options, model->config());
-  std::shared_ptr<const Tokenizer> tokenizer;
-  const std::filesystem::path tokenizer_file = path / "tokenizer.json";
-  std::error_code error;
-  // A file that is there but cannot be reached is for Tokenizer::open to report.
-  if (std::filesystem::symlink_status(tokenizer_file, error).type() !=
-      std::filesystem::file_type::not_found) {
-    tokenizer = Tokenizer::open(path);
-  }
+  std::shared_ptr<const Tokenizer> tokenizer = open_tokenizer_of(path);
   return open_on(std::move(choice), std::move(model), std::move(tokenizer), options);
 }
 

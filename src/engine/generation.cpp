@@ -143,6 +143,10 @@ void BatchGeneration::update_statistics(GenerateResult& result, const SequenceNe
   Statistics& statistics = result.statistics;
   statistics = news.statistics;
   statistics.new_tokens = std::ssize(result.tokens);
+  if (statistics.draft_steps > 0) {
+    statistics.mean_accepted = static_cast<double>(statistics.draft_accepted) /
+                               static_cast<double>(statistics.draft_steps);
+  }
   statistics.read_ceiling_bytes_per_second = backend_->known_read_ceiling();
   if (statistics.new_tokens < 2 || statistics.decode_seconds <= 0) return;
   statistics.seconds_per_token =

@@ -1,5 +1,8 @@
 #include "engine/make_engine.hpp"
 
+#include <algorithm>
+#include <iterator>
+
 #include "base/fail.hpp"
 #include "engine/generation.hpp"
 #include "engine/hidden_states.hpp"
@@ -34,6 +37,15 @@ BatchGeneration::Request sample_of(const PreparedRequest& prepared, std::size_t 
   return request;
 }
 
+// A draft for a device that has no use for it.
+std::vector<std::string> draft_warnings(const BackendInfo& info, const Draft* draft) {
+  if (draft == nullptr || info.verify_rows > 1) return {};
+  return {fmt::format(
+      "the draft {} is not used: device \"{}\" computes one token of a text in a step as it is "
+      "set up; on a GPU, mode \"throughput\" computes several",
+      draft->name(), info.name)};
+}
+
 std::vector<std::string> warnings_of(const Model& model, const Tokenizer* tokenizer) {
   std::vector<std::string> warnings = model.warnings();
   if (tokenizer == nullptr) return warnings;
@@ -61,9 +73,10 @@ class BackendEngine final : public Engine {
         tokenizer_(std::move(tokenizer)),
         device_reason_(std::move(device_reason)),
         warnings_(warnings_of(*model_, tokenizer_.get())),
+        draft_name_(scheduling.draft == nullptr ? "" : scheduling.draft->name()),
         backend_(
             std::make_shared<SharedBackend>(model_, std::move(backend), std::move(interrupted))),
-        scheduler_(std::make_shared<Scheduler>(backend_, std::move(scheduling))),
+        scheduler_(make_scheduler(std::move(scheduling))),
         prompt_cache_(*backend_, *scheduler_) {}
 
   const Model& model() const noexcept override { return *model_; }
@@ -81,7 +94,8 @@ class BackendEngine final : public Engine {
             .kv_dtype = info.kv_dtype,
             .kv_bytes_per_position = info.kv_bytes_per_position,
             .max_positions = info.max_positions,
-            .kv_bytes = info.kv_pages * kKvPagePositions * info.kv_bytes_per_position};
+            .kv_bytes = info.kv_pages * kKvPagePositions * info.kv_bytes_per_position,
+            .draft = draft_name_};
   }
 
   std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests) override {
@@ -144,10 +158,17 @@ class BackendEngine final : public Engine {
   }
 
  private:
+  std::shared_ptr<Scheduler> make_scheduler(SchedulerOptions scheduling) {
+    std::ranges::move(draft_warnings(backend_->info(), scheduling.draft.get()),
+                      std::back_inserter(warnings_));
+    return std::make_shared<Scheduler>(backend_, std::move(scheduling));
+  }
+
   std::shared_ptr<const Model> model_;
   std::shared_ptr<const Tokenizer> tokenizer_;
   std::string device_reason_;
   std::vector<std::string> warnings_;
+  std::string draft_name_;
   // Shared with the generations.
   std::shared_ptr<SharedBackend> backend_;
   std::shared_ptr<Scheduler> scheduler_;

@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "backend/backend.hpp"
 #include "engine/caller.hpp"
+#include "engine/drafted_text.hpp"
 #include "engine/prefix_cache.hpp"
 #include "engine/prepare_request.hpp"
 
@@ -48,13 +50,14 @@ struct ScheduledSequence {
 
   // While it is active: holds a sequence of the backend.
   SequenceId id = -1;
-  std::vector<TokenId> fed;       // what is prefilled: the prompt, and after a preemption also
-                                  // tokens where that gives the bits that decoding gave
-  std::int64_t length = 0;        // positions that hold keys and values
-  std::int64_t num_pages = 0;     // reserved
-  bool shares_last_page = false;  // which is to be copied before a position is added
-  std::size_t num_computed = 0;   // of `tokens`, since it became active or by `fed`
-  PrefixCache::Chain chain;       // its full pages in the prefix cache
+  std::vector<TokenId> fed;            // what is prefilled: the prompt, and after a preemption also
+                                       // tokens where that gives the bits that decoding gave
+  std::int64_t length = 0;             // positions that hold keys and values
+  std::int64_t num_pages = 0;          // reserved
+  bool shares_last_page = false;       // which is to be copied before a position is added
+  std::size_t num_computed = 0;        // of `tokens`, since it became active or by `fed`
+  PrefixCache::Chain chain;            // its full pages in the prefix cache
+  std::optional<DraftedText> drafted;  // what the draft knows of it, once it was asked
 
   bool is_active() const noexcept { return id >= 0; }
   bool decodes() const noexcept {

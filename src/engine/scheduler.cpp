@@ -1,17 +1,11 @@
 #include "engine/scheduler.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <iterator>
 
+#include "engine/speculation.hpp"
+
 namespace clusterfusion {
-namespace {
-
-double machine_seconds() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-}  // namespace
 
 const char* name_of(SequenceState state) noexcept {
   switch (state) {
@@ -28,6 +22,7 @@ const char* name_of(SequenceState state) noexcept {
 Scheduler::Scheduler(std::shared_ptr<SharedBackend> backend, SchedulerOptions options)
     : backend_(std::move(backend)), options_(std::move(options)) {
   if (!options_.now) options_.now = machine_seconds;
+  prepare_speculation(std::move(options_.draft));
   thread_ = std::thread([this] { work(); });
 }
 

@@ -11,7 +11,8 @@
 //    pass takes as long as a step.) A caller's own streams wait until its admitted prompts are
 //    read: then all share their steps;
 // 4. decodes a burst of steps for all that decode: one step where prompts wait, else as many as
-//    take StepClock::kLongestBurstSeconds.
+//    take StepClock::kLongestBurstSeconds. Where a draft has something to propose for one of them
+//    (speculation.hpp), it is one step that verifies it.
 //
 // Pages. Before a sequence grows, cached prefixes that nobody uses make room, least recently used
 // first; then the youngest active sequence is preempted: its pages go, its tokens stay. The last
@@ -42,10 +43,17 @@
 
 namespace clusterfusion {
 
+struct DraftCandidate;
+class Speculation;
+
 struct SchedulerOptions {
   std::int64_t max_sequences = 256;  // active at once
   bool prefix_cache = true;
   std::function<double()> now = {};  // seconds; empty: the machine's clock
+  // Used where the device verifies several tokens in a step; null: none.
+  std::unique_ptr<Draft> draft = nullptr;
+  std::int32_t draft_tokens = 8;  // proposed for a text in one step, at most
+  bool draft_adapts = true;       // fewer, or none, where they do not pay
 };
 
 class Scheduler {
@@ -143,11 +151,22 @@ class Scheduler {
   void decode_members(Backend& backend, const Members& members, std::int32_t steps);
   void decode_apart(Backend& backend, const Members& members, const Error& error);
   double step_bytes(const Members& members, std::int64_t step) const;
+  static void note_decode(const Members& members, double seconds, double bytes, std::int32_t steps);
   void accept(Backend& backend, Sequence& sequence, SampledToken token);
   void finish(Backend& backend, Sequence& sequence, SequenceNews news);
   SequenceNews news_of(const Sequence& sequence) const;
   void fail_caller(Backend& backend, Caller& caller, const std::exception_ptr& error);
   void post(Sequence& sequence, SequenceNews news);
+
+  // scheduler_drafts.cpp: steps that verify what a draft proposes.
+  void prepare_speculation(std::unique_ptr<Draft> draft);
+  bool decode_proposals(Backend& backend, const Members& members);
+  DraftCandidate candidate_of(Sequence& sequence);
+  void drop_what_has_no_room(Backend& backend, const Members& members,
+                             std::span<DraftCandidate> candidates) const;
+  void verify(Backend& backend, const Members& members, std::span<const DraftCandidate> candidates,
+              double start);
+  double verified_bytes(const Members& members, std::span<const Proposal> batch) const;
 
   const BackendInfo& info() const noexcept { return backend_->info(); }
   double now() const { return options_.now(); }
@@ -160,7 +179,8 @@ class Scheduler {
   Sequences active_;   // by arrival; also those that have just ended, until sweep()
   PrefixCache cache_;  // and of whoever has the backend's turn
   StepClock clock_;
-  Members step_members_;  // of the step that runs
+  std::unique_ptr<Speculation> speculation_;  // null without a draft
+  Members step_members_;                      // of the step that runs
   std::vector<std::shared_ptr<Caller>> callers_with_news_;
   std::uint64_t round_ = 0;
   std::uint64_t next_arrival_ = 0;

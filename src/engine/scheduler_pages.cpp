@@ -207,6 +207,7 @@ void Scheduler::deactivate(Backend& backend, Sequence& sequence) {
   }
   --sequence.caller->num_active;
   cache_.unpin(std::exchange(sequence.chain, {}));
+  sequence.drafted.reset();
   backend.release_sequence(id);
 }
 

@@ -5,16 +5,9 @@
 
 #include "base/fail.hpp"
 #include "engine/scheduler.hpp"
+#include "engine/speculation.hpp"
 
 namespace clusterfusion {
-namespace {
-
-// Errors that a sequence's own numbers or options cause.
-bool concerns_one(ErrorKind kind) {
-  return kind == ErrorKind::non_finite || kind == ErrorKind::invalid_argument;
-}
-
-}  // namespace
 
 // Whether a piece is to come before the next decode step.
 bool Scheduler::prefill(Backend& backend) {
@@ -259,7 +252,7 @@ void Scheduler::decode(Backend& backend) {
       members.push_back(sequence.get());
     }
   }
-  if (members.empty()) return;
+  if (members.empty() || decode_proposals(backend, members)) return;
   const std::int32_t steps = burst_of(members);
   for (Sequence* member : members) {  // the oldest first
     if (member->is_active()) grow(backend, *member, member->length + steps);
@@ -272,6 +265,7 @@ void Scheduler::decode(Backend& backend) {
 std::int32_t Scheduler::burst_of(const Members& members) const {
   if (!prefilling().empty()) return 1;
   std::int64_t most = info().decode_ahead;
+  if (speculation_) most = std::min<std::int64_t>(most, speculation_->longest_burst());
   for (const Sequence* member : members) {
     most = std::min(
         most, member->request.max_new_tokens - static_cast<std::int64_t>(member->num_computed));
@@ -296,13 +290,10 @@ void Scheduler::decode_members(Backend& backend, const Members& members, std::in
   }
   const double seconds = now() - start;
   clock_.note_burst(seconds, steps);
+  if (speculation_) speculation_->note_plain_step(members.size(), seconds / steps);
   double bytes = 0;
   for (std::int32_t step = 0; step < steps; ++step) bytes += step_bytes(members, step);
-  for (Sequence* member : members) {
-    const bool again = member->is_computed_again();
-    (again ? member->statistics.recompute_seconds : member->statistics.decode_seconds) += seconds;
-    member->decode_bytes += again ? 0 : bytes;
-  }
+  note_decode(members, seconds, bytes, steps);
   // A sequence that ends before the last step leaves its surplus tokens behind with its pages.
   for (std::size_t i = 0; i < sampled.size(); ++i) {
     Sequence& member = *members[i % members.size()];
@@ -315,12 +306,23 @@ void Scheduler::decode_members(Backend& backend, const Members& members, std::in
   }
 }
 
+// Steps of the members, all of which took `seconds` and read `bytes`.
+void Scheduler::note_decode(const Members& members, double seconds, double bytes,
+                            std::int32_t steps) {
+  for (Sequence* member : members) {
+    const bool again = member->is_computed_again();
+    (again ? member->statistics.recompute_seconds : member->statistics.decode_seconds) += seconds;
+    member->decode_bytes += again ? 0 : bytes;
+    member->statistics.decode_steps += again ? 0 : steps;
+  }
+}
+
 // After an error of a batch: finds the sequence that it is about, so that the others go on.
 void Scheduler::decode_apart(Backend& backend, const Members& members, const Error& error) {
   for (const Sequence* member : members) {
     if (backend.length(member->id) > member->length) backend.truncate(member->id, member->length);
   }
-  if (members.size() > 1 && concerns_one(error.kind())) {
+  if (members.size() > 1 && concerns_one_sequence(error.kind())) {
     for (Sequence* member : members) {
       if (member->is_active()) decode_members(backend, {member}, 1);
     }

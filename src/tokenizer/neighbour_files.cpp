@@ -158,6 +158,13 @@ std::vector<std::string> unmet_settings(const std::filesystem::path& folder,
   return warnings;
 }
 
+std::shared_ptr<const Tokenizer> open_tokenizer_of(const std::filesystem::path& folder) {
+  std::error_code error;
+  // A file that is there but cannot be reached is for Tokenizer::open to report.
+  const auto type = std::filesystem::symlink_status(folder / "tokenizer.json", error).type();
+  return type == std::filesystem::file_type::not_found ? nullptr : Tokenizer::open(folder);
+}
+
 void fail_no_tokenizer(const std::filesystem::path& folder) {
   std::vector<std::string> others;
   for (const char* name : {"vocab.json", "merges.txt", "spiece.model", "tokenizer.model"}) {

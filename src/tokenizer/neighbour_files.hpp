@@ -2,9 +2,11 @@
 #pragma once
 
 #include <filesystem>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "clusterfusion/tokenizer.hpp"
 #include "tokenizer/tokenizer_file.hpp"
 
 namespace clusterfusion {
@@ -16,6 +18,10 @@ namespace clusterfusion {
 // one warning.
 std::vector<std::string> unmet_settings(const std::filesystem::path& folder,
                                         const TokenizerFile& file);
+
+// The tokenizer of a checkpoint's folder; null if it has no tokenizer.json. Errors: those of
+// Tokenizer::open.
+std::shared_ptr<const Tokenizer> open_tokenizer_of(const std::filesystem::path& folder);
 
 // For a folder without tokenizer.json: says what it has instead, and what to do. Errors: not_found.
 [[noreturn]] void fail_no_tokenizer(const std::filesystem::path& folder);

@@ -85,6 +85,7 @@ class CpuBackend final : public Backend {
     info_.prefill_chunk = transformer_.max_rows();
     info_.kv_pages = kv_pages(options.kv_bytes, info_.max_positions, pool_.page_bytes());
     info_.packs_prompts = true;
+    info_.verify_rows = static_cast<std::int32_t>(std::min(transformer_.max_rows(), kLogitRows));
     info_.any_pieces = true;
     info_.prefix_granularity = kKvPagePositions;
     info_.arithmetic = "cpu";
@@ -162,6 +163,7 @@ class CpuBackend final : public Backend {
   void prefill_together(std::span<const PrefillPart> parts) override;
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
               std::span<SampledToken> sampled, std::span<float> logits) override;
+  void verify(std::span<Proposal> batch) override;
   double measure_read_ceiling() override;
   void set_stop_request(StopRequest stop) override { threads_.set_stop_request(std::move(stop)); }
 
@@ -195,6 +197,8 @@ class CpuBackend final : public Backend {
   void decode_rows(std::span<const SequenceId> ids, std::span<const TokenId> inputs,
                    std::span<Sequence* const> sequences, std::size_t begin, std::size_t end,
                    std::span<SampledToken> sampled, std::span<float> logits);
+  // At most verify_rows rows.
+  void verify_rows(std::span<Proposal> batch, std::span<Sequence* const> sequences);
   float* logit_rows(std::size_t rows) {
     logits_.resize(std::max(logits_.size(), rows * static_cast<std::size_t>(config_.vocab_size)));
     return logits_.data();
@@ -370,6 +374,54 @@ void CpuBackend::decode_rows(std::span<const SequenceId> ids, std::span<const To
       if (!sampled.empty()) sampled[b] = sequences[b]->sampler.sample(one);
     });
   }
+}
+
+void CpuBackend::verify(std::span<Proposal> batch) {
+  const std::vector<Sequence*> sequences = sequences_.find_batch(batch);
+  std::vector<std::int64_t> lengths;
+  for (std::size_t b = 0; b < batch.size(); ++b) {
+    lengths.push_back(sequences[b]->length);
+    grow(*sequences[b], sequences[b]->length + std::ssize(batch[b].tokens));
+  }
+  try {
+    for_each_rows(batch, static_cast<std::size_t>(info_.verify_rows),
+                  [&](std::size_t first, std::size_t last) {
+                    verify_rows(batch.subspan(first, last - first),
+                                std::span(sequences).subspan(first, last - first));
+                  });
+  } catch (...) {
+    for (std::size_t b = 0; b < batch.size(); ++b) sequences[b]->truncate(lengths[b]);
+    throw;
+  }
+}
+
+void CpuBackend::verify_rows(std::span<Proposal> batch, std::span<Sequence* const> sequences) {
+  std::vector<Segment> segments;
+  std::vector<std::size_t> first_row;
+  std::size_t rows = 0;
+  for (std::size_t b = 0; b < batch.size(); ++b) {
+    segments.push_back({batch[b].tokens,
+                        sequences[b]->length,
+                        sequences[b]->pages,
+                        sequences[b]->interventions.get(),
+                        {}});
+    first_row.push_back(rows);
+    rows += batch[b].tokens.size();
+  }
+  transformer_.run(segments);
+  float* const logits = logit_rows(rows);
+  std::vector<std::int64_t> all_rows(rows);
+  std::iota(all_rows.begin(), all_rows.end(), 0);
+  transformer_.logits(all_rows, logits);
+  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+  threads_.run(std::ssize(batch), [&](std::int64_t i, int) {
+    const auto b = static_cast<std::size_t>(i);
+    choose_run(*sequences[b], batch[b], [&](std::size_t row) {
+      const std::span<const float> one(logits + (first_row[b] + row) * vocab, vocab);
+      require_finite(one, sequences[b]->length - 1, batch[b].sequence);
+      return sequences[b]->sampler.sample(one);
+    });
+  });
 }
 
 double CpuBackend::measure_read_ceiling() {

@@ -11,7 +11,7 @@
 #include "backend/cuda/cublas_library.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
-#include "backend/cuda/decode/decode_timeline.hpp"
+#include "backend/cuda/decode/timeline.hpp"
 #include "backend/cuda/device_model.hpp"
 #include "backend/cuda/device_tensor.hpp"
 #include "backend/cuda/gemm/gemm_decoder.hpp"
@@ -33,8 +33,8 @@ namespace cuda {
 namespace {
 
 constexpr std::int32_t kDecodeAhead = 16;  // steps of one launch, at most
-// Up to so many rows the streaming kernel takes, and is quicker than the series of kernels.
-constexpr std::size_t kStreamedRows = plan::kMaxRows;
+// Up to so many rows the streaming kernel is quicker than the series of kernels.
+constexpr std::size_t kStreamedRows = 12;
 
 cudaDeviceProp device_properties() {
   int device = 0;
@@ -71,7 +71,7 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
   return longest_context(config, options.max_positions);
 }
 
-// The decode kernel's plan; without stages for a model that is decoded layer by layer. Errors:
+// The decode kernel's plan; without stages for a model that it does not take. Errors:
 // unsupported (head size).
 plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
   if (plan::unstreamed_because(config, limits_of(properties)).empty())
@@ -99,13 +99,14 @@ class CudaBackend final : public Backend {
     const ModelConfig& config = model_->config();
     info_.name = "cuda";
     info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
-    if (!unstreamed_.empty()) info_.device += ", layer by layer (" + unstreamed_ + ")";
     info_.kv_dtype = config.dtype;
     info_.kv_bytes_per_position = plan_.kv.page_bytes / kKvPagePositions;
     info_.max_positions = max_positions_;
     info_.prefill_chunk = prefill_.max_tokens();
     info_.decode_ahead = kDecodeAhead;
     prepare();
+    if (!unstreamed_.empty()) info_.device += fmt::format(", {} ({})", path(), unstreamed_);
+    if (decodes_rows()) info_.verify_rows = static_cast<std::int32_t>(max_rows());
     info_.kv_pages = kv_pages(options.kv_bytes);
     // Whole pieces at the same places are the same computation.
     info_.prefix_granularity =
@@ -221,8 +222,9 @@ class CudaBackend final : public Backend {
     for (Sequence* sequence :
          sequences_.find_batch(sequences, inputs, steps, sampled.size(), logits.size()))
       grow(*sequence, sequence->length + steps);
-    if (!unstreamed_.empty()) return decode_by_layers(sequences, inputs, steps, sampled, logits);
-    if (!stream_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
+    if (!decodes_rows())
+      return streams() ? decode_one_by_one(sequences, inputs, steps, sampled, logits)
+                       : decode_by_layers(sequences, inputs, steps, sampled, logits);
     std::vector<std::size_t> together;
     for (std::size_t b = 0; b < sequences.size(); ++b) {
       const Sequence& sequence = find(sequences[b]);
@@ -243,11 +245,27 @@ class CudaBackend final : public Backend {
     }
   }
 
+  void verify(std::span<Proposal> batch) override {
+    if (!decodes_rows()) return verify_by_steps(*this, batch);
+    std::vector<SequenceId> ids;
+    std::vector<std::int64_t> lengths;
+    for (Sequence* sequence : sequences_.find_batch(batch)) lengths.push_back(sequence->length);
+    for (std::size_t b = 0; b < batch.size(); ++b) {
+      ids.push_back(batch[b].sequence);
+      grow(find(ids[b]), lengths[b] + std::ssize(batch[b].tokens));
+    }
+    try {
+      verify_groups(batch, ids);
+    } catch (...) {
+      for (std::size_t b = 0; b < batch.size(); ++b) find(ids[b]).truncate(lengths[b]);
+      throw;
+    }
+  }
+
   std::vector<TimelineEvent> record_timeline(SequenceId id, TokenId input) override {
     require(unstreamed_.empty(), ErrorKind::unsupported,
-            "a timeline shows the streaming kernel; this model is decoded layer by layer, because "
-            "it has {}",
-            unstreamed_);
+            "a timeline shows the streaming kernel; this model is decoded {}, because it has {}",
+            path(), unstreamed_);
     Sequence& sequence =
         *sequences_.find_batch(std::span(&id, 1), std::span(&input, 1), 1, 0, 0).front();
     grow(sequence, sequence.length + 1);
@@ -287,6 +305,10 @@ class CudaBackend final : public Backend {
  private:
   // Whether the decode kernel for one row takes this model.
   bool streams() const noexcept { return plan_.stages > 0; }
+  // How a model that it does not take is decoded.
+  std::string_view path() const noexcept {
+    return gemm_decoder_ ? "as a series of kernels" : "layer by layer";
+  }
 
   void prepare() {
     const ModelConfig& config = model_->config();
@@ -298,7 +320,7 @@ class CudaBackend final : public Backend {
     kernel_ = find_decode_kernel(config.dtype, fragments, static_cast<int>(config.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
     params_ = stream_params(config, plan_, properties_.multiProcessorCount,
-                            fragments <= kFragmentsOfHalfProducts);
+                            fragments <= kMaxPackedFragments);
     read_more_late(params_);
     allocate_scratch();
     weights_.tell(params_);
@@ -306,19 +328,25 @@ class CudaBackend final : public Backend {
 
   void prepare_rows() {
     const ModelConfig& config = model_->config();
-    if (mode_ != DecodeMode::throughput || !StreamDecoder::supports(config, plan_.kv, properties_))
-      return;
-    stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_, kDecodeAhead);
+    if (streams()) {
+      if (mode_ != DecodeMode::throughput ||
+          !StreamDecoder::supports(config, plan_.kv, properties_))
+        return;
+      stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_,
+                              kDecodeAhead);
+    }
     if (GemmDecoder::supports(config, properties_))
       gemm_decoder_.emplace(config, plan_.kv, weights_, properties_.multiProcessorCount,
                             max_positions_, kDecodeAhead);
   }
+  // Whether a step takes several rows.
+  bool decodes_rows() const noexcept { return stream_decoder_ || gemm_decoder_; }
   std::size_t max_rows() const noexcept {
-    return gemm_decoder_ ? static_cast<std::size_t>(kMaxGemmRows) : kStreamedRows;
+    return static_cast<std::size_t>(gemm_decoder_ ? kMaxGemmRows : plan::kMaxRows);
   }
-  // The quicker one of those that take so many rows; the bits are the same.
+  // The quicker one of those that there are; the bits are the same.
   RowDecoder& decoder_of(std::size_t rows) {
-    if (rows <= kStreamedRows) return *stream_decoder_;
+    if (stream_decoder_ && (rows <= kStreamedRows || !gemm_decoder_)) return *stream_decoder_;
     return *gemm_decoder_;
   }
 
@@ -636,6 +664,106 @@ class CudaBackend final : public Backend {
     }
   }
 
+  void verify_groups(std::span<Proposal> batch, std::span<const SequenceId> ids) {
+    std::vector<std::size_t> together;
+    for (std::size_t b = 0; b < batch.size(); ++b) {
+      // Rows that are steered each as its position is have no step in common.
+      if (find(ids[b]).steps_alike(2) == 1)
+        verify_by_steps(*this, batch.subspan(b, 1));
+      else
+        together.push_back(b);
+    }
+    for (const std::vector<std::size_t>& group : alike_groups(ids, together)) {
+      std::vector<Proposal*> proposals;
+      std::size_t rows = 0;
+      for (const std::size_t b : group) {
+        const std::size_t more = batch[b].tokens.size();
+        if (rows + more > max_rows()) {
+          verify_rows(proposals);
+          proposals.clear();
+          rows = 0;
+        }
+        proposals.push_back(&batch[b]);
+        rows += more;
+      }
+      verify_rows(proposals);
+    }
+  }
+
+  // How a sequence's rows of a verify_rows() are chosen from.
+  struct VerifiedRows {
+    std::size_t first_row = 0;
+    std::optional<std::size_t> first_sampler;  // of row_samplers_, one for each row
+    bool on_host = false;
+  };
+
+  // All tokens of the proposals are rows of one step; interventions are alike.
+  void verify_rows(std::span<Proposal* const> proposals) {
+    std::vector<DecodeRow> rows;
+    std::vector<VerifiedRows> verified;
+    std::size_t samplers = 0;
+    bool with_logits = false;
+    for (const Proposal* proposal : proposals) {
+      const Sequence& sequence = find(proposal->sequence);
+      VerifiedRows own{rows.size(), std::nullopt, needs_host(sequence.sampling)};
+      if (!own.on_host && needs_sampler(sequence.sampling)) own.first_sampler = samplers;
+      if (own.first_sampler) samplers += proposal->tokens.size();
+      const bool by_logits = own.on_host || own.first_sampler;
+      with_logits |= by_logits;
+      for (const TokenId token : proposal->tokens) {
+        rows.push_back(row_of(sequence, token, !by_logits));
+        rows.back().position += std::ssize(rows) - 1 - static_cast<std::int64_t>(own.first_row);
+      }
+      verified.push_back(own);
+    }
+    RowDecoder& decoder = decoder_of(rows.size());
+    tell_interventions(decoder, find(proposals.front()->sequence));
+    decoder.enqueue(rows, 1, with_logits, stream_);
+    for (std::size_t i = 0; i < proposals.size(); ++i) {
+      if (verified[i].first_sampler) enqueue_samplers(decoder, *proposals[i], verified[i]);
+    }
+    std::vector<std::int32_t> chosen(rows.size());
+    check(cudaMemcpyAsync(chosen.data(), decoder.chosen(), chosen.size() * sizeof(std::int32_t),
+                          cudaMemcpyDeviceToHost, stream_),
+          "fetching tokens");
+    check(cudaStreamSynchronize(stream_), "running the streaming kernel");
+    for (std::size_t i = 0; i < proposals.size(); ++i)
+      choose_verified(decoder, *proposals[i], verified[i], chosen);
+  }
+
+  // Each row's sampler has seen the tokens up to its own.
+  void enqueue_samplers(RowDecoder& decoder, const Proposal& proposal, const VerifiedRows& rows) {
+    const Sequence& sequence = find(proposal.sequence);
+    while (row_samplers_.size() < *rows.first_sampler + proposal.tokens.size())
+      row_samplers_.emplace_back(model_->config().vocab_size, kDecodeAhead);
+    const std::span<const TokenId> before = sequence.sampler.tokens();
+    std::vector<TokenId> tokens(before.begin(), before.end());
+    for (std::size_t i = 0; i < proposal.tokens.size(); ++i) {
+      tokens.push_back(proposal.tokens[i]);
+      DeviceSampler& sampler = row_samplers_[*rows.first_sampler + i];
+      sampler.begin(sequence.sampling, tokens, sequence.length + 1 + static_cast<std::int64_t>(i),
+                    stream_);
+      sampler.choose(decoder.logits(rows.first_row + i), stream_);
+      sampler.fetch(stream_);
+    }
+  }
+
+  // What was computed is there.
+  void choose_verified(const RowDecoder& decoder, Proposal& proposal, const VerifiedRows& rows,
+                       std::span<const std::int32_t> chosen) {
+    Sequence& sequence = find(proposal.sequence);
+    choose_run(sequence, proposal, [&](std::size_t i) {
+      const std::size_t row = rows.first_row + i;
+      require_finite(chosen[row], sequence.length - 1);
+      if (rows.first_sampler) return row_samplers_[*rows.first_sampler + i].chosen(0);
+      if (!rows.on_host) return SampledToken{chosen[row], 0.0f, {}};
+      check(cudaMemcpy(host_logits_.data(), decoder.logits(row),
+                       host_logits_.size() * sizeof(float), cudaMemcpyDeviceToHost),
+            "fetching logits");
+      return sequence.sampler.sample(host_logits_);
+    });
+  }
+
   // Prompts of one token, one after the other; the host chooses. What is thrown leaves the
   // sequences as they were.
   void decode_by_layers(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
@@ -750,7 +878,7 @@ class CudaBackend final : public Backend {
   std::shared_ptr<const Model> model_;
   cudaDeviceProp properties_;
   plan::DecodePlan plan_;
-  std::string unstreamed_;  // why the model is decoded layer by layer, if it is
+  std::string unstreamed_;  // why the decode kernel does not take the model, if so
   std::int64_t max_positions_;
   DecodeMode mode_;
   DeviceModel weights_;

@@ -39,7 +39,9 @@ struct FakeState {
   std::vector<double> decode_times;  // the clock before each decode()
   std::atomic<double> clock = 0;     // seconds; steps and pieces take these
   double step_seconds = 0;
+  std::function<double(std::size_t rows)> verify_seconds;  // empty: verify() makes decode steps
   double prefill_token_seconds = 0;
+  std::vector<std::size_t> verified_rows;   // of each verify()
   std::vector<std::int64_t> reserved;       // what each reserve() asked for
   std::map<SequenceId, std::int64_t> live;  // sequences and what they may grow to
   bool intervenes = true;                   // a device may know no interventions
@@ -204,6 +206,28 @@ class FakeBackend final : public Backend {
       sampled[i] = sequence.sampler.sample(script_(sequence.tokens));
     }
     state_->clock = state_->clock + steps * state_->step_seconds;
+  }
+
+  void verify(std::span<Proposal> batch) override {
+    if (!state_->verify_seconds) return Backend::verify(batch);
+    const Step step(*this);
+    before_step();
+    std::size_t rows = 0;
+    for (Proposal& proposal : batch) {
+      EXPECT_LE(std::ssize(proposal.tokens), info().verify_rows);
+      EXPECT_LE(length(proposal.sequence) + std::ssize(proposal.tokens),
+                state_->live.at(proposal.sequence))
+          << "no room for all rows";
+      rows += proposal.tokens.size();
+      proposal.chosen.clear();
+      while (proposal.goes_on()) {
+        append(proposal.sequence, proposal.tokens[proposal.chosen.size()]);
+        Sequence& sequence = sequences_.at(proposal.sequence);
+        proposal.chosen.push_back(sequence.sampler.sample(script_(sequence.tokens)));
+      }
+    }
+    state_->verified_rows.push_back(rows);
+    state_->clock = state_->clock + state_->verify_seconds(rows);
   }
 
   double measure_read_ceiling() override {

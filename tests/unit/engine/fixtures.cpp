@@ -142,6 +142,17 @@ FakeEngine fake_engine(Script script, const std::function<void(FakeState&)>& set
   return fake;
 }
 
+FakeEngine fake_engine_in(std::shared_ptr<FakeState> state, Script script,
+                          const std::function<void(FakeState&)>& set, SchedulerOptions scheduling) {
+  FakeEngine fake{std::move(state), nullptr};
+  set(*fake.state);
+  fake.engine =
+      make_engine(tiny_model(), byte_tokenizer(),
+                  std::make_unique<FakeBackend>(fake.state, kVocabSize, std::move(script)),
+                  "a test", {}, std::move(scheduling));
+  return fake;
+}
+
 GenerateRequest one_token_request(std::int64_t max_new_tokens) {
   GenerateRequest request;
   request.prompt_tokens = {1 + 'p'};

@@ -50,6 +50,10 @@ FakeEngine fake_engine(Script script, const std::function<void(FakeState&)>& set
                        std::int64_t capacity = 1 << 14, StopRequest interrupted = {},
                        SchedulerOptions scheduling = {});
 
+// The same with a state that is there already, for what else looks at its clock.
+FakeEngine fake_engine_in(std::shared_ptr<FakeState> state, Script script,
+                          const std::function<void(FakeState&)>& set, SchedulerOptions scheduling);
+
 // A request with a prompt of one token.
 GenerateRequest one_token_request(std::int64_t max_new_tokens);
 

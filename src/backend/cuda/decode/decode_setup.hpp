@@ -1,4 +1,4 @@
-// From a plan to what the streaming kernels are told.
+// From a plan to the parameters of the streaming kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,10 +9,38 @@
 
 namespace clusterfusion::cuda {
 
-// Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `half_the_products`:
-// whether the kernel knows tiles of plan::with_half_the_products.
+// Settings of both streaming kernels.
+// Results that cross between SMs wait behind copies in flight: no more of them.
+inline constexpr std::int32_t kMaxInFlight = 2;
+// Late in a phase they may be more.
+inline constexpr std::int32_t kLateInFlight = 3;
+inline constexpr std::int32_t kLatePercent = 60;
+// A part of a phase is assigned statically, so that nobody waits for a ticket when it begins.
+inline constexpr std::int32_t kStaticPercent = 30;
+
+// What both kernels' parameters say of a model's shape and of its KV cache.
+template <typename Params>
+void set_shape(Params& p, const ModelConfig& config, const plan::KvPlan& kv) {
+  p.num_layers = static_cast<std::int32_t>(config.num_layers);
+  p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
+  p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);
+  p.num_heads = static_cast<std::int32_t>(config.num_heads);
+  p.head_dim = static_cast<std::int32_t>(config.head_dim);
+  p.rotary_dim = static_cast<std::int32_t>(config.rotary_dim);
+  p.vocab_size = static_cast<std::int32_t>(config.vocab_size);
+  p.layer_norm_eps = static_cast<float>(config.layer_norm_eps);
+  p.inverse_hidden_size = 1.0f / static_cast<float>(config.hidden_size);
+  p.activation = config.activation;
+  p.parallel_residual = config.parallel_residual;
+  p.kv_head_bytes = static_cast<std::int32_t>(kv.head_bytes);
+  p.kv_block_bytes = static_cast<std::int32_t>(kv.block_bytes);
+  p.kv_block_positions = kv.block_positions;
+}
+
+// Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `packed_operands`:
+// whether the kernel has code for plan::with_packed_operands.
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
-                           std::int32_t sm_count, bool half_the_products);
+                           std::int32_t sm_count, bool packed_operands);
 
 // What plans must know of the device.
 plan::DeviceLimits limits_of(const cudaDeviceProp& properties);

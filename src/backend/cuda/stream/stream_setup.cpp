@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "backend/cuda/decode/decode_setup.hpp"
+#include "base/round_up.hpp"
+
 namespace clusterfusion::cuda {
 namespace {
 
@@ -36,20 +39,7 @@ StreamParams describe_model(const ModelConfig& config, const plan::ProductCuts& 
   p.attention_out = streamed(cuts.attention_out);
   p.lm_head = streamed(cuts.lm_head);
   weights.tell(p);
-  p.num_layers = static_cast<std::int32_t>(config.num_layers);
-  p.hidden_size = static_cast<std::int32_t>(config.hidden_size);
-  p.intermediate_size = static_cast<std::int32_t>(config.intermediate_size);
-  p.num_heads = static_cast<std::int32_t>(config.num_heads);
-  p.head_dim = static_cast<std::int32_t>(config.head_dim);
-  p.rotary_dim = static_cast<std::int32_t>(config.rotary_dim);
-  p.vocab_size = static_cast<std::int32_t>(config.vocab_size);
-  p.layer_norm_eps = static_cast<float>(config.layer_norm_eps);
-  p.inverse_hidden_size = 1.0f / static_cast<float>(config.hidden_size);
-  p.activation = config.activation;
-  p.parallel_residual = config.parallel_residual;
-  p.kv_head_bytes = static_cast<std::int32_t>(kv.head_bytes);
-  p.kv_block_bytes = static_cast<std::int32_t>(kv.block_bytes);
-  p.kv_block_positions = kv.block_positions;
+  set_shape(p, config, kv);
   p.max_splits = max_splits(config, sm_count);
   return p;
 }
@@ -59,7 +49,7 @@ RowsLayout rows_layout(const ModelConfig& config, const plan::ProductCuts& cuts,
   RowsLayout layout{};
   const auto take = [&](std::int64_t bytes) {
     const std::int32_t offset = layout.bytes;
-    layout.bytes += static_cast<std::int32_t>((bytes + 255) / 256 * 256);
+    layout.bytes += static_cast<std::int32_t>(round_up(bytes, 256));
     return offset;
   };
   const std::int64_t hidden = config.hidden_size;

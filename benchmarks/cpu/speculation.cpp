@@ -1,0 +1,288 @@
+// What drafts gain on the CPU. Figures go to stdout as JSON.
+//
+// theory  A draft that knows the text, and says each token right with a given chance, proposes k
+//         tokens in each step: the time of a token beside the cost of a step of k + 1 rows,
+//         measured between the texts, divided by the tokens that a step gave.
+// texts   Prompts of a file, without a draft and with drafts, in turns.
+// ngram   The host's time of one step of the n-gram draft at the end of long texts.
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "clusterfusion/engine.hpp"
+#include "engine/make_engine.hpp"
+#include "engine/ngram_draft.hpp"
+#include "support/random_model.hpp"
+#include "support/test_drafts.hpp"
+
+namespace clusterfusion {
+namespace {
+
+using Json = nlohmann::json;
+
+struct Arguments {
+  std::string model;
+  std::string prompts;
+  int threads = 0;
+  int rounds = 5;
+  std::int64_t tokens = 96;
+  std::vector<double> shares = {0.5, 0.7, 0.9};
+  std::vector<int> proposals = {1, 3, 7};
+  std::vector<std::string> drafts = {"ngram"};
+};
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+double median(std::vector<double> values) {
+  std::ranges::nth_element(values, values.begin() + std::ssize(values) / 2);
+  return values[values.size() / 2];
+}
+
+ModelConfig pythia_160m_config() {
+  ModelConfig config = test::pythia_410m_config();
+  config.hidden_size = 768;
+  config.num_layers = 12;
+  config.num_heads = 12;
+  config.intermediate_size = 3072;
+  return config;
+}
+
+std::shared_ptr<const Model> model_of(const Arguments& arguments) {
+  return arguments.model.empty() ? test::make_random_model(pythia_160m_config())
+                                 : Model::open(arguments.model);
+}
+
+std::unique_ptr<Backend> backend_of(const Arguments& arguments,
+                                    const std::shared_ptr<const Model>& model) {
+  BackendOptions options;
+  options.threads = arguments.threads;
+  return make_cpu_backend(model, options);
+}
+
+const std::vector<TokenId>& prompt() {
+  static const std::vector<TokenId> tokens(16, 2);
+  return tokens;
+}
+
+GenerateRequest greedy_request(const Arguments& arguments) {
+  GenerateRequest request;
+  request.prompt_tokens = prompt();
+  request.max_new_tokens = arguments.tokens + 1;
+  request.ignore_eos = true;
+  return request;
+}
+
+// Steps of so many rows, all of them right, over the positions of the text.
+class StepTimer {
+ public:
+  StepTimer(std::unique_ptr<Backend> backend, const std::vector<TokenId>& text)
+      : backend_(std::move(backend)), text_(text) {}
+
+  std::vector<double> seconds(int rows) {
+    std::vector<double> seconds;
+    const SequenceId id = backend_->create_sequence({});
+    backend_->prefill(id, prompt(), {});
+    const auto count = static_cast<std::size_t>(rows);
+    for (std::size_t at = prompt().size(); at + count <= text_.size(); at += count) {
+      Proposal proposal{
+          id,
+          {text_.begin() + static_cast<long>(at), text_.begin() + static_cast<long>(at + count)}};
+      const double start = seconds_now();
+      backend_->verify({&proposal, 1});
+      seconds.push_back(seconds_now() - start);
+    }
+    backend_->release_sequence(id);
+    return seconds;
+  }
+
+ private:
+  std::unique_ptr<Backend> backend_;
+  std::vector<TokenId> text_;
+};
+
+// An engine whose draft knows `text`.
+std::unique_ptr<Engine> knowing_engine(const Arguments& arguments,
+                                       const std::shared_ptr<const Model>& model,
+                                       const std::vector<TokenId>& text, double share, int k) {
+  auto draft = std::make_unique<test::KnowingDraft>(share, model->config().vocab_size, 5);
+  draft->tell(text);
+  return make_engine(
+      model, nullptr, backend_of(arguments, model), "a benchmark", {},
+      {.prefix_cache = false, .draft = std::move(draft), .draft_tokens = k, .draft_adapts = false});
+}
+
+Json measure_theory(const Arguments& arguments) {
+  const std::shared_ptr<const Model> model = model_of(arguments);
+  const GenerateRequest request = greedy_request(arguments);
+  const GenerateResult plain =
+      make_engine(model, nullptr, backend_of(arguments, model), "a benchmark")->generate(request);
+  std::vector<TokenId> text = plain.prompt_tokens;
+  text.insert(text.end(), plain.tokens.begin(), plain.tokens.end());
+  StepTimer timer(backend_of(arguments, model), text);
+  Json rows = Json::array();
+  for (const int k : arguments.proposals) {
+    for (const double share : arguments.shares) {
+      const auto engine = knowing_engine(arguments, model, text, share, k);
+      std::vector<double> costs, plain_costs, token_seconds, step_tokens;
+      for (int round = 0; round < arguments.rounds; ++round) {
+        std::ranges::copy(timer.seconds(k + 1), std::back_inserter(costs));
+        std::ranges::copy(timer.seconds(1), std::back_inserter(plain_costs));
+        const GenerateResult result = engine->generate(request);
+        if (result.tokens != plain.tokens) throw std::runtime_error("the draft changed the text");
+        token_seconds.push_back(result.statistics.seconds_per_token);
+        step_tokens.push_back(static_cast<double>(arguments.tokens) /
+                              static_cast<double>(result.statistics.decode_steps));
+      }
+      const double theory = median(costs) / median(step_tokens);
+      rows.push_back({{"share_right", share},
+                      {"proposals", k},
+                      {"step_seconds_1_row", median(plain_costs)},
+                      {"step_seconds_all_rows", median(costs)},
+                      {"tokens_a_step", median(step_tokens)},
+                      {"token_seconds", median(token_seconds)},
+                      {"token_seconds_theory", theory},
+                      {"over_theory", median(token_seconds) / theory - 1},
+                      {"speedup", median(plain_costs) / median(token_seconds)}});
+    }
+  }
+  return {{"model", arguments.model.empty() ? "random pythia-160m" : arguments.model},
+          {"tokens", arguments.tokens},
+          {"rounds", arguments.rounds},
+          {"rows", rows}};
+}
+
+std::vector<std::pair<std::string, std::string>> prompts_of(const std::string& file) {
+  std::ifstream stream(file);
+  std::vector<std::pair<std::string, std::string>> prompts;
+  for (const Json& entry : Json::parse(stream)) {
+    prompts.emplace_back(entry.at("kind"), entry.at("prompt"));
+  }
+  return prompts;
+}
+
+Json measure_texts(const Arguments& arguments) {
+  std::vector<std::unique_ptr<Engine>> engines;
+  std::vector<std::string> names{"none"};
+  names.insert(names.end(), arguments.drafts.begin(), arguments.drafts.end());
+  for (const std::string& draft : names) {
+    EngineOptions options;
+    options.device = "cpu";
+    options.threads = arguments.threads;
+    options.prefix_cache = false;
+    options.draft = draft;
+    engines.push_back(Engine::open(arguments.model, options));
+  }
+  Json rows = Json::array();
+  for (const auto& [kind, text] : prompts_of(arguments.prompts)) {
+    for (const float temperature : {0.0f, 0.8f}) {
+      GenerateRequest request;
+      request.prompt = text;
+      request.max_new_tokens = arguments.tokens + 1;
+      request.ignore_eos = true;
+      request.sampling.temperature = temperature;
+      std::vector<std::vector<double>> seconds(engines.size());
+      std::vector<GenerateResult> results(engines.size());
+      for (int round = 0; round < arguments.rounds; ++round) {
+        for (std::size_t i = 0; i < engines.size(); ++i) {
+          results[i] = engines[i]->generate(request);
+          if (results[i].tokens != results[0].tokens)
+            throw std::runtime_error("a draft changed a text");
+          seconds[i].push_back(results[i].statistics.seconds_per_token);
+        }
+      }
+      for (std::size_t i = 0; i < engines.size(); ++i) {
+        const Statistics& statistics = results[i].statistics;
+        rows.push_back({{"kind", kind},
+                        {"temperature", temperature},
+                        {"draft", names[i]},
+                        {"token_seconds", median(seconds[i])},
+                        {"speedup", median(seconds[0]) / median(seconds[i])},
+                        {"decode_steps", statistics.decode_steps},
+                        {"draft_steps", statistics.draft_steps},
+                        {"proposed", statistics.draft_proposed},
+                        {"accepted", statistics.draft_accepted}});
+      }
+    }
+  }
+  return {{"model", arguments.model},
+          {"tokens", arguments.tokens},
+          {"rounds", arguments.rounds},
+          {"rows", rows}};
+}
+
+Json measure_ngram(const Arguments& arguments) {
+  constexpr int kSteps = 2000;
+  Json rows = Json::array();
+  for (const int length : {1000, 10000, 100000}) {
+    for (const unsigned variety : {50u, 50000u}) {
+      std::mt19937 random(1);
+      NgramDraft draft;
+      const auto text = draft.begin({});
+      std::vector<TokenId> tokens;
+      while (std::ssize(tokens) < length)
+        tokens.push_back(static_cast<TokenId>(random() % variety));
+      text->append(tokens);
+      while (!text->read()) {
+      }
+      std::vector<double> seconds;
+      for (int step = 0; step < arguments.rounds * kSteps; ++step) {
+        const auto token = static_cast<TokenId>(random() % variety);
+        const double start = seconds_now();
+        text->append({&token, 1});
+        text->read();
+        DraftQuery query{text.get(), 8};
+        draft.propose({&query, 1});
+        seconds.push_back(seconds_now() - start);
+      }
+      std::ranges::sort(seconds);
+      rows.push_back({{"tokens", length},
+                      {"different_tokens", variety},
+                      {"step_microseconds_median", 1e6 * seconds[seconds.size() / 2]},
+                      {"step_microseconds_99", 1e6 * seconds[seconds.size() * 99 / 100]}});
+    }
+  }
+  return rows;
+}
+
+Json measure(const Arguments& arguments) {
+  const auto model = test::make_random_model(test::small_config());
+  Json figures = {{"device", backend_of(arguments, model)->info().device},
+                  {"ngram", measure_ngram(arguments)},
+                  {"theory", measure_theory(arguments)}};
+  if (!arguments.prompts.empty()) figures["texts"] = measure_texts(arguments);
+  return figures;
+}
+
+}  // namespace
+}  // namespace clusterfusion
+
+int main(int argc, char** argv) {
+  clusterfusion::Arguments arguments;
+  CLI::App app("Measures what drafts gain on the CPU.");
+  app.add_option("--model", arguments.model,
+                 "checkpoint folder; without it a random fp16 model of pythia-160m's shape");
+  app.add_option("--prompts", arguments.prompts,
+                 "JSON list of {\"kind\", \"prompt\"}, for a model with a tokenizer");
+  app.add_option("--drafts", arguments.drafts, "for the prompts")->delimiter(',');
+  app.add_option("--threads", arguments.threads, "0: one for each usable core");
+  app.add_option("--rounds", arguments.rounds)->check(CLI::PositiveNumber);
+  app.add_option("--tokens", arguments.tokens, "of each text")->check(CLI::PositiveNumber);
+  app.add_option("--shares", arguments.shares, "of the tokens that are right")->delimiter(',');
+  app.add_option("--proposals", arguments.proposals, "in each step")->delimiter(',');
+  CLI11_PARSE(app, argc, argv);
+  try {
+    std::cout << clusterfusion::measure(arguments).dump(2) << "\n";
+  } catch (const std::exception& error) {
+    std::cerr << "speculation: " << error.what() << "\n";
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,37 @@
+// Bulk asynchronous copies from global to shared memory (cp.async.bulk, sm_90 and later).
+#pragma once
+
+#include <cstdint>
+
+#include "backend/cuda/ptx/mbarrier.cuh"
+
+namespace clusterfusion::device {
+
+// Copies `bytes` and lets `barrier` know. Both addresses and the size are multiples of 16. Target
+// and barrier are addresses in shared memory, or pointers.
+__device__ __forceinline__ void bulk_copy_to_shared(std::uint32_t target, const void* global,
+                                                    std::uint32_t bytes, std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(target),
+      "l"(global), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void bulk_copy_to_shared(void* target, const void* global,
+                                                    std::uint32_t bytes, std::uint64_t* barrier) {
+  bulk_copy_to_shared(shared_address(target), global, bytes, shared_address(barrier));
+}
+
+// Brings `bytes` into L2, where they stay coherent: also data that somebody may still write.
+// Address and size are multiples of 16.
+__device__ __forceinline__ void bulk_prefetch(const void* global, std::uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
+
+// Orders this thread's ordinary accesses to shared and global memory before later bulk copies of
+// the threads it synchronises with (the copy engine is another proxy).
+__device__ __forceinline__ void fence_before_bulk_copy() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
+
+}  // namespace clusterfusion::device
