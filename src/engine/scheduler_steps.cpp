@@ -117,7 +117,7 @@ void Scheduler::compute_pieces(Backend& backend, std::vector<Piece>& pieces) {
 
 // After an error of a pass: finds the sequence that it is about, so that the others go on.
 void Scheduler::compute_apart(Backend& backend, std::vector<Piece>& pieces, const Error& error) {
-  if (pieces.size() > 1 && concerns_one(error.kind())) {
+  if (pieces.size() > 1 && concerns_one_sequence(error.kind())) {
     for (Piece& piece : pieces) {
       std::vector<Piece> one;
       one.push_back({.sequence = piece.sequence, .count = piece.count});
