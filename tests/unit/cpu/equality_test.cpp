@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "sampling/sampler.hpp"
 #include "sequences.hpp"
 #include "support/random_model.hpp"
 #include "targets.hpp"
@@ -197,7 +198,9 @@ TEST_F(Equality, PiecesTogether) {
                                    {0, 130, true, true, false},  {63, 66, false, false, false},
                                    {199, 200, true, true, true}, {20, 61, true, false, true}};
   for (int threads : {1, 3}) {
-    const auto backend = make_cpu_backend(model_, {.threads = threads});
+    BackendOptions options;
+    options.threads = threads;
+    const auto backend = make_cpu_backend(model_, options);
     std::vector<PrefillPart> parts;
     std::vector<std::vector<float>> all, last, logprobs;
     std::vector<std::vector<TokenId>> targets;
