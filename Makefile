@@ -101,6 +101,7 @@ lint: deps  ## formatting and lint
 	.venv/bin/ruff check .
 	$(PYTHON) tools/update_readme.py --check
 	$(PYTHON) benchmarks/plot.py --check
+	$(PYTHON) tools/draw_machine.py --check
 
 format: deps  ## put everything into the project's format
 	.venv/bin/clang-format -i $(CPP_FILES)

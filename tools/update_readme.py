@@ -309,8 +309,8 @@ def layer_calls(text: str) -> str:
     return with_tables(text, "cost", costs, "")
 
 
-def decode_kernel(text: str) -> str:
-    """docs/decode-kernel.md with the sampling kernel's times."""
+def sampling_kernel(text: str) -> str:
+    """docs/sampling-kernel.md with the sampling kernel's times."""
     tables = [layer_tables.sample_time_table(load("sample_time_h100.json"))]
     return with_tables(text, "sampling times", tables)
 
@@ -320,7 +320,7 @@ def documents() -> dict[Path, Callable[[str], str]]:
     return {
         README: readme,
         DOCS / "layer-calls.md": layer_calls,
-        DOCS / "decode-kernel.md": decode_kernel,
+        DOCS / "sampling-kernel.md": sampling_kernel,
     }
 
 

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "base/fail.hpp"
+#include "base/round_up.hpp"
 
 namespace clusterfusion::plan {
 namespace {
@@ -25,10 +26,6 @@ constexpr std::int64_t kMinSumSlots = 2048;
 constexpr std::int64_t kMaxSumSlots = 8192;
 // Of the ring: one is filled while another is read.
 constexpr std::int32_t kMinStages = 2;
-
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // The cut with the fewest segments (fewest sums) that holds at most `max_iterations` fragments.
 std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int32_t max_iterations,
@@ -132,7 +129,8 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   plan.sum_slots = static_cast<std::int32_t>(round_up(sum_slots, 32));
   const std::int64_t room =
       limits.shared_bytes_per_block - fixed_bytes(config) - plan.sum_slots * 4;
-  plan.stages = static_cast<std::int32_t>(std::min<std::int64_t>(16, room / plan.stage_bytes));
+  plan.stages =
+      static_cast<std::int32_t>(std::min<std::int64_t>(kMaxStages, room / plan.stage_bytes));
   return plan;
 }
 
@@ -146,18 +144,19 @@ std::string unstreamed_because(const LayerSpec& spec) {
   return "";
 }
 
-MatrixPlan with_half_the_products(MatrixPlan plan) {
+MatrixPlan with_packed_operands(MatrixPlan plan) {
   const bool one_unit = plan.units_per_chunk() * plan.segments == kConsumerWarps;
   // The kernel has code for these.
   const bool known = plan.iterations == 4 || plan.iterations == 5;
-  if (plan.tile != Tile::slices || plan.unit_rows != 1 || !one_unit || !known) return plan;
+  if (plan.mapping != MmaMapping::two_pass || plan.unit_rows != 1 || !one_unit || !known)
+    return plan;
   if (plan.rows_per_chunk % 2 == 0) {
     // A half of the columns of two rows, or a quarter of those of four.
-    plan.tile = Tile::halves;
+    plan.mapping = MmaMapping::packed;
     plan.unit_rows = plan.rows_per_chunk % 4 == 0 ? 4 : 2;
     plan.segments *= plan.unit_rows;
   } else if (plan.rows_per_chunk == 1) {
-    plan.tile = Tile::chunk_pairs;
+    plan.mapping = MmaMapping::packed_pairs;
     plan.iterations *= 2;
   }
   return plan;

@@ -25,6 +25,8 @@ namespace clusterfusion::plan {
 
 inline constexpr std::int32_t kConsumerWarps = 8;
 inline constexpr std::int32_t kKvPagePositions = 64;
+// Stages of a ring, at most.
+inline constexpr std::int32_t kMaxStages = 16;
 // Shared memory for barriers, labels and small reductions.
 inline constexpr std::int64_t kControlBytes = 3072;
 
@@ -34,17 +36,18 @@ struct DeviceLimits {
   std::int64_t shared_bytes_per_block = 0;  // the opt-in maximum
 };
 
-// What the 8 columns of operand B, the activations, are. Each row of A needs one of them.
-enum class Tile : std::int32_t {
+// How a chunk's units and the activations are mapped to mma.m16n8k16: what the 8 columns of operand
+// B, the activations, are. Each row of A needs one of them.
+enum class MmaMapping : std::int32_t {
   // One half of the activations (words 0 and 2, or 1 and 3) of unit_rows x slices = 8 slices: it
-  // takes two products, and of each one half of the rows counts.
-  slices,
+  // takes two products, and of each one half of the rows is used.
+  two_pass,
   // Both halves of 2 or 4 slices, for 4 or 2 rows: one product is enough. With 2 slices half of the
   // columns is zero, which takes less power.
-  halves,
+  packed,
   // Both halves of 4 slices for two rows, which are those of two chunks of one row each: lanes of
   // g < 4 have the first one's.
-  chunk_pairs,
+  packed_pairs,
 };
 
 // How a row-major [rows, columns] matrix of 2-byte elements is streamed.
@@ -56,9 +59,11 @@ struct MatrixPlan {
   std::int32_t unit_rows = 0;   // 1, 2, 4 or 8
   std::int32_t segments = 0;    // of a row: 1, 2, 4 or 8
   std::int32_t iterations = 0;  // 16-byte loads of a lane for one unit
-  Tile tile = Tile::slices;
+  MmaMapping mapping = MmaMapping::two_pass;
 
-  std::int32_t slices() const noexcept { return tile == Tile::chunk_pairs ? 4 : 8 / unit_rows; }
+  std::int32_t slices() const noexcept {
+    return mapping == MmaMapping::packed_pairs ? 4 : 8 / unit_rows;
+  }
   std::int64_t segment_columns() const noexcept { return columns / segments; }
   std::int64_t slice_columns() const noexcept { return segment_columns() / slices(); }
   std::int64_t row_bytes() const noexcept { return columns * 2; }
@@ -88,7 +93,7 @@ std::string unstreamed_because(const LayerSpec& spec);
 // What streams through the ring.
 enum class Stream : std::int32_t { qkv, mlp_up, attention, mlp_down, attention_out, lm_head, none };
 
-// The matrices of a phase are dealt out together, one after the other.
+// The matrices of a phase are scheduled together, one after the other.
 struct Phase {
   Stream first = Stream::none;
   Stream second = Stream::none;
@@ -125,19 +130,19 @@ constexpr std::int32_t leave_for_attention_from(std::int32_t qkv_chunks,
   return qkv_chunks + mlp_up_chunks / 2;
 }
 
-// How the chunks of a phase are handed out: at first in turns (turn t of SM s is chunk
-// t sm_count + s), so that nothing has to be waited for when the phase begins; then by ticket,
-// because SMs are not served equally.
-struct Deal {
-  std::int32_t turns = 0;
-  std::int32_t first_by_ticket = 0;
+// How the chunks of a phase are assigned to SMs: statically at first, round-robin (chunk r sm_count
+// + s in round r goes to SM s), so that nobody waits for a ticket when the phase begins; then
+// dynamically, by ticket, because memory does not serve SMs equally.
+struct WorkSchedule {
+  std::int32_t static_rounds = 0;
+  std::int32_t first_dynamic = 0;  // first chunk that is drawn by ticket
 };
-constexpr Deal deal(std::int32_t chunks, std::int32_t percent_in_turns,
-                    std::int32_t sm_count) noexcept {
-  const std::int32_t turns =
-      static_cast<std::int32_t>(static_cast<std::int64_t>(chunks) * percent_in_turns / 100) /
+constexpr WorkSchedule work_schedule(std::int32_t chunks, std::int32_t static_percent,
+                                     std::int32_t sm_count) noexcept {
+  const std::int32_t rounds =
+      static_cast<std::int32_t>(static_cast<std::int64_t>(chunks) * static_percent / 100) /
       sm_count;
-  return {turns, turns * sm_count};
+  return {rounds, rounds * sm_count};
 }
 
 struct DecodePlan {
@@ -163,12 +168,13 @@ KvPlan make_page_plan(const ModelConfig& config);
 // Whether make_decode_plan() gives a plan, for callers that have another way.
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits);
 
-// Why the model is decoded layer by layer: what unstreamed_because() of its layer says, or that its
-// sizes do not stream on such a device. Empty if can_stream().
+// Why no streaming kernel decodes the model: what unstreamed_because() of its layer says, or that
+// its sizes do not stream on such a device. Empty if can_stream().
 std::string unstreamed_because(const ModelConfig& config, const DeviceLimits& limits);
 
-// The same matrix with half as many products, where a warp has one unit of a chunk; else as it is.
-MatrixPlan with_half_the_products(MatrixPlan plan);
+// The same matrix with both halves of the activations in one product (half as many products), where
+// a warp has one unit of a chunk; else as it is.
+MatrixPlan with_packed_operands(MatrixPlan plan);
 
 // Attention of one sequence with `positions` keys (the current one included).
 struct AttentionSplits {

@@ -6,9 +6,15 @@
 
 namespace clusterfusion::plan {
 
-// Chunks of a tile, at most `most`, so that the blocks of all matrices (of so many chunks each) for
-// `row_blocks` blocks of rows are over soonest on `sm_count` multiprocessors.
+// What one block of threads can do.
+struct TileLimits {
+  std::int32_t most_chunks;
+  std::int32_t row_chunks;  // rows that it multiplies by, 8 of them a chunk: they are read too
+};
+
+// Chunks of a tile so that the blocks of all matrices (of so many chunks each) for `row_blocks`
+// blocks of rows are over soonest on `sm_count` multiprocessors.
 std::int32_t tile_chunks(std::span<const std::int32_t> matrix_chunks, std::int32_t row_blocks,
-                         std::int32_t most, std::int32_t sm_count);
+                         const TileLimits& limits, std::int32_t sm_count);
 
 }  // namespace clusterfusion::plan

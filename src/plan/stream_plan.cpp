@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/fail.hpp"
+#include "base/round_up.hpp"
 
 namespace clusterfusion::plan {
 namespace {
@@ -14,11 +15,6 @@ constexpr std::int64_t kWidePartColumns = 5120;
 constexpr std::int64_t kMaxPieceColumns =
     std::int64_t{kConsumerWarps} * kMaxPieceIterations * kStepColumns;
 constexpr std::int32_t kMinStages = 4;
-constexpr std::int32_t kMostStages = 16;
-
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // The fewest equal shares of `steps`, at most `most` each.
 std::int64_t shares(std::int64_t steps, std::int64_t most) {
@@ -112,7 +108,7 @@ StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
   const std::int64_t fixed = kStreamControlBytes + memory.scratch_bytes;
   const std::int64_t room = limits.shared_bytes_per_block - fixed;
   memory.stages =
-      static_cast<std::int32_t>(std::min<std::int64_t>(kMostStages, room / plan.stage_bytes));
+      static_cast<std::int32_t>(std::min<std::int64_t>(kMaxStages, room / plan.stage_bytes));
   require(memory.stages >= kMinStages, ErrorKind::unsupported,
           "the streaming kernel needs {} bytes of shared memory a block for hidden size {}, the "
           "device has {}; run this model on the CPU (device \"cpu\")",

@@ -13,10 +13,10 @@ constexpr std::int64_t kSharedBytes = 232448;
 
 class StreamParams : public testing::TestWithParam<Shape> {
  protected:
-  static cuda::DecodeParams params(bool half_the_products) {
+  static cuda::DecodeParams params(bool packed_operands) {
     const ModelConfig config = config_of(GetParam());
     return cuda::stream_params(config, plan::make_decode_plan(config, {kSmCount, kSharedBytes}),
-                               kSmCount, half_the_products);
+                               kSmCount, packed_operands);
   }
 };
 

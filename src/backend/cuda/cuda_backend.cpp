@@ -11,7 +11,7 @@
 #include "backend/cuda/cublas_library.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
-#include "backend/cuda/decode/decode_timeline.hpp"
+#include "backend/cuda/decode/timeline.hpp"
 #include "backend/cuda/device_model.hpp"
 #include "backend/cuda/device_tensor.hpp"
 #include "backend/cuda/gemm/gemm_decoder.hpp"
@@ -33,8 +33,8 @@ namespace cuda {
 namespace {
 
 constexpr std::int32_t kDecodeAhead = 16;  // steps of one launch, at most
-// Up to so many rows the streaming kernel takes, and is quicker than the series of kernels.
-constexpr std::size_t kStreamedRows = plan::kMaxRows;
+// Up to so many rows the streaming kernel is quicker than the series of kernels.
+constexpr std::size_t kStreamedRows = 12;
 
 cudaDeviceProp device_properties() {
   int device = 0;
@@ -71,7 +71,7 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
   return longest_context(config, options.max_positions);
 }
 
-// The decode kernel's plan; without stages for a model that is decoded layer by layer. Errors:
+// The decode kernel's plan; without stages for a model that it does not take. Errors:
 // unsupported (head size).
 plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
   if (plan::unstreamed_because(config, limits_of(properties)).empty())
@@ -99,14 +99,14 @@ class CudaBackend final : public Backend {
     const ModelConfig& config = model_->config();
     info_.name = "cuda";
     info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
-    if (!unstreamed_.empty()) info_.device += ", layer by layer (" + unstreamed_ + ")";
     info_.kv_dtype = config.dtype;
     info_.kv_bytes_per_position = plan_.kv.page_bytes / kKvPagePositions;
     info_.max_positions = max_positions_;
     info_.prefill_chunk = prefill_.max_tokens();
     info_.decode_ahead = kDecodeAhead;
     prepare();
-    if (stream_decoder_) info_.verify_rows = static_cast<std::int32_t>(max_rows());
+    if (!unstreamed_.empty()) info_.device += fmt::format(", {} ({})", path(), unstreamed_);
+    if (decodes_rows()) info_.verify_rows = static_cast<std::int32_t>(max_rows());
     info_.kv_pages = kv_pages(options.kv_bytes);
     // Whole pieces at the same places are the same computation.
     info_.prefix_granularity =
@@ -201,8 +201,9 @@ class CudaBackend final : public Backend {
     for (Sequence* sequence :
          sequences_.find_batch(sequences, inputs, steps, sampled.size(), logits.size()))
       grow(*sequence, sequence->length + steps);
-    if (!unstreamed_.empty()) return decode_by_layers(sequences, inputs, steps, sampled, logits);
-    if (!stream_decoder_) return decode_one_by_one(sequences, inputs, steps, sampled, logits);
+    if (!decodes_rows())
+      return streams() ? decode_one_by_one(sequences, inputs, steps, sampled, logits)
+                       : decode_by_layers(sequences, inputs, steps, sampled, logits);
     std::vector<std::size_t> together;
     for (std::size_t b = 0; b < sequences.size(); ++b) {
       const Sequence& sequence = find(sequences[b]);
@@ -224,7 +225,7 @@ class CudaBackend final : public Backend {
   }
 
   void verify(std::span<Proposal> batch) override {
-    if (!stream_decoder_) return verify_by_steps(*this, batch);
+    if (!decodes_rows()) return verify_by_steps(*this, batch);
     std::vector<SequenceId> ids;
     std::vector<std::int64_t> lengths;
     for (Sequence* sequence : sequences_.find_batch(batch)) lengths.push_back(sequence->length);
@@ -242,9 +243,8 @@ class CudaBackend final : public Backend {
 
   std::vector<TimelineEvent> record_timeline(SequenceId id, TokenId input) override {
     require(unstreamed_.empty(), ErrorKind::unsupported,
-            "a timeline shows the streaming kernel; this model is decoded layer by layer, because "
-            "it has {}",
-            unstreamed_);
+            "a timeline shows the streaming kernel; this model is decoded {}, because it has {}",
+            path(), unstreamed_);
     Sequence& sequence =
         *sequences_.find_batch(std::span(&id, 1), std::span(&input, 1), 1, 0, 0).front();
     grow(sequence, sequence.length + 1);
@@ -284,6 +284,10 @@ class CudaBackend final : public Backend {
  private:
   // Whether the decode kernel for one row takes this model.
   bool streams() const noexcept { return plan_.stages > 0; }
+  // How a model that it does not take is decoded.
+  std::string_view path() const noexcept {
+    return gemm_decoder_ ? "as a series of kernels" : "layer by layer";
+  }
 
   void prepare() {
     const ModelConfig& config = model_->config();
@@ -295,7 +299,7 @@ class CudaBackend final : public Backend {
     kernel_ = find_decode_kernel(config.dtype, fragments, static_cast<int>(config.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
     params_ = stream_params(config, plan_, properties_.multiProcessorCount,
-                            fragments <= kFragmentsOfHalfProducts);
+                            fragments <= kMaxPackedFragments);
     read_more_late(params_);
     allocate_scratch();
     weights_.tell(params_);
@@ -303,19 +307,25 @@ class CudaBackend final : public Backend {
 
   void prepare_rows() {
     const ModelConfig& config = model_->config();
-    if (mode_ != DecodeMode::throughput || !StreamDecoder::supports(config, plan_.kv, properties_))
-      return;
-    stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_, kDecodeAhead);
+    if (streams()) {
+      if (mode_ != DecodeMode::throughput ||
+          !StreamDecoder::supports(config, plan_.kv, properties_))
+        return;
+      stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_,
+                              kDecodeAhead);
+    }
     if (GemmDecoder::supports(config, properties_))
       gemm_decoder_.emplace(config, plan_.kv, weights_, properties_.multiProcessorCount,
                             max_positions_, kDecodeAhead);
   }
+  // Whether a step takes several rows.
+  bool decodes_rows() const noexcept { return stream_decoder_ || gemm_decoder_; }
   std::size_t max_rows() const noexcept {
-    return gemm_decoder_ ? static_cast<std::size_t>(kMaxGemmRows) : kStreamedRows;
+    return static_cast<std::size_t>(gemm_decoder_ ? kMaxGemmRows : plan::kMaxRows);
   }
-  // The quicker one of those that take so many rows; the bits are the same.
+  // The quicker one of those that there are; the bits are the same.
   RowDecoder& decoder_of(std::size_t rows) {
-    if (rows <= kStreamedRows) return *stream_decoder_;
+    if (stream_decoder_ && (rows <= kStreamedRows || !gemm_decoder_)) return *stream_decoder_;
     return *gemm_decoder_;
   }
 
@@ -847,7 +857,7 @@ class CudaBackend final : public Backend {
   std::shared_ptr<const Model> model_;
   cudaDeviceProp properties_;
   plan::DecodePlan plan_;
-  std::string unstreamed_;  // why the model is decoded layer by layer, if it is
+  std::string unstreamed_;  // why the decode kernel does not take the model, if so
   std::int64_t max_positions_;
   DecodeMode mode_;
   DeviceModel weights_;

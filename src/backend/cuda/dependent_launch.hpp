@@ -1,4 +1,4 @@
-// Programmatic dependent launch from the host's side: device/grid_dependency.cuh is the other.
+// Programmatic dependent launch from the host's side: ptx/grid_dependency.cuh is the other.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,9 +1,9 @@
 #include <algorithm>
 
 #include "backend/cuda/check.hpp"
-#include "backend/cuda/device/bulk_copy.cuh"
-#include "backend/cuda/device/mbarrier.cuh"
 #include "backend/cuda/memory.hpp"
+#include "backend/cuda/ptx/bulk_copy.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
 #include "backend/cuda/read_ceiling.hpp"
 
 namespace clusterfusion::cuda {

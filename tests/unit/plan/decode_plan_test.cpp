@@ -72,9 +72,9 @@ std::vector<int> touched_in_pairs(const MatrixPlan& plan, int chunks) {
 }
 
 // Counts how often the lanes of all warps touch each element of some chunks, as the kernel goes
-// through them: the warps of a segment take its units in turns, across chunks.
+// through them: the warps of a segment take its units round-robin, across chunks.
 std::vector<int> touched(const MatrixPlan& plan, int chunks) {
-  if (plan.tile == Tile::chunk_pairs) return touched_in_pairs(plan, chunks);
+  if (plan.mapping == MmaMapping::packed_pairs) return touched_in_pairs(plan, chunks);
   const std::int64_t chunk_elements = plan.rows_per_chunk * plan.columns;
   std::vector<int> count(chunks * chunk_elements, 0);
   for (int warp = 0; warp < kConsumerWarps; ++warp) {
@@ -113,19 +113,20 @@ TEST_P(EveryShape, TouchesEachElementOnce) {
   }
 }
 
-TEST_P(EveryShape, TouchesEachElementOnceWithHalfTheProducts) {
+TEST_P(EveryShape, TouchesEachElementOnceWithPackedOperands) {
   const DecodePlan plan = make_decode_plan(config_of(GetParam()), kHopper);
   for (const MatrixPlan& matrix : matrices(plan)) {
-    const MatrixPlan half = with_half_the_products(matrix);
+    const MatrixPlan half = with_packed_operands(matrix);
     EXPECT_THAT(touched(half, 5), testing::Each(1)) << matrix.rows << " x " << matrix.columns;
     EXPECT_EQ(half.rows_per_chunk, matrix.rows_per_chunk);
-    // What is multiplied by the normalised input: the kernel knows that for the other tiles only.
+    // What is multiplied by the normalised input: the kernel has code for that with the other
+    // mappings only.
     if (half.columns == GetParam().hidden) {
-      EXPECT_NE(half.tile, Tile::chunk_pairs);
+      EXPECT_NE(half.mapping, MmaMapping::packed_pairs);
     }
     // What the plan has reserved is enough.
     EXPECT_LE(half.sums_per_chunk(), matrix.sums_per_chunk());
-    if (half.tile == Tile::slices) {
+    if (half.mapping == MmaMapping::two_pass) {
       EXPECT_EQ(half.segments, matrix.segments);
       continue;
     }
@@ -137,37 +138,37 @@ TEST_P(EveryShape, TouchesEachElementOnceWithHalfTheProducts) {
   }
 }
 
-TEST(WithHalfTheProducts, KnowsTheMatricesOfPythia2b8) {
+TEST(WithPackedOperands, KnowsTheMatricesOfPythia2b8) {
   const DecodePlan plan = make_decode_plan(config_of({"", 2560, 32, 32, 50304}), kHopper);
   for (const MatrixPlan& matrix : {plan.qkv, plan.mlp_up, plan.attention_out, plan.lm_head}) {
-    const MatrixPlan half = with_half_the_products(matrix);
-    EXPECT_EQ(half.tile, Tile::halves);
+    const MatrixPlan half = with_packed_operands(matrix);
+    EXPECT_EQ(half.mapping, MmaMapping::packed);
     EXPECT_EQ(half.unit_rows, 4);
     EXPECT_EQ(half.slices(), 2);
     EXPECT_EQ(half.segments, 4 * matrix.segments);
     EXPECT_EQ(half.iterations, matrix.iterations);
   }
-  const MatrixPlan half = with_half_the_products(plan.mlp_down);
-  EXPECT_EQ(half.tile, Tile::chunk_pairs);
+  const MatrixPlan half = with_packed_operands(plan.mlp_down);
+  EXPECT_EQ(half.mapping, MmaMapping::packed_pairs);
   EXPECT_EQ(half.segments, 8);
   EXPECT_EQ(half.iterations, 2 * plan.mlp_down.iterations);
   // Once more changes nothing.
-  EXPECT_EQ(with_half_the_products(half).iterations, half.iterations);
+  EXPECT_EQ(with_packed_operands(half).iterations, half.iterations);
 }
 
 // Chunks are made a little smaller so that each warp has one unit of each.
-TEST(WithHalfTheProducts, KnowsTheMatricesOfModelsOf1024And2048) {
+TEST(WithPackedOperands, KnowsTheMatricesOfModelsOf1024And2048) {
   for (const Shape& shape : {Shape{"", 1024, 24, 16, 50304}, Shape{"", 2048, 24, 16, 50304}}) {
     const DecodePlan plan = make_decode_plan(config_of(shape), kHopper);
     for (const MatrixPlan& matrix : {plan.qkv, plan.mlp_up, plan.lm_head}) {
       EXPECT_EQ(matrix.chunk_bytes(), 16384);
-      EXPECT_EQ(with_half_the_products(matrix).tile, Tile::halves);
+      EXPECT_EQ(with_packed_operands(matrix).mapping, MmaMapping::packed);
     }
     // An SM's share of [1024, 1024] is less than that.
-    EXPECT_EQ(with_half_the_products(plan.attention_out).tile,
-              shape.hidden == 1024 ? Tile::slices : Tile::halves);
-    EXPECT_EQ(with_half_the_products(plan.mlp_down).tile,
-              shape.hidden == 1024 ? Tile::halves : Tile::chunk_pairs);
+    EXPECT_EQ(with_packed_operands(plan.attention_out).mapping,
+              shape.hidden == 1024 ? MmaMapping::two_pass : MmaMapping::packed);
+    EXPECT_EQ(with_packed_operands(plan.mlp_down).mapping,
+              shape.hidden == 1024 ? MmaMapping::packed : MmaMapping::packed_pairs);
   }
 }
 
@@ -246,20 +247,21 @@ TEST(AttentionSplits, CoverEveryBlockOnceWithinTheirBound) {
         }
 }
 
-// SMs draw tickets in any order; each chunk must be handed out once.
-TEST(Deal, HandsOutEachChunkOnce) {
+// SMs draw tickets in any order; each chunk must be assigned once.
+TEST(WorkSchedule, AssignsEachChunkOnce) {
   std::mt19937 random(5);
   for (const int sms : {1, 7, 131, 132, 170})
     for (const int chunks : {0, 1, 5, 131, 132, 133, 3584, 10061})
       for (const int percent : {0, 30, 70, 100})
         for (const int ticket_chunks : {1, 2, 3}) {
-          const Deal dealt = deal(chunks, percent, sms);
+          const WorkSchedule schedule = work_schedule(chunks, percent, sms);
           std::vector<int> count(chunks, 0);
           for (int sm = 0; sm < sms; ++sm)
-            for (int turn = 0; turn < dealt.turns; ++turn) ++count.at(turn * sms + sm);
+            for (int round = 0; round < schedule.static_rounds; ++round)
+              ++count.at(round * sms + sm);
           std::vector<int> drawing(sms);
           std::iota(drawing.begin(), drawing.end(), 0);
-          for (int ticket = dealt.first_by_ticket; !drawing.empty(); ticket += ticket_chunks) {
+          for (int ticket = schedule.first_dynamic; !drawing.empty(); ticket += ticket_chunks) {
             const auto who = random() % drawing.size();
             if (ticket >= chunks) drawing.erase(drawing.begin() + static_cast<long>(who));
             for (int chunk = ticket; chunk < std::min(ticket + ticket_chunks, chunks); ++chunk)

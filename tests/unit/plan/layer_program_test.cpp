@@ -154,7 +154,7 @@ LayerTensor weight_of(Stream stream) {
   }
 }
 
-// The streaming kernels deal out the program's products, phase by phase, in the program's order.
+// The streaming kernels schedule the program's products, phase by phase, in the program's order.
 TEST(LayerProgram, IsWhatTheStreamingKernelsWalk) {
   for (const bool parallel : {false, true}) {
     LayerSpec spec;

@@ -71,7 +71,7 @@ TEST(TileChunks, AreInRangeAndLeaveFewMultiprocessorsWaiting) {
                                                         {6288},
                                                         {3},
                                                         {128}}) {
-          const std::int32_t size = tile_chunks(chunks, row_blocks, most, sm_count);
+          const std::int32_t size = tile_chunks(chunks, row_blocks, {most, 4}, sm_count);
           ASSERT_GE(size, 1);
           ASSERT_LE(size, most);
           std::int64_t all = 0;
@@ -85,7 +85,7 @@ TEST(TileChunks, AreInRangeAndLeaveFewMultiprocessorsWaiting) {
 
 TEST(TileChunks, FillTheMultiprocessorsOfAnH200ForPythia2B8) {
   // QKV and MLP-up: tiles of 17 chunks would be 57 and 76, one too many for 132 multiprocessors.
-  EXPECT_EQ(tile_chunks(std::array{960, 1280}, 1, 20, 132), 18);
+  EXPECT_EQ(tile_chunks(std::array{960, 1280}, 1, {24, 4}, 132), 18);
 }
 
 }  // namespace

@@ -11,8 +11,8 @@ namespace clusterfusion::cuda {
 // registers.
 inline constexpr int kDecodeBlockThreads = plan::kConsumerWarps * 32 + 128;
 
-// Kernels that hold at most so many fragments know tiles of plan::with_half_the_products.
-inline constexpr int kFragmentsOfHalfProducts = 5;
+// Kernels that hold at most so many fragments have code for plan::with_packed_operands.
+inline constexpr int kMaxPackedFragments = 5;
 
 // The kernel for weights of `dtype` (float16 or bfloat16), at most `iterations` fragments a matrix,
 // and this head size. Errors: unsupported if there is none.

@@ -1,4 +1,4 @@
-// Everything the streaming decode kernel is told: plain data, filled by the host.
+// The parameters of the streaming decode kernel: plain data, filled by the host.
 #pragma once
 
 #include <vector_types.h>
@@ -32,7 +32,7 @@ struct StreamedMatrix {
   std::int32_t row_bytes;
   std::int32_t iterations;
   bool swaps;  // each two iterations in odd slices: see swap_columns
-  plan::Tile tile;
+  plan::MmaMapping mapping;
   std::int32_t max_slots;         // chunks whose sums fit
   std::uint32_t rows_reciprocal;  // 2^32 / rows_per_chunk, rounded up
 
@@ -83,11 +83,11 @@ StreamedLayer streamed_layer(const PointerTo& pointer_to) {
 // The best token that one SM has seen, with its score: the logit, or noisy_score() if sampled.
 struct alignas(16) Candidate {
   double score;
-  std::int64_t token;  // of 32 bits: never "empty" as an element of a Lamport buffer
+  std::int64_t token;  // of 32 bits: never "not ready" as an element of a Lamport buffer
 };
 
-// What the SMs tell each other within one epoch, a layer or the LM head of one step: Lamport
-// buffers (device/lamport_buffer.cuh), at these byte offsets of a set. Epoch e uses set e %
+// How results cross between SMs within one epoch, a layer or the LM head of one step: Lamport
+// buffers (sync/lamport_buffer.cuh), at these byte offsets of a set. Epoch e uses set e %
 // kLamportSets.
 struct LamportLayout {
   std::int32_t qkv;              // float32 [3 hidden], with bias, before the rotation
@@ -119,7 +119,7 @@ enum class TimelinePoint : int {
 
 struct DecodeParams {
   StreamedMatrix qkv, attention_out, mlp_up, mlp_down, lm_head;
-  // Layer i's pointers are those of the first layer plus i strides: known without a look at memory.
+  // Layer i's pointers are those of the first layer plus i strides: known without a load.
   StreamedLayer first_layer;
   std::int64_t layer_stride;
   const void* embedding;
@@ -141,9 +141,10 @@ struct DecodeParams {
   std::int32_t announced_ahead;  // stages of the ring, beside those with copies in flight
   std::int32_t bias_offset;      // in a stage, of the biases
   std::int32_t
-      bias_element_bytes;       // 4: float32 (the engine's), 2: the weights' type (the callers')
-  std::int32_t static_percent;  // of a phase's chunks that are dealt in turns; the rest by ticket
-  // Copies that may be under way where so many percent of a long phase's chunks are dealt.
+      bias_element_bytes;  // 4: float32 (the engine's), 2: the weights' type (the callers')
+  std::int32_t
+      static_percent;  // of a phase's chunks that are assigned round-robin; the rest by ticket
+  // Copies that may be in flight once so many percent of a long phase's chunks are assigned.
   std::int32_t late_in_flight, late_percent;
   std::uint32_t ticket_chunks;  // that one ticket stands for
 

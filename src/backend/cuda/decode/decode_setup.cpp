@@ -6,24 +6,18 @@
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "base/fail.hpp"
+#include "base/round_up.hpp"
 
 namespace clusterfusion::cuda {
 namespace {
 
-// More copies under way make what the SMs tell each other wait behind them.
-constexpr std::int32_t kMaxInFlight = 2;
-// Late in a phase they may be more.
-constexpr std::int32_t kLateInFlight = 3;
-constexpr std::int32_t kLatePercent = 60;
 // Time enough to draw a ticket while a copy lands. More would be drawn too early to even out what
 // one SM takes longer for than another.
 constexpr int kAnnouncedAhead = 1;
-// A part of a phase is dealt in turns, so that no ticket has to be waited for when it begins.
-constexpr int kPercentInTurns = 30;
 constexpr int kTicketChunks = 2;
 
-StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, bool half_the_products) {
-  if (half_the_products) plan = plan::with_half_the_products(plan);
+StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, bool packed_operands) {
+  if (packed_operands) plan = plan::with_packed_operands(plan);
   StreamedMatrix matrix;
   matrix.rows = static_cast<std::int32_t>(plan.rows);
   matrix.rows_per_chunk = plan.rows_per_chunk;
@@ -42,7 +36,7 @@ StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, bool half
   matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
   matrix.iterations = plan.iterations;
   matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0;
-  matrix.tile = plan.tile;
+  matrix.mapping = plan.mapping;
   matrix.max_slots = std::min(kMaxChunkSlots, sum_slots / plan.sums_per_chunk());
   const auto rows = static_cast<std::uint32_t>(plan.rows_per_chunk);
   matrix.rows_reciprocal = static_cast<std::uint32_t>(((std::uint64_t{1} << 32) + rows - 1) / rows);
@@ -54,7 +48,7 @@ LamportLayout lamport_layout(const ModelConfig& config, std::int32_t sm_count) {
   LamportLayout layout{};
   const auto take = [&](std::int64_t bytes) {
     const std::int32_t offset = layout.bytes;
-    layout.bytes += static_cast<std::int32_t>((bytes + 255) / 256 * 256);
+    layout.bytes += static_cast<std::int32_t>(round_up(bytes, 256));
     return offset;
   };
   layout.qkv = take(config.hidden_size * 12);
@@ -70,10 +64,10 @@ LamportLayout lamport_layout(const ModelConfig& config, std::int32_t sm_count) {
 }  // namespace
 
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
-                           std::int32_t sm_count, bool half_the_products) {
+                           std::int32_t sm_count, bool packed_operands) {
   DecodeParams p{};
   const auto matrix = [&](const plan::MatrixPlan& its) {
-    return streamed(its, plan.sum_slots, half_the_products);
+    return streamed(its, plan.sum_slots, packed_operands);
   };
   p.qkv = matrix(plan.qkv);
   p.attention_out = matrix(plan.attention_out);
@@ -101,7 +95,7 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.announced_ahead = kAnnouncedAhead;
   p.late_in_flight = p.max_in_flight;
   p.late_percent = 100;  // never
-  p.static_percent = kPercentInTurns;
+  p.static_percent = kStaticPercent;
   p.ticket_chunks = kTicketChunks;
   p.kv_head_bytes = static_cast<std::int32_t>(plan.kv.head_bytes);
   p.kv_block_bytes = static_cast<std::int32_t>(plan.kv.block_bytes);

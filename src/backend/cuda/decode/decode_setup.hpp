@@ -1,4 +1,4 @@
-// From a plan to what the streaming kernels are told.
+// From a plan to the parameters of the streaming kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,10 +9,19 @@
 
 namespace clusterfusion::cuda {
 
-// Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `half_the_products`:
-// whether the kernel knows tiles of plan::with_half_the_products.
+// Settings of both streaming kernels.
+// Results that cross between SMs wait behind copies in flight: no more of them.
+inline constexpr std::int32_t kMaxInFlight = 2;
+// Late in a phase they may be more.
+inline constexpr std::int32_t kLateInFlight = 3;
+inline constexpr std::int32_t kLatePercent = 60;
+// A part of a phase is assigned statically, so that nobody waits for a ticket when it begins.
+inline constexpr std::int32_t kStaticPercent = 30;
+
+// Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `packed_operands`:
+// whether the kernel has code for plan::with_packed_operands.
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
-                           std::int32_t sm_count, bool half_the_products);
+                           std::int32_t sm_count, bool packed_operands);
 
 // What plans must know of the device.
 plan::DeviceLimits limits_of(const cudaDeviceProp& properties);

@@ -4,12 +4,12 @@
 // positions come by asynchronous copies into a ring of each warp's own.
 #pragma once
 
-#include "backend/cuda/device/async_copy.cuh"
-#include "backend/cuda/device/grid_dependency.cuh"
 #include "backend/cuda/gemm/attention_memory.hpp"
-#include "backend/cuda/gemm/paired_rows.cuh"
+#include "backend/cuda/gemm/product_input.hpp"
+#include "backend/cuda/ptx/async_copy.cuh"
+#include "backend/cuda/ptx/grid_dependency.cuh"
 #include "backend/cuda/stream/attention.cuh"
-#include "backend/cuda/stream/combiner.cuh"
+#include "backend/cuda/stream/split_combiner.cuh"
 
 namespace clusterfusion::cuda::gemm {
 
@@ -51,7 +51,7 @@ struct AttentionBlock {
   }
   template <typename T>
   __device__ __forceinline__ T* attention_output(int row, int index) const {
-    return lamport<T>(p.layout.attention) + 2 * paired_word(row, index / 2, p.hidden_size / 2) +
+    return lamport<T>(p.layout.attention) + 2 * input_word(row, index / 2, input_lines(p.rows)) +
            index % 2;
   }
 };
@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
                      std::int32_t layer, std::int32_t step, std::int32_t sm_count) {
   using Attention = stream::Attention<T, kHeadSteps, AttentionBlock>;
   constexpr int kStages = kAttentionStages, kGroup = GroupRing::kGroup;
+  start_dependents();
   extern __shared__ __align__(128) char shared[];
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const RowGroup group = p.group_table[blockIdx.y];
@@ -191,11 +192,11 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
     }
     commit_copies();
   };
-  // Keys and values of earlier steps are there: the grid before this one waited for theirs.
+  // Keys and values of earlier steps are there: before this layer's products the kernel of the
+  // residual stream lets others begin when all before it is over, and no sooner.
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
   wait_for_dependencies();
-  start_dependents();
 
   Attention attention(block);
   typename Attention::Query query;
@@ -231,14 +232,14 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
 template <typename T>
 __global__ void combine_kernel(const __grid_constant__ StreamParams p, std::int32_t layer,
                                std::int32_t step, std::int32_t sm_count) {
-  wait_for_dependencies();
   start_dependents();
+  wait_for_dependencies();
   const int row = static_cast<int>(blockIdx.y);
   const int splits = splits_of(p, row, step, sm_count).splits;
   const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (splits == 1 || index >= p.num_heads * p.head_dim) return;
   T* output = reinterpret_cast<T*>(p.lamport + p.layout.attention) +
-              2 * paired_word(row, index / 2, p.hidden_size / 2) + index % 2;
+              2 * input_word(row, index / 2, input_lines(p.rows)) + index % 2;
   const bool ablated = p.ablated.has_head(layer * p.num_heads + index / p.head_dim);
   *output =
       static_cast<T>(ablated ? 0.0f : stream::combine_splits(p, p.lamport, row, index, splits));

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/gemm/product_input.hpp"
 #include "backend/cuda/gemm/product_kernel.hpp"
 #include "backend/cuda/ops/driver_function.hpp"
 #include "backend/cuda/stream/stream_setup.hpp"
@@ -16,36 +17,32 @@ using plan::Stream;
 
 namespace {
 
-// Of input vectors, as paired_rows.cuh has them.
-constexpr std::int32_t lines_of(std::int32_t rows) { return (rows + 15) / 16 * 16; }
-
-// Boxes of `box_rows` rows and a step's columns. `sizes`: columns, rows and so on; `strides`, in
-// bytes, of all but the columns.
-CUtensorMap box_map(DType dtype, const void* data, std::vector<std::uint64_t> sizes,
-                    const std::vector<std::uint64_t>& strides, std::int32_t box_rows) {
+// Of a tensor of 16-bit floats in boxes; the innermost size is first. `strides`: in bytes, of all
+// but the innermost.
+CUtensorMap box_map(DType dtype, const void* data, const std::array<std::uint64_t, 3>& sizes,
+                    const std::array<std::uint64_t, 2>& strides,
+                    const std::array<std::uint32_t, 3>& box) {
   static const auto encode =
       driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-  std::vector<std::uint32_t> box(sizes.size(), 1);
-  box[0] = plan::kStepColumns;
-  box[1] = static_cast<std::uint32_t>(box_rows);
-  const std::vector<std::uint32_t> steps(sizes.size(), 1);
+  constexpr std::array<std::uint32_t, 3> kSteps{1, 1, 1};
   CUtensorMap map;
   const CUresult result = encode(
       &map,
       dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
       static_cast<std::uint32_t>(sizes.size()), const_cast<void*>(data), sizes.data(),
-      strides.data(), box.data(), steps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+      strides.data(), box.data(), kSteps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   require(result == CUDA_SUCCESS, ErrorKind::internal,
-          "the driver makes no map of a [{}, {}] matrix: error {}", sizes[1], sizes[0],
-          static_cast<int>(result));
+          "the driver makes no map of a [{}, {}, {}] tensor: error {}", sizes[2], sizes[1],
+          sizes[0], static_cast<int>(result));
   return map;
 }
 
 }  // namespace
 
 bool GemmDecoder::supports(const ModelConfig& config, const cudaDeviceProp& properties) {
+  if (properties.major != 9) return false;
   try {
     plan::cut_products(config);
   } catch (const Error&) {
@@ -81,7 +78,7 @@ GemmDecoder::GemmDecoder(const ModelConfig& config, const plan::KvPlan& kv,
 
 void GemmDecoder::begin(std::span<const DecodeRow> rows, cudaStream_t stream) {
   extent_ = tables_.send(rows, 0, sm_count_, params_, stream);
-  params_.layout = rows_layout(config_, cuts_, sm_count_, lines_of(params_.rows));
+  params_.layout = rows_layout(config_, cuts_, sm_count_, gemm::input_lines(params_.rows));
   phases_.clear();
   for (std::int32_t index = 0; index < plan::layer_phases(config_.parallel_residual); ++index) {
     const plan::Phase phase = plan::layer_phase(config_.parallel_residual, index);
@@ -200,8 +197,9 @@ ProductParams GemmDecoder::products_of(std::span<const Stream> streams) const {
   products.row_blocks = (params_.rows + block.rows - 1) / block.rows;
   std::array<std::int32_t, kMaxProductOperands> chunks{};
   for (std::int32_t i = 0; i < products.count; ++i) chunks[i] = products.operands[i].chunks;
-  products.tile_chunks = plan::tile_chunks(std::span(chunks).first(products.count),
-                                           products.row_blocks, block.max_chunks, sm_count_);
+  products.tile_chunks =
+      plan::tile_chunks(std::span(chunks).first(products.count), products.row_blocks,
+                        {block.max_chunks, block.rows / plan::kChunkRows}, sm_count_);
   for (std::int32_t i = 0; i < products.count; ++i) {
     ProductOperand& operand = products.operands[i];
     operand.tiles = (operand.chunks + products.tile_chunks - 1) / products.tile_chunks;
@@ -271,14 +269,19 @@ CUtensorMap GemmDecoder::weight_map(const Matrix& matrix, std::int32_t box_rows)
       static_cast<std::uint64_t>(layers > 1 ? params_.layer_stride : matrix.product->row_bytes);
   return box_map(config_.dtype, matrix.weights,
                  {columns, static_cast<std::uint64_t>(matrix.product->rows), layers},
-                 {columns * 2, layer_stride}, box_rows);
+                 {columns * 2, layer_stride},
+                 {plan::kStepColumns, static_cast<std::uint32_t>(box_rows), 1});
 }
 
+// Eight rows of a piece lie side by side.
 CUtensorMap GemmDecoder::input_map(const Matrix& matrix, std::int32_t box_rows) const {
+  constexpr std::uint32_t kPieceColumns = plan::kStepColumns / gemm::kStepPieces;
   const auto columns = static_cast<std::uint64_t>(matrix.product->row_bytes / 2);
+  const auto lines = static_cast<std::uint64_t>(gemm::input_lines(params_.rows));
   return box_map(config_.dtype, matrix.input,
-                 {columns, static_cast<std::uint64_t>(lines_of(params_.rows))}, {columns * 2},
-                 box_rows);
+                 {8 * kPieceColumns, lines / 8, columns / kPieceColumns},
+                 {8 * kPieceColumns * 2, lines * kPieceColumns * 2},
+                 {8 * kPieceColumns, static_cast<std::uint32_t>(box_rows / 8), gemm::kStepPieces});
 }
 
 }  // namespace clusterfusion::cuda

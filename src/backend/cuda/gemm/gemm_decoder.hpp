@@ -1,6 +1,6 @@
 // Decode steps of many rows as a series of kernels: matrix products, attention, the residual
-// stream. For more rows than the streaming kernel takes. A row's bits are those of the streaming
-// kernel.
+// stream. For more rows than the streaming kernel takes, and for sizes that do not stream. A row's
+// bits are those of the streaming kernel.
 #pragma once
 
 #include <cuda_runtime_api.h>

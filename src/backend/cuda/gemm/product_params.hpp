@@ -20,8 +20,8 @@ struct ProductOperand {
   std::int32_t first_column;   // of the part
   std::int32_t columns, rows;  // of the matrix
   const float* biases;         // [rows], or null: none, or another part adds them
-  char* output;                // of the step's first row: float32, or 16-bit in paired_rows
-  std::int32_t output_row;     // elements from row to row of the output
+  char* output;             // of the step's first row: float32, or 16-bit as product_input.hpp says
+  std::int32_t output_row;  // elements from row to row of the output
   std::int32_t pieces, iterations, piece_steps;  // plan::ProductCut
   std::int32_t chunks;
   std::int32_t tiles;  // of so many chunks that a block computes
@@ -31,7 +31,8 @@ struct ProductOperand {
 // Products that can be computed at the same time: of one or two matrices.
 struct ProductParams {
   // 16-bit: [layers, rows, columns] of a matrix, in boxes of a tile's rows and a step's columns;
-  // and its input vectors, [lines, columns] in paired_rows, in boxes of a block's rows.
+  // and its input vectors, as product_input.hpp says, in boxes of a block's rows and a step's
+  // pieces.
   CUtensorMap weight_maps[2], input_maps[2];
   ProductOperand operands[kMaxProductOperands];
   std::int32_t count;        // of operands

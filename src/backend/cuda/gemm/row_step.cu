@@ -1,11 +1,11 @@
 #include "backend/cuda/check.hpp"
-#include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/dependent_launch.hpp"
-#include "backend/cuda/device/grid_dependency.cuh"
-#include "backend/cuda/device/reduce.cuh"
-#include "backend/cuda/gemm/paired_rows.cuh"
+#include "backend/cuda/gemm/product_input.hpp"
 #include "backend/cuda/gemm/row_step.hpp"
 #include "backend/cuda/numeric/layer_norm.cuh"
+#include "backend/cuda/numeric/pack.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
+#include "backend/cuda/ptx/grid_dependency.cuh"
 #include "backend/cuda/stream/choose_token.cuh"
 #include "backend/cuda/with_type.cuh"
 
@@ -140,7 +140,7 @@ class ResidualRow {
     for (int j = 0; j < kPairs; ++j) {
       if (!holds(j)) continue;
       const float2 w = unpack<T>(weights[j]), b = unpack<T>(biases[j]);
-      to[gemm::paired_word(row, pair(j), pairs)] =
+      to[gemm::input_word(row, pair(j), gemm::input_lines(p.rows))] =
           pack<T>(normalized(x[j].x, m, w.x, b.x), normalized(x[j].y, m, w.y, b.y));
     }
   }
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kResidualThreads)
   ResidualRow<T, kPairs> row(p, r);
   row.load_norms();
   wait_for_dependencies();
-  start_dependents();
+  start_dependents();  // not before: see attention_kernel.cuh
   row.load();
   row.keep();
   row.normalize(sums);
@@ -201,9 +201,9 @@ void launch_residual(DType dtype, const StreamParams& params, const ResidualPara
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr std::int32_t kPairThreads = 2 * kResidualThreads;
-    static_assert(kMaxResidualSize == 10 * kPairThreads);
+    static_assert(kMaxResidualSize == 12 * kPairThreads);
     const auto kernel =
-        params.hidden_size <= 5 * kPairThreads ? residual_kernel<T, 5> : residual_kernel<T, 10>;
+        params.hidden_size <= 5 * kPairThreads ? residual_kernel<T, 5> : residual_kernel<T, 12>;
     check(cudaLaunchKernelEx(how.config(), kernel, params, residual),
           "starting the residual stream of many rows");
   });

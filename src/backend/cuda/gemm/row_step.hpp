@@ -27,7 +27,7 @@ struct ResidualParams {
 };
 
 // The longest row that launch_residual() takes.
-inline constexpr std::int64_t kMaxResidualSize = 5120;
+inline constexpr std::int64_t kMaxResidualSize = 6144;
 
 // The residual stream of each row takes what products owe it and is normalised.
 void launch_residual(DType dtype, const StreamParams& params, const ResidualParams& residual,
@@ -39,7 +39,7 @@ void launch_choice(const StreamParams& params, const float* logits, std::int32_t
                    std::int32_t* chosen, cudaStream_t stream);
 
 // Attention of one layer for all groups of rows, from RowsLayout::qkv to RowsLayout::attention, in
-// paired_rows.
+// product_input.
 class RowsAttention {
  public:
   // Whether the build has a kernel for such heads.

@@ -1,6 +1,6 @@
 #include "backend/cuda/check.hpp"
-#include "backend/cuda/device/reduce.cuh"
 #include "backend/cuda/interventions/intervention_kernels.hpp"
+#include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/with_type.cuh"
 
 namespace clusterfusion::cuda {

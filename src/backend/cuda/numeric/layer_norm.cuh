@@ -18,6 +18,10 @@ struct Moments {
   float mean, inverse_deviation;
 };
 
+// How many deviations, squared, the mean may be from the shift of a single pass: four bits of the
+// variance are lost at most.
+inline constexpr float kFewDeviations = 16.0f;
+
 // Mean and deviation of x. `sums_around(shift, pass)` gives the sums of add_shifted() over the
 // whole row. The first pass is around `mean_before`, the mean of the LayerNorm before: exact to
 // rounding as long as the mean has moved by no more than a few deviations. Where it has moved
@@ -25,7 +29,6 @@ struct Moments {
 template <typename SumsAround>
 __device__ __forceinline__ Moments find_moments(float& mean_before, float inverse_size,
                                                 float epsilon, SumsAround&& sums_around) {
-  constexpr float kFewDeviations = 16.0f;  // squared: four bits of the variance are lost at most
   float2 sums = sums_around(mean_before, 0);
   float moved = __fmul_rn(sums.x, inverse_size);
   float variance = fmaf(-moved, moved, __fmul_rn(sums.y, inverse_size));

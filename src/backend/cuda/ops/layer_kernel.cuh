@@ -4,10 +4,13 @@
 #pragma once
 
 #include "backend/cuda/decode/decode_kernel.cuh"
-#include "backend/cuda/device/grid_dependency.cuh"
-#include "backend/cuda/device/tensor_copy.cuh"
+#include "backend/cuda/numeric/activation.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
+#include "backend/cuda/numeric/pack.cuh"
 #include "backend/cuda/ops/layer_params.hpp"
 #include "backend/cuda/ops/position.cuh"
+#include "backend/cuda/ptx/grid_dependency.cuh"
+#include "backend/cuda/ptx/tensor_copy.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -88,13 +91,13 @@ __device__ __forceinline__ int blocks_started(const LayerParams& layer, int half
 // end where others wait for its SM.
 __device__ __forceinline__ void watch_starts(const LayerParams& layer, SharedControl* control) {
   constexpr int kLooks = 40;
-  constexpr unsigned kNap = 250;  // nanoseconds
+  constexpr unsigned kNanoseconds = 250;  // between two of them
   for (int look = 0; look < kLooks; ++look) {
     if (blocks_started(layer, control->scratch_half) == static_cast<int>(gridDim.x)) {
       block_counter_store(&control->all_started, 1);
       return;
     }
-    __nanosleep(kNap);
+    __nanosleep(kNanoseconds);
   }
 }
 
@@ -132,11 +135,11 @@ __device__ __forceinline__ void prefetch_first_chunks(const LayerParams& layer) 
 }
 
 // Streams before it knows the position.
-class LayerDealer : public DecodeDealer<RowCache> {
+class LayerWorkScheduler : public WorkScheduler<RowCache> {
  public:
-  __device__ __forceinline__ LayerDealer(const LayerParams& params, const RowCache& kv_cache,
-                                         SharedControl* shared)
-      : DecodeDealer(params.stream, kv_cache, shared), layer(params) {
+  __device__ __forceinline__ LayerWorkScheduler(const LayerParams& params, const RowCache& kv_cache,
+                                                SharedControl* shared)
+      : WorkScheduler(params.stream, kv_cache, shared), layer(params) {
     counter += control->scratch_half * kLayerCounters;
   }
 
@@ -161,24 +164,24 @@ class LayerDealer : public DecodeDealer<RowCache> {
         phase = {Stream::mlp_down};
         hooks.none_late = true;
       }
-      deal(0, 0, turns_in_first_matrix(dealt(phase)), hooks);
+      schedule_phase(0, 0, static_rounds_in_first_matrix(schedule_of(phase)), hooks);
     }
     end();
   }
 
  private:
-  // The turns of several blocks may come one after the other, so none of them may reach into a
+  // The static shares of several blocks may come one after the other, so none may reach into a
   // phase's second matrix.
-  __device__ __forceinline__ SharedControl::DealtPhase turns_in_first_matrix(
-      SharedControl::DealtPhase phase) const {
+  __device__ __forceinline__ SharedControl::PhaseSchedule static_rounds_in_first_matrix(
+      SharedControl::PhaseSchedule phase) const {
     const auto blocks = static_cast<int>(gridDim.x);
     const int chunks = control->matrices[static_cast<int>(phase.first)].chunks;
-    phase.first_by_ticket = min(phase.first_by_ticket, chunks / blocks * blocks);
+    phase.first_dynamic = min(phase.first_dynamic, chunks / blocks * blocks);
     return phase;
   }
 
   struct Hooks {
-    LayerDealer& dealer;
+    LayerWorkScheduler& scheduler;
     int position;
     int attention_from = kNever;  // the first chunk behind attention
     Share share = Share::first_phase;
@@ -188,23 +191,23 @@ class LayerDealer : public DecodeDealer<RowCache> {
     // Attention waits for QKV's rows, so with late blocks it comes behind all of a phase.
     __device__ __forceinline__ void before_chunk(int chunk) {
       if (chunk >= attention_from && !attended &&
-          block_counter_load(&dealer.control->all_started) != 0)
+          block_counter_load(&scheduler.control->all_started) != 0)
         attend();
     }
     __device__ __forceinline__ void attend() {
-      if (attended || !is_position(dealer.layer, position)) return;
+      if (attended || !is_position(scheduler.layer, position)) return;
       attended = true;
-      const plan::AttentionSplits splits = splits_at(dealer.p, position);
-      int number = dealer.cache.block_number();
+      const plan::AttentionSplits splits = splits_at(scheduler.p, position);
+      int number = scheduler.cache.block_number();
 #pragma unroll 1
       do {
-        dealer.deal_attention(0, 0, splits, number);
-        number = cuda::next_late(dealer.layer, dealer.control, Share::attention);
+        scheduler.schedule_attention(0, 0, splits, number);
+        number = cuda::next_late(scheduler.layer, scheduler.control, Share::attention);
       } while (number >= 0);
     }
     __device__ __forceinline__ bool next_late(int& number) {
       if (none_late) return false;
-      const int late = cuda::next_late(dealer.layer, dealer.control, share);
+      const int late = cuda::next_late(scheduler.layer, scheduler.control, share);
       none_late = late < 0;
       if (!none_late) number = late;
       return !none_late;
@@ -284,7 +287,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     T* mlp = this->template lamport<T>(p.layout.mlp);
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
-      if (this->comes(Stream::mlp_up)) {
+      if (this->is_next(Stream::mlp_up)) {
         this->load_normed(p.mlp_up, 1, fragments);
         this->multiply(Stream::mlp_up, p.mlp_up, fragments, [&](int row, float value) {
           const T rounded = static_cast<T>(valid ? activate(p.activation, value) : NAN);
@@ -300,10 +303,10 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
 
   // Of the first half alone.
   __device__ __forceinline__ void project_attention() {
-    if (!this->comes(Stream::attention_out)) return;
+    if (!this->is_next(Stream::attention_out)) return;
     Frag fragments;
-    this->ask_activations(p.attention_out, p.layout.attention, fragments);
-    this->wait_activations(p.attention_out, p.layout.attention, fragments);
+    this->request_activations(p.attention_out, p.layout.attention, fragments);
+    this->await_activations(p.attention_out, p.layout.attention, fragments);
     this->multiply(Stream::attention_out, p.attention_out, fragments, [&](int row, float value) {
       static_cast<T*>(layer.attn_output)[row] = static_cast<T>(value);
     });
@@ -313,16 +316,16 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     Frag next;
     float* mlp = this->template lamport<float>(p.layout.delta_mlp);
     float* attention = this->template lamport<float>(p.layout.delta_attention);
-    if (this->comes(Stream::mlp_down)) {
+    if (this->is_next(Stream::mlp_down)) {
       Frag fragments;
-      this->ask_activations(p.mlp_down, p.layout.mlp, fragments);
-      this->wait_activations(p.mlp_down, p.layout.mlp, fragments);
+      this->request_activations(p.mlp_down, p.layout.mlp, fragments);
+      this->await_activations(p.mlp_down, p.layout.mlp, fragments);
       this->multiply(Stream::mlp_down, p.mlp_down, fragments,
                      [&](int row, float value) { lamport_store(mlp + row, value); });
     }
-    if (this->comes(Stream::attention_out)) {
-      this->ask_activations(p.attention_out, p.layout.attention, next);
-      this->wait_activations(p.attention_out, p.layout.attention, next);
+    if (this->is_next(Stream::attention_out)) {
+      this->request_activations(p.attention_out, p.layout.attention, next);
+      this->await_activations(p.attention_out, p.layout.attention, next);
       this->multiply(Stream::attention_out, p.attention_out, next,
                      [&](int row, float value) { lamport_store(attention + row, value); });
     }
@@ -338,7 +341,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
   }
 
   __device__ __forceinline__ void down_only() {
-    if (!this->comes(Stream::mlp_down)) return;
+    if (!this->is_next(Stream::mlp_down)) return;
     Frag fragments;
     load_plain(p.mlp_down, typed(layer.mlp_input), fragments);
     this->multiply(Stream::mlp_down, p.mlp_down, fragments, [&](int row, float value) {
@@ -387,7 +390,7 @@ __device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedCo
   const int half = control->scratch_half;
   combiner.combine(half, 0, splits, control->block_number);
   // Whose share comes late is known when attention is over: then this waits for nothing else.
-  block_counter_wait(&control->attended, 1, /*nanoseconds=*/100);
+  block_counter_wait(&control->attended, 1, kBackoffNanoseconds);
   int number = 0;
   while (true) {
     if (lane == 0) number = next_late(layer, control, Share::combination);
@@ -397,15 +400,15 @@ __device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedCo
   }
 }
 
-// Empties the half of the scratch that the launch before has used.
-__device__ __forceinline__ void sweep_layer(const LayerParams& p, const SharedControl* control,
-                                            int lane) {
+// Clears the half of the scratch that the launch before has used.
+__device__ __forceinline__ void clear_other_half(const LayerParams& p, const SharedControl* control,
+                                                 int lane) {
   const int before = 1 - control->scratch_half;
   char* set = lamport_set(p.stream, before);
-  const uint4 empty = make_uint4(kNotReady, kNotReady, kNotReady, kNotReady);
+  const uint4 not_ready = make_uint4(kNotReady, kNotReady, kNotReady, kNotReady);
   for (int offset = (control->block_number * 32 + lane) * 16; offset < p.stream.layout.bytes;
        offset += static_cast<int>(gridDim.x) * 32 * 16)
-    *reinterpret_cast<uint4*>(set + offset) = empty;
+    *reinterpret_cast<uint4*>(set + offset) = not_ready;
   if (control->block_number == 0 && lane < kLayerCounters)
     p.stream.tickets[before * kLayerCounters + lane] = 0;
 }
@@ -439,11 +442,11 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
       // Where only the second half runs, no block waits for another.
       if (lane == 0 && params.attention_and_up) watch_starts(params, control);
       __syncwarp();
-      sweep_layer(params, control, lane);
+      clear_other_half(params, control, lane);
       break;
     case 2: combine_layer<T>(params, control, lane); break;
     default:
-      if (elect_one()) LayerDealer(params, cache, control).run();
+      if (elect_one()) LayerWorkScheduler(params, cache, control).run();
   }
 }
 

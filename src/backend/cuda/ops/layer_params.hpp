@@ -1,4 +1,4 @@
-// Everything the fused layer kernel is told: plain data, filled by the host.
+// The parameters of the fused layer kernel: plain data, filled by the host.
 #pragma once
 
 #include <cuda.h>
@@ -13,7 +13,7 @@ struct LayerParams {
   // Matrices, shape, ring and scratch as for a whole model of one layer. `lamport` has two sets,
   // `tickets` two times kLayerCounters; everything of the engine is unused.
   DecodeParams stream;
-  // Scratch is for one launch at a time. Of its two halves, a launch uses one and empties the
+  // Scratch is for one launch at a time. Of its two halves, a launch uses one and clears the
   // other, which the launch before has used. Blocks of this launch and of the one before that have
   // started, modulo twice the blocks of a launch: so that tells which half is whose.
   std::uint32_t* started;

@@ -2,11 +2,12 @@
 // and value; attention over each split of the context; and what the splits give together.
 #pragma once
 
-#include "backend/cuda/device/grid_dependency.cuh"
-#include "backend/cuda/device/reduce.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
+#include "backend/cuda/numeric/softmax.cuh"
 #include "backend/cuda/ops/plain_load.cuh"
 #include "backend/cuda/ops/plain_params.hpp"
 #include "backend/cuda/ops/position.cuh"
+#include "backend/cuda/ptx/grid_dependency.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   const float* key = query + head_dim;
   const float* value = key + head_dim;
   // Scores come out as base-2 logarithms.
-  const float scale = rsqrtf(static_cast<float>(head_dim)) * 1.4426950408889634f;
+  const float scale = rsqrtf(static_cast<float>(head_dim)) * kLog2E;
   p.scratch[p.layout.query + i] = rotated(in, query, dim) * scale;
   const T new_key = static_cast<T>(rotated(in, key, dim));
   const T new_value = static_cast<T>(value[dim]);

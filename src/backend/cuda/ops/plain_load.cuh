@@ -1,7 +1,7 @@
 // Neighbouring elements of a vector as float32.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/pack.cuh"
 
 namespace clusterfusion::cuda {
 

@@ -2,11 +2,12 @@
 // vector. Each warp computes its rows whole, in a fixed order.
 #pragma once
 
-#include "backend/cuda/device/grid_dependency.cuh"
-#include "backend/cuda/device/reduce.cuh"
+#include "backend/cuda/numeric/activation.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/ops/plain_load.cuh"
 #include "backend/cuda/ops/plain_params.hpp"
 #include "backend/cuda/ops/position.cuh"
+#include "backend/cuda/ptx/grid_dependency.cuh"
 
 namespace clusterfusion::cuda {
 

@@ -7,13 +7,14 @@
 
 #include <cmath>
 
-#include "backend/cuda/decode/decode_numbers.cuh"
-#include "backend/cuda/device/async_copy.cuh"
-#include "backend/cuda/device/grid_dependency.cuh"
-#include "backend/cuda/device/mbarrier.cuh"
-#include "backend/cuda/device/mma.cuh"
-#include "backend/cuda/device/reduce.cuh"
+#include "backend/cuda/numeric/pack.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
+#include "backend/cuda/numeric/softmax.cuh"
 #include "backend/cuda/prefill/attention.hpp"
+#include "backend/cuda/ptx/async_copy.cuh"
+#include "backend/cuda/ptx/grid_dependency.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
+#include "backend/cuda/ptx/mma.cuh"
 #include "plan/decode_plan.hpp"
 
 namespace clusterfusion::cuda {

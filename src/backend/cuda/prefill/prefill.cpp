@@ -6,6 +6,7 @@
 #include "backend/cuda/check.hpp"
 #include "backend/sequences.hpp"
 #include "base/fail.hpp"
+#include "base/round_up.hpp"
 
 namespace clusterfusion::cuda {
 namespace {
@@ -19,10 +20,6 @@ constexpr std::int64_t kAlignment = 256;
 // launches. padded() leaves eleven numbers of rows up to here, so there are no more graphs than
 // that, each of a few hundred nodes.
 constexpr std::int64_t kMostGraphRows = 512;
-
-constexpr std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
 
 // Of the MLP's matrices that its input meets.
 std::int64_t mlp_columns(const LayerSpec& spec) {

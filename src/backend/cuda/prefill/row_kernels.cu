@@ -2,11 +2,13 @@
 #include <utility>
 
 #include "backend/cuda/check.hpp"
-#include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/dependent_launch.hpp"
-#include "backend/cuda/device/grid_dependency.cuh"
-#include "backend/cuda/device/reduce.cuh"
+#include "backend/cuda/numeric/activation.cuh"
+#include "backend/cuda/numeric/pack.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
+#include "backend/cuda/numeric/softmax.cuh"
 #include "backend/cuda/prefill/row_kernels.hpp"
+#include "backend/cuda/ptx/grid_dependency.cuh"
 #include "backend/cuda/with_type.cuh"
 #include "plan/decode_plan.hpp"
 
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(kThreads)
   char* target;
   if (part < group) {
     // Scores come out as base-2 logarithms.
-    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * 1.4426950408889634f;
+    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * kLog2E;
     value = make_float4(value.x * scale, value.y * scale, value.z * scale, value.w * scale);
     target =
         static_cast<char*>(p.query) +

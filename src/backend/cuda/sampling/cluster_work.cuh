@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "backend/cuda/device/cluster.cuh"
-#include "backend/cuda/device/reduce.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
+#include "backend/cuda/ptx/cluster.cuh"
 
 namespace clusterfusion::cuda {
 

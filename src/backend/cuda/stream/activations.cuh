@@ -2,16 +2,16 @@
 //
 // A tile has 8 operand rows. If there are fewer rows to compute, several input vectors lie side by
 // side: operand row o is row o % rows of the vector in slot o / rows. Of a product's results those
-// of one slot count.
+// of one slot are used.
 //
 // Lane (g, q) has of operand row g the elements 32 i + 8 q .. + 7 of its warp's share: 16 bytes, as
 // many as it loads of the matrix, and the tensor cores take them as they come. Words 0 and 2 (in
 // operand_order: elements 0, 1 and 2, 3) are row g of m16n8k16, words 1 and 3 (elements 4, 5 and 6,
-// 7) row g + 8. So of a product with a weight's first two words rows 0 to 7 count, and of one with
-// its last two rows 8 to 15.
+// 7) row g + 8. So of a product with a weight's first two words rows 0 to 7 are used, and of one
+// with its last two rows 8 to 15.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/stream/shared.cuh"
 
 namespace clusterfusion::cuda::stream {
@@ -54,7 +54,7 @@ class Activations {
   // all of it again and again would hold up the weights.
   __device__ __forceinline__ void await(const Sources& sources, bool much) {
     bool missing = much;
-    while (__any_sync(0xffffffffu, missing)) {
+    while (__any_sync(kAllLanes, missing)) {
       missing = false;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
@@ -63,7 +63,7 @@ class Activations {
     }
     load(sources, [](const char* from) { return lamport_load_4(from); });
     missing = true;
-    while (__any_sync(0xffffffffu, missing)) {
+    while (__any_sync(kAllLanes, missing)) {
       missing = false;
       for_each([&](int t, int piece, int i) {
         if (!sources.has(t, piece, i) || !any_half_not_ready(operand[t][piece][i])) return;

@@ -2,18 +2,19 @@
 //
 // A task is a split of one head's context for one group of rows: up to four rows of one sequence at
 // consecutive positions, each of which sees its own past only. The warps take groups of 16
-// positions in turn, each with an online softmax of its own, and merge at the end. Keys and values
-// of the step's own rows are put into the landed block and into the cache.
+// positions round-robin, each with an online softmax of its own, and merge at the end. Keys and
+// values of the step's own rows are put into the landed block and into the cache.
 //
 // Precision: what rounding takes from a query and from the softmax's weights has operand rows and
 // columns of its own. Query r of a task has rows 2 r and 2 r + 1 of operand A of the scores, and
 // its weights columns 2 r and 2 r + 1 of operand B of the outputs.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
-#include "backend/cuda/device/bulk_copy.cuh"
-#include "backend/cuda/device/mma.cuh"
-#include "backend/cuda/device/shared_memory.cuh"
+#include "backend/cuda/numeric/pack.cuh"
+#include "backend/cuda/numeric/softmax.cuh"
+#include "backend/cuda/ptx/bulk_copy.cuh"
+#include "backend/cuda/ptx/mma.cuh"
+#include "backend/cuda/ptx/shared_memory.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/choose_token.cuh"
 #include "backend/cuda/stream/consumer.cuh"
@@ -29,12 +30,12 @@ class Attention {
 
   // All tasks of this block in this layer. Scratch must be free.
   __device__ __forceinline__ void run(int step) {
-    c.forget_indices();
+    c.make_indices_opaque();
     Query query;
     Softmax state;
     Task task{};
     int label = -1;
-    while (c.comes(kAttentionPhase)) {
+    while (c.is_next(kAttentionPhase)) {
       c.ring.wait_landed();
       if (c.next.label.first != label) {
         label = c.next.label.first;
@@ -45,7 +46,7 @@ class Attention {
       const bool is_last = (c.next.label.second & kLast) != 0;
       attend_block(task, c.next.label.second & ~kLast, query, state);
       c.ring.release(c.lane);
-      c.look();
+      c.await_announcement();
       if (!is_last) continue;
       combine_warps(task, state);
       label = -1;
@@ -98,7 +99,7 @@ class Attention {
   }
 
   // This warp's group of positions of one block, which has landed. The warps take the groups of one
-  // block after the other in turn.
+  // block after the other round-robin.
   __device__ __forceinline__ void attend_block(const Task& task, int block, const Query& query,
                                                Softmax& state) {
     const int groups = c.p.kv_block_positions / kGroup;
@@ -309,15 +310,15 @@ class Attention {
       return;
     }
     // Scores come out as base-2 logarithms.
-    value *= rsqrtf(static_cast<float>(c.p.head_dim)) * 1.4426950408889634f;
+    value *= rsqrtf(static_cast<float>(c.p.head_dim)) * kLog2E;
     const float rounded = static_cast<float>(static_cast<T>(value));
     T* query = queries() + input.row * 2 * c.p.head_dim + input.dim;
     query[0] = static_cast<T>(value);
     query[c.p.head_dim] = static_cast<T>(isinf(rounded) ? 0.0f : value - rounded);
   }
 
-  // Step t of operand row g. Rows of queries that are not there hold anything finite or not: what
-  // comes of them is looked at by nobody.
+  // Step t of operand row g. Rows of queries that are not there hold anything finite or not: their
+  // results are not used.
   __device__ __forceinline__ uint2 query_step(int t) const {
     if (16 * t >= c.p.head_dim) return make_uint2(0, 0);
     return *reinterpret_cast<const uint2*>(queries() + c.g * c.p.head_dim + 16 * t + 4 * c.q);
@@ -330,12 +331,6 @@ class Attention {
   }
 
   // ---------------------------------------------------------------- one block of positions
-
-  // A product's two parts together. What is infinite stays so: the second part is then zero times
-  // infinity, or infinity of another sign.
-  __device__ __forceinline__ static float both_parts(float first, float second) {
-    return isinf(first) ? first : first + second;
-  }
 
   // Puts keys and values of the step's own rows at positions `first` .. + 15 into the landed block,
   // those of the task's rows into the cache too, and clears the values behind the last: whatever
@@ -431,11 +426,11 @@ class Attention {
     const float correction = exp2_approximately(state.maximum - base);
     state.maximum = maximum;
     state.sum = __fmul_rn(state.sum, correction);
-    const bool counts = c.g / 2 < task.rows;
+    const bool is_valid = c.g / 2 < task.rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float weight0 = counts ? exp2_approximately(score[half][0] - base) : 0.0f;
-      const float weight1 = counts ? exp2_approximately(score[half][1] - base) : 0.0f;
+      const float weight0 = is_valid ? exp2_approximately(score[half][0] - base) : 0.0f;
+      const float weight1 = is_valid ? exp2_approximately(score[half][1] - base) : 0.0f;
       state.sum += weight0 + weight1;
       weights[half] = pack<T>(weight0, weight1);
       const float2 rounded = unpack<T>(weights[half]);

@@ -1,56 +1,16 @@
-// Choosing a token: the largest logit, or by the Gumbel-max rule the largest logit / temperature +
-// noise, with noise that depends on (seed, position, token) alone.
+// Where the candidates for a row's next token lie.
 #pragma once
 
+#include "backend/cuda/decode/candidate.cuh"
 #include "backend/cuda/stream/shared.cuh"
-#include "sampling/philox.hpp"
 
 namespace clusterfusion::cuda::stream {
 
-inline constexpr unsigned kAllLanes = 0xffffffffu;
-// A logit that is not finite beats everything, as this token.
-inline constexpr std::int64_t kNoToken = 0xffffffff;
-
-__device__ __forceinline__ bool better(const Candidate& a, const Candidate& b) {
-  return a.score > b.score || (a.score == b.score && a.token < b.token);
-}
-__device__ __forceinline__ Candidate worst_candidate() { return {-INFINITY, 0x7fffffff}; }
-
-// `position`: of the input whose logits these are.
-__device__ __forceinline__ Candidate candidate(const StreamedRow& row, int position, int token,
-                                               float logit) {
-  if (!isfinite(logit)) return {INFINITY, kNoToken};
-  if (token >= row.drawable_vocab_size) return worst_candidate();
-  if (row.temperature == 0.0f) return {logit, token};
-  const PhiloxCounter words = noise_words(row.seed, position + 1, token / 4);
-  const std::uint32_t low = token % 2 == 0 ? words[0] : words[1];
-  const std::uint32_t high = token % 2 == 0 ? words[2] : words[3];
-  return {noisy_score(logit, row.temperature, token % 4 < 2 ? low : high), token};
-}
-
-// The best of groups of `kLanes` lanes, in each of them.
-template <int kLanes>
-__device__ __forceinline__ Candidate best_of_lanes(Candidate best) {
-#pragma unroll
-  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-    const Candidate other{__shfl_xor_sync(kAllLanes, best.score, distance),
-                          __shfl_xor_sync(kAllLanes, best.token, distance)};
-    if (better(other, best)) best = other;
-  }
-  return best;
-}
+using cuda::better, cuda::best_of_lanes, cuda::candidate, cuda::worst_candidate;
 
 __device__ __forceinline__ std::uint64_t* candidates_of(const StreamParams& p, int epoch, int row) {
   return reinterpret_cast<std::uint64_t*>(lamport_set(p, epoch) + p.layout.candidates) +
          static_cast<std::int64_t>(row) * gridDim.x * kReducerWarps * 2;
-}
-__device__ __forceinline__ void publish_candidate(std::uint64_t* slot, const Candidate& best) {
-  lamport_store(slot, static_cast<std::uint64_t>(__double_as_longlong(best.score)));
-  lamport_store(slot + 1, static_cast<std::uint64_t>(best.token));
-}
-__device__ __forceinline__ Candidate await_candidate(const std::uint64_t* slot) {
-  const auto score = static_cast<long long>(lamport_wait(slot));
-  return {__longlong_as_double(score), static_cast<std::int64_t>(lamport_wait(slot + 1))};
 }
 
 }  // namespace clusterfusion::cuda::stream

@@ -2,7 +2,7 @@
 // in the ring.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
 #include "backend/cuda/stream/shared.cuh"
 
 namespace clusterfusion::cuda::stream {
@@ -51,16 +51,16 @@ struct Consumer {
         q(static_cast<int>(threadIdx.x) % 4),
         ring(control, params, shared_ring(params, shared)) {}
 
-  // The compiler may not know these any more. Else it computes the addresses of all phases once, in
-  // front of the loop over layers, and spills them.
-  __device__ __forceinline__ void forget_indices() {
+  // Keeps the compiler from hoisting the address arithmetic of all phases out of the loop over
+  // layers, where it would spill the results.
+  __device__ __forceinline__ void make_indices_opaque() {
     asm volatile("" : "+r"(thread), "+r"(warp), "+r"(lane), "+r"(g), "+r"(q));
   }
   __device__ __forceinline__ void barrier() const {
     asm volatile("bar.sync 1, %0;" ::"n"(kConsumerThreads) : "memory");
   }
-  __device__ __forceinline__ void look() { next = ring.announcement(); }
-  __device__ __forceinline__ bool comes(int phase) const {
+  __device__ __forceinline__ void await_announcement() { next = ring.announcement(); }
+  __device__ __forceinline__ bool is_next(int phase) const {
     return phase_id_of(next.id) == phase_id(epoch, phase);
   }
 

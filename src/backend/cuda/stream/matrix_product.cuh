@@ -5,8 +5,8 @@
 
 #include <type_traits>
 
-#include "backend/cuda/device/mma.cuh"
-#include "backend/cuda/device/shared_memory.cuh"
+#include "backend/cuda/ptx/mma.cuh"
+#include "backend/cuda/ptx/shared_memory.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/consumer.cuh"
 #include "backend/cuda/stream/partial_sums.cuh"
@@ -25,7 +25,7 @@ class MatrixProduct {
 
   // Multiplies all chunks of phase `index` that come next.
   __device__ __forceinline__ void run(int index, StreamPoint first_input) {
-    c.forget_indices();
+    c.make_indices_opaque();
     inputs.clear();
     held = kNothing;
     const StreamPhase& phase = c.control->phases[index];
@@ -78,8 +78,8 @@ class MatrixProduct {
 #pragma unroll
         for (int t = 0; t < Inputs::kTiles; ++t) {
           const int row = 8 * t + c.g - first_row - (n & fold) * c.p.rows;
-          const bool counts = row >= 0 && row < c.p.rows;
-          sum[t][column] = counts ? row * plan::kChunkRows + n : kNone;
+          const bool is_valid = row >= 0 && row < c.p.rows;
+          sum[t][column] = is_valid ? row * plan::kChunkRows + n : kNone;
         }
         const bool adds = c.warp == 0 && operand.biases != nullptr && (n & fold) == 0;
         bias[column] = adds ? c.p.bias_offset + (n >> slots_log2) * 4 : kNone;
@@ -174,8 +174,8 @@ class MatrixProduct {
   // Steps whose weights are under way together, as far as there are registers.
   static constexpr int kBatch = kOperandRows * kPieces > 32 ? 2 : Inputs::kSteps;
 
-  // Of a chunk: of the products with a weight's first two words, of which rows 0 to 7 count, and
-  // of those with its last two, of which rows 8 to 15 do.
+  // Of a chunk: of the products with a weight's first two words, of which rows 0 to 7 are used,
+  // and of those with its last two, of which rows 8 to 15 are.
   struct Sums {
     float value[Inputs::kTiles][2][4] = {};
   };
@@ -220,7 +220,7 @@ class MatrixProduct {
       }
     }
     store(shape, sums, bias, chunk);
-    c.look();
+    c.await_announcement();
   }
 
   __device__ __forceinline__ static float load_bias(std::uint32_t data, int offset, int label) {

@@ -3,7 +3,8 @@
 // They need nothing that the consumers would wait for.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/activation.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/choose_token.cuh"
 #include "backend/cuda/stream/partial_sums.cuh"
@@ -50,13 +51,13 @@ class Reducer {
     const int slots = operand.slots, slots_log2 = slots >> 1;  // 1, 2 or 4
     const int index = (what.y * plan::kChunkRows + lane % 8) >> slots_log2;
     const int width = operand.rows >> slots_log2;
-    const bool counts = index < width && (lane & (slots - 1)) == 0;
+    const bool is_valid = index < width && (lane & (slots - 1)) == 0;
     const Stream stream = operand.stream;
     char* output = lamport_set(p, epoch) + operand.output;
     if (stream == Stream::lm_head) {
       // Not unrolled: the noise is long.
 #pragma unroll 1
-      for (int k = 0; 4 * k < p.rows; ++k) take_logit(k, index, sum(k), counts, epoch);
+      for (int k = 0; 4 * k < p.rows; ++k) take_logit(k, index, sum(k), is_valid, epoch);
       return;
     }
 #pragma unroll
@@ -64,7 +65,7 @@ class Reducer {
       if (4 * k >= p.rows) break;
       const int row = 4 * k + lane / 8;
       const float value = folded(sum(k), slots);
-      if (counts && row < p.rows) store(stream, output, row, width, index, value, epoch);
+      if (is_valid && row < p.rows) store(stream, output, row, width, index, value, epoch);
     }
   }
 
@@ -102,12 +103,12 @@ class Reducer {
   }
 
   // For whole warps. Lane 8 j + k keeps the best of row 4 k + j.
-  __device__ __forceinline__ void take_logit(int k, int token, float logit, bool counts,
+  __device__ __forceinline__ void take_logit(int k, int token, float logit, bool is_valid,
                                              int epoch) {
     const int row = 4 * k + lane / 8;
     const int step = epoch / epochs_per_step(p);
     Candidate here = worst_candidate();
-    if (counts && row < p.rows) {
+    if (is_valid && row < p.rows) {
       if (p.logits != nullptr && step + 1 == p.steps)
         p.logits[static_cast<std::int64_t>(row) * p.logits_stride + token] = logit;
       const StreamedRow& of_row = control->rows[row];

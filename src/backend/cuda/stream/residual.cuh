@@ -1,10 +1,12 @@
 // The residual stream of one row, which a block's consumer threads keep in memory of their own,
-// each its elements: takes what earlier products owe it, is normalised, and the normalised vectors
-// go to all blocks (or, where every block keeps the one row there is, into its shared memory).
+// each its elements. Before a phase that normalises, pending updates are added; the normalised
+// vectors go to all blocks (or, where every block keeps the one row there is, into its shared
+// memory).
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/numeric/layer_norm.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
+#include "backend/cuda/numeric/pack.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/choose_token.cuh"
 #include "backend/cuda/stream/consumer.cuh"
@@ -35,7 +37,7 @@ class Residual {
 
   // For all blocks, in front of a phase that normalises. `layer` may be behind the last.
   __device__ __forceinline__ void normalize(int layer, int phase) {
-    c.forget_indices();
+    c.make_indices_opaque();
     const bool begins_epoch = phase == 0 || layer == c.p.num_layers;
     if (!holds_row()) {
       if (!begins_epoch) return;
@@ -49,7 +51,7 @@ class Residual {
     Elements x;
     load(x);
     if (layer > 0 || !begins_epoch) {
-      add_owed(x, begins_epoch);
+      add_pending_updates(x, begins_epoch);
       keep(x);
     }
     c.mark(StreamPoint::residual);
@@ -155,7 +157,7 @@ class Residual {
   }
 
   // x += the parts of the products behind the last LayerNorm, in order.
-  __device__ __forceinline__ void add_owed(Elements& x, bool begins_epoch) const {
+  __device__ __forceinline__ void add_pending_updates(Elements& x, bool begins_epoch) const {
     // Amid a layer with sequential residual it is attention's, of this epoch; else that of the
     // epoch before: the second MLP matrix's, and attention's where the residual is parallel.
     const int mlp_parts = mlp_vectors(c.p);
@@ -175,14 +177,15 @@ class Residual {
   __device__ __forceinline__ void add_batch(Elements& x, int first, const float* parts,
                                             std::int64_t stride, int begin, int end) const {
     constexpr int kParts = plan::kMaxResidualParts;
-    uint2 owed[kParts][kBatch];
+    uint2 pending[kParts][kBatch];
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        owed[part][i] = make_uint2(0, 0);
+        pending[part][i] = make_uint2(0, 0);
         if (begin + part < end && holds(first + i))
-          owed[part][i] = lamport_load_2(parts + (begin + part) * stride + from_first(first + i));
+          pending[part][i] =
+              lamport_load_2(parts + (begin + part) * stride + from_first(first + i));
       }
     bool missing = true;
     while (__any_sync(kAllLanes, missing)) {
@@ -191,9 +194,10 @@ class Residual {
       for (int part = 0; part < kParts; ++part)
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
-          if (any_not_ready(owed[part][i])) {
+          if (any_not_ready(pending[part][i])) {
             missing = true;
-            owed[part][i] = lamport_load_2(parts + (begin + part) * stride + from_first(first + i));
+            pending[part][i] =
+                lamport_load_2(parts + (begin + part) * stride + from_first(first + i));
           }
     }
 #pragma unroll
@@ -201,8 +205,8 @@ class Residual {
       float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        sum.x += __uint_as_float(owed[part][i].x);
-        sum.y += __uint_as_float(owed[part][i].y);
+        sum.x += __uint_as_float(pending[part][i].x);
+        sum.y += __uint_as_float(pending[part][i].y);
       }
       x[first + i].x += sum.x;
       x[first + i].y += sum.y;

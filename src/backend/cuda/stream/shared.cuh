@@ -2,22 +2,21 @@
 // things lie.
 #pragma once
 
-#include "backend/cuda/device/counter.cuh"
-#include "backend/cuda/device/elect.cuh"
-#include "backend/cuda/device/lamport_buffer.cuh"
-#include "backend/cuda/device/mbarrier.cuh"
-#include "backend/cuda/device/reduce.cuh"
-#include "backend/cuda/device/ring.cuh"
+#include "backend/cuda/decode/epoch.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
+#include "backend/cuda/ptx/elect.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
 #include "backend/cuda/stream/stream_params.hpp"
+#include "backend/cuda/sync/counter.cuh"
+#include "backend/cuda/sync/lamport_buffer.cuh"
+#include "backend/cuda/sync/ring.cuh"
 
 namespace clusterfusion::cuda::stream {
 
 using namespace device;
 using plan::Stream;
 
-inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
 inline constexpr int kMaxOperands = plan::kMaxResidualParts;
-inline constexpr int kMaxPhases = 5;  // of a layer, and the LM head
 
 // One input vector of a phase, and what it is multiplied by.
 struct Operand {
@@ -49,11 +48,11 @@ struct Operand {
 
 struct StreamPhase {
   int operands;
-  int slots;            // input vectors of all operands
-  int second_product;   // its first operand
-  int chunks;           // of all operands
-  int first_by_ticket;  // where chunks are dealt in one order
-  int late_from;        // from this chunk on p.late_in_flight copies may be under way
+  int slots;           // input vectors of all operands
+  int second_product;  // its first operand
+  int chunks;          // of all operands
+  int first_dynamic;   // first chunk that is drawn by ticket, unless the phase rotates
+  int late_from;       // from this chunk on p.late_in_flight copies may be under way
   int ticket_chunks;
   bool normalizes, attention_before;
   bool rotates;  // each block begins with another operand, as not all fit into registers
@@ -109,7 +108,6 @@ __device__ __forceinline__ int phase_of(int ring_id) { return ring_id >> 3 & 7; 
 // Ids of partial sums that are none.
 inline constexpr int kEndOfHead = -2;  // the LM head is over: publish the candidates
 
-__device__ __forceinline__ int epochs_per_step(const StreamParams& p) { return p.num_layers + 1; }
 // One row stays in every block; several have an owner each.
 __device__ __forceinline__ bool keeps_residual_everywhere(const StreamParams& p) {
   return p.rows == 1;
@@ -123,23 +121,6 @@ __device__ __forceinline__ int owned_row(const StreamParams& p) {
   if (keeps_residual_everywhere(p)) return 0;
   const int row = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   return row < p.rows ? row : -1;
-}
-
-__device__ __forceinline__ char* lamport_set(const StreamParams& p, int epoch) {
-  return p.lamport + static_cast<std::int64_t>(epoch % kLamportSets) * p.layout.bytes;
-}
-
-__device__ __forceinline__ std::uint64_t address_of(const char* pointer) {
-  return reinterpret_cast<std::uint64_t>(pointer);
-}
-__device__ __forceinline__ const char* pointer_to(std::uint64_t address) {
-  return reinterpret_cast<const char*>(address);
-}
-
-template <typename Pointer>
-__device__ __forceinline__ const char* of_layer(const StreamParams& p, Pointer* of_first,
-                                                int layer) {
-  return reinterpret_cast<const char*>(of_first) + layer * p.layer_stride;
 }
 
 // Where block `block` of a head's keys and values lies, as the engine keeps them in pages.

@@ -11,15 +11,8 @@
 namespace clusterfusion::cuda {
 namespace {
 
-// More copies under way make what the SMs tell each other wait behind them.
-constexpr std::int32_t kMaxInFlight = 2;
-// Late in a phase they may be more.
-constexpr std::int32_t kLateInFlight = 3;
-constexpr std::int32_t kLatePercent = 60;
 // Time enough to draw a ticket while a copy lands.
 constexpr std::int32_t kAnnouncedAhead = 2;
-// A part of a phase is dealt round-robin, so that no ticket has to be waited for when it begins.
-constexpr std::int32_t kStaticPercent = 30;
 constexpr std::int32_t kTicketBytes = 40960;
 
 constexpr std::int32_t operand_index(std::int32_t operand_rows) {

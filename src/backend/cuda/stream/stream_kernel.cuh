@@ -3,30 +3,31 @@
 // whatever is computed beside it.
 //
 // Roles of a block's warps
-//   8 consumers   multiply what has landed in the ring, on the tensor cores; attention; LayerNorm
-//   1 scheduler   says which pieces of weights and KV blocks come into the ring; it needs no result
-//                 to know that, so memory never waits
-//   1 producer    copies them
-//   1 clearer     makes the buffers usable again through which blocks tell each other results
-//   1 combiner    merges the splits of a long context's attention
-//   4 reducers    add up what the consumers have of a chunk, and run the epilogue
-// Every sum has a fixed order, whoever makes it, so the same input gives the same bits. Blocks meet
-// nowhere: a block waits for the elements it reads, no more.
+//   8 consumers        multiply what has landed in the ring, on the tensor cores; attention;
+//                      LayerNorm
+//   1 work scheduler   announces which pieces of weights and KV blocks come into the ring; it needs
+//                      no result to know that, so memory never waits
+//   1 producer         copies them with bulk copies
+//   1 buffer clearer   makes Lamport buffers, which carry results between blocks, usable again
+//   1 split combiner   merges the splits of a long context's attention
+//   4 reducers         add up the consumers' partial sums of a chunk, and run the epilogue
+// Every sum has a fixed order, whoever makes it, so the same input gives the same bits. There is no
+// grid barrier: a block waits for the elements it reads, no more.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "backend/cuda/device/registers.cuh"
+#include "backend/cuda/decode/buffer_clearer.cuh"
+#include "backend/cuda/ptx/registers.cuh"
 #include "backend/cuda/stream/attention.cuh"
-#include "backend/cuda/stream/clearer.cuh"
-#include "backend/cuda/stream/combiner.cuh"
 #include "backend/cuda/stream/matrix_product.cuh"
 #include "backend/cuda/stream/producer.cuh"
 #include "backend/cuda/stream/reducer.cuh"
 #include "backend/cuda/stream/residual.cuh"
-#include "backend/cuda/stream/scheduler.cuh"
-#include "backend/cuda/stream/setup_shared.cuh"
+#include "backend/cuda/stream/shared_setup.cuh"
+#include "backend/cuda/stream/split_combiner.cuh"
+#include "backend/cuda/stream/work_scheduler.cuh"
 
 namespace clusterfusion::cuda::stream {
 
@@ -60,7 +61,7 @@ class DecodeStep {
   // All steps of the launch.
   __device__ __forceinline__ void run() {
     const StreamParams& p = c.p;
-    c.look();
+    c.await_announcement();
     int token = residual.holds_row() ? c.control->rows[residual.row].token : 0;
     for (int step = 0; step < p.steps; ++step) {
       if (residual.holds_row()) residual.embed(token);
@@ -92,7 +93,7 @@ class DecodeStep {
         c.mark(StreamPoint::normalised);
       }
       if (phase.attention_before) {
-        if (c.comes(kAttentionPhase)) {
+        if (c.is_next(kAttentionPhase)) {
           product.partials.drain();
           attention.run(step);
         }
@@ -143,11 +144,11 @@ __global__ void __launch_bounds__(kStreamBlockThreads, 1)
   if (role == 0) {
     if (elect_one()) produce(params, control);
   } else if (role == 1) {
-    clear(params, control, static_cast<int>(threadIdx.x) % 32);
+    clear_buffers(params, control, static_cast<int>(threadIdx.x) % 32);
   } else if (role == 2) {
     Combiner<T>(params, control).run();
   } else if (elect_one()) {
-    Scheduler(params, control).run();
+    WorkScheduler(params, control).run();
   }
 #endif
 }

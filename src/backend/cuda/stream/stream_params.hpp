@@ -1,4 +1,4 @@
-// Everything the streaming kernel for many rows is told: plain data, filled by the host.
+// The parameters of the streaming kernel for many rows: plain data, filled by the host.
 #pragma once
 
 #include <vector_types.h>
@@ -40,8 +40,8 @@ struct RowGroup {
   std::int32_t sequence_first;  // first row of the step that is of the same sequence
 };
 
-// What the SMs tell each other within one epoch (a layer or the LM head of one step) about `rows`
-// rows: Lamport buffers (device/lamport_buffer.cuh) at these byte offsets of a set. Epoch e uses
+// How results cross between SMs within one epoch (a layer or the LM head of one step) about `rows`
+// rows: Lamport buffers (sync/lamport_buffer.cuh) at these byte offsets of a set. Epoch e uses
 // set e % kLamportSets.
 struct RowsLayout {
   std::int32_t input_norm, post_norm;  // 16-bit [rows, hidden]; not used if one row stays in place
@@ -81,9 +81,9 @@ struct StreamParams {
   std::int32_t bias_offset;      // in a stage, of the biases
   std::int32_t max_in_flight;    // copies under way for each SM
   std::int32_t announced_ahead;  // stages of the ring, beside those with copies in flight
-  // Copies that may be under way where so many percent of a long phase's chunks are dealt.
+  // Copies that may be in flight once so many percent of a long phase's chunks are assigned.
   std::int32_t late_in_flight, late_percent;
-  std::int32_t static_percent;  // of a phase's chunks that are dealt round-robin; then by ticket
+  std::int32_t static_percent;  // of a phase's chunks that are assigned round-robin; then by ticket
   std::int32_t ticket_bytes;    // of weights that one ticket stands for, about
 
   std::int32_t kv_head_bytes, kv_block_bytes, kv_block_positions, max_splits;
@@ -111,7 +111,7 @@ struct StreamParams {
 // Points of an epoch at which thread 0 of each SM notes the time, if asked to.
 enum class StreamPoint : int {
   begin,
-  residual,      // what earlier products owe is added, where this SM owns a row
+  residual,      // pending updates are added, where this SM owns a row
   normalised,    // and published
   first_input,   // this SM has the first product's input
   first_phase,   // and has multiplied its share of the first phase

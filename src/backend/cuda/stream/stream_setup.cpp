@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "base/round_up.hpp"
+
 namespace clusterfusion::cuda {
 namespace {
 
@@ -59,7 +61,7 @@ RowsLayout rows_layout(const ModelConfig& config, const plan::ProductCuts& cuts,
   RowsLayout layout{};
   const auto take = [&](std::int64_t bytes) {
     const std::int32_t offset = layout.bytes;
-    layout.bytes += static_cast<std::int32_t>((bytes + 255) / 256 * 256);
+    layout.bytes += static_cast<std::int32_t>(round_up(bytes, 256));
     return offset;
   };
   const std::int64_t hidden = config.hidden_size;

@@ -1,4 +1,4 @@
-// What kernels for many rows are told of a model, and where their rows' vectors lie.
+// From a plan to the parameters of kernels for many rows.
 #pragma once
 
 #include "backend/cuda/device_model.hpp"

@@ -1,9 +1,9 @@
-// The combiner: one warp of each block that merges the splits of long contexts' attention, off the
-// path of the computation. A lane waits for what the splits have of one element of one head's
-// output, and writes it.
+// The split combiner: one warp of each block that merges the splits of long contexts' attention,
+// off the critical path. A lane waits for what the splits have of one element of one head's output,
+// and writes it.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
 #include "backend/cuda/stream/activations.cuh"
 #include "backend/cuda/stream/shared.cuh"
 
@@ -57,7 +57,6 @@ class Combiner {
       : p(params), control(shared), lane(static_cast<int>(threadIdx.x) % 32) {}
 
   __device__ __forceinline__ void run() const {
-    constexpr unsigned kNap = 100;
     const int warps_of_row = (p.num_heads * p.head_dim + 31) / 32;
     int epoch = 0;
     for (int step = 0; step < p.steps; ++step, ++epoch) {
@@ -69,7 +68,7 @@ class Combiner {
           const int splits = splits_of(row, step);
           for (; item < warps_of_row; item += static_cast<int>(gridDim.x)) {
             if (splits == 1) continue;
-            if (!waited) block_counter_wait(&control->cleared, epoch, kNap);
+            if (!waited) block_counter_wait(&control->cleared, epoch, kBackoffNanoseconds);
             waited = true;
             combine(lamport_set(p, epoch), layer, row, item * 32 + lane, splits);
           }

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "backend/cuda/device/mbarrier.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
 
 namespace clusterfusion::device {
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "backend/cuda/device/mbarrier.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
 
 namespace clusterfusion::device {
 
@@ -59,7 +59,10 @@ __device__ __forceinline__ std::uint32_t block_counter_load(std::uint32_t* count
   return value;
 }
 
-// Spins until the counter has reached `target`, asleep for `nanoseconds` between two looks.
+// For roles off the critical path: how long they sleep between two loads of a counter.
+inline constexpr unsigned kBackoffNanoseconds = 100;
+
+// Spins until the counter has reached `target`, asleep for `nanoseconds` between two loads.
 __device__ __forceinline__ void block_counter_wait(std::uint32_t* counter, std::uint32_t target,
                                                    unsigned nanoseconds = 0) {
   while (static_cast<std::int32_t>(block_counter_load(counter) - target) < 0) {

@@ -1,8 +1,8 @@
 // The producer of the streaming decode kernel: one thread of each block that copies into the ring
-// what the dealer has announced.
+// what the work scheduler has announced.
 #pragma once
 
-#include "backend/cuda/decode/decode_common.cuh"
+#include "backend/cuda/decode/shared.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -26,7 +26,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
       // What earlier steps of this launch have written must be there before it is copied.
       const int written = epoch_of(id) - epochs_per_step(p);
       if (written >= 0) {
-        block_counter_wait(&control->swept, written + 2);
+        block_counter_wait(&control->cleared, written + 2);
         fence_before_bulk_copy();
       }
     }

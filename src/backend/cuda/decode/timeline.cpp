@@ -1,4 +1,4 @@
-#include "backend/cuda/decode/decode_timeline.hpp"
+#include "backend/cuda/decode/timeline.hpp"
 
 #include <algorithm>
 #include <string_view>

@@ -1,10 +1,10 @@
-// Combines the splits of a head's attention, off the path of the computation: one warp of each
+// Combines the splits of a head's attention, off the critical path: one warp of each
 // block waits for the splits' partial results of 32 dimensions of a head and writes the head's
 // output there.
 #pragma once
 
-#include "backend/cuda/decode/decode_common.cuh"
-#include "backend/cuda/decode/decode_numbers.cuh"
+#include "backend/cuda/decode/shared.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -15,13 +15,13 @@ class SplitCombiner {
       : p(params), control(shared), lane(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void run() {
-    constexpr unsigned kNap = 100;
+    constexpr unsigned kBackoff = kBackoffNanoseconds;
     int epoch = 0;
     for (int step = 0; step < p.steps; ++step, ++epoch) {
       const int splits = splits_at(p, p.first_position + step).splits;
       for (int layer = 0; layer < p.num_layers; ++layer, ++epoch) {
         if (splits == 1) continue;
-        block_counter_wait(&control->swept, epoch, kNap);
+        block_counter_wait(&control->cleared, epoch, kBackoff);
         combine(epoch, layer, splits, static_cast<int>(blockIdx.x));
       }
     }

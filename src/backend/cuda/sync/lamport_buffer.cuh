@@ -1,10 +1,11 @@
 // Lamport buffers: results in global memory that carry their own readiness.
 //
-// An element whose bits are all ones is empty: not written yet. (As a float that is a NaN which no
-// arithmetic yields; a store turns it into another NaN.) Readers load what they need and load again
-// whatever was empty, so a result crosses from one SM to another in one store and one load, without
-// a barrier, a fence or a flag. Whoever uses a vector again must first empty it when nobody reads
-// it any more, and everybody must know that before he writes or reads it.
+// An element whose bits are all ones is not ready: the sentinel. (As a float that is a NaN which no
+// arithmetic yields; a store turns it into another NaN.) Readers load what they need and repeat the
+// loads of elements that are not ready, so a result crosses from one SM to another in one store and
+// one load, without a barrier, a fence or a flag. Before a buffer is used again it must be cleared
+// (filled with the sentinel) when nobody reads it any more, and every writer and reader must know
+// that it is clear.
 #pragma once
 
 #include <cstdint>
@@ -74,7 +75,7 @@ __device__ __forceinline__ bool any_not_ready(const uint2& elements) {
   return elements.x == kNotReady || elements.y == kNotReady;
 }
 
-// Whether a half of a word is empty: as "has a zero half" of its complement.
+// Whether a half of a word is not ready: as "has a zero half" of its complement.
 __device__ __forceinline__ std::uint32_t half_not_ready(std::uint32_t word) {
   return (~word - 0x00010001u) & word & 0x80008000u;
 }

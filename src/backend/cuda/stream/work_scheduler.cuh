@@ -1,21 +1,22 @@
-// The scheduler: one thread of each block that knows, before anything is computed, what has to be
-// read, and announces it in the ring, a little ahead of the producer. With the last piece of a
+// The work scheduler: one thread of each block that knows, before anything is computed, what has to
+// be read, and announces it in the ring, a little ahead of the producer. With the last piece of a
 // chunk it brings the biases of the chunk's rows: whoever had to fetch them would wait for them
 // behind the weights.
 //
-// The chunks of a phase are dealt out round-robin at first, then by ticket, because SMs are not
-// served equally. Where not all of a phase's input vectors fit into registers, each block begins
-// with another one of them, and helps with the next when there are no more chunks of that. A
-// block's share of attention comes in front of the phase that needs it.
+// The chunks of a phase are assigned statically, round-robin, at first, and then dynamically, by
+// ticket, because memory does not serve SMs equally. Where not all of a phase's input vectors fit
+// into registers, each block begins with another one of them, and helps with the next when there
+// are no more chunks of that. A block's share of attention comes in front of the phase that needs
+// it.
 #pragma once
 
 #include "backend/cuda/stream/shared.cuh"
 
 namespace clusterfusion::cuda::stream {
 
-class Scheduler {
+class WorkScheduler {
  public:
-  __device__ __forceinline__ Scheduler(const StreamParams& params, StreamShared* shared)
+  __device__ __forceinline__ WorkScheduler(const StreamParams& params, StreamShared* shared)
       : p(params), control(shared), ring(&shared->ring, params.stages), counter(params.tickets) {}
 
   __device__ __forceinline__ void run() {
@@ -31,8 +32,8 @@ class Scheduler {
         for (int index = is_lm_head ? phases : 0; index < end; ++index) {
           const StreamPhase& phase = control->phases[index];
           layer_offset = is_lm_head ? 0 : layer * p.layer_stride;
-          if (phase.attention_before) deal_attention(layer, epoch);
-          deal(index, phase_id(epoch, index));
+          if (phase.attention_before) schedule_attention(layer, epoch);
+          schedule_phase(index, phase_id(epoch, index));
         }
       }
     }
@@ -50,20 +51,20 @@ class Scheduler {
 
   // Every phase of every step has counters of its own: this scheduler may be a step ahead of
   // another that has not drawn its last ticket yet.
-  __device__ __forceinline__ void deal(int index, int id) {
+  __device__ __forceinline__ void schedule_phase(int index, int id) {
     const StreamPhase& phase = control->phases[index];
     if (phase.rotates) {
-      for (int turn = 0; turn < phase.operands; ++turn) {
-        const int operand = (block_number() + turn) % phase.operands;
-        deal_operand(phase, control->operands[index], operand, id, turn == 0);
+      for (int round = 0; round < phase.operands; ++round) {
+        const int operand = (block_number() + round) % phase.operands;
+        schedule_operand(phase, control->operands[index], operand, id, round == 0);
       }
     } else {
-      deal_in_order(phase, index, id);
+      schedule_in_order(phase, index, id);
     }
     counter += kMaxOperands;
   }
 
-  // What must be known of an operand to deal its chunks, in registers.
+  // What must be known of an operand to schedule its chunks, in registers.
   struct Chunks {
     const char* weights;
     const char* biases;
@@ -83,7 +84,7 @@ class Scheduler {
   }
 
   // All operands of a phase, one after the other.
-  __device__ __forceinline__ void deal_in_order(const StreamPhase& phase, int index, int id) {
+  __device__ __forceinline__ void schedule_in_order(const StreamPhase& phase, int index, int id) {
     const Operand* operands = control->operands[index];
     int number = 0;
     Chunks current = chunks_of(operands[0], ring_id(id, 0));
@@ -91,7 +92,7 @@ class Scheduler {
     int next_from = current.count;  // where the next one begins
     const int chunks = phase.chunks, ticket_chunks = phase.ticket_chunks;
     const int late_from = phase.late_from;
-    int begin = block_number(), end = phase.first_by_ticket, stride = blocks();
+    int begin = block_number(), end = phase.first_dynamic, stride = blocks();
     while (true) {
 #pragma unroll 1
       for (int chunk = begin; chunk < end; chunk += stride) {
@@ -102,9 +103,10 @@ class Scheduler {
           before = next_from;
           next_from += current.count;
         }
-        deal_chunk(current, chunk - before, chunk < late_from ? p.max_in_flight : p.late_in_flight);
+        schedule_chunk(current, chunk - before,
+                       chunk < late_from ? p.max_in_flight : p.late_in_flight);
       }
-      begin = phase.first_by_ticket + static_cast<int>(atomicAdd(counter, ticket_chunks));
+      begin = phase.first_dynamic + static_cast<int>(atomicAdd(counter, ticket_chunks));
       if (begin >= chunks) return;
       end = min(begin + ticket_chunks, chunks);
       stride = 1;
@@ -112,26 +114,28 @@ class Scheduler {
   }
 
   // One operand of a phase that rotates. Blocks that begin with it have a static share of it.
-  __device__ __forceinline__ void deal_operand(const StreamPhase& phase, const Operand* operands,
-                                               int number, int id, bool begins) {
+  __device__ __forceinline__ void schedule_operand(const StreamPhase& phase,
+                                                   const Operand* operands, int number, int id,
+                                                   bool begins) {
     const Chunks chunks = chunks_of(operands[number], ring_id(id, number));
     const int sharers = (blocks() - number + phase.operands - 1) / phase.operands;
-    const int first_by_ticket = plan::deal(chunks.count, p.static_percent, sharers).first_by_ticket;
+    const int first_dynamic =
+        plan::work_schedule(chunks.count, p.static_percent, sharers).first_dynamic;
     const int ticket_chunks = phase.ticket_chunks;
-    int begin = begins ? block_number() / phase.operands : first_by_ticket;
-    int end = first_by_ticket, stride = sharers;
+    int begin = begins ? block_number() / phase.operands : first_dynamic;
+    int end = first_dynamic, stride = sharers;
     while (true) {
 #pragma unroll 1
       for (int chunk = begin; chunk < end; chunk += stride)
-        deal_chunk(chunks, chunk, p.max_in_flight);
-      begin = first_by_ticket + static_cast<int>(atomicAdd(counter + number, ticket_chunks));
+        schedule_chunk(chunks, chunk, p.max_in_flight);
+      begin = first_dynamic + static_cast<int>(atomicAdd(counter + number, ticket_chunks));
       if (begin >= chunks.count) return;
       end = min(begin + ticket_chunks, chunks.count);
       stride = 1;
     }
   }
 
-  __device__ __forceinline__ void deal_chunk(const Chunks& chunks, int chunk, int in_flight) {
+  __device__ __forceinline__ void schedule_chunk(const Chunks& chunks, int chunk, int in_flight) {
     const char* source = chunks.weights + static_cast<std::int64_t>(chunk) * chunks.chunk_stride;
     const auto bytes = static_cast<std::uint32_t>(
         chunk + 1 < chunks.count ? chunks.copy_bytes : chunks.last_copy_bytes);
@@ -167,14 +171,14 @@ class Scheduler {
     }
   }
 
-  __device__ __forceinline__ void deal_attention(int layer, int epoch) {
+  __device__ __forceinline__ void schedule_attention(int layer, int epoch) {
     for (int group = 0; group < p.groups; ++group) {
       const int tasks = p.num_heads * control->splits[group].splits;
       for (int task = control->first_task[group]; task < tasks; task += blocks())
-        deal_task(layer, epoch, group, task);
+        schedule_task(layer, epoch, group, task);
     }
   }
-  __device__ __forceinline__ void deal_task(int layer, int epoch, int group, int task) {
+  __device__ __forceinline__ void schedule_task(int layer, int epoch, int group, int task) {
     const plan::AttentionSplits splits = control->splits[group];
     char* const* pages = control->rows[control->groups[group].first_row].kv_pages;
     const int head = task / splits.splits, split = task % splits.splits;
@@ -199,7 +203,7 @@ class Scheduler {
 
   const StreamParams& p;
   StreamShared* control;
-  RingDealer ring;
+  RingScheduler ring;
   std::uint32_t* counter;
   std::int64_t layer_offset = 0;
 };

@@ -25,52 +25,52 @@ __device__ __forceinline__ void store_shared_4(std::uint32_t address, const floa
                : "memory");
 }
 
-// Two words, or zeros if they do not count.
-__device__ __forceinline__ uint2 load_shared_2_if(std::uint32_t address, int counts) {
+// Predicated: two words, or zeros.
+__device__ __forceinline__ uint2 load_shared_2_if(std::uint32_t address, int predicate) {
   uint2 words;
   asm volatile(
       "{\n"
-      ".reg .pred counts;\n"
-      "setp.ne.s32 counts, %3, 0;\n"
+      ".reg .pred predicate;\n"
+      "setp.ne.s32 predicate, %3, 0;\n"
       "mov.u32 %0, 0;\n"
       "mov.u32 %1, 0;\n"
-      "@counts ld.shared.v2.u32 {%0, %1}, [%2];\n"
+      "@predicate ld.shared.v2.u32 {%0, %1}, [%2];\n"
       "}"
       : "=&r"(words.x), "=&r"(words.y)
-      : "r"(address), "r"(counts)
+      : "r"(address), "r"(predicate)
       : "memory");
   return words;
 }
 
-// A number, or 0 if it does not count.
-__device__ __forceinline__ float load_shared_if(std::uint32_t address, int counts, float) {
+// Predicated: a number, or 0.
+__device__ __forceinline__ float load_shared_if(std::uint32_t address, int predicate, float) {
   float value;
   asm volatile(
       "{\n"
-      ".reg .pred counts;\n"
-      "setp.ne.s32 counts, %2, 0;\n"
+      ".reg .pred predicate;\n"
+      "setp.ne.s32 predicate, %2, 0;\n"
       "mov.f32 %0, 0f00000000;\n"
-      "@counts ld.shared.f32 %0, [%1];\n"
+      "@predicate ld.shared.f32 %0, [%1];\n"
       "}"
       : "=f"(value)
-      : "r"(address), "r"(counts)
+      : "r"(address), "r"(predicate)
       : "memory");
   return value;
 }
 // The same of a 16-bit float of either type.
 template <typename T>
-__device__ __forceinline__ float load_shared_if(std::uint32_t address, int counts, T) {
+__device__ __forceinline__ float load_shared_if(std::uint32_t address, int predicate, T) {
   static_assert(sizeof(T) == 2);
   std::uint16_t bits;
   asm volatile(
       "{\n"
-      ".reg .pred counts;\n"
-      "setp.ne.s32 counts, %2, 0;\n"
+      ".reg .pred predicate;\n"
+      "setp.ne.s32 predicate, %2, 0;\n"
       "mov.u16 %0, 0;\n"
-      "@counts ld.shared.u16 %0, [%1];\n"
+      "@predicate ld.shared.u16 %0, [%1];\n"
       "}"
       : "=h"(bits)
-      : "r"(address), "r"(counts)
+      : "r"(address), "r"(predicate)
       : "memory");
   T value;
   std::memcpy(&value, &bits, 2);

@@ -1,22 +1,24 @@
-// The dealer of the streaming decode kernel: one thread of each block that knows, before anything
-// is computed, what has to be read, and announces it in the ring, a little ahead of the producer.
+// The work scheduler of the streaming decode kernel: one thread of each block that knows, before
+// anything is computed, what has to be read, and announces it in the ring, a little ahead of the
+// producer.
 // With a chunk it brings the biases of the chunk's rows: consumers who had to fetch them would wait
 // for them behind the weights.
 //
-// The chunks of a phase are dealt out in turns at first, then by ticket, because SMs are not served
-// equally. All of this block's attention comes with the second phase of a layer, in front of it;
-// where few blocks have some, these leave the first phase early.
+// The chunks of a phase are assigned statically, round-robin, at first, and then dynamically, by
+// ticket, because memory does not serve SMs equally. All of this block's attention comes with the
+// second phase of a layer, in front of it; where few blocks have some, these leave the first phase
+// early.
 #pragma once
 
-#include "backend/cuda/decode/decode_common.cuh"
+#include "backend/cuda/decode/shared.cuh"
 
 namespace clusterfusion::cuda {
 
 template <typename Cache>
-class DecodeDealer {
+class WorkScheduler {
  public:
-  __device__ __forceinline__ DecodeDealer(const DecodeParams& params, const Cache& kv_cache,
-                                          SharedControl* shared)
+  __device__ __forceinline__ WorkScheduler(const DecodeParams& params, const Cache& kv_cache,
+                                           SharedControl* shared)
       : p(params),
         cache(kv_cache),
         control(shared),
@@ -26,8 +28,8 @@ class DecodeDealer {
   __device__ __forceinline__ void run() {
     const int phases = plan::layer_phases(p.parallel_residual);
     for (int index = 0; index < phases; ++index)
-      control->phases[index] = dealt(plan::layer_phase(p.parallel_residual, index));
-    control->phases[phases] = dealt({Stream::lm_head});
+      control->phases[index] = schedule_of(plan::layer_phase(p.parallel_residual, index));
+    control->phases[phases] = schedule_of({Stream::lm_head});
     int epoch = 0;
     for (int step = 0; step < p.steps; ++step) {
       const int position = p.first_position + step;
@@ -37,14 +39,14 @@ class DecodeDealer {
 #pragma unroll 1
       for (int layer = 0; layer < p.num_layers + scored; ++layer, ++epoch) {
         // One copy of the code for all phases: it must fit into few registers.
-        const bool head = layer == p.num_layers;
-        int index = head ? phases : 0;
-        const int end = head ? phases + 1 : phases;
+        const bool is_lm_head = layer == p.num_layers;
+        int index = is_lm_head ? phases : 0;
+        const int end = is_lm_head ? phases + 1 : phases;
 #pragma unroll 1
         do {
-          if (control->phases[index].attention_before) deal_attention(layer, epoch, splits);
-          deal(head ? 0 : layer, epoch, control->phases[index], NoHooks{},
-               index > 0 ? kNever : leave_from);
+          if (control->phases[index].attention_before) schedule_attention(layer, epoch, splits);
+          schedule_phase(is_lm_head ? 0 : layer, epoch, control->phases[index], NoHooks{},
+                         index > 0 ? kNever : leave_from);
         } while (++index < end);
       }
       epoch += !scored;
@@ -63,18 +65,19 @@ class DecodeDealer {
     ring.announce({}, {kRingEnd, 0, 0, 0});
   }
 
-  __device__ __forceinline__ SharedControl::DealtPhase dealt(const plan::Phase& phase) const {
+  __device__ __forceinline__ SharedControl::PhaseSchedule schedule_of(
+      const plan::Phase& phase) const {
     const auto chunks_of = [&](Stream stream) {
       return stream == Stream::none ? 0 : control->matrices[static_cast<int>(stream)].chunks;
     };
     const int chunks = chunks_of(phase.first) + chunks_of(phase.second);
-    const plan::Deal deal =
-        plan::deal(chunks, p.static_percent, static_cast<std::int32_t>(gridDim.x));
+    const plan::WorkSchedule schedule =
+        plan::work_schedule(chunks, p.static_percent, static_cast<std::int32_t>(gridDim.x));
     // Short phases are over before more copies under way could be of use.
     const bool is_long = chunks >= kLateChunks * static_cast<int>(gridDim.x);
     const int late_from = is_long ? chunks * p.late_percent / 100 : kNever;
-    return {phase.first,          phase.second, chunks,
-            deal.first_by_ticket, late_from,    phase.attention_before};
+    return {phase.first, phase.second,          chunks, schedule.first_dynamic,
+            late_from,   phase.attention_before};
   }
 
   // A matrix of one layer, to be streamed as `id`.
@@ -102,13 +105,13 @@ class DecodeDealer {
             matrix.rows * p.bias_element_bytes};
   }
 
-  __device__ __forceinline__ void deal_chunk(const Piece& piece, int index, int in_flight) {
+  __device__ __forceinline__ void schedule_chunk(const Piece& piece, int index, int in_flight) {
     const char* weights = piece.weights + static_cast<std::int64_t>(index) * piece.chunk_bytes;
     const int bytes = index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes;
     const std::uint32_t biases = ring.wait_empty(reach(in_flight)) + p.bias_offset;
     // Biases come by 16 bytes: the chunk's first may lie in the midst of them.
     const int first = index * piece.chunk_bias_bytes;
-    control->chunks[chunks_dealt++ % kKnownChunks] = index;
+    control->chunks[chunks_scheduled++ % kKnownChunks] = index;
     ring.announce({static_cast<int>(biases) + (first & 15), 0},
                   {piece.id, static_cast<std::uint32_t>(bytes), address_of(weights), in_flight});
     if (piece.biases == nullptr) return ring.add(0, nullptr, 0);
@@ -118,7 +121,6 @@ class DecodeDealer {
     ring.add(biases, piece.biases + begin, end - begin);
   }
 
-  static constexpr int kNever = 0x7fffffff;
   static constexpr int kLateChunks = 16;  // of a block, in a phase
 
   // From which of the first phase's chunks on this block draws no more tickets.
@@ -130,25 +132,26 @@ class DecodeDealer {
     return leaves ? plan::leave_for_attention_from(p.qkv.chunks, p.mlp_up.chunks) : kNever;
   }
 
-  // What a caller of deal() may put in between.
+  // What a caller of schedule_phase() may put in between.
   struct NoHooks {
     __device__ __forceinline__ void before_chunk(int) const {}
-    // Whether to deal the turns of another block, `number`, too.
+    // Whether to do the static share of another block, `number`, too.
     __device__ __forceinline__ bool next_late(int& number) const { return false; }
   };
 
   // One phase: this block's chunks of one matrix, or of two, one after the other. A ticket of chunk
   // `leave_from` or a later one is the last that it draws.
   template <typename Hooks = NoHooks>
-  __device__ __forceinline__ void deal(int layer, int epoch, const SharedControl::DealtPhase& phase,
-                                       Hooks&& hooks = {}, int leave_from = kNever) {
-    const int chunks = phase.chunks, first_by_ticket = phase.first_by_ticket;
+  __device__ __forceinline__ void schedule_phase(int layer, int epoch,
+                                                 const SharedControl::PhaseSchedule& phase,
+                                                 Hooks&& hooks = {}, int leave_from = kNever) {
+    const int chunks = phase.chunks, first_dynamic = phase.first_dynamic;
     // Chunks come in ascending order: those of the first matrix, then those of the second.
     Piece current = piece(layer, epoch, phase.first);
     const Stream second = phase.second;
     int before = 0;  // chunks of the phase before the current matrix
     int next_from = second == Stream::none ? kNever : current.chunks;
-    int begin = cache.block_number(), end = first_by_ticket;
+    int begin = cache.block_number(), end = first_dynamic;
     int stride = static_cast<int>(gridDim.x);
     bool leaves = false;
     while (true) {
@@ -160,29 +163,31 @@ class DecodeDealer {
           next_from = kNever;
           current = piece(layer, epoch, second);
         }
-        deal_chunk(current, chunk - before,
-                   chunk < phase.late_from ? p.max_in_flight : p.late_in_flight);
+        schedule_chunk(current, chunk - before,
+                       chunk < phase.late_from ? p.max_in_flight : p.late_in_flight);
       }
       if (leaves) break;
-      if (hooks.next_late(begin)) continue;  // `end` and `stride` are still those of turns
-      begin = first_by_ticket + static_cast<int>(atomicAdd(counter, p.ticket_chunks));
+      if (hooks.next_late(begin))
+        continue;  // `end` and `stride` are still those of the static share
+      begin = first_dynamic + static_cast<int>(atomicAdd(counter, p.ticket_chunks));
       if (begin >= chunks) break;
       end = min(begin + static_cast<int>(p.ticket_chunks), chunks);
       stride = 1;
       leaves = begin >= leave_from;
     }
-    // Every phase of every step has a counter of its own: this dealer may be a step ahead of
+    // Every phase of every step has a counter of its own: this scheduler may be a step ahead of
     // another that has not drawn its last ticket yet.
     ++counter;
   }
 
-  __device__ __forceinline__ void deal_attention(int layer, int epoch,
-                                                 const plan::AttentionSplits& splits) {
-    deal_attention(layer, epoch, splits, cache.block_number());
+  __device__ __forceinline__ void schedule_attention(int layer, int epoch,
+                                                     const plan::AttentionSplits& splits) {
+    schedule_attention(layer, epoch, splits, cache.block_number());
   }
   // The tasks of block `number`.
-  __device__ __forceinline__ void deal_attention(int layer, int epoch,
-                                                 const plan::AttentionSplits& splits, int number) {
+  __device__ __forceinline__ void schedule_attention(int layer, int epoch,
+                                                     const plan::AttentionSplits& splits,
+                                                     int number) {
     const int tasks = p.num_heads * splits.splits;
     for (int task = number; task < tasks; task += static_cast<int>(gridDim.x)) {
       const int head = task / splits.splits;
@@ -203,9 +208,9 @@ class DecodeDealer {
   const DecodeParams& p;
   const Cache& cache;
   SharedControl* control;
-  RingDealer ring;
+  RingScheduler ring;
   std::uint32_t* counter;
-  unsigned chunks_dealt = 0;  // of all matrices
+  unsigned chunks_scheduled = 0;  // of all matrices
 };
 
 }  // namespace clusterfusion::cuda

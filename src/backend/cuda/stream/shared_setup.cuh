@@ -56,10 +56,9 @@ class SharedSetup {
     if (of_plan.second != Stream::none) add_operands(index, of_plan.second);
     phase.rotates = phase.slots > vectors_at_once && !phase.normalizes;
     const int blocks = static_cast<int>(gridDim.x);
-    phase.first_by_ticket = plan::deal(phase.chunks, p.static_percent, blocks).first_by_ticket;
+    phase.first_dynamic = plan::work_schedule(phase.chunks, p.static_percent, blocks).first_dynamic;
     // Short phases are over before more copies under way could be of use.
     constexpr int kLateChunks = 8;  // of a block, in a phase
-    constexpr int kNever = 0x7fffffff;
     phase.late_from =
         phase.chunks >= kLateChunks * blocks
             ? static_cast<int>(static_cast<std::int64_t>(phase.chunks) * p.late_percent / 100)

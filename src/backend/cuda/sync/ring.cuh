@@ -1,20 +1,20 @@
-// A ring of stages in shared memory between a dealer, a producer (a thread each, of different
-// warps) and several consumer warps.
+// A circular buffer of stages in shared memory between a scheduler and a producer (a thread each,
+// of different warps) and several consumer warps, with three mbarriers a stage: empty, announced,
+// full.
 //
-// For each stage the dealer waits until it is empty, announces what it will hold, and adds what
+// For each stage the scheduler waits until it is empty, announces what it will hold, and adds what
 // goes with the data. The producer copies what is announced, a few copies at a time; it has
 // nothing else to do, so the next copy begins as soon as one has landed. Consumers see the
-// announcement at once, and the data when it has landed: so they know that something is over
-// without waiting for a copy of something else. Every consumer warp passes every stage, in order:
-// the parity of the barriers cannot tell a lap from the one before last, so nobody may skip one.
-// Everything is handed over by mbarriers, which order what they hand over.
+// announcement at once, and the data when it has landed: so they know that a phase is over without
+// waiting for a copy of the next. Every consumer warp passes every stage, in order: the parity of
+// the barriers cannot tell a lap from the one before last, so nobody may skip one.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "backend/cuda/device/bulk_copy.cuh"
-#include "backend/cuda/device/mbarrier.cuh"
+#include "backend/cuda/ptx/bulk_copy.cuh"
+#include "backend/cuda/ptx/mbarrier.cuh"
 
 namespace clusterfusion::device {
 
@@ -42,6 +42,12 @@ struct RingOrder {
   std::uint64_t source;
   int in_flight;  // so many copies may be under way, this one included
 };
+__device__ __forceinline__ std::uint64_t address_of(const char* pointer) {
+  return reinterpret_cast<std::uint64_t>(pointer);
+}
+__device__ __forceinline__ const char* pointer_to(std::uint64_t address) {
+  return reinterpret_cast<const char*>(address);
+}
 // The same as the producer gets it: with the stage's data, as an address in shared memory.
 struct RingTask {
   RingOrder order;
@@ -74,16 +80,16 @@ __device__ __forceinline__ void ring_init(RingControl* control, const char* data
     RingControl::Stage& stage = control->stages[i];
     mbarrier_init(&stage.empty, consumer_warps * (kEveryLaneArrives ? 32 : 1));
     mbarrier_init(&stage.known, 1);
-    mbarrier_init(&stage.full, 2);  // the dealer and the producer
+    mbarrier_init(&stage.full, 2);  // the scheduler and the producer
     stage.announced.data = shared_address(data + i * stage_bytes);
   }
   mbarrier_fence_init();
 }
 
-// What everybody in a ring has in common: a place, which goes from stage to stage.
-class RingPlace {
+// What all roles have in common: a cursor, which goes from stage to stage.
+class RingCursor {
  public:
-  __device__ __forceinline__ RingPlace(RingControl* control, int stages)
+  __device__ __forceinline__ RingCursor(RingControl* control, int stages)
       : begin_(shared_address(control)), end_(begin_ + stages * kStep), stage_(begin_) {}
 
  protected:
@@ -160,10 +166,10 @@ struct RingPeek {
   }
 };
 
-// The dealer's side, held by one thread.
-class RingDealer : public RingPlace {
+// The scheduler's side, held by one thread.
+class RingScheduler : public RingCursor {
  public:
-  using RingPlace::RingPlace;
+  using RingCursor::RingCursor;
 
   // Waits until the current stage may be announced: consumers are done with what it held, and of
   // those before it fewer than `reach` (at most as many as there are) have not landed. Returns its
@@ -201,9 +207,9 @@ class RingDealer : public RingPlace {
 };
 
 // The producer's side, held by one thread.
-class RingProducer : public RingPlace {
+class RingProducer : public RingCursor {
  public:
-  using RingPlace::RingPlace;
+  using RingCursor::RingCursor;
 
   // What the current stage will hold; waits for its announcement.
   __device__ __forceinline__ RingTask next() const {
@@ -236,9 +242,9 @@ class RingProducer : public RingPlace {
 };
 
 // A consumer's side, held by every thread of the consumer warps.
-class RingConsumer : public RingPlace {
+class RingConsumer : public RingCursor {
  public:
-  using RingPlace::RingPlace;
+  using RingCursor::RingCursor;
 
   // What the current stage will hold; waits for its announcement, not for its data.
   __device__ __forceinline__ RingAnnouncement announcement() const {
@@ -288,7 +294,8 @@ class RingConsumer : public RingPlace {
   }
   __device__ __forceinline__ static RingPeek peek(std::uint32_t stage, std::uint32_t parity) {
     const bool landed = mbarrier_test(full(stage), parity);
-    // Where it has not landed, the dealer may be writing what is read here, and nobody looks at it.
+    // Where it has not landed, the scheduler may be writing what is read here, and nobody looks at
+    // it.
     if (kEveryLaneArrives && !landed) return {};
     return {landed, what(stage)};
   }

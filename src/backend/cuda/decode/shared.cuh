@@ -2,63 +2,61 @@
 // where things lie.
 #pragma once
 
-#include "backend/cuda/decode/decode_numbers.cuh"
 #include "backend/cuda/decode/decode_params.hpp"
-#include "backend/cuda/device/counter.cuh"
-#include "backend/cuda/device/elect.cuh"
-#include "backend/cuda/device/lamport_buffer.cuh"
-#include "backend/cuda/device/reduce.cuh"
-#include "backend/cuda/device/ring.cuh"
+#include "backend/cuda/decode/epoch.cuh"
+#include "backend/cuda/numeric/reduce.cuh"
+#include "backend/cuda/ptx/elect.cuh"
+#include "backend/cuda/sync/counter.cuh"
+#include "backend/cuda/sync/lamport_buffer.cuh"
+#include "backend/cuda/sync/ring.cuh"
 
 namespace clusterfusion::cuda {
 
 using namespace device;
 using plan::Stream;
 
-inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
-
 // Shared memory: control, activations, sums, ring. The sizes are those of DecodePlan.
 inline constexpr int kNumStreams = static_cast<int>(Stream::none);
-inline constexpr int kMaxPhases = 5;  // of a layer, and the LM head
 
 // As many as consumers may not have finished, and as there may be in the ring.
 inline constexpr int kKnownChunks = 256;
 static_assert(kKnownChunks >= kMaxChunkSlots + kMaxRingStages);
+static_assert(plan::kMaxStages <= kMaxRingStages);
 
 struct SharedControl {
   RingControl ring;
   float2 reduce[2][plan::kConsumerWarps];
   Candidate candidate[plan::kConsumerWarps];
-  // Of the last matrix chunks that the dealer has announced, in its order: which one.
+  // Of the last matrix chunks that the work scheduler has announced, in its order: which one.
   int chunks[kKnownChunks];
   unsigned finished_chunks;  // consumers have finished the rows of so many
   // By Stream: which one comes is known only when it comes, and a look into parameters by index
   // would be one into memory.
   StreamedMatrix matrices[kNumStreams];
   bool has_bias[kNumStreams];
-  // What the dealer must know of a phase and of its matrices. Here, because it needs it at once
+  // What the work scheduler must know of a phase and of its matrices. Here, because it needs it at
   // when a phase begins: parameters would have to be fetched again, behind the weights.
   struct Source {
     const char* weights;
     const char* biases;  // null if there are none
   };
   Source sources[kNumStreams];  // of the first layer
-  struct DealtPhase {
+  struct PhaseSchedule {
     Stream first, second;
-    int chunks;           // of both
-    int first_by_ticket;  // of them
-    int late_from;        // from this one on p.late_in_flight copies may be under way
+    int chunks;         // of both
+    int first_dynamic;  // of them
+    int late_from;      // from this one on p.late_in_flight copies may be under way
     bool attention_before;
   };
-  DealtPhase phases[kMaxPhases];
+  PhaseSchedule phases[kMaxPhases];
   int token;
-  bool ablates_mlp;  // of this epoch's layer
-  std::uint32_t zero;
+  bool ablates_mlp;           // of this epoch's layer
+  std::uint32_t opaque_zero;  // 0: see DecodeStep::opaque_zero()
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;
   // Epochs e that all blocks have begun, as this block knows: the Lamport set of epoch e + 1 is
-  // empty and may be used, and KV entries of the epochs before e may be streamed.
-  std::uint32_t swept;
+  // clear and may be used, and KV entries of the epochs before e may be streamed.
+  std::uint32_t cleared;
   // Of the layer kernel, which says what they are (ops/layer_kernel.cuh): numbers that do not
   // change, and flags that rise.
   int block_number, scratch_half;
@@ -85,7 +83,7 @@ __device__ __forceinline__ void init_shared(const DecodeParams& p, char* shared)
   control->matrices[static_cast<int>(Stream::mlp_down)] = p.mlp_down;
   control->matrices[static_cast<int>(Stream::attention_out)] = p.attention_out;
   control->matrices[static_cast<int>(Stream::lm_head)] = p.lm_head;
-  control->begun = control->swept = control->zero = control->finished_chunks = 0;
+  control->begun = control->cleared = control->opaque_zero = control->finished_chunks = 0;
 }
 // By another one.
 __device__ __forceinline__ void init_sources(const DecodeParams& p, SharedControl* control) {
@@ -109,85 +107,11 @@ __device__ __forceinline__ int ring_id(int epoch, plan::Stream stream) {
 __device__ __forceinline__ int epoch_of(int ring_id) { return ring_id / 8; }
 __device__ __forceinline__ int stream_of(int ring_id) { return ring_id % 8; }
 
-// Epochs of a step: its layers, and the LM head.
-__device__ __forceinline__ int epochs_per_step(const DecodeParams& p) { return p.num_layers + 1; }
-
 __device__ __forceinline__ plan::AttentionSplits splits_at(const DecodeParams& p, int position) {
   return plan::attention_splits(position + 1, p.kv_block_positions, p.num_heads, p.head_dim,
                                 gridDim.x);
 }
 
-// Addresses in a ring's orders.
-__device__ __forceinline__ std::uint64_t address_of(const char* pointer) {
-  return reinterpret_cast<std::uint64_t>(pointer);
-}
-__device__ __forceinline__ const char* pointer_to(std::uint64_t address) {
-  return reinterpret_cast<const char*>(address);
-}
-
-// Where the keys and values of a sequence lie, and the angles of its positions: pages, as the
-// engine keeps them.
-struct PagedCache {
-  static constexpr bool kManyLayers = true;  // follow each other in a launch
-  const DecodeParams& p;
-
-  // Which of the grid's blocks this is, by which work is shared out.
-  __device__ __forceinline__ int block_number() const { return static_cast<int>(blockIdx.x); }
-
-  __device__ __forceinline__ char* block(int layer, int head, int block) const {
-    const int first = block * p.kv_block_positions;
-    const int block_in_page = first % plan::kKvPagePositions / p.kv_block_positions;
-    return p.kv_pages[first / plan::kKvPagePositions] +
-           static_cast<std::int64_t>(layer * p.num_heads + head) * p.kv_head_bytes +
-           static_cast<std::int64_t>(block_in_page) * p.kv_block_bytes;
-  }
-
-  // For the dealer: where the blocks of a task come from, one after the other. The page table is in
-  // global memory, so this looks one block ahead.
-  class Reader {
-   public:
-    __device__ __forceinline__ Reader(const PagedCache& cache, int layer, int head, int first,
-                                      int end)
-        : cache_(cache), layer_(layer), head_(head), end_(end) {
-      next_ = cache.block(layer, head, first);
-    }
-    __device__ __forceinline__ std::uint64_t source(int block) {
-      const char* source = next_;
-      next_ = cache_.block(layer_, head_, min(block + 1, end_ - 1));
-      return address_of(source);
-    }
-
-   private:
-    const PagedCache& cache_;
-    const char* next_;
-    int layer_, head_, end_;
-  };
-  // For the producer: copies one of them.
-  __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
-    bulk_copy_to_shared(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
-  }
-
-  // Cosine and sine for element `dim` (below rotary_dim) of a query or key.
-  __device__ __forceinline__ float2 angle(int position, int dim) const {
-    const int half = p.rotary_dim / 2;
-    return __ldg(p.rotary + static_cast<std::int64_t>(position) * half +
-                 (dim < half ? dim : dim - half));
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void store(int layer, int head, int position, int dim, T key,
-                                        T value) const {
-    T* keys = reinterpret_cast<T*>(block(layer, head, position / p.kv_block_positions)) +
-              position % p.kv_block_positions * p.head_dim;
-    keys[dim] = key;
-    keys[p.kv_block_positions * p.head_dim + dim] = value;
-  }
-};
-
-__device__ __forceinline__ const char* of_layer(const DecodeParams& p, const void* of_first,
-                                                int layer) {
-  return static_cast<const char*>(of_first) + layer * p.layer_stride;
-}
 __device__ __forceinline__ StreamedLayer layer_at(const DecodeParams& p, int layer) {
   const StreamedLayer& first = p.first_layer;
   return {of_layer(p, first.qkv, layer),
@@ -202,10 +126,6 @@ __device__ __forceinline__ StreamedLayer layer_at(const DecodeParams& p, int lay
           of_layer(p, first.attention_out_bias, layer),
           of_layer(p, first.mlp_up_bias, layer),
           of_layer(p, first.mlp_down_bias, layer)};
-}
-
-__device__ __forceinline__ char* lamport_set(const DecodeParams& p, int epoch) {
-  return p.lamport + static_cast<std::int64_t>(epoch % kLamportSets) * p.layout.bytes;
 }
 
 }  // namespace clusterfusion::cuda

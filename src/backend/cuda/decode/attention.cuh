@@ -1,0 +1,315 @@
+// Attention of one row over what lands of the KV cache, by the consumer warps: split over blocks of
+// threads, with an online softmax in each warp.
+#pragma once
+
+#include "backend/cuda/decode/residual.cuh"
+#include "backend/cuda/numeric/softmax.cuh"
+#include "backend/cuda/ptx/bulk_copy.cuh"
+
+namespace clusterfusion::cuda {
+
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias>
+class DecodeAttention : public DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias> {
+  using Base = DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias>;
+
+ public:
+  using Base::Base;
+
+ protected:
+  using Base::cache, Base::consumer_barrier, Base::g, Base::is_next, Base::kQueryInRegisters,
+      Base::lane, Base::make_indices_opaque, Base::p, Base::q, Base::release_stage, Base::ring,
+      Base::sums, Base::thread, Base::warp;
+
+  // Query, key and value of the current position for one head, in shared memory: first as they come
+  // from the QKV matrix, then the query rotated and scaled, the key rotated, all rounded.
+  struct HeadInputs {
+    float* raw;  // [3, head_dim]
+    T* ready;    // [4, head_dim]: query, key, value, and what rounding took from the query
+  };
+  __device__ __forceinline__ HeadInputs head_inputs() const {
+    float* raw = sums + plan::kConsumerWarps * (p.head_dim + 2);  // behind the warps' states
+    return {raw, reinterpret_cast<T*>(raw + 3 * p.head_dim)};
+  }
+
+  // All threads: one trip to global memory, two barriers.
+  __device__ __forceinline__ void prepare_head(int head, int position) {
+    const HeadInputs inputs = head_inputs();
+    const float* qkv = this->template lamport<const float>(p.layout.qkv) + head * 3 * p.head_dim;
+    const int half = p.rotary_dim / 2;
+    constexpr int kRounds = (3 * 16 * kMaxHeadSteps + kConsumerThreads - 1) / kConsumerThreads;
+    float2 angle[kRounds];
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int i = thread + round * kConsumerThreads;
+      const int dim = i % p.head_dim;
+      angle[round] = make_float2(1.0f, 0.0f);
+      if (i < 2 * p.head_dim && dim < p.rotary_dim) angle[round] = cache.angle(position, dim);
+    }
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int i = thread + round * kConsumerThreads;
+      if (i < 3 * p.head_dim) inputs.raw[i] = lamport_wait(qkv + i);
+    }
+    consumer_barrier();
+    // Scores come out as base-2 logarithms.
+    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * kLog2E;
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int i = thread + round * kConsumerThreads;
+      if (i >= 3 * p.head_dim) continue;
+      const int dim = i % p.head_dim;
+      float value = inputs.raw[i];
+      if (i < 2 * p.head_dim && dim < p.rotary_dim) {
+        const float other = dim < half ? -inputs.raw[i + half] : inputs.raw[i - half];
+        value = value * angle[round].x + other * angle[round].y;
+      }
+      if (i < p.head_dim) {
+        value *= scale;
+        const float rounded = static_cast<float>(static_cast<T>(value));
+        inputs.ready[3 * p.head_dim + i] = static_cast<T>(isinf(rounded) ? 0.0f : value - rounded);
+      }
+      inputs.ready[i] = static_cast<T>(value);
+    }
+    consumer_barrier();
+  }
+
+  // State of one warp's online softmax over its positions of one head; base-2 logarithms.
+  struct Softmax {
+    float maximum;  // the same in all lanes
+    float sum;      // lanes 0 to 3: each its own columns
+    // Lanes q = 0: [0] + [1] is dimension 16 t + g, [2] + [3] 16 t + g + 8.
+    float output[kMaxHeadSteps][4];
+  };
+
+  __device__ __forceinline__ void attend(int layer, int position) {
+    make_indices_opaque();
+    const plan::AttentionSplits splits = splits_at(p, position);
+    Query query;
+    Softmax state;
+    int task = -1, head = 0, last_block = 0;
+    while (is_next(Stream::attention)) {
+      const RingAnnouncement what = ring.wait();
+      if (what.label.first != task) {
+        task = what.label.first;
+        head = task / splits.splits;
+        const int split = task % splits.splits;
+        last_block = min((split + 1) * splits.blocks_per_split, splits.blocks) - 1;
+        prepare_head(head, position);
+        load_query(query);
+        state.maximum = -INFINITY;
+        state.sum = 0.0f;
+#pragma unroll
+        for (int t = 0; t < kMaxHeadSteps; ++t)
+          state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
+      }
+      const int block = what.label.second;
+      attend_block(layer, head, block, position, what.data, query, state);
+      release_stage();
+      if (block == last_block) combine_warps(layer, head, task, splits.splits, state);
+    }
+  }
+
+  // Step t of the query as operand A: rounded in row 0, what rounding took from it in row 1, so
+  // that its precision is that of twice as many bits; the other rows are zero.
+  __device__ __forceinline__ uint2 query_step(int t) const {
+    if (g > 1 || 16 * t >= p.head_dim) return make_uint2(0, 0);
+    const T* query = head_inputs().ready + (g == 0 ? 0 : 3 * p.head_dim);
+    return *reinterpret_cast<const uint2*>(query + 16 * t + 4 * q);
+  }
+  struct Query {
+    uint2 step[kQueryInRegisters ? kMaxHeadSteps : 1];
+  };
+  __device__ __forceinline__ void load_query(Query& query) const {
+    if constexpr (kQueryInRegisters) {
+#pragma unroll
+      for (int t = 0; t < kMaxHeadSteps; ++t) query.step[t] = query_step(t);
+    }
+  }
+
+  // Positions that a warp takes at once, in two halves of 8.
+  static constexpr int kGroup = plan::kMinKvBlockPositions;
+  static_assert(kGroup == 16);
+  // Steps of a head whose keys, or values, are under way together. What is behind the head's end is
+  // zero: no branch keeps loads and products apart.
+  static constexpr int kStepsAtOnce = kMaxHeadSteps <= 5 ? kMaxHeadSteps : 4;
+  static_assert(kMaxHeadSteps % kStepsAtOnce == 0);
+
+  // This warp's group of positions of one block, which lies at `data` in shared memory. The warps
+  // take the groups of one block after the other round-robin.
+  __device__ __forceinline__ void attend_block(int layer, int head, int block, int position,
+                                               std::uint32_t data, const Query& query,
+                                               Softmax& state) {
+    const int groups = p.kv_block_positions / kGroup;
+    const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
+    if (group >= groups) return;
+    const int first = block * p.kv_block_positions + group * kGroup;
+    if (first > position) return;
+    const int row_bytes = p.head_dim * 2;
+    char* keys = static_cast<char*>(__cvta_shared_to_generic(data)) + group * kGroup * row_bytes;
+    char* values = keys + p.kv_block_positions * row_bytes;
+    if (position < first + kGroup) insert_current(layer, head, position, keys, values);
+
+    float score[2][4] = {};  // of the group's halves
+    multiply_keys(query, shared_address(keys + g * row_bytes) + q * 8, score);
+    // Lanes point at the halves' rows, at the first and the second 8 dimensions of a step.
+    const std::uint32_t rows =
+        shared_address(values + (lane / 16 * 8 + lane % 8) * row_bytes) + lane / 8 % 2 * 16;
+    uint4 value[kStepsAtOnce];
+    load_values(rows, 0, value);
+    std::uint32_t weights[2];
+    const float correction = weigh(first, position, score, state, weights);
+#pragma unroll
+    for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
+      if (begin > 0) load_values(rows, begin, value);
+#pragma unroll
+      for (int i = 0; i < kStepsAtOnce; ++i) {
+        float(&output)[4] = state.output[begin + i];
+        for (float& element : output) element *= correction;
+        mma_16x8x16<T>(output, value[i], weights[0], weights[1]);
+      }
+    }
+  }
+
+  // From the scores of a group, which begins at position `first`, the weights of its values as
+  // operand B: rounded in column 0, what rounding took from them in column 1. Updates the state but
+  // for its outputs; returns what these are to be multiplied by.
+  __device__ __forceinline__ float weigh(int first, int position, float (&score)[2][4],
+                                         Softmax& state, std::uint32_t (&weights)[2]) const {
+    // Of each half, lanes 0 to 3 and 4 to 7 hold the scores of positions 2q and 2q + 1, from the
+    // two parts of the query.
+    float maximum = state.maximum;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& own = score[half][i];
+        const float other = __shfl_xor_sync(kAllLanes, own, 4);
+        own = g == 0 ? both_parts(own, other) : both_parts(other, own);
+        if (first + 8 * half + 2 * q + i > position) own = -INFINITY;
+        maximum = fmaxf(maximum, own);
+      }
+    }
+    maximum = __shfl_sync(kAllLanes, warp_max<4>(maximum), 0);
+    const float correction = exp2_approximately(state.maximum - maximum);
+    state.maximum = maximum;
+    state.sum *= correction;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float weight0 = g < 2 ? exp2_approximately(score[half][0] - maximum) : 0.0f;
+      const float weight1 = g < 2 ? exp2_approximately(score[half][1] - maximum) : 0.0f;
+      state.sum += weight0 + weight1;
+      weights[half] = pack<T>(weight0, weight1);
+      const float2 rounded = unpack<T>(weights[half]);
+      if (g == 1) weights[half] = pack<T>(weight0 - rounded.x, weight1 - rounded.y);
+    }
+    return correction;
+  }
+
+  // score += query keys, for the two halves of a group; `keys` is where this lane's part of the
+  // first half lies in shared memory.
+  __device__ __forceinline__ void multiply_keys(const Query& query, std::uint32_t keys,
+                                                float (&score)[2][4]) const {
+    const int half_bytes = 8 * p.head_dim * 2;
+#pragma unroll
+    for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
+      uint2 part[kStepsAtOnce], key[kStepsAtOnce][2];
+#pragma unroll
+      for (int i = 0; i < kStepsAtOnce; ++i) {
+        const int t = begin + i;
+        if constexpr (kQueryInRegisters)
+          part[i] = query.step[t];
+        else
+          part[i] = query_step(t);
+        const bool is_there = 16 * t < p.head_dim;
+        key[i][0] = load_shared_2_if(keys + t * 32, is_there);
+        key[i][1] = load_shared_2_if(keys + half_bytes + t * 32, is_there);
+      }
+#pragma unroll
+      for (int i = 0; i < kStepsAtOnce; ++i) {
+        const uint4 operand = make_uint4(part[i].x, 0, part[i].y, 0);
+        mma_16x8x16<T>(score[0], operand, key[i][0].x, key[i][0].y);
+        mma_16x8x16<T>(score[1], operand, key[i][1].x, key[i][1].y);
+      }
+    }
+  }
+
+  // Steps of a group's values from step `begin` on, as operands A.
+  __device__ __forceinline__ void load_values(std::uint32_t rows, int begin,
+                                              uint4 (&value)[kStepsAtOnce]) const {
+#pragma unroll
+    for (int i = 0; i < kStepsAtOnce; ++i) {
+      value[i] = make_uint4(0, 0, 0, 0);
+      if (16 * (begin + i) < p.head_dim)
+        value[i] = load_matrix_4_transposed(rows + (begin + i) * 32);
+    }
+  }
+
+  // Puts the current position's key and value into the landed block and into the cache, and clears
+  // the values behind it in this group: whatever lies there must not reach a product.
+  __device__ __forceinline__ void insert_current(int layer, int head, int position, char* keys,
+                                                 char* values) {
+    const int row = position % kGroup;
+    const T* ready = head_inputs().ready;
+    for (int dim = lane; dim < p.head_dim; dim += 32) {
+      const T key = ready[p.head_dim + dim];
+      const T value = ready[2 * p.head_dim + dim];
+      reinterpret_cast<T*>(keys)[row * p.head_dim + dim] = key;
+      reinterpret_cast<T*>(values)[row * p.head_dim + dim] = value;
+      cache.store(layer, head, position, dim, key, value);
+      for (int later = row + 1; later < kGroup; ++later)
+        reinterpret_cast<T*>(values)[later * p.head_dim + dim] = static_cast<T>(0.0f);
+    }
+    fence_before_bulk_copy();
+    __syncwarp();
+  }
+
+  // Merges the eight warps' states of one task: the head's output if it has one split, else a
+  // partial result for the combiners.
+  __device__ __forceinline__ void combine_warps(int layer, int head, int task, int num_splits,
+                                                const Softmax& state) {
+    const int stride = p.head_dim + 2;
+    float* own = sums + warp * stride;
+#pragma unroll
+    for (int t = 0; t < kMaxHeadSteps; ++t) {
+      if (16 * t >= p.head_dim || q != 0) continue;
+      own[2 + 16 * t + g] = both_parts(state.output[t][0], state.output[t][1]);
+      own[2 + 16 * t + g + 8] = both_parts(state.output[t][2], state.output[t][3]);
+    }
+    const float sum = warp_sum<4>(state.sum);
+    if (lane == 0) {
+      own[0] = state.maximum;
+      own[1] = sum;
+    }
+    consumer_barrier();
+    float maximum = -INFINITY;
+    for (int w = 0; w < plan::kConsumerWarps; ++w) maximum = fmaxf(maximum, sums[w * stride]);
+    // Of an ablated head infinity, so that value / total is zero. With several splits the combiners
+    // write zeros.
+    float total = is_ablated(layer, head) ? INFINITY : 0.0f;
+    for (int w = 0; w < plan::kConsumerWarps; ++w)
+      total += sums[w * stride + 1] * exp2f(sums[w * stride] - maximum);
+    float* partial = this->template lamport<float>(p.layout.partials) + task * stride;
+    for (int dim = thread; dim < p.head_dim; dim += kConsumerThreads) {
+      float value = 0.0f;
+      for (int w = 0; w < plan::kConsumerWarps; ++w)
+        value += sums[w * stride + 2 + dim] * exp2f(sums[w * stride] - maximum);
+      if (num_splits == 1)
+        lamport_store(
+            this->template lamport<T>(p.layout.attention) + operand_order(head * p.head_dim + dim),
+            static_cast<T>(value / total));
+      else
+        lamport_store(partial + 2 + dim, value);
+    }
+    if (num_splits > 1 && thread < 2)
+      lamport_store(partial + thread, thread == 0 ? maximum : total);
+    consumer_barrier();
+  }
+
+  // Interventions are the engine's alone.
+  __device__ __forceinline__ bool is_ablated(int layer, int head) const {
+    if constexpr (Cache::kManyLayers) return p.ablated.has_head(layer * p.num_heads + head);
+    return false;
+  }
+};
+
+}  // namespace clusterfusion::cuda
