@@ -128,9 +128,7 @@ TEST(DraftedTexts, AreTheTextsWithout) {
         ++requests;
       }
     }
-    const ServingStatistics statistics = engine->serving_statistics();
-    EXPECT_EQ(statistics.sequences_active, 0);
-    EXPECT_EQ(statistics.kv_pages_in_use, statistics.kv_pages_cached) << "nothing leaks";
+    expect_idle(*engine);
     if (HasFatalFailure() || HasNonfatalFailure()) return;
   }
   std::cout << requests << " requests\n";
