@@ -37,12 +37,12 @@ struct Setting {
   SchedulerOptions scheduling = {};
 };
 
-std::unique_ptr<Engine> engine_with(const Setting& setting = {}) {
+std::unique_ptr<Engine> engine_with(Setting setting = {}) {
   const std::shared_ptr<const Model> model = model_of(setting.seed);
   BackendOptions options{.threads = 1, .kv_dtype = setting.kv_dtype};
   options.kv_bytes = setting.kv_pages * make_cpu_backend(model, options)->info().page_bytes();
   return make_engine(model, byte_tokenizer(), make_cpu_backend(model, options), "a test", {},
-                     setting.scheduling);
+                     std::move(setting.scheduling));
 }
 
 std::vector<TokenId> prompt_of(int length, int seed = 3) {

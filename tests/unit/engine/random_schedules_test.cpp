@@ -45,10 +45,7 @@ TEST(RandomSchedules, EachTextIsTheOneAlone) {
     }
     run_together(*engine, calls);
     for (const Call& call : calls) expect_as_alone(*plain, call);
-    const ServingStatistics statistics = engine->serving_statistics();
-    EXPECT_EQ(statistics.sequences_active, 0);
-    EXPECT_EQ(statistics.sequences_waiting, 0);
-    EXPECT_EQ(statistics.kv_pages_in_use, statistics.kv_pages_cached) << "nothing leaks";
+    const ServingStatistics statistics = expect_idle(*engine);
     all.preemptions += statistics.preemptions;
     all.prefix_hit_tokens += statistics.prefix_hit_tokens;
     all.prompt_tokens += statistics.prompt_tokens;
