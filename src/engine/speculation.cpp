@@ -47,6 +47,7 @@ void Speculation::measure(Backend& backend) {
       const bool is_slow = options_.now() - begin > kMeasuredSeconds;
       costs_.note(rows, seconds_of(backend, id, rows, is_slow ? 1 : kRepetitions));
     }
+    plain_costs_.note(1, costs_.seconds(1));
   } catch (const Error&) {
     costs_ = {};
   }
@@ -224,7 +225,8 @@ void Speculation::note_step(std::span<const DraftCandidate> candidates,
     rows += 1 + static_cast<std::int32_t>(candidate.proposals.size());
   }
   costs_.note(rows, seconds);
-  const double plain = costs_.seconds(static_cast<std::int32_t>(candidates.size()));
+  const auto texts = static_cast<std::int32_t>(candidates.size());
+  const double plain = std::min(costs_.seconds(texts), plain_costs_.seconds(texts));
   for (std::size_t i = 0; i < candidates.size(); ++i) {
     if (candidates[i].text == nullptr) continue;
     DraftedText& text = *candidates[i].text;
@@ -241,6 +243,7 @@ void Speculation::note_step(std::span<const DraftCandidate> candidates,
 
 void Speculation::note_plain_step(std::size_t texts, double seconds) {
   costs_.note(static_cast<std::int32_t>(texts), seconds);
+  plain_costs_.note(static_cast<std::int32_t>(texts), seconds);
 }
 
 }  // namespace clusterfusion

@@ -74,6 +74,7 @@ class Speculation {
   std::unique_ptr<Draft> draft_;
   SpeculationOptions options_;
   StepCosts costs_;
+  StepCosts plain_costs_;  // of steps without proposals alone, by which losses are counted
   std::array<Acceptance, kCertainties> acceptance_;  // of all texts
   double draft_seconds_ = 0;                         // of the coming step, without
   double reading_seconds_ = 0;                       // what the draft has read for it
