@@ -20,9 +20,6 @@ CPP_SUFFIXES = (".cpp", ".hpp", ".cu", ".cuh")
 
 NOT_YET = (
     "python/clusterfusion/engine.py: __init__",
-    "tools/train_demo_model.py: train",
-    "tools/train_demo_model.py: write_card",
-    "tools/train_demo_model.py: parse_arguments",
 )
 
 # What braces may stand in without opening a block; each is replaced by its line breaks.
