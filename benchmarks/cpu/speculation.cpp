@@ -1,4 +1,5 @@
-// What drafts gain on the CPU. Figures go to stdout as JSON.
+// What drafts gain on the CPU. Figures go to stdout as JSON. With one thread (the default) times
+// are of the processor, in which other programs count less.
 //
 // theory  A draft that knows the text, and says each token right with a given chance, proposes k
 //         tokens in each step: the time of a token beside the cost of a step of k + 1 rows,
@@ -7,8 +8,9 @@
 // ngram   The host's time of one step of the n-gram draft at the end of long texts.
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
+#include <ctime>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -18,6 +20,7 @@
 #include "clusterfusion/engine.hpp"
 #include "engine/make_engine.hpp"
 #include "engine/ngram_draft.hpp"
+#include "engine/open_draft.hpp"
 #include "support/random_model.hpp"
 #include "support/test_drafts.hpp"
 
@@ -29,7 +32,7 @@ using Json = nlohmann::json;
 struct Arguments {
   std::string model;
   std::string prompts;
-  int threads = 0;
+  int threads = 1;
   int rounds = 5;
   std::int64_t tokens = 96;
   std::vector<double> shares = {0.5, 0.7, 0.9};
@@ -37,8 +40,13 @@ struct Arguments {
   std::vector<std::string> drafts = {"ngram"};
 };
 
-double seconds_now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+std::function<double()> clock_of(const Arguments& arguments) {
+  const clockid_t clock = arguments.threads == 1 ? CLOCK_PROCESS_CPUTIME_ID : CLOCK_MONOTONIC;
+  return [clock] {
+    timespec now{};
+    clock_gettime(clock, &now);
+    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+  };
 }
 
 double median(std::vector<double> values) {
@@ -83,29 +91,33 @@ GenerateRequest greedy_request(const Arguments& arguments) {
 // Steps of so many rows, all of them right, over the positions of the text.
 class StepTimer {
  public:
-  StepTimer(std::unique_ptr<Backend> backend, const std::vector<TokenId>& text)
-      : backend_(std::move(backend)), text_(text) {}
+  StepTimer(std::unique_ptr<Backend> backend, std::vector<TokenId> text,
+            std::function<double()> now)
+      : backend_(std::move(backend)), text_(std::move(text)), now_(std::move(now)) {}
 
-  std::vector<double> seconds(int rows) {
-    std::vector<double> seconds;
+  // On average.
+  double seconds(int rows) {
+    double seconds = 0;
+    int steps = 0;
     const SequenceId id = backend_->create_sequence({});
     backend_->prefill(id, prompt(), {});
     const auto count = static_cast<std::size_t>(rows);
     for (std::size_t at = prompt().size(); at + count <= text_.size(); at += count) {
-      Proposal proposal{
-          id,
-          {text_.begin() + static_cast<long>(at), text_.begin() + static_cast<long>(at + count)}};
-      const double start = seconds_now();
+      const auto tokens = std::span(text_).subspan(at, count);
+      Proposal proposal{id, {tokens.begin(), tokens.end()}};
+      const double start = now_();
       backend_->verify({&proposal, 1});
-      seconds.push_back(seconds_now() - start);
+      seconds += now_() - start;
+      ++steps;
     }
     backend_->release_sequence(id);
-    return seconds;
+    return seconds / steps;
   }
 
  private:
   std::unique_ptr<Backend> backend_;
   std::vector<TokenId> text_;
+  std::function<double()> now_;
 };
 
 // An engine whose draft knows `text`.
@@ -114,9 +126,12 @@ std::unique_ptr<Engine> knowing_engine(const Arguments& arguments,
                                        const std::vector<TokenId>& text, double share, int k) {
   auto draft = std::make_unique<test::KnowingDraft>(share, model->config().vocab_size, 5);
   draft->tell(text);
-  return make_engine(
-      model, nullptr, backend_of(arguments, model), "a benchmark", {},
-      {.prefix_cache = false, .draft = std::move(draft), .draft_tokens = k, .draft_adapts = false});
+  return make_engine(model, nullptr, backend_of(arguments, model), "a benchmark", {},
+                     {.prefix_cache = false,
+                      .now = clock_of(arguments),
+                      .draft = std::move(draft),
+                      .draft_tokens = k,
+                      .draft_adapts = false});
 }
 
 Json measure_theory(const Arguments& arguments) {
@@ -126,15 +141,15 @@ Json measure_theory(const Arguments& arguments) {
       make_engine(model, nullptr, backend_of(arguments, model), "a benchmark")->generate(request);
   std::vector<TokenId> text = plain.prompt_tokens;
   text.insert(text.end(), plain.tokens.begin(), plain.tokens.end());
-  StepTimer timer(backend_of(arguments, model), text);
+  StepTimer timer(backend_of(arguments, model), text, clock_of(arguments));
   Json rows = Json::array();
   for (const int k : arguments.proposals) {
     for (const double share : arguments.shares) {
       const auto engine = knowing_engine(arguments, model, text, share, k);
       std::vector<double> costs, plain_costs, token_seconds, step_tokens;
       for (int round = 0; round < arguments.rounds; ++round) {
-        std::ranges::copy(timer.seconds(k + 1), std::back_inserter(costs));
-        std::ranges::copy(timer.seconds(1), std::back_inserter(plain_costs));
+        costs.push_back(timer.seconds(k + 1));
+        plain_costs.push_back(timer.seconds(1));
         const GenerateResult result = engine->generate(request);
         if (result.tokens != plain.tokens) throw std::runtime_error("the draft changed the text");
         token_seconds.push_back(result.statistics.seconds_per_token);
@@ -168,18 +183,23 @@ std::vector<std::pair<std::string, std::string>> prompts_of(const std::string& f
   return prompts;
 }
 
+std::unique_ptr<Engine> drafted_engine(const Arguments& arguments, const std::string& draft) {
+  const std::shared_ptr<const Model> model = Model::open(arguments.model);
+  const std::shared_ptr<const Tokenizer> tokenizer = Tokenizer::open(arguments.model);
+  EngineOptions options;
+  options.threads = arguments.threads;
+  options.draft = draft;
+  return make_engine(model, tokenizer, backend_of(arguments, model), "a benchmark", {},
+                     {.prefix_cache = false,
+                      .now = clock_of(arguments),
+                      .draft = open_draft(options, "cpu", *model, tokenizer.get())});
+}
+
 Json measure_texts(const Arguments& arguments) {
   std::vector<std::unique_ptr<Engine>> engines;
   std::vector<std::string> names{"none"};
   names.insert(names.end(), arguments.drafts.begin(), arguments.drafts.end());
-  for (const std::string& draft : names) {
-    EngineOptions options;
-    options.device = "cpu";
-    options.threads = arguments.threads;
-    options.prefix_cache = false;
-    options.draft = draft;
-    engines.push_back(Engine::open(arguments.model, options));
-  }
+  for (const std::string& draft : names) engines.push_back(drafted_engine(arguments, draft));
   Json rows = Json::array();
   for (const auto& [kind, text] : prompts_of(arguments.prompts)) {
     for (const float temperature : {0.0f, 0.8f}) {
@@ -220,6 +240,7 @@ Json measure_texts(const Arguments& arguments) {
 
 Json measure_ngram(const Arguments& arguments) {
   constexpr int kSteps = 2000;
+  const std::function<double()> now = clock_of(arguments);
   Json rows = Json::array();
   for (const int length : {1000, 10000, 100000}) {
     for (const unsigned variety : {50u, 50000u}) {
@@ -235,12 +256,12 @@ Json measure_ngram(const Arguments& arguments) {
       std::vector<double> seconds;
       for (int step = 0; step < arguments.rounds * kSteps; ++step) {
         const auto token = static_cast<TokenId>(random() % variety);
-        const double start = seconds_now();
+        const double start = now();
         text->append({&token, 1});
         text->read();
         DraftQuery query{text.get(), 8};
         draft.propose({&query, 1});
-        seconds.push_back(seconds_now() - start);
+        seconds.push_back(now() - start);
       }
       std::ranges::sort(seconds);
       rows.push_back({{"tokens", length},
@@ -272,7 +293,8 @@ int main(int argc, char** argv) {
   app.add_option("--prompts", arguments.prompts,
                  "JSON list of {\"kind\", \"prompt\"}, for a model with a tokenizer");
   app.add_option("--drafts", arguments.drafts, "for the prompts")->delimiter(',');
-  app.add_option("--threads", arguments.threads, "0: one for each usable core");
+  app.add_option("--threads", arguments.threads, "0: one for each usable core")
+      ->capture_default_str();
   app.add_option("--rounds", arguments.rounds)->check(CLI::PositiveNumber);
   app.add_option("--tokens", arguments.tokens, "of each text")->check(CLI::PositiveNumber);
   app.add_option("--shares", arguments.shares, "of the tokens that are right")->delimiter(',');

@@ -281,6 +281,23 @@ class Engine {
 
   virtual ServingStatistics serving_statistics() const = 0;
 
+  // Saves keys and values of a prompt's beginning to a file, so that a long prompt is read once:
+  // whole pages of 64 positions, on a GPU whole pieces of prompts. Reads the prompt as start()
+  // does, unless the prefix cache has it. The file appears whole or not at all, in the place of
+  // what was there. Returns for how many tokens it stands.
+  // Errors: invalid_argument (a prompt too short to save, no prefix cache, interventions),
+  // out_of_range (a token), out_of_memory, and not_found, permission_denied or io of the file.
+  virtual std::int64_t save_prompt_cache(std::span<const TokenId> prompt,
+                                         const std::filesystem::path& file) = 0;
+  // Puts them into the prefix cache, where all texts that begin with their tokens find them until
+  // others need the memory: texts are what they would be without, bit for bit. `prompt`, if not
+  // empty, has to begin with the file's tokens. Returns their number.
+  // Errors: invalid_argument if the file is of another model (its shape or weights), kv_dtype,
+  // device, mode or version, or of another prompt; malformed if it is damaged or no such file;
+  // out_of_memory; not_found, permission_denied, io.
+  virtual std::int64_t load_prompt_cache(const std::filesystem::path& file,
+                                         std::span<const TokenId> prompt = {}) = 0;
+
   // Runs requests to their end. `on_event` sees every event and returns false to cancel.
   using EventCallback = std::function<bool(const GenerateEvent&)>;
   std::vector<GenerateResult> generate(std::vector<GenerateRequest> requests,

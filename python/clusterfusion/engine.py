@@ -23,6 +23,7 @@ from clusterfusion._arguments import (
     Tokens,
     boolean,
     callback,
+    file_path,
     in_callers_words,
     integer,
     is_batch,
@@ -365,6 +366,58 @@ class Engine:
     def serving_statistics(self) -> ServingStatistics:
         """Returns what the scheduler has to do now, and what it has done so far."""
         return ServingStatistics(**_native.engine_serving_statistics(self._handle))
+
+    def save_prompt_cache(self, prompt: Prompt, path: str | os.PathLike[str]) -> int:
+        """Saves keys and values of a prompt's beginning to a file: a long prompt is read once.
+
+        Whole pages of 64 tokens are saved (on a GPU whole pieces of prompts, of up to 2048). The
+        prompt is read as :meth:`generate` reads it, unless the prefix cache has it already. The
+        file appears whole or not at all, in the place of one that was there.
+
+        Args:
+            prompt: A text or token ids.
+            path: The file.
+
+        Returns:
+            For how many of the prompt's tokens the file stands.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: The prompt is too short to save; the engine has no prefix cache; texts are
+                steered or ablated now.
+            IndexError: A token id is not in the vocabulary.
+            MemoryError: Other texts needed the memory before the prompt was saved.
+            OSError: The file cannot be written.
+        """
+        tokens = self._token_ids(prompt)
+        file = file_path("path", path)
+        return int(_native.engine_save_prompt_cache(self._handle, tokens, file))
+
+    def load_prompt_cache(self, path: str | os.PathLike[str], prompt: Prompt | None = None) -> int:
+        """Takes what :meth:`save_prompt_cache` has saved into the prefix cache.
+
+        Texts that begin with its tokens find it there until others need the memory. They are what
+        they would be without it, bit for bit.
+
+        Args:
+            path: The file.
+            prompt: A text or token ids that have to begin with the file's tokens; None for not
+                comparing.
+
+        Returns:
+            The number of tokens that the file stands for.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: The file was saved of another model (shape or weights), kv_dtype, device,
+                mode or version, or of another prompt; it is damaged, or no such file.
+            FileNotFoundError: There is no file.
+            OSError: The file cannot be read.
+            MemoryError: There is no room for its pages.
+        """
+        tokens = np.empty(0, np.int32) if prompt is None else self._token_ids(prompt)
+        file = file_path("path", path)
+        return int(_native.engine_load_prompt_cache(self._handle, file, tokens))
 
     @property
     def device(self) -> str:

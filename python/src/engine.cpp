@@ -129,6 +129,15 @@ Fields engine_serving_statistics(EngineRef engine) {
   };
 }
 
+std::int64_t engine_save_prompt_cache(EngineRef engine, ffi::TensorView prompt, ffi::String file) {
+  return engine->engine->save_prompt_cache(tokens_of(prompt), std::string(file));
+}
+
+// Without tokens: for any prompt.
+std::int64_t engine_load_prompt_cache(EngineRef engine, ffi::String file, ffi::TensorView prompt) {
+  return engine->engine->load_prompt_cache(std::string(file), tokens_of(prompt));
+}
+
 ffi::Array<ffi::String> engine_warnings(EngineRef engine) {
   ffi::Array<ffi::String> warnings;
   for (const std::string& warning : engine->engine->warnings()) warnings.push_back(warning);
@@ -268,6 +277,8 @@ CLUSTERFUSION_EXPORT(engine_generation_config)
 CLUSTERFUSION_EXPORT(engine_tokenizer)
 CLUSTERFUSION_EXPORT(engine_warnings)
 CLUSTERFUSION_EXPORT(engine_serving_statistics)
+CLUSTERFUSION_EXPORT(engine_save_prompt_cache)
+CLUSTERFUSION_EXPORT(engine_load_prompt_cache)
 CLUSTERFUSION_EXPORT(engine_start)
 CLUSTERFUSION_EXPORT(generation_next)
 CLUSTERFUSION_EXPORT(generation_cancel)

@@ -73,12 +73,19 @@ struct BackendInfo {
   // Pages that all sequences and holders together should have at most. The scheduler keeps to it;
   // the backend itself gives more as long as there is memory.
   std::int64_t kv_pages = 0;
+  // Whether prefill_together() computes all in one pass, and not one after the other.
+  bool packs_prompts = false;
   // Whether prefilling in any pieces, and decoding, give the same bits. If not, a prompt's pieces
   // are those of prefill_chunk, and what was decoded is computed again by decoding.
   bool any_pieces = false;
   // A prompt's first n x prefix_granularity positions have the same bits in every prompt that
   // begins with their tokens; a multiple of kKvPagePositions. 0: that is not known of any.
   std::int64_t prefix_granularity = 0;
+  // What the bits of keys and values depend on besides model, tokens and kv_dtype: on the CPU
+  // nothing ("cpu"), elsewhere the chip, the mode and the libraries.
+  std::string arithmetic = {};
+
+  std::int64_t page_bytes() const noexcept { return kv_bytes_per_position * kKvPagePositions; }
 };
 
 // What a prefill is to give back; each part may be absent (empty or null).
@@ -96,6 +103,13 @@ struct PrefillOutput {
   SampledToken* sampled = nullptr;
   // Activations of the tokens of this piece.
   std::vector<ActivationOutput> activations = {};
+};
+
+// A piece of one sequence's prompt.
+struct PrefillPart {
+  SequenceId sequence = -1;
+  std::span<const TokenId> tokens;
+  PrefillOutput output = {};
 };
 
 class Backend {
@@ -141,6 +155,10 @@ class Backend {
   virtual KvPageId hold_page(SequenceId sequence, std::int64_t index) = 0;
   // One holder less; the last, be it a sequence or not, gives the page back to the pool.
   virtual void drop_page(KvPageId page) = 0;
+  // The bytes of a page that somebody has, all written: BackendInfo::page_bytes().
+  virtual void read_page(KvPageId page, std::span<std::byte> content) = 0;
+  // A page of such bytes, with one holder. Errors: out_of_memory.
+  virtual KvPageId add_page(std::span<const std::byte> content) = 0;
   // Pages that sequences and holders have now, each counted once.
   virtual std::int64_t kv_pages_in_use() const = 0;
 
@@ -152,6 +170,10 @@ class Backend {
   // non_finite (the logits of an asked-for position are not finite: says layer or tensor if known).
   virtual void prefill(SequenceId sequence, std::span<const TokenId> tokens,
                        const PrefillOutput& output) = 0;
+
+  // The same for pieces of different sequences, at most info().prefill_chunk tokens in all; each
+  // has the bits that it has alone. What is thrown, for any of them, leaves all as they were.
+  virtual void prefill_together(std::span<const PrefillPart> parts);
 
   // Decodes `steps` tokens (1 .. info().decode_ahead) for each of a batch of different sequences.
   // inputs[b] is the token to append first; each sampled token is the next step's input.

@@ -94,6 +94,32 @@ void SequenceChecks::decode(std::span<const SequenceId> ids, std::span<const Tok
   }
 }
 
+void SequenceChecks::prefill_together(std::span<const PrefillPart> parts) const {
+  std::set<SequenceId> seen;
+  std::int64_t total = 0;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    require(seen.insert(parts[i].sequence).second, ErrorKind::invalid_argument,
+            "parts[{}] is of sequence {}, which is in this batch already", i, parts[i].sequence);
+    total += std::ssize(parts[i].tokens);
+  }
+  require(total <= info_.prefill_chunk, ErrorKind::invalid_argument,
+          "{} pieces of prompts have {} tokens in all, and one pass takes at most {}", parts.size(),
+          total, info_.prefill_chunk);
+}
+
+void Backend::prefill_together(std::span<const PrefillPart> parts) {
+  std::vector<std::int64_t> lengths;
+  for (const PrefillPart& part : parts) lengths.push_back(length(part.sequence));
+  try {
+    for (const PrefillPart& part : parts) prefill(part.sequence, part.tokens, part.output);
+  } catch (...) {
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      if (length(parts[i].sequence) > lengths[i]) truncate(parts[i].sequence, lengths[i]);
+    }
+    throw;
+  }
+}
+
 void SequenceChecks::verify(std::span<const Proposal> batch) const {
   require(!batch.empty(), ErrorKind::invalid_argument, "verify needs at least one sequence");
   std::set<SequenceId> seen;

@@ -56,6 +56,8 @@ class SequenceChecks {
   static void truncate(SequenceId id, const BackendSequence& sequence, std::int64_t length);
   void prefill(SequenceId id, const BackendSequence& sequence, std::span<const TokenId> tokens,
                const PrefillOutput& output) const;
+  // Of all of a batch, but for what differs between its parts.
+  void prefill_together(std::span<const PrefillPart> parts) const;
   // Of all of a batch, but for what differs between its members.
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
               std::size_t sampled, std::size_t logits) const;

@@ -95,7 +95,7 @@ void ThreadPool::run_erased(std::int64_t tasks, Call call, void* context) {
       state = state_.load(std::memory_order_acquire);
     }
   }
-  if (failed_.exchange(false)) std::rethrow_exception(std::exchange(error_, nullptr));
+  if (error_ != nullptr) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
 void ThreadPool::take_tasks(int thread) noexcept {
@@ -104,20 +104,23 @@ void ThreadPool::take_tasks(int thread) noexcept {
     if (task >= tasks_) return;
     if (thread == 0 && stop_request_ && stop_request_()) {
       next_task_.store(tasks_, std::memory_order_relaxed);
-      fail_with(std::make_exception_ptr(Stopped{}));
+      fail_with(-1, std::make_exception_ptr(Stopped{}));
       return;
     }
     try {
       call_(context_, task, thread);
     } catch (...) {
-      fail_with(std::current_exception());
+      fail_with(task, std::current_exception());
     }
   }
 }
 
-// The first one counts.
-void ThreadPool::fail_with(std::exception_ptr error) noexcept {
-  if (!failed_.exchange(true)) error_ = std::move(error);
+// The error of the first task counts, whichever came first: it is the same in every run.
+void ThreadPool::fail_with(std::int64_t task, std::exception_ptr error) noexcept {
+  const std::lock_guard lock(error_mutex_);
+  if (error_ != nullptr && failed_task_ <= task) return;
+  error_ = std::move(error);
+  failed_task_ = task;
 }
 
 void ThreadPool::work(int thread) noexcept {

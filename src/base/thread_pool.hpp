@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -34,7 +35,7 @@ class ThreadPool {
 
   // Calls body(task, thread) for each task in [0, tasks), thread in [0, size()), and returns when
   // all have ended. Tasks are handed out in order, one at a time, to whichever thread is free. An
-  // exception of a task is thrown here after the others have ended (the first one, if several).
+  // exception of a task is thrown here after the others have ended: the first task's, if several.
   // Must not be called from a task, nor by two threads at once.
   template <typename Body>
   void run(std::int64_t tasks, Body&& body) {
@@ -53,14 +54,15 @@ class ThreadPool {
   void run_erased(std::int64_t tasks, Call call, void* context);
   void work(int thread) noexcept;
   void take_tasks(int thread) noexcept;
-  void fail_with(std::exception_ptr error) noexcept;
+  void fail_with(std::int64_t task, std::exception_ptr error) noexcept;
 
   // The running region. Written by the caller before it opens, read by workers inside.
   Call call_ = nullptr;
   void* context_ = nullptr;
   std::int64_t tasks_ = 0;
+  std::mutex error_mutex_;  // for what follows, while the region is open
   std::exception_ptr error_;
-  std::atomic<bool> failed_ = false;
+  std::int64_t failed_task_ = 0;
   StopRequest stop_request_;  // the caller's alone
 
   alignas(64) std::atomic<std::int64_t> next_task_ = 0;

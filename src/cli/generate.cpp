@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -35,6 +36,7 @@ struct Settings {
   ReportSettings report;
   TextSource prompt;
   std::string logit_bias;
+  std::string prompt_cache;  // a file; empty: none
   std::string prompt_tokens;
   CLI::Option* prompt_tokens_option = nullptr;
   std::string stop_tokens;
@@ -246,11 +248,36 @@ GenerateRequest with_generation_config(const Settings& settings, const Model& mo
   return request;
 }
 
+// Loads the beginning of the prompt from the file, or reads the prompt and makes the file.
+void use_prompt_cache(Engine& engine, const Settings& settings, const GenerateRequest& request) {
+  const std::vector<TokenId> prompt =
+      request.prompt_tokens.empty()
+          ? engine.tokenizer().encode(request.prompt, request.add_special_tokens)
+          : request.prompt_tokens;
+  std::error_code unknown;
+  const bool exists = std::filesystem::exists(settings.prompt_cache, unknown);
+  const InterruptScope interrupt;
+  const std::int64_t tokens = exists ? engine.load_prompt_cache(settings.prompt_cache, prompt)
+                                     : engine.save_prompt_cache(prompt, settings.prompt_cache);
+  if (settings.report.quiet || settings.no_stats) return;
+  write_stderr(fmt::format("prompt cache: {} of {} tokens {} {}\n", tokens, prompt.size(),
+                           exists ? "loaded from" : "saved to", settings.prompt_cache));
+}
+
 ExitCode run(const Settings& settings) {
   GenerateRequest request = make_request(settings);
-  const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
+  EngineSettings engine_settings = settings.engine;
+  bool is_reading_prompt = false;
+  // Once a text has begun, a signal cancels it instead.
+  engine_settings.options.interrupted = [&] { return is_reading_prompt && signal_noted(); };
+  const std::unique_ptr<Engine> engine = open_engine(engine_settings, settings.report);
   if (settings.generation_config) {
     request = with_generation_config(settings, engine->model(), request);
+  }
+  if (!settings.prompt_cache.empty()) {
+    is_reading_prompt = true;
+    use_prompt_cache(*engine, settings, request);
+    is_reading_prompt = false;
   }
   EventWriter writer(settings, engine->has_tokenizer() ? &engine->tokenizer() : nullptr);
   const std::unique_ptr<Generation> generation = engine->start({request});
@@ -362,6 +389,9 @@ void add_generate_command(CLI::App& app, Command& selected) {
       "Of a prompt from a file or standard input one final newline is dropped.\n"
       "Ctrl-C ends the text with its statistics and exit code 130; a second one kills.\n"
       "A folder without tokenizer.json takes --prompt-tokens and gives token ids.\n"
+      "With --prompt-cache a long prompt is read once: later ones that begin as it did, and may "
+      "be\n"
+      "longer, take that from the file. It has to be of the same model, --kv-dtype and device.\n"
       "Of a folder's generation_config.json only the end-of-text tokens count; "
       "--generation-config\n"
       "takes its temperature, top_k, top_p, min_p, repetition_penalty and max_new_tokens as\n"
@@ -383,6 +413,15 @@ void add_generate_command(CLI::App& app, Command& selected) {
                                        ->type_name("IDS")
                                        ->excludes(settings->prompt.text_option)
                                        ->excludes(settings->prompt.file_option);
+  command
+      .add_option("--prompt-cache", settings->prompt_cache,
+                  "keys and values of the prompt's beginning: made if there is no such file, else "
+                  "loaded instead of read again")
+      ->type_name("FILE")
+      ->check([](const std::string& file) {
+        return file.empty() ? std::string("expected the name of a file") : std::string();
+      })
+      ->excludes("--no-prefix-cache");
   add_stop_options(command, *settings);
   add_sampling_options(command, *settings);
   add_report_options(command, settings->report);

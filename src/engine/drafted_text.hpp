@@ -34,8 +34,8 @@ struct DraftedText {
   std::size_t num_told = 0;  // tokens that the draft was told
   bool has_read = false;     // all of them, once: the prompt
   std::array<Acceptance, kCertainties> acceptance{};
-  // Seconds lost against plain steps, as far as they have not been earned again, and as tokens that
-  // have come do not allow for them.
+  // Seconds lost against plain steps, as far as tokens that have come do not allow for them. Below
+  // 0: gained, as far as that is kept in mind.
   double lost = 0;
   std::int64_t num_settled = 0;  // tokens that have done so
 };

@@ -7,6 +7,7 @@
 #include "engine/generation.hpp"
 #include "engine/hidden_states.hpp"
 #include "engine/prepare_request.hpp"
+#include "engine/prompt_cache.hpp"
 #include "engine/scheduler.hpp"
 #include "engine/scoring.hpp"
 #include "engine/shared_backend.hpp"
@@ -75,7 +76,8 @@ class BackendEngine final : public Engine {
         draft_name_(scheduling.draft == nullptr ? "" : scheduling.draft->name()),
         backend_(
             std::make_shared<SharedBackend>(model_, std::move(backend), std::move(interrupted))),
-        scheduler_(make_scheduler(std::move(scheduling))) {}
+        scheduler_(make_scheduler(std::move(scheduling))),
+        prompt_cache_(*backend_, *scheduler_) {}
 
   const Model& model() const noexcept override { return *model_; }
   bool has_tokenizer() const noexcept override { return tokenizer_ != nullptr; }
@@ -111,6 +113,14 @@ class BackendEngine final : public Engine {
     return std::make_unique<BatchGeneration>(backend_, scheduler_, tokenizer_, std::move(samples));
   }
   ServingStatistics serving_statistics() const override { return scheduler_->statistics(); }
+  std::int64_t save_prompt_cache(std::span<const TokenId> prompt,
+                                 const std::filesystem::path& file) override {
+    return prompt_cache_.save(*this, prompt, file);
+  }
+  std::int64_t load_prompt_cache(const std::filesystem::path& file,
+                                 std::span<const TokenId> prompt) override {
+    return prompt_cache_.load(file, prompt);
+  }
 
   void logits(std::span<const TokenId> tokens, std::span<float> logits) override {
     compute_logits(*backend_, tokens, logits);
@@ -162,6 +172,7 @@ class BackendEngine final : public Engine {
   // Shared with the generations.
   std::shared_ptr<SharedBackend> backend_;
   std::shared_ptr<Scheduler> scheduler_;
+  PromptCache prompt_cache_;
 };
 
 }  // namespace

@@ -101,6 +101,7 @@ void Scheduler::round(Backend& backend) {
   drop_unwanted(backend);
   admit(backend);
   const bool reads_more = prefill(backend);
+  note_statistics(backend);
   deliver();  // first tokens need not wait for a burst
   if (!reads_more) decode(backend);
   note_statistics(backend);

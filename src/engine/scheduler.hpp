@@ -5,10 +5,11 @@
 // 2. admits waiting ones while there are places and pages: first those that were preempted, then
 //    the one whose caller has the fewest active, then by arrival. It leaves a page for each active
 //    sequence, so that none has to be preempted soon;
-// 3. computes pieces of prompts, callers in turns. Beside streams of other callers that is one
-//    piece, and more only within the time of one decode step: no stream waits for longer than a
-//    piece and a step. (Where pieces may have any size, a piece takes as long as a step.) A
-//    caller's own streams wait until its admitted prompts are read: then all share their steps;
+// 3. computes pieces of prompts, callers in turns, several in a pass where the device packs them.
+//    Beside streams of other callers that is one pass, and more only within the time of one decode
+//    step: no stream waits for longer than a pass and a step. (Where pieces may have any size, a
+//    pass takes as long as a step.) A caller's own streams wait until its admitted prompts are
+//    read: then all share their steps;
 // 4. decodes a burst of steps for all that decode: one step where prompts wait, else as many as
 //    take StepClock::kLongestBurstSeconds. Where a draft has something to propose for one of them
 //    (speculation.hpp), it is one step that verifies it.
@@ -31,6 +32,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -70,6 +72,21 @@ class Scheduler {
   void withdraw(Caller& caller);
   ServingStatistics statistics() const;
 
+  // scheduler_saved_pages.cpp: pages of the prefix cache that are saved to files and come from
+  // there. From any thread: each call takes a turn of the backend, as the scheduler's rounds do.
+  bool has_prefix_cache() const noexcept {
+    return options_.prefix_cache && info().prefix_granularity > 0;
+  }
+  // The first pages of `tokens` that are in the cache; none of them is evicted before
+  // unpin_pages().
+  PrefixCache::Chain pin_pages(std::span<const TokenId> tokens);
+  void unpin_pages(const PrefixCache::Chain& chain);
+  void read_page(const PrefixCache::Entry& entry, std::span<std::byte> content);
+  // Puts the page behind `chain`, of these tokens, into the cache, unless it is there, and appends
+  // it to the chain, pinned. Errors: out_of_memory.
+  void add_page(PrefixCache::Chain& chain, std::span<const TokenId> tokens,
+                std::span<const std::byte> content);
+
  private:
   using Sequence = ScheduledSequence;
   using Members = std::vector<Sequence*>;
@@ -104,12 +121,27 @@ class Scheduler {
 
   // scheduler_steps.cpp: what active ones compute.
   bool prefill(Backend& backend);
-  Sequence* next_to_prefill() const;
+  Members prefilling() const;
   bool disturbs_others(const Sequence& sequence) const;
   std::int64_t piece_of(const Sequence& sequence, bool beside_streams) const;
-  void prefill_piece(Backend& backend, Sequence& sequence, std::int64_t count);
-  void compute_piece(Backend& backend, Sequence& sequence, std::int64_t count,
-                     const PrefillOutput& output);
+  // A piece of a prompt in a pass, and what comes of it.
+  struct Piece {
+    Sequence* sequence;
+    std::int64_t count;
+    SampledToken sampled = {};
+    std::vector<float> logits = {};
+    std::vector<ScoredToken> scores = {};
+    std::optional<ScoredPiece> scored = {};
+
+    bool is_last() const { return sequence->length + count == std::ssize(sequence->fed); }
+  };
+  std::vector<Piece> next_pieces(const Members& waiting, bool beside_streams) const;
+  void prefill_pieces(Backend& backend, std::vector<Piece> pieces);
+  void compute_pieces(Backend& backend, std::vector<Piece>& pieces);
+  void compute_apart(Backend& backend, std::vector<Piece>& pieces, const Error& error);
+  PrefillPart prepare(Piece& piece) const;
+  void take(Backend& backend, Piece& piece);
+  void post_scores(Sequence& sequence, std::size_t begin, std::vector<ScoredToken>& scores);
   void finish_prefill(Backend& backend, Sequence& sequence, SampledToken sampled,
                       std::span<const float> logits);
   void share_prompt(Backend& backend, Sequence& first, std::span<const float> logits);
@@ -145,7 +177,7 @@ class Scheduler {
   // The thread's own.
   Sequences waiting_;  // by arrival
   Sequences active_;   // by arrival; also those that have just ended, until sweep()
-  PrefixCache cache_;
+  PrefixCache cache_;  // and of whoever has the backend's turn
   StepClock clock_;
   std::unique_ptr<Speculation> speculation_;  // null without a draft
   Members step_members_;                      // of the step that runs

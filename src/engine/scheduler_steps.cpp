@@ -8,35 +8,37 @@
 #include "engine/speculation.hpp"
 
 namespace clusterfusion {
+
 // Whether a piece is to come before the next decode step.
 bool Scheduler::prefill(Backend& backend) {
   double spent = 0;
   for (bool is_first = true;; is_first = false) {
     sweep();
-    Sequence* const next = next_to_prefill();
-    if (next == nullptr) return false;
-    const bool beside_streams = disturbs_others(*next);
+    const std::vector<Sequence*> waiting = prefilling();
+    if (waiting.empty()) return false;
+    const bool beside_streams = disturbs_others(*waiting.front());
     if (!is_first && !beside_streams) return true;
-    const std::int64_t most = piece_of(*next, beside_streams);
-    const std::int64_t left = std::ssize(next->fed) - next->length;
-    const std::int64_t count = std::min(left, most - (info().any_pieces ? 0 : next->length % most));
-    if (!is_first && spent + clock_.piece_seconds(count) > clock_.step_seconds()) return false;
+    std::vector<Piece> pieces = next_pieces(waiting, beside_streams);
+    std::int64_t tokens = 0;
+    for (const Piece& piece : pieces) tokens += piece.count;
+    if (!is_first && spent + clock_.piece_seconds(tokens) > clock_.step_seconds()) return false;
     const double start = now();
-    prefill_piece(backend, *next, count);
+    prefill_pieces(backend, std::move(pieces));
     spent += now() - start;
   }
 }
 
-// Callers in turns, each one's sequences by arrival.
-Scheduler::Sequence* Scheduler::next_to_prefill() const {
-  Sequence* next = nullptr;
+// Whose prompts are to be read: callers in turns, each one's sequences by arrival.
+Scheduler::Members Scheduler::prefilling() const {
+  Members members;
   for (const auto& sequence : active_) {
-    if (sequence->state != SequenceState::prefilling || sequence->caller->is_cancelled()) continue;
-    if (next == nullptr || sequence->caller->last_piece < next->caller->last_piece) {
-      next = sequence.get();
+    if (sequence->state == SequenceState::prefilling && !sequence->caller->is_cancelled()) {
+      members.push_back(sequence.get());
     }
   }
-  return next;
+  std::ranges::stable_sort(members, {},
+                           [](const Sequence* sequence) { return sequence->caller->last_piece; });
+  return members;
 }
 
 bool Scheduler::disturbs_others(const Sequence& sequence) const {
@@ -52,55 +54,125 @@ std::int64_t Scheduler::piece_of(const Sequence& sequence, bool beside_streams) 
   return beside_streams && info().any_pieces ? clock_.piece_tokens(most) : most;
 }
 
-void Scheduler::prefill_piece(Backend& backend, Sequence& sequence, std::int64_t count) {
-  if (!grow(backend, sequence, sequence.length + count)) return;
-  step_members_ = {&sequence};
-  sequence.caller->last_piece = round_;
-  const bool is_last = sequence.length + count == std::ssize(sequence.fed);
-  SampledToken sampled;
-  std::vector<float> logits;
-  PrefillOutput output;
-  if (is_last && sequence.request.max_new_tokens > 0) {
-    output.sampled = &sampled;
-    if (!waiting_samples(sequence).empty()) {
-      logits.resize(static_cast<std::size_t>(backend_->model().config().vocab_size));
-      output.last_logits = logits;
+// Of the first, and of those behind it as far as they fit into the same pass.
+std::vector<Scheduler::Piece> Scheduler::next_pieces(const Members& waiting,
+                                                     bool beside_streams) const {
+  std::vector<Piece> pieces;
+  std::int64_t room = beside_streams && info().any_pieces
+                          ? clock_.piece_tokens(info().prefill_chunk)
+                          : info().prefill_chunk;
+  for (Sequence* const sequence : waiting) {
+    const std::int64_t most = piece_of(*sequence, beside_streams);
+    const std::int64_t left = std::ssize(sequence->fed) - sequence->length;
+    std::int64_t count = std::min(left, most - (info().any_pieces ? 0 : sequence->length % most));
+    if (!pieces.empty()) {
+      if (!info().packs_prompts) break;
+      count = info().any_pieces ? std::min(count, room) : count;
+      if (count > room) continue;
     }
+    if (count == 0) break;
+    pieces.push_back({.sequence = sequence, .count = count});
+    room -= count;
+  }
+  return pieces;
+}
+
+void Scheduler::prefill_pieces(Backend& backend, std::vector<Piece> pieces) {
+  for (const Piece& piece : pieces) piece.sequence->caller->last_piece = round_;
+  for (const Piece& piece : pieces) {
+    Sequence& sequence = *piece.sequence;
+    if (sequence.is_active()) grow(backend, sequence, sequence.length + piece.count);
+  }
+  std::erase_if(pieces, [](const Piece& piece) { return !piece.sequence->is_active(); });
+  if (!pieces.empty()) compute_pieces(backend, pieces);
+}
+
+// Of sequences that have the pages.
+void Scheduler::compute_pieces(Backend& backend, std::vector<Piece>& pieces) {
+  step_members_.clear();
+  std::vector<PrefillPart> parts;
+  std::int64_t tokens = 0;
+  for (Piece& piece : pieces) {
+    step_members_.push_back(piece.sequence);
+    parts.push_back(prepare(piece));
+    tokens += piece.count;
   }
   const double start = now();
   try {
-    compute_piece(backend, sequence, count, output);
+    backend.prefill_together(parts);
   } catch (const Error& error) {
-    const auto explained = backend_->explained(error);
-    return fail_caller(backend, *sequence.caller, explained);
+    return compute_apart(backend, pieces, error);
   }
   const double seconds = now() - start;
-  clock_.note_piece(seconds, count);
-  Statistics& statistics = sequence.statistics;
-  (statistics.preemptions > 0 ? statistics.recompute_seconds : statistics.prefill_seconds) +=
-      seconds;
-  publish_pages(backend, sequence);
-  if (is_last) finish_prefill(backend, sequence, std::move(sampled), logits);
+  clock_.note_piece(seconds, tokens);
+  for (Piece& piece : pieces) {
+    Sequence& sequence = *piece.sequence;
+    if (!sequence.is_active()) continue;  // its caller failed with the one before
+    Statistics& statistics = sequence.statistics;
+    (statistics.preemptions > 0 ? statistics.recompute_seconds : statistics.prefill_seconds) +=
+        seconds;
+    take(backend, piece);
+  }
 }
 
-// The device's part of it, and the scores of its tokens that are still missing.
-void Scheduler::compute_piece(Backend& backend, Sequence& sequence, std::int64_t count,
-                              const PrefillOutput& output) {
-  const auto begin = static_cast<std::size_t>(sequence.length);
-  const auto size = static_cast<std::size_t>(count);
-  const std::span<const TokenId> piece = std::span(sequence.fed).subspan(begin, size);
-  if (!sequence.wants_scores()) {
-    backend.prefill(sequence.id, piece, output);
-    sequence.length += count;
+// After an error of a pass: finds the sequence that it is about, so that the others go on.
+void Scheduler::compute_apart(Backend& backend, std::vector<Piece>& pieces, const Error& error) {
+  if (pieces.size() > 1 && concerns_one_sequence(error.kind())) {
+    for (Piece& piece : pieces) {
+      std::vector<Piece> one;
+      one.push_back({.sequence = piece.sequence, .count = piece.count});
+      if (piece.sequence->is_active()) compute_pieces(backend, one);
+    }
     return;
   }
+  const std::exception_ptr explained = backend_->explained(error);
+  for (const Piece& piece : pieces) {
+    if (piece.sequence->is_active()) fail_caller(backend, *piece.sequence->caller, explained);
+  }
+}
+
+// What the device is to compute of a piece: the token behind the prompt, and the scores of the
+// prompt's tokens if they are still missing.
+PrefillPart Scheduler::prepare(Piece& piece) const {
+  Sequence& sequence = *piece.sequence;
+  const auto begin = static_cast<std::size_t>(sequence.length);
+  const auto size = static_cast<std::size_t>(piece.count);
+  PrefillOutput output;
+  if (piece.is_last() && sequence.request.max_new_tokens > 0) {
+    output.sampled = &piece.sampled;
+    if (!waiting_samples(sequence).empty()) {
+      piece.logits.resize(static_cast<std::size_t>(backend_->model().config().vocab_size));
+      output.last_logits = piece.logits;
+    }
+  }
+  const std::span<const TokenId> tokens = std::span(sequence.fed).subspan(begin, size);
+  if (!sequence.wants_scores()) return {sequence.id, tokens, output};
   const std::span<const TokenId> prompt = sequence.request.prompt;
   const std::span<const TokenId> targets =
       prompt.subspan(begin + 1, std::min(size, prompt.size() - begin - 1));
-  std::vector<ScoredToken> scores(targets.size());
-  prefill_scored(backend, backend_->model().config().vocab_size, sequence.id, piece, targets,
-                 *sequence.request.prompt_detail, scores, output);
-  sequence.length += count;
+  piece.scores.resize(targets.size());
+  piece.scored.emplace(backend_->model().config().vocab_size, sequence.id, tokens, targets,
+                       *sequence.request.prompt_detail, piece.scores, output);
+  return piece.scored->part();
+}
+
+// A piece that has been computed.
+void Scheduler::take(Backend& backend, Piece& piece) {
+  Sequence& sequence = *piece.sequence;
+  const bool is_last = piece.is_last();
+  const auto begin = static_cast<std::size_t>(sequence.length);
+  sequence.length += piece.count;
+  if (piece.scored) {
+    piece.scored->collect();
+    post_scores(sequence, begin, piece.scores);
+  }
+  publish_pages(backend, sequence);
+  if (is_last) finish_prefill(backend, sequence, std::move(piece.sampled), piece.logits);
+}
+
+// Scores of the prompt's tokens behind `begin`, those that are still missing.
+void Scheduler::post_scores(Sequence& sequence, std::size_t begin,
+                            std::vector<ScoredToken>& scores) {
   const std::size_t known = sequence.scores.size() > begin ? sequence.scores.size() - begin : 0;
   if (known >= scores.size()) return;
   SequenceNews news = news_of(sequence);
@@ -191,7 +263,7 @@ void Scheduler::decode(Backend& backend) {
 
 // No sequence may grow past its limit, not even for a token that is then dropped.
 std::int32_t Scheduler::burst_of(const Members& members) const {
-  if (next_to_prefill() != nullptr) return 1;
+  if (!prefilling().empty()) return 1;
   std::int64_t most = info().decode_ahead;
   if (speculation_) most = std::min<std::int64_t>(most, speculation_->longest_burst());
   for (const Sequence* member : members) {

@@ -1,7 +1,7 @@
 #include "engine/scored_prefill.hpp"
 
 #include <algorithm>
-#include <vector>
+#include <utility>
 
 #include "sampling/sampler.hpp"
 
@@ -12,31 +12,35 @@ std::int64_t scored_piece(const BackendInfo& info, const ScoreDetail& detail) {
   return detail.needs_logits() ? std::min(info.prefill_chunk, kMostLogitRows) : info.prefill_chunk;
 }
 
-void prefill_scored(Backend& backend, std::int64_t vocab_size, SequenceId sequence,
-                    std::span<const TokenId> tokens, std::span<const TokenId> targets,
-                    const ScoreDetail& detail, std::span<ScoredToken> scores,
-                    PrefillOutput output) {
+ScoredPiece::ScoredPiece(std::int64_t vocab_size, SequenceId sequence,
+                         std::span<const TokenId> tokens, std::span<const TokenId> targets,
+                         const ScoreDetail& detail, std::span<ScoredToken> scores,
+                         PrefillOutput output)
+    : vocab_size_(vocab_size),
+      targets_(targets),
+      detail_(detail),
+      scores_(scores),
+      part_{sequence, tokens, std::move(output)} {
   constexpr TokenId kNoTarget = -1;
-  const auto vocab = static_cast<std::size_t>(vocab_size);
-  std::vector<TokenId> all_targets(tokens.size(), kNoTarget);
-  std::ranges::copy(targets, all_targets.begin());
-  std::vector<float> logprobs(tokens.size());
-  std::vector<float> logits;
-  if (!targets.empty()) {
-    if (detail.needs_logits()) logits.resize(tokens.size() * vocab);
-    output.targets = all_targets;
-    output.target_logprobs = logprobs;
-    output.all_logits = logits;
-  }
-  backend.prefill(sequence, tokens, output);
+  if (targets.empty()) return;
+  all_targets_.assign(tokens.size(), kNoTarget);
+  std::ranges::copy(targets, all_targets_.begin());
+  logprobs_.resize(tokens.size());
+  if (detail.needs_logits()) logits_.resize(tokens.size() * static_cast<std::size_t>(vocab_size));
+  part_.output.targets = all_targets_;
+  part_.output.target_logprobs = logprobs_;
+  part_.output.all_logits = logits_;
+}
 
-  for (std::size_t i = 0; i < targets.size(); ++i) {
-    scores[i].token = targets[i];
-    scores[i].logprob = logprobs[i];
-    if (!detail.needs_logits()) continue;
-    const std::span row = std::span<const float>(logits).subspan(i * vocab, vocab);
-    scores[i].is_likeliest = likeliest_token(row) == targets[i];
-    scores[i].top = likeliest_tokens(row, detail.num_top);
+void ScoredPiece::collect() const {
+  const auto vocab = static_cast<std::size_t>(vocab_size_);
+  for (std::size_t i = 0; i < targets_.size(); ++i) {
+    scores_[i].token = targets_[i];
+    scores_[i].logprob = logprobs_[i];
+    if (!detail_.needs_logits()) continue;
+    const std::span row = std::span<const float>(logits_).subspan(i * vocab, vocab);
+    scores_[i].is_likeliest = likeliest_token(row) == targets_[i];
+    scores_[i].top = likeliest_tokens(row, detail_.num_top);
   }
 }
 

@@ -8,7 +8,7 @@
 
 #include "base/fail.hpp"
 #include "engine/prepare_request.hpp"
-#include "engine/scored_prefill.hpp"
+#include "engine/text_scorer.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -127,46 +127,23 @@ void check_numbered(const char* list, std::size_t index, Check check) {
   }
 }
 
-using InterventionsPointer = std::shared_ptr<const Interventions>;
-
-LoglikelihoodResult loglikelihood_of(SharedBackend& backend, const LoglikelihoodRequest& request,
-                                     std::int32_t num_top,
-                                     const InterventionsPointer& interventions) {
-  const std::span<const TokenId> context = request.context;
-  const std::span<const TokenId> continuation = request.continuation;
-  const SequenceHandle sequence(backend, {}, std::ssize(context) + std::ssize(continuation) - 1,
-                                interventions);
-  prefill_in_pieces(backend, sequence, context.first(context.size() - 1),
-                    [](std::size_t, std::size_t) { return PrefillOutput{}; });
-
-  std::vector<TokenId> inputs = {context.back()};
-  inputs.insert(inputs.end(), continuation.begin(), continuation.end() - 1);
-  const ScoreDetail detail{.num_top = num_top};
-  const auto piece = static_cast<std::size_t>(scored_piece(backend.info(), detail));
-  LoglikelihoodResult result;
-  result.tokens.resize(continuation.size());
-  for (std::size_t begin = 0; begin < inputs.size(); begin += piece) {
-    const std::size_t count = std::min(piece, inputs.size() - begin);
-    backend.run([&](Backend& device) {
-      prefill_scored(device, backend.model().config().vocab_size, sequence.id(),
-                     std::span(inputs).subspan(begin, count), continuation.subspan(begin, count),
-                     detail, std::span(result.tokens).subspan(begin, count));
-    });
-  }
-  for (const ScoredToken& token : result.tokens) result.total += token.logprob;
-  result.is_greedy = std::ranges::all_of(result.tokens, &ScoredToken::is_likeliest);
-  return result;
-}
-
-ScoreResult score_of(SharedBackend& backend, std::span<const TokenId> tokens,
-                     const InterventionsPointer& interventions) {
-  const SequenceHandle sequence(backend, {}, std::ssize(tokens) - 1, interventions);
+ScoreResult score_result(std::span<const TokenId> tokens, std::span<const ScoredToken> scores) {
   ScoreResult result;
   result.tokens.assign(tokens.begin(), tokens.end());
-  result.logprobs = next_token_logprobs(backend, sequence, tokens, 0);
+  for (const ScoredToken& score : scores) result.logprobs.push_back(score.logprob);
   result.total = sum_of(result.logprobs);
   return result;
 }
+
+LoglikelihoodResult loglikelihood_result(std::vector<ScoredToken> scores) {
+  LoglikelihoodResult result;
+  for (const ScoredToken& token : scores) result.total += token.logprob;
+  result.is_greedy = std::ranges::all_of(scores, &ScoredToken::is_likeliest);
+  result.tokens = std::move(scores);
+  return result;
+}
+
+constexpr ScoreDetail kLogprobsOnly{.num_top = 0, .want_likeliest = false};
 
 }  // namespace
 
@@ -190,18 +167,22 @@ void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
 
 ScoreResult compute_score(SharedBackend& backend, std::span<const TokenId> tokens) {
   check_score(tokens, backend);
-  return score_of(backend, tokens, backend.interventions().now());
+  const TextToScore text{{tokens.begin(), tokens.end()}, 1};
+  return score_result(tokens, TextScorer(backend, kLogprobsOnly).score({&text, 1}).front());
 }
 
 std::vector<ScoreResult> compute_scores(SharedBackend& backend,
                                         std::span<const std::vector<TokenId>> texts) {
+  std::vector<TextToScore> to_score;
   for (std::size_t i = 0; i < texts.size(); ++i) {
     check_numbered("texts", i, [&] { check_score(texts[i], backend); });
+    to_score.push_back({texts[i], 1});
   }
+  const auto scores = TextScorer(backend, kLogprobsOnly).score(to_score);
   std::vector<ScoreResult> results;
-  const InterventionsPointer interventions = backend.interventions().now();
-  for (const std::vector<TokenId>& text : texts)
-    results.push_back(score_of(backend, text, interventions));
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    results.push_back(score_result(texts[i], scores[i]));
+  }
   return results;
 }
 
@@ -210,14 +191,18 @@ std::vector<LoglikelihoodResult> compute_loglikelihoods(
     const LoglikelihoodOptions& options) {
   require(options.num_top >= 0 && options.num_top <= kMostAlternatives, ErrorKind::invalid_argument,
           "num_top must be in [0, {}], got {}", kMostAlternatives, options.num_top);
+  std::vector<TextToScore> texts;
   for (std::size_t i = 0; i < requests.size(); ++i) {
     check_numbered("requests", i, [&] { check_pair(requests[i], backend); });
+    TextToScore text{requests[i].context, requests[i].context.size()};
+    text.tokens.insert(text.tokens.end(), requests[i].continuation.begin(),
+                       requests[i].continuation.end());
+    texts.push_back(std::move(text));
   }
   std::vector<LoglikelihoodResult> results;
-  const InterventionsPointer interventions = backend.interventions().now();
-  for (const LoglikelihoodRequest& request : requests) {
-    results.push_back(loglikelihood_of(backend, request, options.num_top, interventions));
-    if (options.progress && !options.progress(std::ssize(results), std::ssize(requests))) break;
+  for (std::vector<ScoredToken>& scores :
+       TextScorer(backend, {.num_top = options.num_top}).score(texts, options.progress)) {
+    results.push_back(loglikelihood_result(std::move(scores)));
   }
   return results;
 }

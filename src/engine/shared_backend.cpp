@@ -91,7 +91,8 @@ SequenceHandle::SequenceHandle(SharedBackend& backend, const SamplingParams& sam
 
 SequenceHandle::~SequenceHandle() {
   try {
-    backend_.run([this](Backend& device) { device.release_sequence(id_); });
+    // Also for a caller that was interrupted.
+    backend_.run_unasked([this](Backend& device) { device.release_sequence(id_); });
   } catch (...) {
     // A sequence that cannot be released stays with the backend, which goes with the engine.
   }

@@ -18,8 +18,12 @@ constexpr std::int32_t kLongestBurst = 16;
 constexpr std::int32_t kRowsMeasured = 16;
 constexpr int kRepetitions = 3;
 constexpr double kMeasuredSeconds = 1;  // what takes longer is measured once
-// Of kMostLost one part may be lost at once, the other little by little.
-constexpr double kAtOnce = 0.4;
+// Of the time that kWindow tokens take without a draft, what may be lost at once, what besides once
+// it has been gained, and what little by little.
+constexpr double kLostAtOnce = 0.008;
+constexpr double kGainKept = 0.008;
+constexpr double kLostByAndBy = 0.014;
+static_assert(kLostAtOnce + kGainKept + kLostByAndBy <= Speculation::kMostLost + 1e-9);
 
 }  // namespace
 
@@ -77,11 +81,11 @@ double Speculation::share_of(const DraftedText& text, std::int32_t certainty) co
 
 // Seconds that the step may take longer than a plain one if no proposal is right.
 double Speculation::budget(std::span<const DraftCandidate> candidates, double plain) const {
-  double least = plain * kAtOnce * kMostLost * static_cast<double>(kWindow);
+  double least = std::numeric_limits<double>::infinity();
   for (const DraftCandidate& candidate : candidates) {
     if (candidate.text == nullptr) continue;
     const auto tokens = static_cast<double>(std::min(candidate.max_new_tokens, kWindow));
-    least = std::min(least, plain * kAtOnce * kMostLost * tokens - candidate.text->lost);
+    least = std::min(least, plain * kLostAtOnce * tokens - candidate.text->lost);
   }
   return least;
 }
@@ -196,8 +200,8 @@ void Speculation::settle(const DraftCandidate& candidate, double plain) {
   DraftedText& text = *candidate.text;
   const std::int64_t come =
       candidate.new_tokens - std::exchange(text.num_settled, candidate.new_tokens);
-  text.lost -= (1 - kAtOnce) * kMostLost * plain * static_cast<double>(come);
-  text.lost = std::max(text.lost, 0.0);
+  const double allowed = kLostByAndBy * plain * static_cast<double>(come);
+  if (text.lost > 0) text.lost = std::max(text.lost - allowed, 0.0);
 }
 
 // What is known fades, so that proposals are tried again.
@@ -225,7 +229,7 @@ void Speculation::note_step(std::span<const DraftCandidate> candidates,
     if (candidates[i].text == nullptr) continue;
     DraftedText& text = *candidates[i].text;
     text.lost += seconds + draft_seconds_ - (1 + accepted[i]) * plain;
-    text.lost = std::max(text.lost, 0.0);
+    text.lost = std::max(text.lost, -kGainKept * static_cast<double>(kWindow) * plain);
     const auto proposed = static_cast<std::int32_t>(candidates[i].proposals.size());
     if (proposed == 0) continue;
     const auto seen = static_cast<double>(std::min(accepted[i] + 1, proposed));

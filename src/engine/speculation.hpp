@@ -38,7 +38,7 @@ class Speculation {
  public:
   // Of the time that a text of kWindow tokens takes without a draft, what one may cost it at most
   // if it is always wrong.
-  static constexpr double kMostLost = 0.025;
+  static constexpr double kMostLost = 0.03;
   static constexpr std::int64_t kWindow = 256;
 
   Speculation(std::unique_ptr<Draft> draft, SpeculationOptions options);

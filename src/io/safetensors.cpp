@@ -126,15 +126,24 @@ void check_coverage(const std::vector<TensorEntry>& tensors, std::size_t data_by
           data_bytes);
 }
 
-void check_metadata(const JsonValue& metadata) {
-  if (metadata.is_null()) return;
+std::map<std::string, std::string> read_metadata(const JsonValue& metadata) {
+  std::map<std::string, std::string> texts;
+  if (metadata.is_null()) return texts;
   const JsonObject entries(metadata);
   for (const JsonObject::Member& member : entries.members()) {
-    static_cast<void>(entries.value_of(member).string());
+    texts.emplace(member.first, entries.value_of(member).string());
   }
+  return texts;
 }
 
 }  // namespace
+
+std::map<std::string, std::string> safetensors_metadata(std::span<const std::byte> bytes,
+                                                        const std::string& file) {
+  const JsonDocument document(header_text(bytes, file), file + ", header");
+  const auto metadata = JsonObject(document.root()).find("__metadata__");
+  return metadata ? read_metadata(*metadata) : std::map<std::string, std::string>{};
+}
 
 std::vector<TensorEntry> parse_safetensors(std::span<const std::byte> bytes,
                                            const std::string& file) {
@@ -147,7 +156,7 @@ std::vector<TensorEntry> parse_safetensors(std::span<const std::byte> bytes,
   for (const JsonObject::Member& member : entries.members()) {
     const JsonValue value = entries.value_of(member);
     if (member.first == "__metadata__") {
-      check_metadata(value);
+      read_metadata(value);
     } else {
       tensors.push_back(parse_tensor(value, member.first));
     }

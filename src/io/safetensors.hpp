@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <map>
 #include <span>
 #include <string>
 #include <vector>
@@ -21,5 +22,8 @@ namespace clusterfusion {
 // Errors: malformed; unsupported for a dtype that the format does not know.
 std::vector<TensorEntry> parse_safetensors(std::span<const std::byte> bytes,
                                            const std::string& file);
+// The strings under "__metadata__" of the same file; none if it is not there. Errors: malformed.
+std::map<std::string, std::string> safetensors_metadata(std::span<const std::byte> bytes,
+                                                        const std::string& file);
 
 }  // namespace clusterfusion

@@ -159,16 +159,16 @@ TEST_P(Verify, KnowsInterventions) {
 
 INSTANTIATE_TEST_SUITE_P(Shapes, Verify, testing::ValuesIn(gpu_shapes()),
                          [](const auto& info) { return info.param.name; });
+// As a series of kernels, or layer by layer in single steps.
 INSTANTIATE_TEST_SUITE_P(Unstreamed, Verify, testing::ValuesIn(unstreamed_shapes()),
                          [](const auto& info) { return info.param.name; });
 
-// Those that compute one row of a sequence in a step verify by steps.
+// The kernel for one row verifies by steps.
 class VerifyBySteps : public Verify {};
 
 TEST_P(VerifyBySteps, HasTheBitsOfSingleSteps) {
   BackendOptions options;
   options.mode = DecodeMode::latency;
-  backend.reset();
   backend = make_cuda_backend(make_random_model(config), options);
   EXPECT_EQ(backend->info().verify_rows, 1);
   expect_the_same(texts(3, 100), 15);

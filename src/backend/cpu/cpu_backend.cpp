@@ -3,7 +3,9 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <fstream>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -82,9 +84,11 @@ class CpuBackend final : public Backend {
     info_.max_positions = longest_context(config_, options.max_positions);
     info_.prefill_chunk = transformer_.max_rows();
     info_.kv_pages = kv_pages(options.kv_bytes, info_.max_positions, pool_.page_bytes());
+    info_.packs_prompts = true;
     info_.verify_rows = static_cast<std::int32_t>(std::min(transformer_.max_rows(), kLogitRows));
     info_.any_pieces = true;
     info_.prefix_granularity = kKvPagePositions;
+    info_.arithmetic = "cpu";
   }
 
   const BackendInfo& info() const noexcept override { return info_; }
@@ -120,6 +124,15 @@ class CpuBackend final : public Backend {
     return KvPageId{reinterpret_cast<std::uintptr_t>(page)};
   }
   void drop_page(KvPageId page) override { pool_.let_go(reinterpret_cast<std::byte*>(page)); }
+  void read_page(KvPageId page, std::span<std::byte> content) override {
+    std::memcpy(content.data(), reinterpret_cast<const std::byte*>(page), content.size());
+  }
+  KvPageId add_page(std::span<const std::byte> content) override {
+    std::vector<std::byte*> page;
+    pool_.grow(page, 1);
+    std::memcpy(page[0], content.data(), content.size());
+    return KvPageId{reinterpret_cast<std::uintptr_t>(page[0])};
+  }
   std::int64_t kv_pages_in_use() const override { return pool_.in_use(); }
 
   SampledToken sample(SequenceId id, std::span<const float> logits) override {
@@ -147,6 +160,7 @@ class CpuBackend final : public Backend {
 
   void prefill(SequenceId id, std::span<const TokenId> tokens,
                const PrefillOutput& output) override;
+  void prefill_together(std::span<const PrefillPart> parts) override;
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
               std::span<SampledToken> sampled, std::span<float> logits) override;
   void verify(std::span<Proposal> batch) override;
@@ -165,9 +179,20 @@ class CpuBackend final : public Backend {
   }
 
   void require_finite(std::span<const float> logits, std::int64_t position, SequenceId id) const;
-  // At most Transformer::max_rows() tokens of a prompt.
-  void prefill_piece(SequenceId id, Sequence& sequence, std::span<const TokenId> tokens,
-                     const PrefillOutput& output);
+  // At most Transformer::max_rows() tokens in all, of sequences that have pages for them.
+  void prefill_pass(std::span<const PrefillPart> parts);
+  // Whose logits are wanted.
+  struct AskedRow {
+    const PrefillPart* part;
+    Sequence* sequence;
+    std::int64_t row;       // of the pass
+    std::int64_t position;  // in the sequence
+    std::size_t index;      // of the part's tokens
+  };
+  static void ask(const PrefillPart& part, Sequence& sequence, std::int64_t first_row,
+                  std::vector<AskedRow>& asked);
+  static std::size_t block_of(std::span<const AskedRow> asked, std::size_t begin);
+  void answer(std::span<const AskedRow> asked);
   // Members [begin, end) of a batch: at most Transformer::max_rows().
   void decode_rows(std::span<const SequenceId> ids, std::span<const TokenId> inputs,
                    std::span<Sequence* const> sequences, std::size_t begin, std::size_t end,
@@ -204,41 +229,101 @@ void CpuBackend::prefill(SequenceId id, std::span<const TokenId> tokens,
   grow(sequence, sequence.length + std::ssize(tokens));
   prefill_in_pieces(sequence, tokens, transformer_.max_rows(), output, config_.hidden_size,
                     [&](std::span<const TokenId> piece, const PrefillOutput& its_output) {
-                      prefill_piece(id, sequence, piece, its_output);
+                      const PrefillPart part{id, piece, its_output};
+                      prefill_pass({&part, 1});
                     });
 }
 
-void CpuBackend::prefill_piece(SequenceId id, Sequence& sequence, std::span<const TokenId> tokens,
-                               const PrefillOutput& output) {
-  const Segment segment{tokens, sequence.length, sequence.pages, sequence.interventions.get(),
-                        output.activations};
-  transformer_.run({&segment, 1});
-  const std::int64_t position = sequence.length;
-  sequence.append(tokens);
-
-  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
-  const bool every_row = !output.all_logits.empty() || !output.targets.empty();
-  const bool last_row = !output.last_logits.empty() || output.sampled != nullptr;
-  if (!every_row && !last_row) return;
-  const std::size_t from = every_row ? 0 : tokens.size() - 1;
-  for (std::size_t row = from; row < tokens.size(); row += kLogitRows) {
-    const std::size_t count = std::min<std::size_t>(kLogitRows, tokens.size() - row);
-    float* logits =
-        output.all_logits.empty() ? logit_rows(count) : output.all_logits.data() + row * vocab;
-    transformer_.logits(static_cast<std::int64_t>(row), static_cast<std::int64_t>(count), logits);
-    threads_.run(static_cast<std::int64_t>(count), [&](std::int64_t i, int) {
-      const std::size_t at = row + static_cast<std::size_t>(i);
-      const std::span<const float> one(logits + static_cast<std::size_t>(i) * vocab, vocab);
-      const bool wants_target = !output.targets.empty() && output.targets[at] != -1;
-      const bool is_last = last_row && at + 1 == tokens.size();
-      if (output.all_logits.empty() && !wants_target && !is_last) return;
-      require_finite(one, position + static_cast<std::int64_t>(at), id);
-      if (wants_target) output.target_logprobs[at] = log_probability(one, output.targets[at]);
-      if (!is_last) return;
-      std::copy_n(one.begin(), output.last_logits.size(), output.last_logits.begin());
-      if (output.sampled != nullptr) *output.sampled = sequence.sampler.sample(one);
-    });
+void CpuBackend::prefill_together(std::span<const PrefillPart> parts) {
+  sequences_.check.prefill_together(parts);
+  std::vector<std::int64_t> lengths;
+  for (const PrefillPart& part : parts) {
+    Sequence& sequence = sequences_.find(part.sequence);
+    sequences_.check.prefill(part.sequence, sequence, part.tokens, part.output);
+    lengths.push_back(sequence.length);
   }
+  for (const PrefillPart& part : parts) {
+    Sequence& sequence = sequences_.find(part.sequence);
+    grow(sequence, sequence.length + std::ssize(part.tokens));
+  }
+  try {
+    prefill_pass(parts);
+  } catch (...) {
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      sequences_.find(parts[i].sequence).truncate(lengths[i]);
+    }
+    throw;
+  }
+}
+
+void CpuBackend::prefill_pass(std::span<const PrefillPart> parts) {
+  std::vector<Segment> segments;
+  std::vector<AskedRow> asked;
+  std::int64_t row = 0;
+  for (const PrefillPart& part : parts) {
+    Sequence& sequence = sequences_.find(part.sequence);
+    segments.push_back({part.tokens, sequence.length, sequence.pages, sequence.interventions.get(),
+                        part.output.activations});
+    ask(part, sequence, row, asked);
+    row += std::ssize(part.tokens);
+  }
+  transformer_.run(segments);
+  for (const PrefillPart& part : parts) sequences_.find(part.sequence).append(part.tokens);
+  for (std::size_t begin = 0; begin < asked.size();) {
+    const std::size_t count = block_of(asked, begin);
+    answer(std::span(asked).subspan(begin, count));
+    begin += count;
+  }
+}
+
+// The rows whose logits somebody wants, of a part that begins at `first_row` of the pass.
+void CpuBackend::ask(const PrefillPart& part, Sequence& sequence, std::int64_t first_row,
+                     std::vector<AskedRow>& asked) {
+  const PrefillOutput& output = part.output;
+  const bool last = !output.last_logits.empty() || output.sampled != nullptr;
+  for (std::size_t i = 0; i < part.tokens.size(); ++i) {
+    const bool has_target = !output.targets.empty() && output.targets[i] != -1;
+    if (output.all_logits.empty() && !has_target && !(last && i + 1 == part.tokens.size()))
+      continue;
+    const auto offset = static_cast<std::int64_t>(i);
+    asked.push_back({&part, &sequence, first_row + offset, sequence.length + offset, i});
+  }
+}
+
+// How many rows from `begin` on are computed at once: up to kLogitRows, with their logits in
+// scratch memory, or in that of the one part that asks for all.
+std::size_t CpuBackend::block_of(std::span<const AskedRow> asked, std::size_t begin) {
+  const auto target = [](const AskedRow& row) {
+    return row.part->output.all_logits.empty() ? nullptr : row.part;
+  };
+  std::size_t count = 1;
+  while (count < kLogitRows && begin + count < asked.size() &&
+         target(asked[begin + count]) == target(asked[begin])) {
+    ++count;
+  }
+  return count;
+}
+
+void CpuBackend::answer(std::span<const AskedRow> asked) {
+  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+  const std::span<float> own = asked[0].part->output.all_logits;
+  float* const logits =
+      own.empty() ? logit_rows(asked.size()) : own.data() + asked[0].index * vocab;
+  std::vector<std::int64_t> rows;
+  for (const AskedRow& row : asked) rows.push_back(row.row);
+  transformer_.logits(rows, logits);
+  threads_.run(std::ssize(asked), [&](std::int64_t i, int) {
+    const AskedRow& row = asked[static_cast<std::size_t>(i)];
+    const PrefillOutput& output = row.part->output;
+    const std::span<const float> one(logits + static_cast<std::size_t>(i) * vocab, vocab);
+    require_finite(one, row.position, row.part->sequence);
+    if (!output.targets.empty() && output.targets[row.index] != -1) {
+      output.target_logprobs[row.index] = log_probability(one, output.targets[row.index]);
+    }
+    if (row.index + 1 < row.part->tokens.size()) return;
+    std::copy_n(one.begin(), output.last_logits.size(), output.last_logits.begin());
+    if (output.sampled != nullptr) *output.sampled = row.sequence->sampler.sample(one);
+  });
 }
 
 void CpuBackend::decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs,
@@ -279,8 +364,9 @@ void CpuBackend::decode_rows(std::span<const SequenceId> ids, std::span<const To
   for (std::size_t row = begin; row < end; row += kLogitRows) {
     const std::size_t count = std::min<std::size_t>(kLogitRows, end - row);
     float* out = logits.empty() ? logit_rows(count) : logits.data() + row * vocab;
-    transformer_.logits(static_cast<std::int64_t>(row - begin), static_cast<std::int64_t>(count),
-                        out);
+    std::vector<std::int64_t> rows(count);
+    std::iota(rows.begin(), rows.end(), static_cast<std::int64_t>(row - begin));
+    transformer_.logits(rows, out);
     threads_.run(static_cast<std::int64_t>(count), [&](std::int64_t i, int) {
       const std::size_t b = row + static_cast<std::size_t>(i);
       const std::span<const float> one(out + static_cast<std::size_t>(i) * vocab, vocab);
@@ -324,7 +410,9 @@ void CpuBackend::verify_rows(std::span<Proposal> batch, std::span<Sequence* cons
   }
   transformer_.run(segments);
   float* const logits = logit_rows(rows);
-  transformer_.logits(0, static_cast<std::int64_t>(rows), logits);
+  std::vector<std::int64_t> all_rows(rows);
+  std::iota(all_rows.begin(), all_rows.end(), 0);
+  transformer_.logits(all_rows, logits);
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   threads_.run(std::ssize(batch), [&](std::int64_t i, int) {
     const auto b = static_cast<std::size_t>(i);

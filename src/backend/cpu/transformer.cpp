@@ -395,12 +395,13 @@ void Transformer::hand_out_final_norm() {
   hooks_.at_final_norm(normed.hooked());
 }
 
-void Transformer::logits(std::int64_t first, std::int64_t rows, float* out) {
+void Transformer::logits(std::span<const std::int64_t> rows, float* out) {
   Activations& normed = at(plan::Place::attention_in);
-  for (std::int64_t row = 0; row < rows; ++row) {
-    normalize_row(final_norm_weight_, final_norm_bias_, first + row, normed.row(row));
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    normalize_row(final_norm_weight_, final_norm_bias_, rows[i],
+                  normed.row(static_cast<std::int64_t>(i)));
   }
-  const Product head{lm_head_, normed.data.get(),  normed.stride, rows,
+  const Product head{lm_head_, normed.data.get(),  normed.stride, std::ssize(rows),
                      out,      config_.vocab_size, nullptr,       false};
   multiply_all(std::array{Job{{{head}}}});
 }

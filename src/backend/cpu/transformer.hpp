@@ -40,8 +40,8 @@ class Transformer {
   // keys and values into the pages. The rows of the result are the tokens in order.
   void run(std::span<const Segment> segments);
 
-  // Logits of rows [first, first + rows) of the last run, float32 [rows, vocab_size].
-  void logits(std::int64_t first, std::int64_t rows, float* out);
+  // Logits of these rows of the last run, float32 [rows.size(), vocab_size].
+  void logits(std::span<const std::int64_t> rows, float* out);
 
  private:
   // Row-major float32 with a stride that is a multiple of 16, the padding of each row zero.

@@ -94,6 +94,7 @@ const std::string& cublas_unavailable_reason() { return library().obstacle; }
 
 CF_FORWARD(const char*, cublasLtGetStatusName, (cublasStatus_t status), (status))
 CF_FORWARD(const char*, cublasLtGetStatusString, (cublasStatus_t status), (status))
+CF_FORWARD(std::size_t, cublasLtGetVersion, (), ())
 CF_FORWARD(cublasStatus_t, cublasLtCreate, (cublasLtHandle_t * handle), (handle))
 CF_FORWARD(cublasStatus_t, cublasLtDestroy, (cublasLtHandle_t handle), (handle))
 CF_FORWARD(cublasStatus_t, cublasLtMatrixLayoutCreate,

@@ -111,6 +111,9 @@ class CudaBackend final : public Backend {
     // Whole pieces at the same places are the same computation.
     info_.prefix_granularity =
         info_.prefill_chunk % kKvPagePositions == 0 ? info_.prefill_chunk : 0;
+    info_.arithmetic =
+        fmt::format("{}, {} SMs, cuBLASLt {}, mode {}", properties_.name,
+                    properties_.multiProcessorCount, cublasLtGetVersion(), name_of(mode_));
   }
 
   ~CudaBackend() override { cudaStreamDestroy(stream_); }
@@ -154,6 +157,24 @@ class CudaBackend final : public Backend {
     return KvPageId{reinterpret_cast<std::uintptr_t>(page)};
   }
   void drop_page(KvPageId page) override { pool_.give_back(reinterpret_cast<char*>(page)); }
+  void read_page(KvPageId page, std::span<std::byte> content) override {
+    check(cudaMemcpyAsync(content.data(), reinterpret_cast<const char*>(page), content.size(),
+                          cudaMemcpyDeviceToHost, stream_),
+          "fetching a page of the KV cache");
+    check(cudaStreamSynchronize(stream_), "fetching a page of the KV cache");
+  }
+  KvPageId add_page(std::span<const std::byte> content) override {
+    char* const page = pool_.take();
+    try {
+      check(cudaMemcpyAsync(page, content.data(), content.size(), cudaMemcpyHostToDevice, stream_),
+            "sending a page of the KV cache");
+      check(cudaStreamSynchronize(stream_), "sending a page of the KV cache");
+    } catch (...) {
+      pool_.give_back(page);
+      throw;
+    }
+    return KvPageId{reinterpret_cast<std::uintptr_t>(page)};
+  }
   std::int64_t kv_pages_in_use() const override { return pool_.in_use(); }
 
   SampledToken sample(SequenceId id, std::span<const float> logits) override {

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "sampling/sampler.hpp"
 #include "sequences.hpp"
 #include "support/random_model.hpp"
 #include "targets.hpp"
@@ -183,6 +184,92 @@ TEST_F(Equality, EveryOutputOfAPrefillAgrees) {
     const double want = row(i)[static_cast<std::size_t>(targets[i])] - std::log(sum);
     EXPECT_NEAR(alone[i], want, 1e-5);
   }
+}
+
+// Pieces of several sequences in one pass, each with the bits that it has alone.
+TEST_F(Equality, PiecesTogether) {
+  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+  // Each sequence is the beginning of the text; pieces begin and end anywhere.
+  struct Case {
+    std::size_t begin, end;
+    bool all, last, targets;
+  };
+  const std::vector<Case> cases = {{0, 1, false, true, false},   {7, 7 + 64, false, false, true},
+                                   {0, 130, true, true, false},  {63, 66, false, false, false},
+                                   {199, 200, true, true, true}, {20, 61, true, false, true}};
+  for (int threads : {1, 3}) {
+    BackendOptions options;
+    options.threads = threads;
+    const auto backend = make_cpu_backend(model_, options);
+    std::vector<PrefillPart> parts;
+    std::vector<std::vector<float>> all, last, logprobs;
+    std::vector<std::vector<TokenId>> targets;
+    std::vector<SampledToken> sampled(cases.size());
+    for (std::size_t c = 0; c < cases.size(); ++c) {
+      const auto [begin, end, wants_all, wants_last, wants_targets] = cases[c];
+      const SequenceId id = backend->create_sequence({});
+      if (begin > 0) backend->prefill(id, std::span(tokens_).first(begin), {});
+      all.emplace_back(wants_all ? (end - begin) * vocab : 0);
+      last.emplace_back(wants_last ? vocab : 0);
+      targets.emplace_back(wants_targets ? end - begin : 0, 5);
+      logprobs.emplace_back(targets.back().size());
+      if (wants_targets) targets.back()[0] = -1;
+      parts.push_back({id, std::span(tokens_).subspan(begin, end - begin), {}});
+      parts.back().output.sampled = wants_last ? &sampled[c] : nullptr;
+    }
+    for (std::size_t c = 0; c < cases.size(); ++c) {
+      parts[c].output.all_logits = all[c];
+      parts[c].output.last_logits = last[c];
+      parts[c].output.targets = targets[c];
+      parts[c].output.target_logprobs = logprobs[c];
+    }
+    backend->prefill_together(parts);
+    for (std::size_t c = 0; c < cases.size(); ++c) {
+      SCOPED_TRACE(testing::Message() << "part " << c << ", " << threads << " threads");
+      const auto [begin, end, wants_all, wants_last, wants_targets] = cases[c];
+      EXPECT_EQ(backend->length(parts[c].sequence), static_cast<std::int64_t>(end));
+      if (wants_all) {
+        EXPECT_TRUE(std::ranges::equal(
+            all[c], std::span(want_).subspan(begin * vocab, (end - begin) * vocab)));
+      }
+      if (wants_last) {
+        EXPECT_EQ(last[c], row(end - 1));
+        EXPECT_EQ(sampled[c].token, likeliest_token(row(end - 1)));
+      }
+      for (std::size_t i = 1; i < targets[c].size(); ++i) {
+        EXPECT_EQ(logprobs[c][i], log_probability(row(begin + i), 5));
+      }
+      if (end == kTokens) continue;
+      EXPECT_EQ(decode_logits(*backend, config_, parts[c].sequence, tokens_[end]), row(end));
+    }
+  }
+}
+
+TEST_F(Equality, PiecesTogetherAreCheckedAndUndone) {
+  const SequenceId first = backend_->create_sequence({});
+  const SequenceId second = backend_->create_sequence({});
+  backend_->prefill(second, std::span(tokens_).first(10), {});
+  const std::vector<TokenId> outside = {1, -1};
+  const auto expect_refused = [&](const std::vector<PrefillPart>& parts) {
+    EXPECT_THROW(backend_->prefill_together(parts), Error);
+    EXPECT_EQ(backend_->length(first), 0);
+    EXPECT_EQ(backend_->length(second), 10);
+  };
+  const std::span<const TokenId> piece = std::span(tokens_).subspan(10, 5);
+  expect_refused({{second, piece}, {first, outside}});
+  expect_refused({{second, piece}, {second, piece}});
+  expect_refused({{second, piece}, {first, {}}});
+  const std::vector<TokenId> many(static_cast<std::size_t>(backend_->info().prefill_chunk), 3);
+  expect_refused({{second, piece}, {first, many}});
+  backend_->set_stop_request([] { return true; });
+  EXPECT_THROW(
+      backend_->prefill_together(std::vector<PrefillPart>{{second, piece}, {first, piece}}),
+      Stopped);
+  backend_->set_stop_request({});
+  EXPECT_EQ(backend_->length(first), 0);
+  EXPECT_EQ(backend_->length(second), 10);
+  backend_->prefill_together(std::vector<PrefillPart>{{second, piece}, {first, piece}});
+  EXPECT_EQ(decode_logits(*backend_, config_, second, tokens_[15]), row(15));
 }
 
 }  // namespace

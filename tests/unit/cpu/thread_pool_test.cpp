@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -76,6 +77,22 @@ TEST(ThreadPool, ThrowsATasksException) {
       EXPECT_EQ(runs.load(), 50);
       pool.run(10, [&](std::int64_t, int) { ++runs; });
       EXPECT_EQ(runs.load(), 60);
+    }
+  }
+}
+
+TEST(ThreadPool, ThrowsTheFirstTasksExceptionThoughOthersCameBefore) {
+  for (const int threads : {1, 3}) {
+    ThreadPool pool(threads);
+    try {
+      pool.run(20, [](std::int64_t task, int) {
+        if (task < 3) return;
+        if (task == 3) std::this_thread::sleep_for(std::chrono::milliseconds(20));
+        throw std::runtime_error(std::to_string(task));
+      });
+      FAIL();
+    } catch (const std::runtime_error& error) {
+      EXPECT_STREQ(error.what(), "3");
     }
   }
 }

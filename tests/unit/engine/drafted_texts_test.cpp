@@ -55,7 +55,7 @@ NamedDraft random_draft(Random& random, std::span<const Call> calls) {
     case 0: return {"ngram", std::make_unique<NgramDraft>()};
     case 1: return {"the model itself", same_model_draft(kLongestSchedule)};
     case 2: return {"the model itself, shorter", same_model_draft(40)};
-    case 3: return {"fewer tokens", other_model_draft(200, 0)};
+    case 3: return {"fewer tokens", other_model_draft(300, 0)};
     case 4: return {"more tokens", other_model_draft(400, 0)};
     case 5: return {"a liar", std::make_unique<LyingDraft>(random.below(1000))};
     default: break;
@@ -128,9 +128,7 @@ TEST(DraftedTexts, AreTheTextsWithout) {
         ++requests;
       }
     }
-    const ServingStatistics statistics = engine->serving_statistics();
-    EXPECT_EQ(statistics.sequences_active, 0);
-    EXPECT_EQ(statistics.kv_pages_in_use, statistics.kv_pages_cached) << "nothing leaks";
+    expect_idle(*engine);
     if (HasFatalFailure() || HasNonfatalFailure()) return;
   }
   std::cout << requests << " requests\n";
@@ -218,6 +216,25 @@ TEST_F(OneText, ADraftOfTheSameModelIsAlwaysRight) {
   expect_same(result, alone(request));
   EXPECT_GT(result.statistics.draft_proposed, 80);
   EXPECT_EQ(result.statistics.draft_accepted, result.statistics.draft_proposed);
+}
+
+// With every option.
+TEST_F(OneText, ADraftOfTheSameModelIsAlwaysRightInRandomRequests) {
+  const auto engine = schedule_engine(400, {.max_sequences = 1,
+                                            .prefix_cache = false,
+                                            .draft = same_model_draft(0),
+                                            .draft_tokens = 5,
+                                            .draft_adapts = false});
+  Random random(5);
+  std::int64_t accepted = 0;
+  for (int i = 0; i < 100; ++i) {
+    GenerateRequest request = random_request(random, 70);
+    request.n = 1;
+    const Statistics statistics = engine->generate(request).statistics;
+    EXPECT_EQ(statistics.draft_accepted, statistics.draft_proposed) << i;
+    accepted += statistics.draft_accepted;
+  }
+  EXPECT_GT(accepted, 500);
 }
 
 TEST_F(OneText, ADraftOfAShorterContextFallsSilent) {

@@ -30,6 +30,7 @@ struct FakeState {
                    .kv_pages = 1 << 14};
   std::function<void()> before_step;  // called in each prefill and decode
   std::vector<std::int64_t> prefill_sizes;
+  std::vector<std::size_t> prefill_passes;  // pieces of each prefill_together()
   std::vector<std::size_t> decode_batches;
   std::vector<std::int64_t> burst_starts;  // lengths of the first sequence before decode()
   std::vector<std::int32_t> burst_steps;   // and its steps
@@ -112,6 +113,8 @@ class FakeBackend final : public Backend {
     const Step step(*this);
     let_go(page);
   }
+  void read_page(KvPageId, std::span<std::byte>) override { fail_no_bytes(); }
+  KvPageId add_page(std::span<const std::byte>) override { fail_no_bytes(); }
   std::int64_t kv_pages_in_use() const override { return std::ssize(pages_); }
   SampledToken sample(SequenceId id, std::span<const float> logits) override {
     const Step step(*this);
@@ -174,6 +177,14 @@ class FakeBackend final : public Backend {
     }
     state_->prefilled.push_back(sequence.tokens.front());
     state_->prefilled_under.push_back(sequence.interventions);
+  }
+
+  void prefill_together(std::span<const PrefillPart> parts) override {
+    state_->prefill_passes.push_back(parts.size());
+    std::int64_t tokens = 0;
+    for (const PrefillPart& part : parts) tokens += std::ssize(part.tokens);
+    EXPECT_LE(tokens, info().prefill_chunk);
+    Backend::prefill_together(parts);
   }
 
   void decode(std::span<const SequenceId> ids, std::span<const TokenId> inputs, std::int32_t steps,
@@ -248,6 +259,9 @@ class FakeBackend final : public Backend {
     std::vector<TokenId> text;  // of the sequence, up to the last position that was written here
     std::shared_ptr<const Interventions> interventions;  // of the sequence that wrote last
   };
+  [[noreturn]] static void fail_no_bytes() {
+    fail(ErrorKind::unsupported, "the pages of a script have no bytes");
+  }
   KvPageId new_page() {
     require(std::ssize(pages_) < capacity, ErrorKind::out_of_memory, "the script has {} pages",
             capacity);

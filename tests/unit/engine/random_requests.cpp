@@ -160,6 +160,21 @@ void expect_same(const GenerateResult& result, const GenerateResult& alone) {
   }
 }
 
+ServingStatistics expect_idle(const Engine& engine) {
+  // Callers may hear of the last step before the scheduler has counted it.
+  constexpr std::chrono::seconds kPatience{30};
+  const auto start = std::chrono::steady_clock::now();
+  ServingStatistics statistics = engine.serving_statistics();
+  while (statistics.sequences_active > 0 && std::chrono::steady_clock::now() < start + kPatience) {
+    std::this_thread::yield();
+    statistics = engine.serving_statistics();
+  }
+  EXPECT_EQ(statistics.sequences_active, 0);
+  EXPECT_EQ(statistics.sequences_waiting, 0);
+  EXPECT_EQ(statistics.kv_pages_in_use, statistics.kv_pages_cached) << "nothing leaks";
+  return statistics;
+}
+
 void expect_as_alone(Engine& plain, const Call& call) {
   std::size_t index = 0;
   intervene(plain, call.intervention);

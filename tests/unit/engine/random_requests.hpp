@@ -53,6 +53,8 @@ void run_together(Engine& engine, std::span<Call> calls);
 // Tokens, texts, finish reasons and scores, bit for bit, as far as a result goes that was
 // cancelled.
 void expect_same(const GenerateResult& result, const GenerateResult& alone);
+// The engine's statistics once it has nothing left to do, and nothing may have leaked.
+ServingStatistics expect_idle(const Engine& engine);
 // Each sample as a request of its own, in `plain`.
 void expect_as_alone(Engine& plain, const Call& call);
 

@@ -153,6 +153,64 @@ TEST(Scheduler, StreamsDoNotStallForPromptsOfOthers) {
   }
 }
 
+// As a device that computes pieces of several prompts in one pass.
+void pack(FakeState& state) {
+  state.info.packs_prompts = true;
+  state.info.any_pieces = true;
+  state.info.prefill_chunk = 64;
+}
+
+TEST(Scheduler, PromptsSharePasses) {
+  GatedEngine gated(pack);
+  std::vector<GenerateRequest> requests;
+  for (int i = 0; i < 30; ++i) {
+    requests.push_back(request_of(i, static_cast<std::size_t>(1 + i * 7 % 20), 3));
+    if (i % 4 == 0) requests.back().num_prompt_logprobs = 1;
+  }
+  requests.push_back(request_of(31, 200, 2));
+  std::size_t tokens = 0;
+  for (const GenerateRequest& request : requests) tokens += request.prompt_tokens.size();
+  const auto other = gated.start({request_of(100, 3, 1)});
+  gated.reach_first_step();
+  const auto generation = gated.start(requests);
+  gated.go();
+  finish(*generation);
+  finish(*other);
+  EXPECT_EQ(gated.state().prefill_passes.size(), 1 + (tokens + 63) / 64) << "all are full";
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const GenerateResult& result = generation->results()[i];
+    EXPECT_EQ(result.tokens, alone(requests[i])) << i;
+    const std::size_t scored =
+        requests[i].num_prompt_logprobs >= 0 ? requests[i].prompt_tokens.size() - 1 : 0;
+    EXPECT_THAT(result.prompt_scores, SizeIs(scored));
+  }
+  EXPECT_THAT(gated.state().live, IsEmpty());
+}
+
+TEST(Scheduler, AnErrorInASharedPassEndsItsCallerAlone) {
+  const Script hashed = hashed_logits();
+  GatedEngine gated(pack, {}, [&](std::span<const TokenId> tokens) {
+    std::vector<float> logits = hashed(tokens);
+    if (tokens[0] == 66) logits[7] = std::numeric_limits<float>::quiet_NaN();
+    return logits;
+  });
+  const auto other = gated.start({request_of(100, 3, 1)});
+  gated.reach_first_step();
+  const auto good = gated.start({request_of(1, 3, 10), request_of(4, 30, 10)});
+  const auto bad = gated.start({request_of(2, 3, 10), request_of(66, 3, 10)});
+  const auto late = gated.start({request_of(5, 8, 10)});
+  gated.go();
+  expect_error(ErrorKind::non_finite, HasSubstr("the logit of token 7 is nan"),
+               [&] { finish(*bad); });
+  finish(*good);
+  finish(*late);
+  finish(*other);
+  EXPECT_EQ(good->results()[0].tokens, alone(request_of(1, 3, 10)));
+  EXPECT_EQ(good->results()[1].tokens, alone(request_of(4, 30, 10)));
+  EXPECT_EQ(late->results()[0].tokens, alone(request_of(5, 8, 10)));
+  EXPECT_THAT(gated.state().live, IsEmpty());
+}
+
 TEST(Scheduler, ManyRequestsOfOneCallerDoNotKeepAnotherWaiting) {
   GatedEngine gated([](FakeState&) {}, {.max_sequences = 2});
   std::vector<GenerateRequest> many;

@@ -327,6 +327,54 @@ TEST(Loglikelihood, ReportsProgressAndCanBeCancelled) {
   EXPECT_THAT(fake.engine->loglikelihood({}, {}), IsEmpty());
 }
 
+// As a device that computes pieces of several texts in one pass.
+void pack(FakeState& state) {
+  state.info.packs_prompts = true;
+  state.info.prefill_chunk = 512;
+}
+
+TEST(Scoring, TextsSharePasses) {
+  const FakeEngine plain = fake_engine(hashed_logits());
+  const FakeEngine packed = fake_engine(hashed_logits(), pack);
+  std::vector<std::vector<TokenId>> texts;
+  std::vector<LoglikelihoodRequest> requests;
+  for (unsigned i = 0; i < 60; ++i) {
+    const int length = i == 20 ? 65 : 2 + static_cast<int>(i * 7919 % 11);
+    texts.push_back(random_tokens(static_cast<std::size_t>(length), i));
+    requests.push_back({random_tokens(1 + i * 31 % 20, i), random_tokens(1 + i * 17 % 9, 100 + i)});
+  }
+  std::size_t most_live = 0;
+  packed.state->before_step = [&] { most_live = std::max(most_live, packed.state->live.size()); };
+  const std::vector<ScoreResult> scores = packed.engine->score(texts);
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    EXPECT_EQ(scores[i].tokens, texts[i]);
+    EXPECT_EQ(scores[i].logprobs, plain.engine->score(std::span(texts[i])).logprobs) << i;
+  }
+  EXPECT_LT(packed.state->prefill_passes.size(), 8u);
+  EXPECT_EQ(most_live, 16u) << "each has a page, though it fills little of it";
+
+  const auto expected = plain.engine->loglikelihood(requests, {.num_top = 2});
+  std::vector<std::int64_t> done;
+  LoglikelihoodOptions options{.num_top = 2};
+  options.progress = [&](std::int64_t count, std::int64_t) {
+    done.push_back(count);
+    return count < 50;
+  };
+  const auto found = packed.engine->loglikelihood(requests, options);
+  ASSERT_EQ(found.size(), 50u);
+  for (std::size_t i = 0; i < done.size(); ++i) EXPECT_EQ(done[i], static_cast<int>(i) + 1);
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    EXPECT_EQ(found[i].total, expected[i].total) << i;
+    EXPECT_EQ(found[i].is_greedy, expected[i].is_greedy);
+    ASSERT_EQ(found[i].tokens.size(), expected[i].tokens.size());
+    for (std::size_t t = 0; t < found[i].tokens.size(); ++t) {
+      EXPECT_EQ(found[i].tokens[t].token, expected[i].tokens[t].token);
+      EXPECT_EQ(found[i].tokens[t].top[1].logprob, expected[i].tokens[t].top[1].logprob);
+    }
+  }
+  EXPECT_THAT(packed.state->live, IsEmpty());
+}
+
 TEST(Loglikelihood, RefusesWhatItCannotScore) {
   const FakeEngine fake = fake_engine(hashed_logits());
   const auto score = [&](std::vector<TokenId> context, std::vector<TokenId> continuation) {

@@ -150,6 +150,14 @@ TEST_P(Adaption, ShortTextsDoNotPayForTheExperience) {
   }
 }
 
+// They are not long enough to find out much, but what is gained may be staked.
+TEST_P(Adaption, ShortTextsGainToo) {
+  double best = GetParam().step(1);
+  for (int k = 1; k <= 15; ++k) best = std::min(best, GetParam().step(k + 1) / (k + 1));
+  const Outcome outcome = decode(GetParam(), 1, 0, 64);
+  EXPECT_LE(outcome.seconds / 64, best + 0.5 * (GetParam().step(1) - best));
+}
+
 TEST_P(Adaption, ComesCloseToTheBestFixedNumber) {
   for (const double share : {0.7, 0.9, 1.0}) {
     for (const double draft : {0.0, 0.05}) {
