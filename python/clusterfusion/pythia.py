@@ -8,7 +8,7 @@ holds for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -64,15 +64,15 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         prefix: What the functions' names begin with.
         sizes: Of the layers; tensors of other sizes raise.
     """
-    contexts = _GraphContexts(prefix)
+    contexts: _Contexts = {}
     calls = LayerCalls(
         _attention_only(sizes),
         _mlp_only(sizes),
         _decoder_layer(sizes, split=False),
         _decoder_layer(sizes, split=True),
-        _create_graph_context(sizes, contexts),
-        _graph_decode_step(sizes, contexts),
-        _destroy_graph_context(contexts),
+        _create_graph_context(prefix, sizes, contexts),
+        _graph_decode_step(prefix, sizes, contexts),
+        _destroy_graph_context(prefix, contexts),
     )
     _name_and_document(prefix, sizes, calls)
     return calls
@@ -271,22 +271,20 @@ class _GraphContext(NamedTuple):
     mlp_down_weight: Tensor
 
 
-class _GraphContexts(dict[int, _GraphContext]):
-    """The living contexts of one model, by their numbers."""
-
-    def __init__(self, prefix: str) -> None:
-        super().__init__()
-        self.prefix = prefix
-
-    def __missing__(self, ctx_id: object) -> NoReturn:
-        living = ", ".join(map(str, sorted(self))) or "there is none"
-        raise KeyError(
-            f"ctx_id: expected a context of {self.prefix}_create_graph_context ({living}), found "
-            f"{ctx_id!r}"
-        )
+# The living contexts of one model, by their numbers. torch.compile sees through a plain dict.
+_Contexts: TypeAlias = dict[int, _GraphContext]
 
 
-def _create_graph_context(sizes: LayerSizes, contexts: _GraphContexts) -> Callable[..., Any]:
+def _unknown_context(prefix: str, contexts: _Contexts, ctx_id: object) -> KeyError:
+    living = ", ".join(map(str, sorted(contexts))) or "there is none"
+    return KeyError(
+        f"ctx_id: expected a context of {prefix}_create_graph_context ({living}), found {ctx_id!r}"
+    )
+
+
+def _create_graph_context(
+    prefix: str, sizes: LayerSizes, contexts: _Contexts
+) -> Callable[..., Any]:
     def create_graph_context(
         ctx_id: int,
         k_cache: Tensor,
@@ -318,13 +316,13 @@ def _create_graph_context(sizes: LayerSizes, contexts: _GraphContexts) -> Callab
         if contexts.setdefault(ctx_id, context) is not context:
             raise ValueError(
                 f"ctx_id: expected a number that has no context, found {ctx_id}, which has one; "
-                f"destroy it first ({contexts.prefix}_destroy_graph_context)"
+                f"destroy it first ({prefix}_destroy_graph_context)"
             )
 
     return create_graph_context
 
 
-def _graph_decode_step(sizes: LayerSizes, contexts: _GraphContexts) -> Callable[..., Any]:
+def _graph_decode_step(prefix: str, sizes: LayerSizes, contexts: _Contexts) -> Callable[..., Any]:
     hidden, intermediate, num_heads, rotary_dim = sizes
 
     def graph_decode_step(
@@ -353,7 +351,9 @@ def _graph_decode_step(sizes: LayerSizes, contexts: _GraphContexts) -> Callable[
         Raises:
             KeyError: There is no context of this number.
         """
-        context = contexts[ctx_id]
+        context = contexts.get(ctx_id)
+        if context is None:
+            raise _unknown_context(prefix, contexts, ctx_id)
         if k_cache is not context.k_cache or v_cache is not context.v_cache:
             _require_caches(ctx_id, context, k_cache, v_cache)
         return make_call(
@@ -384,7 +384,7 @@ def _graph_decode_step(sizes: LayerSizes, contexts: _GraphContexts) -> Callable[
     return graph_decode_step
 
 
-def _destroy_graph_context(contexts: _GraphContexts) -> Callable[..., Any]:
+def _destroy_graph_context(prefix: str, contexts: _Contexts) -> Callable[..., Any]:
     def destroy_graph_context(ctx_id: int) -> None:
         """Forgets a context of `{prefix}_create_graph_context`.
 
@@ -392,7 +392,7 @@ def _destroy_graph_context(contexts: _GraphContexts) -> Callable[..., Any]:
             KeyError: There is no context of this number.
         """
         if contexts.pop(ctx_id, None) is None:
-            contexts.__missing__(ctx_id)
+            raise _unknown_context(prefix, contexts, ctx_id)
 
     return destroy_graph_context
 
