@@ -32,6 +32,11 @@ generate:  ## build the program and the library, and stream text from the demo m
 	@cmake --build --preset program -j $(JOBS) >&2
 	@$(BIN)/clusterfusion generate models/demo --echo --prompt="$$GENERATE_PROMPT" $(GENERATE_OPTIONS)
 
+SERVE_OPTIONS ?=
+serve: python-package  ## serve the demo model by the OpenAI API on http://127.0.0.1:8000
+	$(PYTHON) -m clusterfusion.serve models/demo $(SERVE_OPTIONS)
+.PHONY: serve
+
 test: lint unit python-test asan tsan fuzz  ## everything that can be checked without a GPU
 
 deps:
@@ -69,7 +74,7 @@ wheel:  ## dist/*.whl: the package and the program, for other machines
 .PHONY: wheel
 
 python-test: build python-package  ## Python tests, on the installed package and the built program
-	$(call stage,Python tests,4 minutes)
+	$(call stage,Python tests,6 minutes)
 	CLUSTERFUSION_BIN=$(CURDIR)/$(BIN)/clusterfusion CLUSTERFUSION_BUILD_DIR=$(CURDIR)/build/release \
 	  $(PYTHON) -m pytest
 

@@ -451,114 +451,163 @@ def export(
     partial.rename(folder)
 
 
-def train(recipe: Recipe, args: argparse.Namespace, folder: Path, train_until: float) -> None:
-    """Train one recipe; leave its best checkpoint in folder/model, its log in folder/curve.json."""
-    device = torch.device(args.device)
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    documents = split_documents(read_novels(args.data / "novels-train.txt.xz"))
-    if args.limit_documents:
-        documents = documents[: args.limit_documents]
-    tokenizer = train_tokenizer(documents, recipe.vocab)
-    train_ids = encode_documents(tokenizer, documents).to(device)
-    valid_text = read_novels(args.data / "novels-valid.txt.xz")
-    valid_ids = encode_documents(tokenizer, split_documents(valid_text)).to(device)
-    valid_bytes = len(valid_text.encode())
+class Training:
+    """The data, the model and the optimisers of one recipe."""
 
-    model = build_model(recipe, tokenizer.get_vocab_size()).to(device)
-    parameters = count_parameters(model)
-    if parameters > MAX_PARAMETERS:
-        raise SystemExit(f"{recipe.name}: {parameters} parameters, at most {MAX_PARAMETERS}")
-    tables = rotary_tables(recipe, device)
-    check_against_transformers(model, tables, valid_ids)
+    def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
+        self.recipe, self.device = recipe, torch.device(args.device)
+        torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("high")
+        documents = split_documents(read_novels(args.data / "novels-train.txt.xz"))
+        if args.limit_documents:
+            documents = documents[: args.limit_documents]
+        self.tokenizer = train_tokenizer(documents, recipe.vocab)
+        self.train_ids = encode_documents(self.tokenizer, documents).to(self.device)
+        valid_text = read_novels(args.data / "novels-valid.txt.xz")
+        valid_ids = encode_documents(self.tokenizer, split_documents(valid_text))
+        self.valid_ids = valid_ids.to(self.device)
+        self.valid_bytes = len(valid_text.encode())
 
-    batch = max(1, recipe.batch_tokens // recipe.context)
-    windows = Windows(train_ids, recipe.context, batch, args.seed)
-    muon = Muon(model)
-    adamw = make_adamw(model, muon, recipe)
-    last_step = max(1, round(recipe.epochs * windows.per_epoch / batch))
+        self.model = build_model(recipe, self.tokenizer.get_vocab_size()).to(self.device)
+        self.parameters = count_parameters(self.model)
+        if self.parameters > MAX_PARAMETERS:
+            raise SystemExit(
+                f"{recipe.name}: {self.parameters} parameters, at most {MAX_PARAMETERS}"
+            )
+        self.tables = rotary_tables(recipe, self.device)
+        check_against_transformers(self.model, self.tables, self.valid_ids)
 
-    def loss_and_gradients(function: Callable[..., torch.Tensor]) -> torch.Tensor:
-        inputs, targets = windows.next()
-        with autocast(device):
-            loss = function(model, tables, inputs, targets, recipe.dropout)
+        self.batch = max(1, recipe.batch_tokens // recipe.context)
+        self.windows = Windows(self.train_ids, recipe.context, self.batch, args.seed)
+        self.muon = Muon(self.model)
+        self.adamw = make_adamw(self.model, self.muon, recipe)
+        self.last_step = max(1, round(recipe.epochs * self.windows.per_epoch / self.batch))
+        self.function, self.compiled = token_losses, False
+        if args.compile == "on" or (args.compile == "auto" and self.device.type == "cuda"):
+            self._compile()
+
+    def _compile(self) -> None:
+        try:
+            candidate = torch.compile(token_losses, dynamic=False)
+            self._loss_and_gradients(candidate)
+            self.function, self.compiled = candidate, True
+        except Exception as error:  # any failure of the compiler: train without it
+            print(
+                f"{self.recipe.name}: torch.compile failed, going on without: {error}", flush=True
+            )
+        self.model.zero_grad(set_to_none=True)
+
+    def _loss_and_gradients(self, function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        inputs, targets = self.windows.next()
+        with autocast(self.device):
+            loss = function(self.model, self.tables, inputs, targets, self.recipe.dropout)
         loss.backward()
         return loss.detach()
 
-    function = token_losses
-    compiled = False
-    if args.compile == "on" or (args.compile == "auto" and device.type == "cuda"):
-        try:
-            candidate = torch.compile(token_losses, dynamic=False)
-            loss_and_gradients(candidate)
-            function, compiled = candidate, True
-        except Exception as error:  # any failure of the compiler: train without it
-            print(f"{recipe.name}: torch.compile failed, going on without: {error}", flush=True)
-        model.zero_grad(set_to_none=True)
+    def step(self, progress: float) -> torch.Tensor:
+        """Take one step, at this share of the training, and return its loss."""
+        recipe = self.recipe
+        rate = recipe.lr * min(1.0, progress / recipe.warmup, (1 - progress) / (1 - recipe.warmup))
+        loss = self._loss_and_gradients(self.function)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.muon.step(rate, recipe.weight_decay)
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        self.adamw.step()
+        self.model.zero_grad(set_to_none=True)
+        return loss
 
-    log: dict[str, Any] = {
-        "recipe": dataclasses.asdict(recipe),
-        "parameters": parameters,
-        "train_tokens": train_ids.numel(),
-        "valid_tokens": valid_ids.numel(),
-        "compiled": compiled,
-        "curve": [],
-    }
-    begin = time.time()
-    budget = max(1.0, train_until - begin)
-    best, best_state, best_saved = math.inf, None, True
-    next_report = begin + args.report_seconds
-    next_save = begin + 2 * args.report_seconds
-    running, reported_step, reported_at, step = torch.zeros((), device=device), 0, begin, 0
+    def validation_loss(self, model: GPTNeoXForCausalLM) -> float:
+        """Measure a model on the held-out novel."""
+        return quick_loss(model, self.tables, self.valid_ids, self.recipe.context, self.device)
+
+
+class Curve:
+    """The learning curve of a training, in folder/curve.json; the best model in folder/model."""
+
+    def __init__(self, training: Training, report_seconds: float, folder: Path) -> None:
+        self.training, self.report_seconds, self.folder = training, report_seconds, folder
+        self.log: dict[str, Any] = {
+            "recipe": dataclasses.asdict(training.recipe),
+            "parameters": training.parameters,
+            "train_tokens": training.train_ids.numel(),
+            "valid_tokens": training.valid_ids.numel(),
+            "compiled": training.compiled,
+            "curve": [],
+        }
+        self.begin = time.time()
+        self.next_report = self.begin + report_seconds
+        self.next_save = self.begin + 2 * report_seconds
+        self.best, self.best_state, self.best_saved = math.inf, None, True
+        self.losses = torch.zeros((), device=training.device)  # the sum since the last report
+        self.reported_step, self.reported_at = 0, self.begin
+
+    def report(self, step: int, done: bool) -> None:
+        """Add a point, and save the best model if it is time to, or the last."""
+        mean = self.losses.item() / max(1, step - self.reported_step)  # waits for the device
+        now = time.time()
+        loss = self.training.validation_loss(self.training.model)
+        point = self._point(step, now, mean, loss)
+        self.log["curve"].append(point)
+        print(f"{self.training.recipe.name}: {json.dumps(point)}", flush=True)
+        if loss < self.best:
+            state = self.training.model.state_dict()
+            self.best, self.best_saved = loss, False
+            self.best_state = {k: v.detach().cpu().clone() for k, v in state.items()}
+            self.log["best"] = point
+        if self.best_state is not None and not self.best_saved and (done or now >= self.next_save):
+            export(
+                self.best_state,
+                self.training.recipe,
+                self.training.tokenizer,
+                self.folder / "model",
+            )
+            self.best_saved, self.next_save = True, time.time() + 3 * self.report_seconds
+        if done:
+            self._measure_rounding()
+        self.log["finished"] = done
+        write_json(self.folder / "curve.json", self.log)
+        self.losses.zero_()
+        self.reported_step, self.reported_at = step, time.time()
+        self.next_report = self.reported_at + self.report_seconds
+
+    def _point(self, step: int, now: float, train_loss: float, valid_loss: float) -> dict[str, Any]:
+        training = self.training
+        bits_per_byte = (training.valid_ids.numel() - 1) / training.valid_bytes / math.log(2)
+        tokens = (step - self.reported_step) * training.batch * training.recipe.context
+        return {
+            "step": step,
+            "epoch": round(step * training.batch / training.windows.per_epoch, 3),
+            "seconds": round(now - self.begin, 1),
+            "train_loss": round(train_loss, 4),
+            "valid_loss": round(valid_loss, 4),
+            "valid_bits_per_byte": round(valid_loss * bits_per_byte, 4),
+            "tokens_per_s": round(tokens / max(1e-9, now - self.reported_at)),
+        }
+
+    def _measure_rounding(self) -> None:
+        """What the loss is with the weights as they are saved."""
+        exported = GPTNeoXForCausalLM.from_pretrained(self.folder / "model", dtype=torch.float32)
+        loss = self.training.validation_loss(exported.to(self.training.device))
+        self.log["fp16_effect"] = {"fp32_loss": self.best, "fp16_weights_loss": loss}
+
+
+def train(recipe: Recipe, args: argparse.Namespace, folder: Path, train_until: float) -> None:
+    """Train one recipe; leave its best checkpoint in folder/model, its log in folder/curve.json."""
+    training = Training(recipe, args)
+    curve = Curve(training, args.report_seconds, folder)
+    budget = max(1.0, train_until - curve.begin)
+    step = 0
     while True:
-        progress = max(step / last_step, (time.time() - begin) / budget)
+        progress = max(step / training.last_step, (time.time() - curve.begin) / budget)
         done = progress >= 1
-        if done or (step % 5 == 0 and time.time() >= next_report):
-            mean = running.item() / max(1, step - reported_step)  # waits for the device
-            now = time.time()
-            loss = quick_loss(model, tables, valid_ids, recipe.context, device)
-            nats_to_bits_per_byte = (valid_ids.numel() - 1) / valid_bytes / math.log(2)
-            point = {
-                "step": step,
-                "epoch": round(step * batch / windows.per_epoch, 3),
-                "seconds": round(now - begin, 1),
-                "train_loss": round(mean, 4),
-                "valid_loss": round(loss, 4),
-                "valid_bits_per_byte": round(loss * nats_to_bits_per_byte, 4),
-                "tokens_per_s": round(
-                    (step - reported_step) * batch * recipe.context / max(1e-9, now - reported_at)
-                ),
-            }
-            log["curve"].append(point)
-            print(f"{recipe.name}: {json.dumps(point)}", flush=True)
-            if loss < best:
-                best, best_saved = loss, False
-                best_state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-                log["best"] = point
-            if best_state is not None and not best_saved and (done or now >= next_save):
-                export(best_state, recipe, tokenizer, folder / "model")
-                best_saved, next_save = True, time.time() + 3 * args.report_seconds
-            if done:
-                exported = GPTNeoXForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-                loss = quick_loss(exported.to(device), tables, valid_ids, recipe.context, device)
-                log["fp16_effect"] = {"fp32_loss": best, "fp16_weights_loss": loss}
-            log["finished"] = done
-            write_json(folder / "curve.json", log)
-            running.zero_()
-            reported_step, reported_at = step, time.time()
-            next_report = reported_at + args.report_seconds
+        if done or (step % 5 == 0 and time.time() >= curve.next_report):
+            curve.report(step, done)
         if done:
             return
-        rate = recipe.lr * min(1.0, progress / recipe.warmup, (1 - progress) / (1 - recipe.warmup))
-        running += loss_and_gradients(function)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        muon.step(rate, recipe.weight_decay)
-        for group in adamw.param_groups:
-            group["lr"] = rate
-        adamw.step()
-        model.zero_grad(set_to_none=True)
+        curve.losses += training.step(progress)
         step += 1
-        if step % 5 == 0 and device.type == "cuda":
+        if step % 5 == 0 and training.device.type == "cuda":
             torch.cuda.synchronize()  # else the clock that ends training runs ahead of the device
 
 
@@ -647,52 +696,17 @@ def run_quietly(command: list[str]) -> str | None:
         return None
 
 
-def write_card(folder: Path, log: dict[str, Any]) -> None:
-    """Write README.md from the training log."""
-    measured, recipe = log["validation"], Recipe(**log["run"]["recipe"])
-    best, machine = log["run"]["best"], log["machine"]
-    curve, effect = log["run"]["curve"], log["run"].get("fp16_effect")
-    fp16_effect = effect["fp16_weights_loss"] - effect["fp32_loss"] if effect else math.nan
-    rows = "\n".join(
-        f"| {p['epoch']:.1f} | {p['seconds']:.0f} | {p['train_loss']:.3f} | {p['valid_loss']:.3f} |"
-        for p in curve[:: max(1, len(curve) // 10)]
-    )
-    others = "\n".join(
-        f"| {r['recipe']['name']} | {r['parameters']:,} | {r['best']['epoch']:.1f} "
-        f"| {r['validation']['loss']:.4f} | {r['validation']['bits_per_byte']:.4f} |"
-        for r in log["candidates"]
-    )
-    comparison = (
-        ""
-        if len(log["candidates"]) < 2
-        else f"""
-The recipe was chosen among these, trained at once on the same GPU for the same time, by
-bits per byte on the held-out novel (so that figure is slightly optimistic):
-
-| recipe | parameters | epochs | validation loss | bits per byte |
-|---|---|---|---|---|
-{others}
-"""
-    )
-    samples = "\n".join(
-        f"### Seed {s['seed']}\n\n> **{s['prompt']}**"
-        + s["text"].rstrip().replace("\n", "\n> ")
-        + "\n"
-        for s in log["samples"]
-    )
-    options = ", ".join(f"{key} {value}" for key, value in SAMPLING.items() if key != "do_sample")
-    device = machine["device"] + (f", driver {machine['driver']}" if machine.get("driver") else "")
-    tied = "tied" if recipe.tied else "untied"
-    text = f"""---
+# README.md, without what the training log says.
+CARD = """---
 license: apache-2.0
 language: en
 library_name: transformers
 pipeline_tag: text-generation
 ---
-<!-- Written by tools/train_demo_model.py from {LOG_NAME}; do not edit. -->
+<!-- Written by tools/train_demo_model.py from {log_name}; do not edit. -->
 # The demo model
 
-A GPT-NeoX language model of {log["run"]["parameters"]:,} parameters that writes clumsy Victorian
+A GPT-NeoX language model of {run[parameters]:,} parameters that writes clumsy Victorian
 prose. It ships with the project so that text can be generated, and tests can run on a really
 trained model, on any machine and without a download. It knows nothing of the world and is good
 for nothing else.
@@ -707,49 +721,49 @@ model = AutoModelForCausalLM.from_pretrained("models/demo")
 | | |
 |---|---|
 | architecture | GPT-NeoX, parallel residual: {recipe.layers} layers, hidden size {recipe.hidden}, \
-{recipe.heads} heads of {recipe.hidden // recipe.heads}, rotary share {recipe.rotary_pct}, \
+{recipe.heads} heads of {head_size}, rotary share {recipe.rotary_pct}, \
 {tied} output embedding |
 | context | {recipe.context} tokens |
-| weights | fp16, {(folder / "model.safetensors").stat().st_size:,} bytes |
+| weights | fp16, {weight_bytes:,} bytes |
 | tokenizer | byte-level BPE of {recipe.vocab:,} entries, NFC, trained on the same text |
 | licence | Apache-2.0, like the project; the text is in the public domain |
 
 ## Held-out text
 
-One novel that it never saw, {measured["bytes"]:,} bytes, {measured["tokens"]:,} tokens; fp16
-weights, transformers in fp32, windows of {measured["context"]} tokens advanced by
-{measured["stride"]} (rounding the weights to fp16 moves the loss by {fp16_effect:+.5f}):
+One novel that it never saw, {measured[bytes]:,} bytes, {measured[tokens]:,} tokens; fp16
+weights, transformers in fp32, windows of {measured[context]} tokens advanced by
+{measured[stride]} (rounding the weights to fp16 moves the loss by {fp16_effect:+.5f}):
 
 | validation loss (nats per token) | perplexity (per token) | bits per byte |
 |---|---|---|
-| {measured["loss"]:.4f} | {measured["perplexity"]:.3f} | {measured["bits_per_byte"]:.4f} |
+| {measured[loss]:.4f} | {measured[perplexity]:.3f} | {measured[bits_per_byte]:.4f} |
 
 ## Data
 
-35 English novels, 1838 to 1921, in the public domain: {log["data"]["train_bytes"]:,} bytes,
-{log["run"]["train_tokens"]:,} tokens (`novels-train.txt.xz`,
-sha256 `{log["data"]["train_sha256"]}`).
-Held out: one more of them (`novels-valid.txt.xz`, sha256 `{log["data"]["valid_sha256"]}`).
+35 English novels, 1838 to 1921, in the public domain: {data[train_bytes]:,} bytes,
+{run[train_tokens]:,} tokens (`novels-train.txt.xz`,
+sha256 `{data[train_sha256]}`).
+Held out: one more of them (`novels-valid.txt.xz`, sha256 `{data[valid_sha256]}`).
 It speaks as those books do, of women, servants and foreigners too.
 
 ## Recipe
 
-`tools/train_demo_model.py`, seed {log["seed"]}: {best["epoch"]:.1f} epochs ({best["step"]:,} steps
+`tools/train_demo_model.py`, seed {seed}: {best[epoch]:.1f} epochs ({best[step]:,} steps
 of {recipe.batch_tokens:,} tokens), windows cut at a new offset each epoch; Muon for the matrices
 inside the layers (weight decay {recipe.weight_decay}), AdamW for the rest (weight decay
 {recipe.embedding_decay} on the embedding); learning rate {recipe.lr}, warm-up over
 {recipe.warmup:.0%}, then linearly to zero; dropout {recipe.dropout}; bf16 matrix products, fp32
 weights; the checkpoint with the lowest validation loss is kept.
 
-{device}: {best["seconds"]:.0f} s of training for this recipe. Python {machine["python"]},
-torch {machine["torch"]}, transformers {machine["transformers"]},
-tokenizers {machine["tokenizers"]}.
+{device}: {best[seconds]:.0f} s of training for this recipe. Python {machine[python]},
+torch {machine[torch]}, transformers {machine[transformers]},
+tokenizers {machine[tokenizers]}.
 {comparison}
 | epoch | seconds | training loss | validation loss |
 |---|---|---|---|
 {rows}
 
-The training loss is measured with dropout. Everything above is in `{LOG_NAME}`.
+The training loss is measured with dropout. Everything above is in `{log_name}`.
 
 ## Samples
 
@@ -757,7 +771,72 @@ Not chosen: prompts and seeds were fixed before training, and these are their fi
 transformers, fp32, CPU; {options}. These options are the defaults in `generation_config.json`.
 
 {samples}"""
+
+
+def write_card(folder: Path, log: dict[str, Any]) -> None:
+    """Write README.md from the training log."""
+    recipe, machine = Recipe(**log["run"]["recipe"]), log["machine"]
+    effect = log["run"].get("fp16_effect")
+    driver = f", driver {machine['driver']}" if machine.get("driver") else ""
+    text = CARD.format(
+        log_name=LOG_NAME,
+        run=log["run"],
+        data=log["data"],
+        seed=log["seed"],
+        measured=log["validation"],
+        best=log["run"]["best"],
+        machine=machine,
+        device=machine["device"] + driver,
+        recipe=recipe,
+        head_size=recipe.hidden // recipe.heads,
+        tied="tied" if recipe.tied else "untied",
+        weight_bytes=(folder / "model.safetensors").stat().st_size,
+        fp16_effect=effect["fp16_weights_loss"] - effect["fp32_loss"] if effect else math.nan,
+        comparison=compare_candidates(log["candidates"]),
+        rows=tabulate_curve(log["run"]["curve"]),
+        options=", ".join(
+            f"{key} {value}" for key, value in SAMPLING.items() if key != "do_sample"
+        ),
+        samples=show_samples(log["samples"]),
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def tabulate_curve(curve: list[dict[str, Any]]) -> str:
+    """Return about ten rows of the learning curve."""
+    return "\n".join(
+        f"| {p['epoch']:.1f} | {p['seconds']:.0f} | {p['train_loss']:.3f} | {p['valid_loss']:.3f} |"
+        for p in curve[:: max(1, len(curve) // 10)]
+    )
+
+
+def compare_candidates(candidates: list[dict[str, Any]]) -> str:
+    """Say which recipes were trained, if there were several."""
+    if len(candidates) < 2:
+        return ""
+    others = "\n".join(
+        f"| {r['recipe']['name']} | {r['parameters']:,} | {r['best']['epoch']:.1f} "
+        f"| {r['validation']['loss']:.4f} | {r['validation']['bits_per_byte']:.4f} |"
+        for r in candidates
+    )
+    return f"""
+The recipe was chosen among these, trained at once on the same GPU for the same time, by
+bits per byte on the held-out novel (so that figure is slightly optimistic):
+
+| recipe | parameters | epochs | validation loss | bits per byte |
+|---|---|---|---|---|
+{others}
+"""
+
+
+def show_samples(samples: list[dict[str, Any]]) -> str:
+    """Quote what the model wrote."""
+    return "\n".join(
+        f"### Seed {s['seed']}\n\n> **{s['prompt']}**"
+        + s["text"].rstrip().replace("\n", "\n> ")
+        + "\n"
+        for s in samples
+    )
 
 
 def describe_data(data: Path) -> dict[str, Any]:
@@ -953,6 +1032,14 @@ def parse_arguments() -> argparse.Namespace:
         default=8.0,
         help="training ends this long after the start; measuring takes about a minute more",
     )
+    add_training_arguments(parser)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say what is trained, and how."""
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -983,9 +1070,6 @@ def parse_arguments() -> argparse.Namespace:
         default=0,
         help="train on the first novels only (to try the tool)",
     )
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
-    return parser.parse_args()
 
 
 def main() -> None:

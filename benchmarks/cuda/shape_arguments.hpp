@@ -41,7 +41,8 @@ class ShapeArguments {
     for (const std::string& name : rest_) {
       shapes.push_back(find_shape(name));
       if (shapes.back() == nullptr)
-        throw std::invalid_argument(name + ": expected a shape, from pythia-14m to pythia-12b or gpt-neox-20b");
+        throw std::invalid_argument(
+            name + ": expected a shape, from pythia-14m to pythia-12b or gpt-neox-20b");
     }
     if (shapes.empty()) shapes.push_back(find_shape("pythia-2.8b"));
     return shapes;

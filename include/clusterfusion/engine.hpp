@@ -171,6 +171,11 @@ class Generation {
   // Errors: those of the backend; interrupted (then the results end with `cancelled`). After one
   // the generation has ended.
   virtual std::optional<GenerateEvent> next() = 0;
+  // The events that are there now; does not wait, nor ask EngineOptions::interrupted. After
+  // cancel() nothing comes until the sequences are gone. Errors: those of the backend.
+  virtual std::vector<GenerateEvent> take() = 0;
+  // Whether all events have come out.
+  virtual bool has_ended() const noexcept = 0;
   // Ends all sequences with `cancelled` behind what next() has returned, within a moment: a step
   // that runs for nobody else is given up where it takes long. May be called from any thread and
   // from a signal handler.
@@ -276,8 +281,11 @@ class Engine {
   virtual const std::vector<std::string>& warnings() const noexcept = 0;
 
   // Checks everything, hands the requests to the scheduler and returns before the first token.
+  // `on_news` is called on the scheduler's thread when take() may have something new. It must
+  // return at once; one call may still run when the generation is gone.
   // Errors: invalid_argument, out_of_range, out_of_memory if a request may need more than kv_bytes.
-  virtual std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests) = 0;
+  virtual std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests,
+                                            std::function<void()> on_news = {}) = 0;
 
   virtual ServingStatistics serving_statistics() const = 0;
 

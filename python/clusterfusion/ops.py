@@ -32,13 +32,26 @@ from clusterfusion._layer_calls import (
     Tensor,
     make_call,
 )
+from clusterfusion._layer_docs import documented
 
 if HAS_TORCH:
     from clusterfusion import _torch_calls  # noqa: F401
 
 __all__ = ["attention_mlp_up", "decoder_layer", "mlp_down"]
 
+# What help() calls the sizes that the tensors have.
+_SYMBOLS = {
+    "hidden": "hidden",
+    "qkv": "3 hidden",
+    "intermediate": "intermediate",
+    "head_dim": "head_dim",
+    "rotary_dim": "rotary_dim",
+    "or_none": ", or None",
+    "attention": ":func:`attention_mlp_up`",
+}
 
+
+@documented(_SYMBOLS, out="The four results to write to, instead of new ones.")
 def attention_mlp_up(
     input: Tensor,
     weight_qkv: Tensor,
@@ -67,36 +80,6 @@ def attention_mlp_up(
 
     Writes the new token's key and value to row `current_seq_len` of the caches.
 
-    Args:
-        input: [1, hidden] or [1, 1, hidden]; the residual stream.
-        weight_qkv: [3 hidden, hidden]; rows are query, key and value of head 0, then of head 1, ...
-            as GPT-NeoX checkpoints have them.
-        bias_qkv: [3 hidden], or None.
-        weight_o: [hidden, hidden].
-        bias_o: [hidden], or None.
-        k_cache: [max_seq_len, hidden]; keys after the rotary embedding.
-        v_cache: [max_seq_len, hidden].
-        ln_weight: [hidden]; of the LayerNorm before attention.
-        ln_bias: [hidden].
-        cos: float32 [rotary_dim], or [head_dim] with 1 past rotary_dim; of the new position.
-        sin: float32, as `cos`, with 0 past rotary_dim.
-        post_ln_weight: [hidden]; of the LayerNorm before the MLP.
-        post_ln_bias: [hidden].
-        mlp_up_weight: [intermediate, hidden].
-        mlp_up_bias: [intermediate].
-        current_seq_len: Positions that the caches hold, 0 to max_seq_len - 1, which is also the new
-            token's position: an int, or an int32 tensor of one element on the same device. One on a
-            GPU is read when the kernel runs and cannot be checked: outside that range all results
-            are NaN, and the caches stay as they are.
-        num_heads: Divides hidden; head_dim is hidden / num_heads.
-        rotary_dim: How many values of a head are rotated. None: as many as `cos` has, if these are
-            fewer than head_dim.
-        layer_norm_eps: Of both LayerNorms.
-        activation: By the names of `hidden_act` in config.json: "gelu" is the exact one,
-            "gelu_pytorch_tanh" and "gelu_new" its tanh form; also "quick_gelu", "relu", "relu2",
-            "silu", "mish", "tanh", "sigmoid", "linear".
-        out: The four results to write to, instead of new ones.
-
     Returns:
         attn_output [1, hidden] (with bias, without residual), mlp_intermediate [intermediate]
         (after the activation), k_new and v_new [1, num_heads, head_dim] (what the caches got).
@@ -120,19 +103,12 @@ def attention_mlp_up(
             mlp_up_weight,
             mlp_up_bias,
         ),
-        (
-            current_seq_len,
-            num_heads,
-            rotary_dim,
-            layer_norm_eps,
-            activation,
-            0,
-            0,
-        ),
+        (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, 0, 0),
         out,
     )
 
 
+@documented(_SYMBOLS, out="The result to write to, instead of a new one.")
 def mlp_down(
     hidden_states: Tensor,
     attn_output: Tensor,
@@ -143,14 +119,6 @@ def mlp_down(
     out: Tensor | None = None,
 ) -> Tensor:
     """Computes the second half of the MLP and adds up the layer's output.
-
-    Args:
-        hidden_states: [1, hidden] or [1, 1, hidden]; the layer's input.
-        attn_output: [1, hidden]; of :func:`attention_mlp_up`.
-        mlp_intermediate: [intermediate]; of :func:`attention_mlp_up`.
-        mlp_down_weight: [hidden, intermediate].
-        mlp_down_bias: [hidden].
-        out: The result to write to, instead of a new one.
 
     Returns:
         hidden_states + attn_output + the MLP's output, in the shape of `hidden_states`.
@@ -164,15 +132,13 @@ def mlp_down(
             mlp_down_weight,
             mlp_down_bias,
         ),
-        (
-            0,
-            0,
-        ),
+        (0, 0),
         None if out is None else (out,),
     )
     return results[0]
 
 
+@documented(_SYMBOLS, out="The three results to write to, instead of new ones.")
 def decoder_layer(
     input: Tensor,
     weight_qkv: Tensor,
@@ -202,11 +168,6 @@ def decoder_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes a whole decoder layer for one new token.
 
-    Arguments are those of :func:`attention_mlp_up` and :func:`mlp_down`. `split` asks for
-    one kernel for each half of the layer instead of one for both, where the shape is one that can
-    be streamed; elsewhere both are the same. `out` holds the three results to write to, instead of
-    new ones.
-
     Returns:
         output (the layer's, in the shape of `input`), k_new and v_new [1, num_heads, head_dim]
         (what the caches got).
@@ -232,15 +193,6 @@ def decoder_layer(
             mlp_down_weight,
             mlp_down_bias,
         ),
-        (
-            current_seq_len,
-            num_heads,
-            rotary_dim,
-            layer_norm_eps,
-            activation,
-            split,
-            0,
-            0,
-        ),
+        (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, split, 0, 0),
         out,
     )

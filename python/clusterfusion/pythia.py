@@ -7,9 +7,8 @@ holds for all of them.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from clusterfusion._layer_calls import (
     check,
     make_call,
 )
+from clusterfusion._layer_docs import documented
 
 
 class LayerSizes(NamedTuple):
@@ -53,18 +53,8 @@ class LayerCalls(NamedTuple):
     destroy_graph_context: Callable[..., Any]
 
 
-class _GraphContext(NamedTuple):
-    k_cache: Tensor
-    v_cache: Tensor
-    weight_qkv: Tensor
-    weight_o: Tensor
-    mlp_up_weight: Tensor
-    mlp_down_weight: Tensor
-
-
 # LayerNorm's epsilon and the activation of every Pythia model.
-_EPS = 1e-5
-_ACTIVATION = "gelu"
+_EPS, _GELU = 1e-5, "gelu"
 
 
 def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
@@ -74,8 +64,58 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         prefix: What the functions' names begin with.
         sizes: Of the layers; tensors of other sizes raise.
     """
+    contexts: _Contexts = {}
+    calls = LayerCalls(
+        _attention_only(sizes),
+        _mlp_only(sizes),
+        _decoder_layer(sizes, split=False),
+        _decoder_layer(sizes, split=True),
+        _create_graph_context(prefix, sizes, contexts),
+        _graph_decode_step(prefix, sizes, contexts),
+        _destroy_graph_context(prefix, contexts),
+    )
+    _name_and_document(prefix, sizes, calls)
+    return calls
+
+
+def _name_and_document(prefix: str, sizes: LayerSizes, calls: LayerCalls) -> None:
+    """The calls are made once for each model: their names and texts say which."""
+    words = {
+        "prefix": prefix,
+        "hidden": sizes.hidden_size,
+        "qkv": 3 * sizes.hidden_size,
+        "intermediate": sizes.intermediate_size,
+        "num_heads": sizes.num_heads,
+        "head_dim": sizes.hidden_size // sizes.num_heads,
+        "rotary_dim": sizes.rotary_dim,
+        "or_none": "",
+        "attention": f"`{prefix}_attention_only`",
+    }
+    for name, function in calls._asdict().items():
+        words["how"] = ", one launch for each half of it" if name.endswith("split") else ""
+        function.__name__ = function.__qualname__ = f"{prefix}_{name}"
+        documented(words, **_OWN_ARGUMENTS.get(name, {}))(function)
+
+
+# What arguments are that mean something else in one of the calls than in the others.
+_OWN_ARGUMENTS = {
+    "create_graph_context": {
+        "ctx_id": "A number of your choice that no living context has.",
+        "max_seq_len": "Rows of the caches.",
+    },
+    "graph_decode_step": {
+        "ctx_id": "Of `{prefix}_create_graph_context`.",
+        "k_cache": "The context's.",
+        "v_cache": "The context's.",
+    },
+    "destroy_graph_context": {"ctx_id": "Of `{prefix}_create_graph_context`."},
+}
+
+# ---- the calls: each function makes one of them for one size of layers ----
+
+
+def _attention_only(sizes: LayerSizes) -> Callable[..., Any]:
     hidden, intermediate, num_heads, rotary_dim = sizes
-    contexts: dict[int, _GraphContext] = {}
 
     def attention_only(
         input: Tensor,
@@ -98,25 +138,6 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         """Computes attention and the first half of the MLP for one new token.
 
         Writes row current_seq_len of the caches. dtype: float16 or bfloat16, cos and sin float32.
-
-        Args:
-            input: [1, {hidden}] or [1, 1, {hidden}].
-            weight_qkv: [{qkv}, {hidden}]; rows are q, k, v of head 0, then of head 1, ...
-            bias_qkv: [{qkv}].
-            weight_o: [{hidden}, {hidden}].
-            bias_o: [{hidden}].
-            k_cache: [max_seq_len, {hidden}].
-            v_cache: [max_seq_len, {hidden}].
-            ln_weight: [{hidden}].
-            ln_bias: [{hidden}].
-            cos: [{head_dim}] or [1, {head_dim}] with 1 past {rotary_dim}, or [{rotary_dim}].
-            sin: As cos, with 0 past {rotary_dim}.
-            post_ln_weight: [{hidden}].
-            post_ln_bias: [{hidden}].
-            mlp_up_weight: [{intermediate}, {hidden}].
-            mlp_up_bias: [{intermediate}].
-            current_seq_len: Positions that the caches hold: an int, or an int32 tensor of one
-                element.
 
         Returns:
             attn_output [1, {hidden}] (with bias, without residual), mlp_intermediate
@@ -142,17 +163,15 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
                 mlp_up_weight,
                 mlp_up_bias,
             ),
-            (
-                current_seq_len,
-                num_heads,
-                rotary_dim,
-                _EPS,
-                _ACTIVATION,
-                hidden,
-                intermediate,
-            ),
+            (current_seq_len, num_heads, rotary_dim, _EPS, _GELU, hidden, intermediate),
             None,
         )
+
+    return attention_only
+
+
+def _mlp_only(sizes: LayerSizes) -> Callable[..., Any]:
+    hidden, intermediate, _, _ = sizes
 
     def mlp_only(
         hidden_states: Tensor,
@@ -162,13 +181,6 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         mlp_down_bias: Tensor,
     ) -> Tensor:
         """Computes the second half of the MLP and adds up the layer's output.
-
-        Args:
-            hidden_states: [1, {hidden}] or [1, 1, {hidden}]; the layer's input.
-            attn_output: [1, {hidden}].
-            mlp_intermediate: [{intermediate}].
-            mlp_down_weight: [{hidden}, {intermediate}].
-            mlp_down_bias: [{hidden}].
 
         Returns:
             hidden_states + attn_output + the MLP's output, in the shape of hidden_states.
@@ -182,79 +194,97 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
                 mlp_down_weight,
                 mlp_down_bias,
             ),
-            (
-                hidden,
-                intermediate,
-            ),
+            (hidden, intermediate),
             None,
         )
         return results[0]
 
-    def make_decoder_layer(split: bool) -> Callable[..., Any]:
-        def decoder_layer(
-            input: Tensor,
-            weight_qkv: Tensor,
-            bias_qkv: Tensor,
-            weight_o: Tensor,
-            bias_o: Tensor,
-            k_cache: Tensor,
-            v_cache: Tensor,
-            ln_weight: Tensor,
-            ln_bias: Tensor,
-            cos: Tensor,
-            sin: Tensor,
-            post_ln_weight: Tensor,
-            post_ln_bias: Tensor,
-            mlp_up_weight: Tensor,
-            mlp_up_bias: Tensor,
-            mlp_down_weight: Tensor,
-            mlp_down_bias: Tensor,
-            current_seq_len: int | Tensor,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            """Computes a whole decoder layer for one new token{how}.
+    return mlp_only
 
-            Arguments are those of `{prefix}_attention_only` and `{prefix}_mlp_only`.
 
-            Returns:
-                output (the layer's, in the shape of input), k_new (after RoPE) and v_new
-                [1, {num_heads}, {head_dim}].
-            """
-            return make_call(
-                DECODER_LAYER,
-                (
-                    input,
-                    weight_qkv,
-                    bias_qkv,
-                    weight_o,
-                    bias_o,
-                    k_cache,
-                    v_cache,
-                    ln_weight,
-                    ln_bias,
-                    cos,
-                    sin,
-                    post_ln_weight,
-                    post_ln_bias,
-                    mlp_up_weight,
-                    mlp_up_bias,
-                    mlp_down_weight,
-                    mlp_down_bias,
-                ),
-                (
-                    current_seq_len,
-                    num_heads,
-                    rotary_dim,
-                    _EPS,
-                    _ACTIVATION,
-                    split,
-                    hidden,
-                    intermediate,
-                ),
-                None,
-            )
+def _decoder_layer(sizes: LayerSizes, split: bool) -> Callable[..., Any]:
+    hidden, intermediate, num_heads, rotary_dim = sizes
 
-        return decoder_layer
+    def decoder_layer(
+        input: Tensor,
+        weight_qkv: Tensor,
+        bias_qkv: Tensor,
+        weight_o: Tensor,
+        bias_o: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        ln_weight: Tensor,
+        ln_bias: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        post_ln_weight: Tensor,
+        post_ln_bias: Tensor,
+        mlp_up_weight: Tensor,
+        mlp_up_bias: Tensor,
+        mlp_down_weight: Tensor,
+        mlp_down_bias: Tensor,
+        current_seq_len: int | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes a whole decoder layer for one new token{how}.
 
+        Returns:
+            output (the layer's, in the shape of input), k_new (after RoPE) and v_new
+            [1, {num_heads}, {head_dim}].
+        """
+        return make_call(
+            DECODER_LAYER,
+            (
+                input,
+                weight_qkv,
+                bias_qkv,
+                weight_o,
+                bias_o,
+                k_cache,
+                v_cache,
+                ln_weight,
+                ln_bias,
+                cos,
+                sin,
+                post_ln_weight,
+                post_ln_bias,
+                mlp_up_weight,
+                mlp_up_bias,
+                mlp_down_weight,
+                mlp_down_bias,
+            ),
+            (current_seq_len, num_heads, rotary_dim, _EPS, _GELU, split, hidden, intermediate),
+            None,
+        )
+
+    return decoder_layer
+
+
+# ---- graph contexts: large tensors that are checked once and kept ----
+
+
+class _GraphContext(NamedTuple):
+    k_cache: Tensor
+    v_cache: Tensor
+    weight_qkv: Tensor
+    weight_o: Tensor
+    mlp_up_weight: Tensor
+    mlp_down_weight: Tensor
+
+
+# The living contexts of one model, by their numbers. torch.compile sees through a plain dict.
+_Contexts: TypeAlias = dict[int, _GraphContext]
+
+
+def _unknown_context(prefix: str, contexts: _Contexts, ctx_id: object) -> KeyError:
+    living = ", ".join(map(str, sorted(contexts))) or "there is none"
+    return KeyError(
+        f"ctx_id: expected a context of {prefix}_create_graph_context ({living}), found {ctx_id!r}"
+    )
+
+
+def _create_graph_context(
+    prefix: str, sizes: LayerSizes, contexts: _Contexts
+) -> Callable[..., Any]:
     def create_graph_context(
         ctx_id: int,
         k_cache: Tensor,
@@ -269,16 +299,6 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
 
         The tensors are referred to, not copied. Contexts of this model are shared by all threads.
 
-        Args:
-            ctx_id: A number of your choice that no living context has.
-            k_cache: [max_seq_len, {hidden}].
-            v_cache: [max_seq_len, {hidden}].
-            weight_qkv: [{qkv}, {hidden}].
-            weight_o: [{hidden}, {hidden}].
-            mlp_up_weight: [{intermediate}, {hidden}].
-            mlp_down_weight: [{hidden}, {intermediate}].
-            max_seq_len: Rows of the caches.
-
         Raises:
             ValueError: There is a context of this number, or a tensor does not fit.
             TypeError: A tensor's dtype does not fit, or something is no tensor.
@@ -287,7 +307,7 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         context = _GraphContext(
             k_cache, v_cache, weight_qkv, weight_o, mlp_up_weight, mlp_down_weight
         )
-        check(GRAPH_CONTEXT, context, (hidden, intermediate))
+        check(GRAPH_CONTEXT, context, (sizes.hidden_size, sizes.intermediate_size))
         if integer("max_seq_len", max_seq_len) != k_cache.shape[0]:
             raise ValueError(
                 f"max_seq_len: expected {k_cache.shape[0]}, the rows of k_cache, found "
@@ -299,12 +319,11 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
                 f"destroy it first ({prefix}_destroy_graph_context)"
             )
 
-    def unknown_context(ctx_id: object) -> KeyError:
-        living = ", ".join(map(str, sorted(contexts))) or "there is none"
-        return KeyError(
-            f"ctx_id: expected a context of {prefix}_create_graph_context ({living}), found "
-            f"{ctx_id!r}"
-        )
+    return create_graph_context
+
+
+def _graph_decode_step(prefix: str, sizes: LayerSizes, contexts: _Contexts) -> Callable[..., Any]:
+    hidden, intermediate, num_heads, rotary_dim = sizes
 
     def graph_decode_step(
         ctx_id: int,
@@ -325,24 +344,6 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Computes a whole decoder layer with the large tensors of a context.
 
-        Args:
-            ctx_id: Of `{prefix}_create_graph_context`.
-            input: [1, {hidden}] or [1, 1, {hidden}].
-            ln_weight: [{hidden}].
-            ln_bias: [{hidden}].
-            bias_qkv: [{qkv}].
-            bias_o: [{hidden}].
-            cos: [{head_dim}] or [1, {head_dim}] with 1 past {rotary_dim}, or [{rotary_dim}].
-            sin: As cos, with 0 past {rotary_dim}.
-            k_cache: The context's.
-            v_cache: The context's.
-            post_ln_weight: [{hidden}].
-            post_ln_bias: [{hidden}].
-            mlp_up_bias: [{intermediate}].
-            mlp_down_bias: [{hidden}].
-            current_seq_len: Positions that the caches hold: an int, or an int32 tensor of one
-                element.
-
         Returns:
             output (the layer's, in the shape of input), k_new (after RoPE) and v_new
             [1, {num_heads}, {head_dim}].
@@ -352,11 +353,9 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
         """
         context = contexts.get(ctx_id)
         if context is None:
-            raise unknown_context(ctx_id)
-        if k_cache is not context.k_cache:
-            _require_same("k_cache", k_cache, context.k_cache, ctx_id)
-        if v_cache is not context.v_cache:
-            _require_same("v_cache", v_cache, context.v_cache, ctx_id)
+            raise _unknown_context(prefix, contexts, ctx_id)
+        if k_cache is not context.k_cache or v_cache is not context.v_cache:
+            _require_caches(ctx_id, context, k_cache, v_cache)
         return make_call(
             DECODER_LAYER,
             (
@@ -378,19 +377,14 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
                 context.mlp_down_weight,
                 mlp_down_bias,
             ),
-            (
-                current_seq_len,
-                num_heads,
-                rotary_dim,
-                _EPS,
-                _ACTIVATION,
-                False,
-                hidden,
-                intermediate,
-            ),
+            (current_seq_len, num_heads, rotary_dim, _EPS, _GELU, False, hidden, intermediate),
             None,
         )
 
+    return graph_decode_step
+
+
+def _destroy_graph_context(prefix: str, contexts: _Contexts) -> Callable[..., Any]:
     def destroy_graph_context(ctx_id: int) -> None:
         """Forgets a context of `{prefix}_create_graph_context`.
 
@@ -398,27 +392,21 @@ def layer_calls(prefix: str, sizes: LayerSizes) -> LayerCalls:
             KeyError: There is no context of this number.
         """
         if contexts.pop(ctx_id, None) is None:
-            raise unknown_context(ctx_id)
+            raise _unknown_context(prefix, contexts, ctx_id)
 
-    calls = LayerCalls(
-        attention_only,
-        mlp_only,
-        make_decoder_layer(split=False),
-        make_decoder_layer(split=True),
-        create_graph_context,
-        graph_decode_step,
-        destroy_graph_context,
-    )
-    _name_and_document(prefix, sizes, calls)
-    return calls
+    return destroy_graph_context
 
 
-def _require_same(name: str, tensor: Tensor, expected: Tensor, ctx_id: int) -> None:
-    """A view of the same memory will do."""
-    if _place(tensor) != _place(expected):
-        raise ValueError(
-            f"{name}: expected the tensor that context {ctx_id} was created with, found another"
-        )
+def _require_caches(ctx_id: int, context: _GraphContext, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Raises unless the caches are the context's; views of the same memory will do."""
+    for name, tensor, expected in (
+        ("k_cache", k_cache, context.k_cache),
+        ("v_cache", v_cache, context.v_cache),
+    ):
+        if _place(tensor) != _place(expected):
+            raise ValueError(
+                f"{name}: expected the tensor that context {ctx_id} was created with, found another"
+            )
 
 
 def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]] | None:
@@ -427,22 +415,7 @@ def _place(tensor: Tensor) -> tuple[int, tuple[int, ...]] | None:
     return (tensor.data_ptr(), tuple(tensor.shape)) if hasattr(tensor, "data_ptr") else None
 
 
-def _name_and_document(prefix: str, sizes: LayerSizes, calls: LayerCalls) -> None:
-    """The calls are made once for each model: their names and texts say which."""
-    words = {
-        "prefix": prefix,
-        "hidden": sizes.hidden_size,
-        "qkv": 3 * sizes.hidden_size,
-        "intermediate": sizes.intermediate_size,
-        "num_heads": sizes.num_heads,
-        "head_dim": sizes.hidden_size // sizes.num_heads,
-        "rotary_dim": sizes.rotary_dim,
-    }
-    for name, function in calls._asdict().items():
-        how = ", one launch for each half of it" if name.endswith("split") else ""
-        function.__name__ = function.__qualname__ = f"{prefix}_{name}"
-        function.__doc__ = (inspect.getdoc(function) or "").format(**words, how=how)
-
+# ---- the models ----
 
 _2B8 = layer_calls("pythia_2b8", LayerSizes(2560, 10240, 32, 20))
 pythia_2b8_attention_only = _2B8.attention_only

@@ -73,24 +73,23 @@ def from_transformers(
             that are not in memory.
     """
     require_model(model)
-    if device is None:
-        device = "cuda" if {p.device.type for p in model.parameters()} == {"cuda"} else "cpu"
-    report = _reporter(progress)
     arguments = _open_arguments(
-        device,
-        threads,
-        context,
-        kv_dtype,
-        mode,
-        max_sequences,
-        kv_bytes,
-        prefix_cache,
-        draft,
-        draft_tokens,
+        _device_of(model) if device is None else device,
+        *(threads, context, kv_dtype, mode, max_sequences, kv_bytes, prefix_cache),
+        *(draft, draft_tokens),
     )
-    opened = open_tokenizer(tokenizer)
+    return _open_engine(model, arguments, _reporter(progress), open_tokenizer(tokenizer))
+
+
+def _device_of(model: Model) -> str:
+    return "cuda" if {p.device.type for p in model.parameters()} == {"cuda"} else "cpu"
+
+
+def _open_engine(
+    model: Model, arguments: tuple[Any, ...], report: Any, tokenizer: Tokenizer | None
+) -> Engine:
     names, tensors = _weights(model)
-    handle = None if opened is None else opened._handle
+    handle = None if tokenizer is None else tokenizer._handle
     engine = Engine.__new__(Engine)
     engine._open_handle = None
     engine._open(
@@ -98,7 +97,7 @@ def from_transformers(
             _texts(model), names, tensors, handle, *arguments, report
         ),
         report,
-        stacklevel=3,
+        stacklevel=4,  # where from_transformers() was called
     )
     return engine
 

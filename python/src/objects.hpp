@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "clusterfusion/engine.hpp"
+#include "clusterfusion/generation_feed.hpp"
 #include "clusterfusion/tokenizer.hpp"
 
 // The core is compiled with another version of dlpack.h than this extension. What both use,
@@ -66,6 +67,22 @@ class GenerationRef : public ffi::ObjectRef {
  public:
   explicit GenerationRef(ffi::ObjectPtr<GenerationObj> data) : ObjectRef(std::move(data)) {}
   TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(GenerationRef, ffi::ObjectRef, GenerationObj);
+};
+
+class FeedObj : public ffi::Object {
+ public:
+  FeedObj(EngineRef engine, std::function<void()> wake)
+      : engine(std::move(engine)), feed(*this->engine->engine, std::move(wake)) {}
+  const EngineRef engine;  // declared first: it must outlive the feed
+  mutable GenerationFeed feed;
+
+  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("clusterfusion.FeedHandle", FeedObj, ffi::Object);
+};
+
+class FeedRef : public ffi::ObjectRef {
+ public:
+  explicit FeedRef(ffi::ObjectPtr<FeedObj> data) : ObjectRef(std::move(data)) {}
+  TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(FeedRef, ffi::ObjectRef, FeedObj);
 };
 
 }  // namespace clusterfusion::python

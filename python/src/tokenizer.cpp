@@ -65,6 +65,12 @@ ffi::String tokenizer_id_to_token(TokenizerRef tokenizer, std::int64_t token) {
   return ffi::String(std::string(tokenizer->tokenizer->id_to_token(static_cast<TokenId>(token))));
 }
 
+// The bytes that decode() gives for a token.
+ffi::Bytes tokenizer_token_bytes(TokenizerRef tokenizer, std::int64_t token) {
+  const std::string_view bytes = tokenizer->tokenizer->bytes_of(static_cast<TokenId>(token));
+  return ffi::Bytes(bytes.data(), bytes.size());
+}
+
 CLUSTERFUSION_EXPORT(tokenizer_open)
 CLUSTERFUSION_EXPORT(tokenizer_warnings)
 CLUSTERFUSION_EXPORT(tokenizer_encode)
@@ -73,6 +79,7 @@ CLUSTERFUSION_EXPORT(tokenizer_decode)
 CLUSTERFUSION_EXPORT(tokenizer_vocab_size)
 CLUSTERFUSION_EXPORT(tokenizer_token_to_id)
 CLUSTERFUSION_EXPORT(tokenizer_id_to_token)
+CLUSTERFUSION_EXPORT(tokenizer_token_bytes)
 
 }  // namespace
 }  // namespace clusterfusion::python

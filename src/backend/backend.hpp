@@ -32,11 +32,12 @@
 #include "clusterfusion/model.hpp"
 #include "clusterfusion/sampling.hpp"
 #include "clusterfusion/timeline.hpp"
+#include "plan/kv_page.hpp"
 
 namespace clusterfusion {
 
 // Positions in one KV page, for every backend.
-inline constexpr std::int64_t kKvPagePositions = 64;
+inline constexpr std::int64_t kKvPagePositions = plan::kKvPagePositions;
 
 // A page of the KV cache; opaque.
 enum class KvPageId : std::uintptr_t {};

@@ -6,11 +6,11 @@
 
 #include <array>
 #include <cerrno>
-#include <cstdlib>
 #include <system_error>
 #include <vector>
 
 #include "base/fail.hpp"
+#include "cli/python.hpp"
 
 namespace clusterfusion::cli {
 namespace {
@@ -85,26 +85,13 @@ std::filesystem::path download(const std::string& python, const ModelName& model
   return ended.output;
 }
 
-// The Python that downloads: the one that the environment names or, for the program of a wheel, the
-// one that the wheel was installed for, which lies beside it. Empty if there is none.
-std::string downloading_python() {
-  if (const char* named = std::getenv(kHubPython)) return named;
-#ifdef CLUSTERFUSION_WHEEL
-  std::error_code error;
-  const auto program = std::filesystem::read_symlink("/proc/self/exe", error);
-  const auto beside = program.parent_path() / "python3";
-  if (!error && std::filesystem::exists(beside, error)) return beside;
-#endif
-  return {};
-}
-
 }  // namespace
 
 std::filesystem::path find_or_download(const ModelName& model, CheckpointFiles files, bool quiet) {
   try {
     return find_checkpoint(model.name, model.revision, files);
   } catch (const Error& missing) {
-    const std::string python = downloading_python();
+    const std::string python = find_python();
     if (missing.kind() != ErrorKind::not_found || python.empty()) throw;
     return download(python, model, files, quiet);
   }

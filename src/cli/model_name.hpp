@@ -13,11 +13,7 @@ struct ModelName {
   std::string revision;
 };
 
-// Names the Python whose package `clusterfusion` downloads what find_checkpoint() does not find:
-// set by whoever starts the program as a part of a Python installation.
-inline constexpr const char* kHubPython = "CLUSTERFUSION_HUB_PYTHON";
-
-// find_checkpoint(); if the cache lacks something and kHubPython is set, after it has been
+// find_checkpoint(); if the cache lacks something and there is a find_python(), after it has been
 // downloaded by that Python's clusterfusion.hub, whose progress bar goes to standard error unless
 // `quiet`. Errors: those of find_checkpoint(), or what kept it from being downloaded.
 std::filesystem::path find_or_download(const ModelName& model, CheckpointFiles files, bool quiet);

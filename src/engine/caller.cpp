@@ -11,7 +11,7 @@ void Caller::post(std::vector<SequenceNews> news, std::int64_t ended) {
     std::move(news.begin(), news.end(), std::back_inserter(inbox_));
     num_live_ -= ended;
   }
-  changed_.notify_all();
+  tell();
 }
 
 void Caller::fail(const std::exception_ptr& error) {
@@ -29,7 +29,12 @@ void Caller::fail(const std::exception_ptr& error) {
     num_live_ = 0;
     failure_ = std::move(failure);
   }
+  tell();
+}
+
+void Caller::tell() {
   changed_.notify_all();
+  if (on_change_) on_change_();
 }
 
 void Caller::expect(std::int64_t sequences) {
@@ -40,6 +45,20 @@ void Caller::expect(std::int64_t sequences) {
 std::deque<SequenceNews> Caller::wait_for_news(std::chrono::milliseconds patience) {
   std::unique_lock lock(mutex_);
   changed_.wait_for(lock, patience, [this] { return !inbox_.empty() || failure_; });
+  return take_locked();
+}
+
+std::deque<SequenceNews> Caller::take_news() {
+  const std::lock_guard lock(mutex_);
+  return take_locked();
+}
+
+bool Caller::has_ended() {
+  const std::lock_guard lock(mutex_);
+  return num_live_ == 0;
+}
+
+std::deque<SequenceNews> Caller::take_locked() {
   if (inbox_.empty() && failure_) {
     const Failure failure = *std::exchange(failure_, std::nullopt);
     if (failure.other) std::rethrow_exception(failure.other);

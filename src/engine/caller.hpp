@@ -6,9 +6,11 @@
 #include <cstdint>
 #include <deque>
 #include <exception>
+#include <functional>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/condition_variable.hpp"
@@ -38,12 +40,19 @@ class Caller {
   bool is_cancelled() const noexcept { return cancelled_.load(std::memory_order_relaxed); }
 
   // The caller's side.
+  Caller() = default;
+  // `on_change` is called behind each post() and fail(), on the scheduler's thread.
+  explicit Caller(std::function<void()> on_change) : on_change_(std::move(on_change)) {}
   void expect(std::int64_t sequences);  // before they are submitted
   // Its sequences are to be dropped. Also from a signal handler.
   void cancel() noexcept { cancelled_.store(true, std::memory_order_relaxed); }
   // Waits for news or the end, but no longer than `patience`; nothing new gives an empty deque.
   // Errors: that of the sequences, once.
   std::deque<SequenceNews> wait_for_news(std::chrono::milliseconds patience);
+  // The same without waiting.
+  std::deque<SequenceNews> take_news();
+  // Whether all sequences are gone.
+  bool has_ended();
   // Waits until all sequences are gone, and forgets the rest of the news.
   void wait_for_end();
 
@@ -56,6 +65,10 @@ class Caller {
   std::int64_t num_ended = 0;  // to be posted
 
  private:
+  void tell();
+  std::deque<SequenceNews> take_locked();
+
+  const std::function<void()> on_change_;
   std::atomic<bool> cancelled_ = false;
   static_assert(std::atomic<bool>::is_always_lock_free, "cancel() is for signal handlers");
   std::mutex mutex_;

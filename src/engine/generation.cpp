@@ -16,9 +16,10 @@ constexpr std::chrono::milliseconds kPatience{20};
 BatchGeneration::BatchGeneration(std::shared_ptr<SharedBackend> backend,
                                  std::shared_ptr<Scheduler> scheduler,
                                  const std::shared_ptr<const Tokenizer>& tokenizer,
-                                 std::vector<Request> requests)
+                                 std::vector<Request> requests, std::function<void()> on_news)
     : backend_(std::move(backend)),
       scheduler_(std::move(scheduler)),
+      caller_(std::make_shared<Caller>(std::move(on_news))),
       results_(requests.size()),
       num_running_(requests.size()) {
   const std::shared_ptr<const Interventions> interventions = backend_->interventions().now();
@@ -80,6 +81,22 @@ std::optional<GenerateEvent> BatchGeneration::next() {
     news_.pop_front();
     read(std::move(news));
   }
+}
+
+std::vector<GenerateEvent> BatchGeneration::take() {
+  if (all_ended() || !caller_->is_cancelled()) {
+    try {
+      std::ranges::move(caller_->take_news(), std::back_inserter(news_));
+    } catch (...) {
+      num_running_ = 0;
+      throw;
+    }
+    for (; !news_.empty(); news_.pop_front()) read(std::move(news_.front()));
+  } else if (caller_->has_ended()) {
+    end_all(FinishReason::cancelled);
+  }
+  std::deque<GenerateEvent> events = std::exchange(events_, {});
+  return {std::move_iterator(events.begin()), std::move_iterator(events.end())};
 }
 
 void BatchGeneration::check_interrupted() {

@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -37,11 +38,14 @@ class BatchGeneration final : public Generation {
     std::size_t prompt_number = 0;
   };
   BatchGeneration(std::shared_ptr<SharedBackend> backend, std::shared_ptr<Scheduler> scheduler,
-                  const std::shared_ptr<const Tokenizer>& tokenizer, std::vector<Request> requests);
+                  const std::shared_ptr<const Tokenizer>& tokenizer, std::vector<Request> requests,
+                  std::function<void()> on_news);
   ~BatchGeneration() override;
 
   std::optional<GenerateEvent> next() override;
-  void cancel() noexcept override { caller_->cancel(); }
+  std::vector<GenerateEvent> take() override;
+  bool has_ended() const noexcept override { return all_ended() && events_.empty(); }
+  void cancel() noexcept override { scheduler_->ask_to_withdraw(*caller_); }
   const std::vector<GenerateResult>& results() const noexcept override { return results_; }
 
  private:
@@ -62,7 +66,7 @@ class BatchGeneration final : public Generation {
 
   std::shared_ptr<SharedBackend> backend_;
   std::shared_ptr<Scheduler> scheduler_;
-  std::shared_ptr<Caller> caller_ = std::make_shared<Caller>();
+  std::shared_ptr<Caller> caller_;
   std::vector<GenerateResult> results_;
   std::vector<Reader> readers_;  // one for each result
   std::size_t num_running_ = 0;  // results without a last event

@@ -98,7 +98,8 @@ class BackendEngine final : public Engine {
             .draft = draft_name_};
   }
 
-  std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests) override {
+  std::unique_ptr<Generation> start(std::vector<GenerateRequest> requests,
+                                    std::function<void()> on_news) override {
     const BackendInfo& info = backend_->info();
     const RequestLimits limits{*model_, tokenizer_.get(), info.max_positions, info.kv_pages};
     std::vector<BatchGeneration::Request> samples;
@@ -110,7 +111,8 @@ class BackendEngine final : public Engine {
         samples.push_back(sample_of(prepared, i, sample));
       }
     }
-    return std::make_unique<BatchGeneration>(backend_, scheduler_, tokenizer_, std::move(samples));
+    return std::make_unique<BatchGeneration>(backend_, scheduler_, tokenizer_, std::move(samples),
+                                             std::move(on_news));
   }
   ServingStatistics serving_statistics() const override { return scheduler_->statistics(); }
   std::int64_t save_prompt_cache(std::span<const TokenId> prompt,

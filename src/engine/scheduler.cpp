@@ -48,9 +48,13 @@ void Scheduler::submit(Sequences sequences) {
   work_came_.notify_all();
 }
 
-void Scheduler::withdraw(Caller& caller) {
+void Scheduler::ask_to_withdraw(Caller& caller) noexcept {
   caller.cancel();
   withdrawals_.store(true);
+}
+
+void Scheduler::withdraw(Caller& caller) {
+  ask_to_withdraw(caller);
   caller.wait_for_end();
 }
 

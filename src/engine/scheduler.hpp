@@ -70,6 +70,8 @@ class Scheduler {
   void submit(Sequences sequences);
   // Cancels the caller's sequences and returns when they are gone. From any thread but its own.
   void withdraw(Caller& caller);
+  // Cancels them and does not wait. Also from a signal handler.
+  void ask_to_withdraw(Caller& caller) noexcept;
   ServingStatistics statistics() const;
 
   // scheduler_saved_pages.cpp: pages of the prefix cache that are saved to files and come from

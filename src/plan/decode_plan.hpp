@@ -20,11 +20,12 @@
 #include <vector>
 
 #include "clusterfusion/model.hpp"
+#include "plan/kv_page.hpp"
 
 namespace clusterfusion::plan {
 
 inline constexpr std::int32_t kConsumerWarps = 8;
-inline constexpr std::int32_t kKvPagePositions = 64;
+inline constexpr std::int32_t kConsumerThreads = kConsumerWarps * 32;
 // Stages of a ring, at most.
 inline constexpr std::int32_t kMaxStages = 16;
 // Shared memory for barriers, labels and small reductions.

@@ -14,6 +14,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,56 @@ def rotary_dim_of(head_dim: int, rotary_pct: float) -> int:
     return int(head_dim * rotary_pct)
 
 
+class TensorList:
+    """The tensors of a checkpoint, in the order they are added in.
+
+    tags: dtypes of the matrices and of the vectors.
+    """
+
+    def __init__(self, tags: tuple[str, str], seed: int, head_name: str) -> None:
+        self.tags, self.seed, self.head_name = tags, seed, head_name
+        self.tensors: list[Tensor] = []
+
+    def add(self, name: str, shape: tuple[int, ...], mean: float, std: float) -> None:
+        count = int(np.prod(shape, dtype=np.int64))
+        tag = self.tags[0] if len(shape) == 2 else self.tags[1]
+        # The values do not depend on how the name is spelled, nor on the dtype (but for rounding).
+        is_head = name == f"{self.head_name}.weight"
+        key = "head" if is_head else name.removeprefix("gpt_neox.")
+        blocks = partial(random_blocks, self.seed, key, count, mean, std)
+        self.tensors.append(
+            Tensor(name, tag, shape, lambda: (encode(block, tag) for block in blocks()))
+        )
+
+    def add_array(self, name: str, tag: str, values: np.ndarray) -> None:
+        self.tensors.append(Tensor(name, tag, values.shape, lambda: iter([values])))
+
+    def add_norm(self, name: str, size: int) -> None:
+        self.add(f"{name}.weight", (size,), 1.0, 0.2)
+        self.add(f"{name}.bias", (size,), 0.0, 0.1)
+
+    def add_linear(
+        self, name: str, rows: int, columns: int, gain: float, bias: bool = True
+    ) -> None:
+        self.add(f"{name}.weight", (rows, columns), 0.0, gain / np.sqrt(columns))
+        if bias:
+            self.add(f"{name}.bias", (rows,), 0.0, 0.2)
+
+    def add_buffers(self, layer: str, config: dict, mask_tag: str) -> None:
+        """What old checkpoints hold and nobody reads."""
+        positions = config["max_position_embeddings"]
+        rope = config.get("rope_parameters", {})
+        rotary_pct = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
+        theta = rope.get("rope_theta", config.get("rotary_emb_base", 10000))
+        mask = np.tril(np.ones((positions, positions), np.uint8))[None, None]
+        self.add_array(f"{layer}.attention.bias", mask_tag, mask)
+        lowest = encode(np.array(-65504.0, np.float32), self.tags[0])
+        self.add_array(f"{layer}.attention.masked_bias", self.tags[0], lowest)
+        dim = rotary_dim_of(config["hidden_size"] // config["num_attention_heads"], rotary_pct)
+        inv_freq = (1.0 / theta ** (np.arange(0, dim, 2) / max(dim, 1))).astype(np.float32)
+        self.add_array(f"{layer}.attention.rotary_emb.inv_freq", "F32", inv_freq)
+
+
 def list_tensors(
     config: dict,
     tags: tuple[str, str],
@@ -112,66 +163,33 @@ def list_tensors(
 
     tags: dtypes of the matrices and of the vectors.
     """
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    vocab, positions = config["vocab_size"], config["max_position_embeddings"]
-    rope = config.get("rope_parameters", {})
-    rotary_pct = rope.get("partial_rotary_factor", config.get("rotary_pct", 0.25))
-    theta = rope.get("rope_theta", config.get("rotary_emb_base", 10000))
+    hidden, inner, vocab = (
+        config[name] for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
     start = "gpt_neox." if prefix else ""
-    tensors: list[Tensor] = []
-
-    def add(name: str, shape: tuple[int, ...], mean: float, std: float) -> None:
-        count = int(np.prod(shape, dtype=np.int64))
-        tag = tags[0] if len(shape) == 2 else tags[1]
-        # The values do not depend on how the name is spelled, nor on the dtype (but for rounding).
-        key = "head" if name == f"{head_name}.weight" else name.removeprefix("gpt_neox.")
-        tensors.append(
-            Tensor(
-                name,
-                tag,
-                shape,
-                lambda: (encode(b, tag) for b in random_blocks(seed, key, count, mean, std)),
-            )
-        )
-
-    def add_array(name: str, array_tag: str, values: np.ndarray) -> None:
-        tensors.append(Tensor(name, array_tag, values.shape, lambda: iter([values])))
-
-    def add_norm(name: str) -> None:
-        add(f"{name}.weight", (hidden,), 1.0, 0.2)
-        add(f"{name}.bias", (hidden,), 0.0, 0.1)
-
-    def add_linear(name: str, rows: int, columns: int, gain: float, bias: bool = True) -> None:
-        add(f"{name}.weight", (rows, columns), 0.0, gain / np.sqrt(columns))
-        if bias:
-            add(f"{name}.bias", (rows,), 0.0, 0.2)
-
+    found = TensorList(tags, seed, head_name)
     # Gains keep the residual stream near unit size, attention neither flat nor one-hot, and the
     # logits a few units wide.
     logit_std = 2.5 / np.sqrt(hidden)
     tied = config["tie_word_embeddings"]
-    add(f"{start}embed_in.weight", (vocab, hidden), 0.0, logit_std if tied else 0.5)
+    found.add(f"{start}embed_in.weight", (vocab, hidden), 0.0, logit_std if tied else 0.5)
     for index in range(config["num_hidden_layers"]):
         layer = f"{start}layers.{index}"
-        add_norm(f"{layer}.input_layernorm")
-        add_norm(f"{layer}.post_attention_layernorm")
+        found.add_norm(f"{layer}.input_layernorm", hidden)
+        found.add_norm(f"{layer}.post_attention_layernorm", hidden)
         if with_buffers:
-            mask = np.tril(np.ones((positions, positions), np.uint8))[None, None]
-            add_array(f"{layer}.attention.bias", "BOOL" if index % 2 == 0 else "U8", mask)
-            lowest = encode(np.array(-65504.0, np.float32), tags[0])
-            add_array(f"{layer}.attention.masked_bias", tags[0], lowest)
-            dim = rotary_dim_of(hidden // config["num_attention_heads"], rotary_pct)
-            inv_freq = (1.0 / theta ** (np.arange(0, dim, 2) / max(dim, 1))).astype(np.float32)
-            add_array(f"{layer}.attention.rotary_emb.inv_freq", "F32", inv_freq)
+            found.add_buffers(layer, config, "BOOL" if index % 2 == 0 else "U8")
         attention_bias = config["attention_bias"]
-        add_linear(f"{layer}.attention.query_key_value", 3 * hidden, hidden, 1.2, attention_bias)
-        add_linear(f"{layer}.attention.dense", hidden, hidden, 1.0, attention_bias)
-        add_linear(f"{layer}.mlp.dense_h_to_4h", inner, hidden, 1.0)
-        add_linear(f"{layer}.mlp.dense_4h_to_h", hidden, inner, 0.7)
-    add_norm(f"{start}final_layer_norm")
+        found.add_linear(
+            f"{layer}.attention.query_key_value", 3 * hidden, hidden, 1.2, attention_bias
+        )
+        found.add_linear(f"{layer}.attention.dense", hidden, hidden, 1.0, attention_bias)
+        found.add_linear(f"{layer}.mlp.dense_h_to_4h", inner, hidden, 1.0)
+        found.add_linear(f"{layer}.mlp.dense_4h_to_h", hidden, inner, 0.7)
+    found.add_norm(f"{start}final_layer_norm", hidden)
     if not tied:
-        add(f"{head_name}.weight", (vocab, hidden), 0.0, logit_std)
-    return tensors
+        found.add(f"{head_name}.weight", (vocab, hidden), 0.0, logit_std)
+    return found.tensors
 
 
 def write_safetensors(path: Path, tensors: list[Tensor]) -> None:
@@ -289,8 +307,17 @@ def write_weights(folder: Path, tensors: list[Tensor], shards: int, weights: str
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_random_checkpoint(
-    folder: Path | str,
+def rotary_config(style: str, rotary_pct: float, theta: float, dtype: str) -> dict:
+    """The part of a configuration that is spelled in two ways: see write_random_checkpoint()."""
+    if style == "old":
+        return {"rotary_pct": rotary_pct, "rotary_emb_base": theta, "torch_dtype": dtype}
+    if style == "new":
+        rope = {"partial_rotary_factor": rotary_pct, "rope_theta": theta, "rope_type": "default"}
+        return {"rope_parameters": rope, "dtype": dtype}
+    raise ValueError(f"config_style must be 'old' or 'new', not {style!r}")
+
+
+def make_config(
     *,
     hidden_size: int = 64,
     num_layers: int = 2,
@@ -304,32 +331,16 @@ def write_random_checkpoint(
     parallel_residual: bool = True,
     tied: bool = False,
     dtype: str = "float16",
-    seed: int = 0,
-    prefix: bool = True,
-    shards: int = 1,
     attention_bias: bool = True,
     config_style: str = "old",
-    with_buffers: bool = False,
-    head_name: str = "embed_out",
-    vector_dtype: str | None = None,
-    tokenizer: str | None = None,
-    weights: str = "safetensors",
-) -> Path:
-    """Writes a checkpoint folder and returns its path.
+) -> dict:
+    """What config.json says of a model.
 
     intermediate_size: rows of the MLP's first matrix; None: four times hidden_size.
     dtype: "float16", "bfloat16" or "float32", of every weight.
-    prefix: tensor names begin with "gpt_neox." (but for the head).
     config_style: "old" spells rotary_pct and rotary_emb_base, "new" rope_parameters.
-    with_buffers: adds the buffers that old checkpoints hold and that nobody reads.
-    head_name: the LM head's name, "embed_out" (Pythia) or "lm_head" (transformers 5).
-    vector_dtype: of biases and LayerNorm parameters; None: `dtype`.
-    tokenizer: "train" adds a tokenizer.json of at most vocab_size tokens.
-    weights: "safetensors", or "torch" for pytorch_model.bin.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
+    return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
         "bos_token_id": 0,
@@ -345,14 +356,38 @@ def write_random_checkpoint(
         "use_parallel_residual": parallel_residual,
         "tie_word_embeddings": tied,
         "attention_bias": attention_bias,
+        **rotary_config(config_style, rotary_pct, rope_theta, dtype),
     }
-    if config_style == "old":
-        config |= {"rotary_pct": rotary_pct, "rotary_emb_base": rope_theta, "torch_dtype": dtype}
-    elif config_style == "new":
-        rope = {"partial_rotary_factor": rotary_pct, "rope_theta": rope_theta}
-        config |= {"rope_parameters": rope | {"rope_type": "default"}, "dtype": dtype}
-    else:
-        raise ValueError(f"config_style must be 'old' or 'new', not {config_style!r}")
+
+
+def write_random_checkpoint(
+    folder: Path | str,
+    *,
+    dtype: str = "float16",
+    seed: int = 0,
+    prefix: bool = True,
+    shards: int = 1,
+    with_buffers: bool = False,
+    head_name: str = "embed_out",
+    vector_dtype: str | None = None,
+    tokenizer: str | None = None,
+    weights: str = "safetensors",
+    **config_options: Any,
+) -> Path:
+    """Writes a checkpoint folder and returns its path.
+
+    dtype: "float16", "bfloat16" or "float32", of every weight.
+    prefix: tensor names begin with "gpt_neox." (but for the head).
+    with_buffers: adds the buffers that old checkpoints hold and that nobody reads.
+    head_name: the LM head's name, "embed_out" (Pythia) or "lm_head" (transformers 5).
+    vector_dtype: of biases and LayerNorm parameters; None: `dtype`.
+    tokenizer: "train" adds a tokenizer.json of at most vocab_size tokens.
+    weights: "safetensors", or "torch" for pytorch_model.bin.
+    config_options: those of make_config().
+    """
+    config = make_config(dtype=dtype, **config_options)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tags = (DTYPE_TAGS[dtype], DTYPE_TAGS[vector_dtype or dtype])
     tensors = list_tensors(
@@ -360,7 +395,7 @@ def write_random_checkpoint(
     )
     write_weights(folder, tensors, shards, weights)
     if tokenizer == "train":
-        train_tokenizer(folder, vocab_size)
+        train_tokenizer(folder, config["vocab_size"])
     elif tokenizer is not None:
         raise ValueError(f"tokenizer must be None or 'train', not {tokenizer!r}")
     return folder

@@ -541,6 +541,21 @@ def test_named_calls(model, signature):
         assert f"{sizes.hidden}" in text
 
 
+NAMED_CALLS = [name for name in clusterfusion.__all__ if name.startswith("pythia_")]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [getattr(ops, name) for name in ops.__all__]
+    + [getattr(clusterfusion, name) for name in NAMED_CALLS],
+    ids=lambda function: function.__name__,
+)
+def test_help_tells_all_arguments(function):
+    arguments = inspect.getdoc(function).partition("\nArgs:\n")[2].partition("\n\n")[0]
+    names = re.findall(r"^    (\w+): \S", arguments, re.MULTILINE)
+    assert names == list(inspect.signature(function).parameters)
+
+
 def sparse_arrays(sizes: Sizes, max_seq_len: int) -> Arrays:
     """A layer of full size that takes little memory: most rows are zero."""
     random = np.random.default_rng(5)

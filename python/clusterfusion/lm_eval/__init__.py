@@ -86,36 +86,43 @@ class ClusterFusionLM(TemplateLM):
             ValueError: An argument is wrong, or the checkpoint has no token to begin or end a text.
         """
         super().__init__()
-        self.engine = Engine(
-            pretrained,
-            _evaluation.device_name(device),
-            threads=int(threads),
-            context=None if max_length is None else int(max_length),
-            kv_dtype=kv_dtype,
-            mode=mode,
-            revision=None if revision is None else str(revision),
-        )
-        _evaluation.check_dtype(dtype, self.engine.config.dtype, self.engine.device)
-        self.batch_size = _evaluation.batch_requests(batch_size, max_batch_size)
         self.pretrained = pretrained
         self.revision = revision
-        self.max_length = self.engine.info.max_positions
+        self.batch_size = _evaluation.batch_requests(batch_size, max_batch_size)
         self.max_gen_toks = int(max_gen_toks)
         self.add_bos_token = add_bos_token
+        self._next_seed = int(seed)
+        self._open_engine(device, threads=threads, context=max_length, kv_dtype=kv_dtype, mode=mode)
+        _evaluation.check_dtype(dtype, self.engine.config.dtype, self.engine.device)
+        self._find_special_tokens(prefix_token_id)
+
+    def _open_engine(
+        self, device: str | None, *, threads: int, context: int | None, **options: Any
+    ) -> None:
+        self.engine = Engine(
+            self.pretrained,
+            _evaluation.device_name(device),
+            threads=int(threads),
+            context=None if context is None else int(context),
+            revision=None if self.revision is None else str(self.revision),
+            **options,
+        )
+        info = self.engine.info
+        self.max_length = info.max_positions
+        self._device = self.engine.device
+        _logger.info("%s on %s: %s", self.pretrained, info.device_description, info.device_reason)
+
+    def _find_special_tokens(self, prefix_token_id: int | None) -> None:
         self._bos, eos = _evaluation.special_token_ids(
             Path(self.engine.info.path), self.engine.tokenizer, self.engine.config
         )
         if eos is None:
             raise ValueError(
-                f"{pretrained}: expected an eos_token in tokenizer_config.json or config.json, "
-                "found none"
+                f"{self.pretrained}: expected an eos_token in tokenizer_config.json or "
+                "config.json, found none"
             )
         self._eos = eos
         self._prefix = int(prefix_token_id) if prefix_token_id is not None else self._bos
-        self._next_seed = int(seed)
-        self._device = self.engine.device
-        info = self.engine.info
-        _logger.info("%s on %s: %s", pretrained, info.device_description, info.device_reason)
 
     @property
     def eot_token_id(self) -> int:

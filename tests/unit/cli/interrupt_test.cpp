@@ -10,6 +10,8 @@ namespace {
 class CountingGeneration : public Generation {
  public:
   std::optional<GenerateEvent> next() override { return std::nullopt; }
+  std::vector<GenerateEvent> take() override { return {}; }
+  bool has_ended() const noexcept override { return true; }
   void cancel() noexcept override { ++cancels; }
   const std::vector<GenerateResult>& results() const noexcept override { return results_; }
   int cancels = 0;

@@ -34,15 +34,15 @@ struct Setting {
   std::uint64_t seed = 1;
   DType kv_dtype = DType::float32;
   std::int64_t kv_pages = 100;
-  SchedulerOptions scheduling = {};
+  bool prefix_cache = true;
 };
 
-std::unique_ptr<Engine> engine_with(Setting setting = {}) {
+std::unique_ptr<Engine> engine_with(const Setting& setting = {}) {
   const std::shared_ptr<const Model> model = model_of(setting.seed);
   BackendOptions options{.threads = 1, .kv_dtype = setting.kv_dtype};
   options.kv_bytes = setting.kv_pages * make_cpu_backend(model, options)->info().page_bytes();
   return make_engine(model, byte_tokenizer(), make_cpu_backend(model, options), "a test", {},
-                     std::move(setting.scheduling));
+                     {.prefix_cache = setting.prefix_cache});
 }
 
 std::vector<TokenId> prompt_of(int length, int seed = 3) {
@@ -86,7 +86,7 @@ TEST(PromptCache, TextsAreThoseWithout) {
       std::vector<TokenId> longer = prompt;
       for (const TokenId token : prompt_of(90, 5)) longer.push_back(token);
       for (const std::vector<TokenId>& one : {prompt, longer}) {
-        const auto plain = engine_with({.kv_dtype = dtype, .scheduling = {.prefix_cache = false}});
+        const auto plain = engine_with({.kv_dtype = dtype, .prefix_cache = false});
         const auto loading = engine_with({.kv_dtype = dtype});
         EXPECT_EQ(loading->load_prompt_cache(file, one), length / 64 * 64);
         const GenerateResult result = generate(*loading, one);
@@ -166,7 +166,7 @@ TEST(PromptCache, RefusesToSaveWhatCannotBeUsed) {
   engine->ablate({.heads = {}, .mlps = {0}});
   expect_error(ErrorKind::invalid_argument, HasSubstr("ablated"),
                [&] { engine->save_prompt_cache(prompt_of(64), file); });
-  const auto without = engine_with({.scheduling = {.prefix_cache = false}});
+  const auto without = engine_with({.prefix_cache = false});
   expect_error(ErrorKind::invalid_argument, HasSubstr("prefix_cache"),
                [&] { without->save_prompt_cache(prompt_of(64), file); });
   expect_error(ErrorKind::out_of_memory, HasSubstr("kv_bytes"),

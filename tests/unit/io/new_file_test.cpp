@@ -57,10 +57,10 @@ TEST(NewFile, KeepsALink) {
 
 TEST(NewFile, TellsWhereNoFileCanBe) {
   const TemporaryFolder folder;
-  expect_error([&] { NewFile(folder.path() / "no" / "a"); }, ErrorKind::not_found,
-               {"cannot write", "No such file or directory"});
-  expect_error([&] { NewFile{folder.path()}; }, ErrorKind::io, {"no regular file"});
-  expect_error([&] { NewFile("/dev/null"); }, ErrorKind::io, {"no regular file"});
+  expect_error(ErrorKind::not_found, {"cannot write", "No such file or directory"},
+               [&] { NewFile(folder.path() / "no" / "a"); });
+  expect_error(ErrorKind::io, {"no regular file"}, [&] { NewFile{folder.path()}; });
+  expect_error(ErrorKind::io, {"no regular file"}, [&] { NewFile("/dev/null"); });
 }
 
 }  // namespace

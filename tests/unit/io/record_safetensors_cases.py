@@ -27,22 +27,24 @@ def framed(header: bytes | dict[str, Any] | list[Any], data_bytes: int = 0) -> b
     return struct.pack("<Q", len(text)) + text + bytes(i % 251 for i in range(data_bytes))
 
 
-def named_cases() -> dict[str, bytes]:
-    """Files that each make one point."""
-    one = {"a": tensor([2], 0, 4)}
-    text = json.dumps(one).encode()
+ONE = {"a": tensor([2], 0, 4)}
+
+
+def header_cases() -> dict[str, bytes]:
+    """Files that each make one point about the header as such."""
+    text = json.dumps(ONE).encode()
     return {
         "no bytes": b"",
         "seven bytes": b"\0" * 7,
         "a length of zero": b"\0" * 8,
         "a length beyond the limit": struct.pack("<Q", 100_000_001) + b"{}",
         "the largest length": b"\xff" * 8 + b"{}",
-        "a header cut short": framed(one, 4)[:40],
-        "one tensor": framed(one, 4),
-        "metadata": framed({"__metadata__": {"format": "pt"}, **one}, 4),
-        "null metadata": framed({"__metadata__": None, **one}, 4),
-        "metadata that is no text": framed({"__metadata__": {"format": 1}, **one}, 4),
-        "metadata that is a list": framed({"__metadata__": ["pt"], **one}, 4),
+        "a header cut short": framed(ONE, 4)[:40],
+        "one tensor": framed(ONE, 4),
+        "metadata": framed({"__metadata__": {"format": "pt"}, **ONE}, 4),
+        "null metadata": framed({"__metadata__": None, **ONE}, 4),
+        "metadata that is no text": framed({"__metadata__": {"format": 1}, **ONE}, 4),
+        "metadata that is a list": framed({"__metadata__": ["pt"], **ONE}, 4),
         "no tensor": framed({}),
         "no tensor but data": framed({}, 1),
         "white space before": framed(b" " + text, 4),
@@ -52,11 +54,17 @@ def named_cases() -> dict[str, bytes]:
         "a byte order mark": framed(b"\xef\xbb\xbf" + text, 4),
         "broken UTF-8": framed(b'{"\xff": 1}'),
         "cut JSON": framed(text[:-1], 4),
-        "an unknown field": framed({"a": {**one["a"], "extra": 1}}, 4),
+    }
+
+
+def tensor_cases() -> dict[str, bytes]:
+    """Files that each make one point about the tensors."""
+    return {
+        "an unknown field": framed({"a": {**ONE["a"], "extra": 1}}, 4),
         "no dtype": framed({"a": {"shape": [2], "data_offsets": [0, 4]}}, 4),
         "no shape": framed({"a": {"dtype": "F16", "data_offsets": [0, 4]}}, 4),
         "no offsets": framed({"a": {"dtype": "F16", "shape": [2]}}, 4),
-        "three offsets": framed({"a": {**one["a"], "data_offsets": [0, 4, 4]}}, 4),
+        "three offsets": framed({"a": {**ONE["a"], "data_offsets": [0, 4, 4]}}, 4),
         "a scalar": framed({"a": tensor([], 0, 2)}, 2),
         "an unknown dtype": framed({"a": tensor([2], 0, 4, "F17")}, 4),
         "two four-bit values": framed({"a": tensor([2], 0, 1, "F4")}, 1),
@@ -72,9 +80,9 @@ def named_cases() -> dict[str, bytes]:
         "tensors out of order": framed({"b": tensor([2], 4, 8), "a": tensor([2], 0, 4)}, 8),
         "offsets the wrong way": framed({"a": tensor([2], 4, 0)}, 4),
         "fewer bytes than the shape": framed({"a": tensor([3], 0, 4)}, 4),
-        "a byte too many": framed(one, 5),
-        "a byte too few": framed(one, 3),
-        "no data": framed(one),
+        "a byte too many": framed(ONE, 5),
+        "a byte too few": framed(ONE, 3),
+        "no data": framed(ONE),
         "empty tensors": framed(
             {"a": tensor([0], 0, 0), "b": tensor([2], 0, 4), "c": tensor([0, 5], 4, 4)}, 4
         ),
@@ -143,7 +151,7 @@ def record(name: str, file: bytes) -> dict[str, Any]:
 def main() -> None:
     """Writes the file."""
     rng = random.Random(7)
-    cases = named_cases()
+    cases = header_cases() | tensor_cases()
     cases.update({f"random {i}": random_case(rng) for i in range(RANDOM_CASES)})
     lines = [json.dumps(record(name, file)) for name, file in cases.items()]
     path = pathlib.Path(__file__).parent / "data" / "safetensors_cases.json"

@@ -9,7 +9,7 @@ namespace clusterfusion::cuda {
 
 // The producer is one thread of a warpgroup of its own, so that the consumers can have its
 // registers.
-inline constexpr int kDecodeBlockThreads = plan::kConsumerWarps * 32 + 128;
+inline constexpr int kDecodeBlockThreads = plan::kConsumerThreads + 128;
 
 // Kernels that hold at most so many fragments have code for plan::with_packed_operands.
 inline constexpr int kMaxPackedFragments = 5;

@@ -103,7 +103,7 @@ void read_more_late(DecodeParams& params) {
 
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan) {
   // The residual stream is held in registers as well: a pair of elements for each fragment.
-  constexpr std::int64_t kPairedElements = plan::kConsumerWarps * 32 * 2;
+  constexpr std::int64_t kPairedElements = plan::kConsumerThreads * 2;
   int needed = static_cast<int>((config.hidden_size + kPairedElements - 1) / kPairedElements);
   for (const plan::MatrixPlan* matrix :
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head})

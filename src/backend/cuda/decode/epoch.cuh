@@ -8,7 +8,7 @@
 
 namespace clusterfusion::cuda {
 
-inline constexpr int kConsumerThreads = plan::kConsumerWarps * 32;
+using plan::kConsumerThreads;
 inline constexpr int kNever = 0x7fffffff;  // of a chunk: none is so late
 inline constexpr int kMaxPhases = 5;       // of a layer, and the LM head
 

@@ -157,57 +157,73 @@ __device__ __forceinline__ Extent extent_of(const StreamParams& p, int row, int 
   return {cut.splits, begin, min(begin + groups_of_split, groups)};
 }
 
-// Grid: heads, groups of rows, splits. A block has a task.
-template <typename T, int kHeadSteps>
-__global__ void __launch_bounds__(kAttentionWarps * 32, 8)
-    attention_kernel(const __grid_constant__ StreamParams p, AttentionMemory memory,
-                     std::int32_t layer, std::int32_t step, std::int32_t sm_count) {
-  using Attention = stream::Attention<T, kHeadSteps, AttentionBlock>;
-  constexpr int kStages = kAttentionStages, kGroup = GroupRing::kGroup;
-  start_dependents();
-  extern __shared__ __align__(128) char shared[];
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const RowGroup group = p.group_table[blockIdx.y];
-  const int last = group.first_row + group.rows - 1;
-  typename Attention::Task task;
-  task.head = static_cast<int>(blockIdx.x);
-  task.split = static_cast<int>(blockIdx.z);
-  const Extent extent = extent_of(p, last, task.split, step, sm_count, static_cast<int>(gridDim.z));
-  task.splits = extent.splits;
-  task.ablated = p.ablated.has_head(layer * p.num_heads + task.head);
+template <typename Task>
+__device__ __forceinline__ Task task_of(const StreamParams& p, const RowGroup& group, int head,
+                                        int split, int splits, int layer, int step) {
+  Task task;
+  task.head = head;
+  task.split = split;
+  task.splits = splits;
+  task.ablated = p.ablated.has_head(layer * p.num_heads + head);
   task.first_row = group.first_row;
   task.rows = group.rows;
   task.first_fresh = group.sequence_first;
   task.first_position = p.row_table[group.sequence_first].position + step;
-  if (task.split >= extent.splits) return;
+  return task;
+}
 
-  AttentionBlock block(p, shared + kAttentionWarps * memory.ring_bytes);
-  const GroupRing ring(p, p.row_table[last].kv_pages, layer, task.head,
-                       shared + warp * memory.ring_bytes);
-  GroupOrder coming(warp, extent.begin, extent.end);
-  const auto load = [&](int stage) {
-    if (!coming.is_over()) {
-      ring.load(coming.group(), stage);
-      coming.advance();
+// Loads a warp's groups into its ring, one after the other.
+class GroupLoader {
+ public:
+  __device__ __forceinline__ GroupLoader(const GroupRing& ring, int warp, const Extent& extent)
+      : ring_(ring), coming_(warp, extent.begin, extent.end) {}
+  // The next group, if there is one: a group of copies either way.
+  __device__ __forceinline__ void load(int stage) {
+    if (!coming_.is_over()) {
+      ring_.load(coming_.group(), stage);
+      coming_.advance();
     }
     commit_copies();
-  };
-  // Keys and values of earlier steps are there: before this layer's products the kernel of the
-  // residual stream lets others begin when all before it is over, and no sooner.
+  }
+  __device__ __forceinline__ void load_first() {
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) load(stage);
-  wait_for_dependencies();
+    for (int stage = 0; stage < kAttentionStages - 1; ++stage) load(stage);
+  }
 
+ private:
+  const GroupRing& ring_;
+  GroupOrder coming_;
+};
+
+// Where the warps' states of each query are in scratch: the first query's where the streaming
+// kernel has them, further ones' behind the rest.
+class KeptStates {
+ public:
+  __device__ __forceinline__ KeptStates(char* scratch, int head_dim, int extra_floats)
+      : first_(reinterpret_cast<float*>(scratch)),
+        floats_(plan::kConsumerWarps * (head_dim + 2)),
+        extra_floats_(extra_floats) {}
+  __device__ __forceinline__ float* of_query(int r) const {
+    return first_ + (r == 0 ? 0 : extra_floats_ + (r - 1) * floats_);
+  }
+
+ private:
+  float* first_;
+  int floats_, extra_floats_;
+};
+
+// A split, by the warps of the streaming kernel that this warp stands for, and what they found.
+template <typename Attention>
+__device__ __forceinline__ void attend_split(AttentionBlock& block, int warp, const Extent& extent,
+                                             const typename Attention::Task& task,
+                                             const GroupRing& ring, GroupLoader& loader,
+                                             int extra_floats) {
+  constexpr int kStages = kAttentionStages;
   Attention attention(block);
   typename Attention::Query query;
   typename Attention::Softmax state;
   attention.begin(task, query, state);
-  const int state_floats = plan::kConsumerWarps * (p.head_dim + 2);
-  // The first row's states are where the streaming kernel has them, further rows' behind the rest.
-  const auto kept = [&](int r) {
-    return reinterpret_cast<float*>(block.scratch) +
-           (r == 0 ? 0 : memory.extra_floats + (r - 1) * state_floats);
-  };
+  const KeptStates kept(block.scratch, block.p.head_dim, extra_floats);
   int stage = 0;
   GroupOrder order(warp, extent.begin, extent.end);
   for (block.warp = warp; block.warp < plan::kConsumerWarps; block.warp += kAttentionWarps) {
@@ -215,17 +231,45 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
     for (; !order.is_over() && order.warp() == block.warp; order.advance()) {
       wait_for_copies_but<kStages - 2>();
       __syncwarp();
-      load(stage == 0 ? kStages - 1 : stage - 1);
+      loader.load(stage == 0 ? kStages - 1 : stage - 1);
       block.ring.from = ring.block_of(order.group());
-      attention.attend_group(task, order.group() * kGroup, ring.keys(stage), ring.values(stage),
-                             query, state);
+      attention.attend_group(task, order.group() * GroupRing::kGroup, ring.keys(stage),
+                             ring.values(stage), query, state);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
     for (int r = 0; r < task.rows; ++r)
-      attention.keep(state, r, kept(r) + block.warp * (p.head_dim + 2));
+      attention.keep(state, r, kept.of_query(r) + block.warp * (block.p.head_dim + 2));
   }
   __syncthreads();
-  for (int r = 0; r < task.rows; ++r) attention.merge(task, task.first_row + r, kept(r));
+  for (int r = 0; r < task.rows; ++r) attention.merge(task, task.first_row + r, kept.of_query(r));
+}
+
+// Grid: heads, groups of rows, splits. A block has a task.
+template <typename T, int kHeadSteps>
+__global__ void __launch_bounds__(kAttentionWarps * 32, 8)
+    attention_kernel(const __grid_constant__ StreamParams p, AttentionMemory memory,
+                     std::int32_t layer, std::int32_t step, std::int32_t sm_count) {
+  using Attention = stream::Attention<T, kHeadSteps, AttentionBlock>;
+  start_dependents();
+  extern __shared__ __align__(128) char shared[];
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const RowGroup group = p.group_table[blockIdx.y];
+  const int last = group.first_row + group.rows - 1;
+  const int head = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.z);
+  const Extent extent = extent_of(p, last, split, step, sm_count, static_cast<int>(gridDim.z));
+  const auto task =
+      task_of<typename Attention::Task>(p, group, head, split, extent.splits, layer, step);
+  if (split >= extent.splits) return;
+
+  AttentionBlock block(p, shared + kAttentionWarps * memory.ring_bytes);
+  const GroupRing ring(p, p.row_table[last].kv_pages, layer, head,
+                       shared + warp * memory.ring_bytes);
+  GroupLoader loader(ring, warp, extent);
+  // Keys and values of earlier steps are there: before this layer's products the kernel of the
+  // residual stream lets others begin when all before it is over, and no sooner.
+  loader.load_first();
+  wait_for_dependencies();
+  attend_split<Attention>(block, warp, extent, task, ring, loader, memory.extra_floats);
 }
 
 // Grid: elements of a row by threads, rows.

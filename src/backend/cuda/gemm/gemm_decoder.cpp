@@ -154,8 +154,8 @@ void GemmDecoder::normalize(std::int32_t layer, bool begins_layer, const Inputs*
   // Amid a layer it is attention's; else the second MLP matrix's, and attention's where the
   // residual is parallel.
   if (inputs == nullptr) {
-    r.first_owed = begins_layer ? 0 : mlp_parts;
-    r.last_owed = !begins_layer || params_.parallel_residual ? mlp_parts + 1 : mlp_parts;
+    r.first_pending = begins_layer ? 0 : mlp_parts;
+    r.last_pending = !begins_layer || params_.parallel_residual ? mlp_parts + 1 : mlp_parts;
   }
   const auto of_layer = [&](const void* of_first) {
     return static_cast<const char*>(of_first) + layer * params_.layer_stride;

@@ -14,8 +14,8 @@ namespace {
 
 using namespace device;
 
-// As the streaming kernel has it: so many threads share a row, pair by pair.
-constexpr int kResidualThreads = plan::kConsumerWarps * 32;
+// As in the streaming kernel kConsumerThreads share a row, pair by pair.
+using plan::kConsumerThreads;
 
 // Sums over the block, in order of the warps; `buffer` may be used again behind a barrier.
 __device__ __forceinline__ float2 block_sum(float2 value, float2 (&buffer)[plan::kConsumerWarps]) {
@@ -58,15 +58,15 @@ class ResidualRow {
   __device__ __forceinline__ void load() {
     if (r.tokens != nullptr) return embed();
     const float2* kept = residual();
-    float2 owed[plan::kMaxResidualParts][kPairs];
+    float2 pending[plan::kMaxResidualParts][kPairs];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       if (holds(j)) x[j] = __ldcg(kept + pair(j));
 #pragma unroll
       for (int i = 0; i < plan::kMaxResidualParts; ++i) {
-        owed[i][j] = make_float2(0.0f, 0.0f);
-        if (holds(j) && r.first_owed + i < r.last_owed)
-          owed[i][j] = __ldcg(of_part(r.first_owed + i) + pair(j));
+        pending[i][j] = make_float2(0.0f, 0.0f);
+        if (holds(j) && r.first_pending + i < r.last_pending)
+          pending[i][j] = __ldcg(of_part(r.first_pending + i) + pair(j));
       }
     }
 #pragma unroll
@@ -74,8 +74,8 @@ class ResidualRow {
       float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
       for (int i = 0; i < plan::kMaxResidualParts; ++i) {
-        sum.x += owed[i][j].x;
-        sum.y += owed[i][j].y;
+        sum.x += pending[i][j].x;
+        sum.y += pending[i][j].y;
       }
       x[j].x += sum.x;
       x[j].y += sum.y;
@@ -106,7 +106,7 @@ class ResidualRow {
 
  private:
   __device__ __forceinline__ int pair(int j) const {
-    return static_cast<int>(threadIdx.x) + kResidualThreads * j;
+    return static_cast<int>(threadIdx.x) + kConsumerThreads * j;
   }
   __device__ __forceinline__ bool holds(int j) const { return pair(j) < pairs; }
   __device__ __forceinline__ float2* residual() const {
@@ -153,7 +153,7 @@ class ResidualRow {
 };
 
 template <typename T, int kPairs>
-__global__ void __launch_bounds__(kResidualThreads)
+__global__ void __launch_bounds__(kConsumerThreads)
     residual_kernel(const __grid_constant__ StreamParams p,
                     const __grid_constant__ ResidualParams r) {
   __shared__ float2 sums[2][plan::kConsumerWarps];
@@ -196,11 +196,11 @@ __global__ void __launch_bounds__(kChoiceThreads)
 
 void launch_residual(DType dtype, const StreamParams& params, const ResidualParams& residual,
                      cudaStream_t stream) {
-  const DependentLaunch how(dim3(static_cast<unsigned>(params.rows)), dim3(kResidualThreads), 0,
+  const DependentLaunch how(dim3(static_cast<unsigned>(params.rows)), dim3(kConsumerThreads), 0,
                             stream);
   with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr std::int32_t kPairThreads = 2 * kResidualThreads;
+    constexpr std::int32_t kPairThreads = 2 * kConsumerThreads;
     static_assert(kMaxResidualSize == 12 * kPairThreads);
     const auto kernel =
         params.hidden_size <= 5 * kPairThreads ? residual_kernel<T, 5> : residual_kernel<T, 12>;

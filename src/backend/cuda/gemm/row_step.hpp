@@ -14,8 +14,8 @@ struct ResidualParams {
   // tokens[row * token_stride] each.
   const std::int32_t* tokens;
   std::int32_t token_stride;
-  // Vectors of RowsLayout::residual that earlier products owe it: [first, last).
-  std::int32_t first_owed, last_owed;
+  // Pending updates: vectors of RowsLayout::residual, [first, last), of earlier products.
+  std::int32_t first_pending, last_pending;
   // What it is normalised with, and where the result goes: bytes of the Lamport set. One or two.
   struct Norm {
     const void *weight, *bias;  // 16-bit [hidden]
@@ -29,7 +29,7 @@ struct ResidualParams {
 // The longest row that launch_residual() takes.
 inline constexpr std::int64_t kMaxResidualSize = 6144;
 
-// The residual stream of each row takes what products owe it and is normalised.
+// Adds pending updates to the residual stream of each row, and normalises it.
 void launch_residual(DType dtype, const StreamParams& params, const ResidualParams& residual,
                      cudaStream_t stream);
 

@@ -15,7 +15,7 @@ namespace clusterfusion::cuda {
 
 namespace {
 
-constexpr unsigned kThreads = plan::kConsumerWarps * 32;
+constexpr unsigned kThreads = plan::kConsumerThreads;
 
 struct Kernels {
   const void *attend = nullptr, *combine = nullptr;

@@ -126,6 +126,13 @@ struct ValueColumns {
   int column;  // the first of this thread's
 };
 
+// The sum of one column of [rows, width], in the order of the rows.
+__device__ __forceinline__ float column_sum(const float* matrix, int rows, int width, int column) {
+  float sum = 0.0f;
+  for (int row = 0; row < rows; ++row) sum += matrix[row * width + column];
+  return sum;
+}
+
 // A split of a head: block (head, split, slab of the head's values).
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kPlainThreads)
@@ -180,11 +187,8 @@ __global__ void __launch_bounds__(kPlainThreads)
   const std::int64_t partial = static_cast<std::int64_t>(blockIdx.x) * p.splits + split;
   const int width = columns.vectors * kCount;
   float* outputs = p.scratch + p.layout.outputs + partial * head_dim + columns.first;
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += kPlainThreads) {
-    float sum = 0.0f;
-    for (int group = 0; group < columns.groups; ++group) sum += gathered[group * width + i];
-    outputs[i] = sum;
-  }
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += kPlainThreads)
+    outputs[i] = column_sum(gathered, columns.groups, width, i);
   if (threadIdx.x != 0 || blockIdx.z != 0) return;
   p.scratch[p.layout.maxima + partial] = softmax.maximum;
   p.scratch[p.layout.sums + partial] = softmax.sum;

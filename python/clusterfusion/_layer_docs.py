@@ -1,0 +1,91 @@
+"""What help() says of the layer calls' arguments: said once, for every call that takes them.
+
+A text is a format: what stands in braces is a symbol in :mod:`clusterfusion.ops` and a number in
+the calls by the names of models.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+_FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
+
+_ARGUMENTS = {
+    "input": "[1, {hidden}] or [1, 1, {hidden}]; the residual stream.",
+    "weight_qkv": "[{qkv}, {hidden}]; rows are query, key and value of head 0, then of head 1, "
+    "..., as GPT-NeoX checkpoints have them.",
+    "bias_qkv": "[{qkv}]{or_none}.",
+    "weight_o": "[{hidden}, {hidden}].",
+    "bias_o": "[{hidden}]{or_none}.",
+    "k_cache": "[max_seq_len, {hidden}]; keys after the rotary embedding.",
+    "v_cache": "[max_seq_len, {hidden}].",
+    "ln_weight": "[{hidden}]; of the LayerNorm before attention.",
+    "ln_bias": "[{hidden}].",
+    "cos": "float32 [{rotary_dim}], or [{head_dim}] or [1, {head_dim}] with 1 past {rotary_dim}; "
+    "of the new position.",
+    "sin": "float32, as `cos`, with 0 past {rotary_dim}.",
+    "post_ln_weight": "[{hidden}]; of the LayerNorm before the MLP.",
+    "post_ln_bias": "[{hidden}].",
+    "mlp_up_weight": "[{intermediate}, {hidden}].",
+    "mlp_up_bias": "[{intermediate}].",
+    "mlp_down_weight": "[{hidden}, {intermediate}].",
+    "mlp_down_bias": "[{hidden}].",
+    "hidden_states": "[1, {hidden}] or [1, 1, {hidden}]; the layer's input.",
+    "attn_output": "[1, {hidden}]; of {attention}.",
+    "mlp_intermediate": "[{intermediate}]; of {attention}.",
+    "current_seq_len": "Positions that the caches hold, 0 to max_seq_len - 1, which is also the "
+    "new token's position: an int, or an int32 tensor of one element on the same device. One on a "
+    "GPU is read when the kernel runs and cannot be checked: outside that range all results are "
+    "NaN, and the caches stay as they are.",
+    "num_heads": "Divides hidden; head_dim is hidden / num_heads.",
+    "rotary_dim": "How many values of a head are rotated. None: as many as `cos` has, if these are "
+    "fewer than head_dim.",
+    "layer_norm_eps": "Of both LayerNorms.",
+    "activation": 'By the names of `hidden_act` in config.json: "gelu" is the exact one, '
+    '"gelu_pytorch_tanh" and "gelu_new" its tanh form; also "quick_gelu", "relu", "relu2", '
+    '"silu", "mish", "tanh", "sigmoid", "linear".',
+    "split": "One kernel for each half of the layer instead of one for both, where the shape is "
+    "one that can be streamed; elsewhere both are the same.",
+}
+
+
+def documented(words: Mapping[str, object], **own: str) -> Callable[[_FunctionT], _FunctionT]:
+    """A decorator that completes a call's docstring, and returns the function itself.
+
+    The section of the arguments goes before those of results and errors, and `words` take the
+    places of the names in braces.
+
+    Args:
+        words: For each name in braces.
+        **own: Texts of arguments that mean something else, or are there for this call only.
+
+    Raises:
+        KeyError: An argument has no text, or a name in braces no word.
+    """
+
+    def complete(function: _FunctionT) -> _FunctionT:
+        texts = {**_ARGUMENTS, **own}
+        parameters = inspect.signature(function).parameters
+        arguments = "\n".join(_entry(name, texts[name].format_map(words)) for name in parameters)
+        text = (inspect.getdoc(function) or "").format_map(words)
+        about, *rest = re.split(r"^(?=(?:Returns|Raises):$)", text, maxsplit=1, flags=re.MULTILINE)
+        sections = (about.rstrip(), f"Args:\n{arguments}", *rest)
+        function.__doc__ = "\n\n".join(sections)
+        return function
+
+    return complete
+
+
+def _entry(name: str, text: str) -> str:
+    """One argument in the section of all, as wide as a docstring in a module."""
+    return textwrap.fill(
+        f"{name}: {text}",
+        width=96,
+        initial_indent=" " * 4,
+        subsequent_indent=" " * 8,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,157 @@
+"""The application behind a socket: uvicorn, with limits that survive bad clients."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import resource
+import socket
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from clusterfusion.serve.settings import Settings
+
+_MOST_HEAD_BYTES = 64 << 10
+_KEEP_ALIVE_SECONDS = 30
+# Of each connection, in the kernel, which else takes up to 4 MB for a reader that is slow.
+_SEND_BUFFER_BYTES = 256 << 10
+_CLOSE = b"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+_TOO_LARGE_HEAD = b"HTTP/1.1 431 Request Header Fields Too Large" + _CLOSE
+_TOO_SLOW = b"HTTP/1.1 408 Request Timeout" + _CLOSE
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT; running requests have the settings' grace then."""
+
+    def __init__(self, app: Starlette, settings: Settings) -> None:
+        """Takes what to serve."""
+        config = uvicorn.Config(
+            app,
+            http=_protocol_for(settings),
+            loop="uvloop",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            # Requests that are cut at the end of the grace still have to say so.
+            timeout_graceful_shutdown=int(settings.grace) + 5,
+            ws="none",
+        )
+        super().__init__(config)
+        self._service = app.state.service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listens."""
+        _allow_many_sockets()
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # what is there stays: no need to look at it again and again
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Takes no more connections, and waits for those that there are."""
+        self._service.end_soon()
+        await super().shutdown(sockets)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        OSError: The address cannot be had; the message names it.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+        listener.bind((host, port))
+        listener.listen(4096)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            error.errno, f"cannot listen on {host} port {port}: {error.strerror}"
+        ) from None
+    return listener
+
+
+def _allow_many_sockets() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _protocol_for(settings: Settings) -> type[HttpToolsProtocol]:
+    return type("_Protocol", (_LimitedProtocol,), {"settings": settings})
+
+
+class _LimitedProtocol(HttpToolsProtocol):  # type: ignore[misc]
+    """Ends connections that send too much or too slowly, or that read nothing."""
+
+    settings: Settings
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._arrival: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._in_head = True
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._expect_request()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        _cancel(self._arrival)
+        _cancel(self._stall)
+        super().connection_lost(error)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self._in_head:
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > _MOST_HEAD_BYTES:
+            self._end_with(_TOO_LARGE_HEAD)
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        self._head_bytes = 0
+        self._expect_request()
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        _cancel(self._arrival)
+        super().on_message_complete()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(self.settings.stall_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        _cancel(self._stall)
+        super().resume_writing()
+
+    def _expect_request(self) -> None:
+        _cancel(self._arrival)
+        self._arrival = self.loop.call_later(self.settings.body_timeout, self._end_with, _TOO_SLOW)
+
+    def _end_with(self, answer: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._in_head:  # no answer to a request is under way
+            self.transport.write(answer)
+        self.transport.close()
+
+
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

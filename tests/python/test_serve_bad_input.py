@@ -1,0 +1,303 @@
+"""Whatever a client sends: a 4xx that names the field, and an engine that goes on."""
+
+import json
+
+import pytest
+
+pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
+
+from serving import raw_connection, request_bytes, serving
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+HUGE = 10**400
+INTEGERS = ["1", 1.5, True, [], {}, [1], HUGE, -HUGE]
+NUMBERS = ["1", True, [], {}, "NaN", HUGE]
+BOOLEANS = ["true", 1, 0, [], {}]
+TEXTS = [1, True, [], {}, ["x"]]
+
+# By field of a completion: values that are wrong.
+WRONG: dict[str, list] = {
+    "model": [*TEXTS, "", "other", "x" * 10000],
+    "prompt": [
+        None,
+        "",
+        1,
+        True,
+        {},
+        [],
+        [[]],
+        ["x", []],
+        [[1], []],
+        [1, "x"],
+        ["x", 1],
+        [1.5],
+        [-1],
+        [True],
+        [HUGE],
+        [4096],
+        [2**31],
+        [[1], [4096]],
+        [[[1]]],
+        [None],
+        ["x", None],
+        [1] * 1024,
+        ["x", [1] * 1024],
+        "x " * 3000,
+    ],
+    "max_tokens": [*INTEGERS, -1, 2**31],
+    "temperature": [*NUMBERS, -0.1, 100.5, -1e308],
+    "top_p": [*NUMBERS, 0, -1, 1.001, 1e-320],
+    "n": [*INTEGERS, 0, -1, 129],
+    "best_of": [*INTEGERS, 0, 2],
+    "stream": BOOLEANS,
+    "stream_options": [1, "x", [], {"include_usage": 1}, {"include_usage": True}],
+    "stop": [1, True, {}, "", [""], ["x", ""], [1], [["x"]], ["x"] * 65, [None]],
+    "seed": ["1", 1.5, True, [], {}, HUGE, 2**64, -(2**63) - 1],
+    "echo": BOOLEANS,
+    "logprobs": [*INTEGERS, -1, 101],
+    "suffix": [1, "x", []],
+    "logit_bias": [
+        1,
+        "x",
+        [],
+        [1],
+        {"x": 1},
+        {"-1": 1},
+        {"4096": 1},
+        {"1": 101},
+        {"1": "1"},
+        {"1": True},
+        {"1": None},
+        {"1": HUGE},
+        {"1.0": 1},
+        {"": 1},
+        {"99999999999999": 1},
+        {"\u0661": 1},
+    ],
+    "presence_penalty": [*NUMBERS, 2.01, -2.01],
+    "frequency_penalty": [*NUMBERS, 2.01, -2.01],
+    "user": TEXTS,
+    "top_k": [*INTEGERS, -2, 2**31],
+    "min_p": [*NUMBERS, -0.1, 1.1],
+    "repetition_penalty": [*NUMBERS, 0, -1, 1e7],
+    "min_tokens": [*INTEGERS, -1, 17, 2**31],
+    "ignore_eos": BOOLEANS,
+    "stop_token_ids": [1, "x", {}, ["x"], [1.5], [-1], [4096], [True], [HUGE], [[1]]],
+    "prompt_logprobs": [*INTEGERS, -1, 101],
+    "return_token_ids": BOOLEANS,
+    "add_special_tokens": BOOLEANS,
+    "skip_special_tokens": BOOLEANS,
+    "timeout": [*NUMBERS, 0, -1, 1e7],
+}
+CHAT_WRONG: dict[str, list] = {
+    "messages": [
+        None,
+        "x",
+        {},
+        [],
+        [1],
+        [{}],
+        [{"role": 1, "content": "x"}],
+        [{"content": "x"}],
+        [{"role": "", "content": "x"}],
+        [{"role": "user", "content": 1}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+        [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": ["x"]}],
+        [{"role": "user", "content": "x " * 3000}],
+    ],
+    "max_completion_tokens": [*INTEGERS, -1],
+    "logprobs": [*BOOLEANS],
+    "top_logprobs": [*INTEGERS, -1, 101, 1],
+    "tools": [[], [{"type": "function"}], "x"],
+    "functions": [[], "x"],
+    "response_format": [1, "x", {"type": "json_object"}, {}],
+    "chat_template_kwargs": [1, "x", [], {"messages": []}],
+}
+BROKEN = [
+    b"",
+    b"{",
+    b"null",
+    b"[]",
+    b'"x"',
+    b"1",
+    b"\xff\xfe",
+    b'{"prompt": "\xff"}',
+    b'{"prompt": "\\ud800"}',
+    b'{"prompt": "x"',
+    b'{"prompt": ' + b"[" * 100000 + b"]" * 100000 + b"}",
+    b'{"logit_bias": ' + b'{"1":' * 100000 + b"1" + b"}" * 100000 + b"}",
+    b"\0",
+    b'{"prompt": "x\0"}',
+]
+BROKEN_NUMBERS = [
+    b'{"prompt": "x", "temperature": NaN}',
+    b'{"prompt": "x", "temperature": -Infinity}',
+    b'{"prompt": "x", "temperature": 1e999}',
+    b'{"prompt": "x", "max_tokens": 1e1}',
+]
+
+
+@pytest.fixture(scope="module")
+def served(demo_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    (folder / "chat.jinja").write_text(TEMPLATE)
+    with serving(demo_model, folder, "--chat-template", folder / "chat.jinja") as server:
+        before = server.complete(prompt="It was", max_tokens=10, temperature=0)["choices"]
+        yield server
+        after = server.complete(prompt="It was", max_tokens=10, temperature=0)["choices"]
+        assert before == after
+        assert server.running() == 0
+
+
+def refused(answer, field: str | None) -> None:
+    assert 400 <= answer.status_code < 500, (answer.status_code, answer.text[:500])
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"] and error["type"]
+    assert len(error["message"]) < 2000
+    if field is not None:
+        assert error["param"] == field, error
+
+
+def cases(wrong: dict[str, list]) -> list:
+    return [
+        pytest.param(field, value, id=f"{field}-{number}")
+        for field, values in wrong.items()
+        for number, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(("field", "value"), cases(WRONG))
+def test_wrong_fields_of_completions(served, field, value):
+    body = {"prompt": "x", field: value}
+    for stream in [{}, {"stream": True}] if field not in ("stream", "stream_options") else [{}]:
+        refused(served.client.post("/v1/completions", json=body | stream), field)
+
+
+@pytest.mark.parametrize(("field", "value"), cases(CHAT_WRONG))
+def test_wrong_fields_of_chats(served, field, value):
+    body = {"messages": [{"role": "user", "content": "x"}], field: value}
+    refused(served.client.post("/v1/chat/completions", json=body), field)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize("body", BROKEN, ids=range(len(BROKEN)))
+def test_broken_bodies(served, path, body):
+    refused(served.client.post(path, content=body), None)
+
+
+@pytest.mark.parametrize("body", BROKEN_NUMBERS)
+def test_numbers_that_are_none(served, body):
+    field = "max_tokens" if b"max_tokens" in body else "temperature"
+    refused(served.client.post("/v1/completions", content=body), field)
+
+
+def test_missing_fields(served):
+    refused(served.client.post("/v1/completions", json={}), "prompt")
+    refused(served.client.post("/v1/chat/completions", json={}), "messages")
+    refused(served.client.post("/tokenize", json={}), "prompt")
+    refused(served.client.post("/detokenize", json={}), "tokens")
+
+
+@pytest.mark.parametrize("tokens", [[-1], [4096], [1.5], ["x"], "x", {}, [HUGE], [[1]], None])
+def test_wrong_tokens_to_decode(served, tokens):
+    refused(served.client.post("/detokenize", json={"tokens": tokens}), "tokens")
+
+
+def test_too_much_in_one_request(served):
+    """More texts than ever fit, and more log-probabilities than an answer may hold."""
+    body = {"prompt": ["x"] * 100, "n": 128, "max_tokens": 1}
+    refused(served.client.post("/v1/completions", json=body), "n")
+    body = {"prompt": ["x"] * 10, "n": 10, "max_tokens": 1000, "logprobs": 100}
+    refused(served.client.post("/v1/completions", json=body), "logprobs")
+
+
+def test_paths_and_methods_that_are_not_there(served):
+    for method, path in [("GET", "/v1/completions"), ("POST", "/v1/models"), ("GET", "/nowhere")]:
+        refused(served.client.request(method, path), None)
+    refused(served.client.get("/page/../app.py"), None)
+    refused(served.client.get("/page/%2e%2e/app.py"), None)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"\0" * 1000,
+        b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"GET /" + b"a" * 200000,
+        b"GET / HTTP/1.1\r\nX: " + b"a" * 200000,
+    ],
+)
+def test_garbage_instead_of_http(served, data):
+    with raw_connection(served.port) as connection:
+        try:
+            connection.sendall(data)
+            answer = connection.recv(1 << 16)
+        except ConnectionError:
+            answer = b""
+    assert answer[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431")
+    assert served.client.get("/health").status_code == 200
+
+
+def test_strict_refuses_unknown_fields(served, demo_model, tmp_path):
+    body = {"prompt": "x", "max_tokens": 1, "no_such_field": 1}
+    served.complete(**body)
+    assert "ignored fields that are not known: ['no_such_field']" in served.log.read_text()
+    with serving(demo_model, tmp_path, "--strict") as strict:
+        refused(strict.client.post("/v1/completions", json=body), "no_such_field")
+        body = {"prompt": "x", "max_tokens": 1, "stream": True, "stream_options": {"y": 1}}
+        assert strict.client.post("/v1/completions", json=body).status_code == 400
+
+
+def test_body_size_limit(demo_model, tmp_path):
+    with serving(demo_model, tmp_path, "--max-body-bytes", 1000) as server:
+        fits = {"prompt": "x" * 900, "max_tokens": 1}
+        assert server.client.post("/v1/completions", json=fits).status_code == 200
+        body = json.dumps({"prompt": "x" * 1000}).encode()
+        answer = server.client.post("/v1/completions", content=body)
+        assert answer.status_code == 413
+        refused(answer, None)
+        # In pieces of unknown number, and by a header that promises more than ever comes.
+        answer = server.client.post("/v1/completions", content=iter([body] * 1000))
+        assert answer.status_code == 413
+        with raw_connection(server.port) as connection:
+            connection.sendall(request_bytes("/v1/completions", body)[:200])
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 413")
+
+
+def test_schemathesis(demo_model, tmp_path):
+    """What follows from the served document, right and wrong: answers keep to it."""
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis.errors import Unsatisfiable
+    from schemathesis import GenerationMode, openapi
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    # No schema says all: ids have to be in the vocabulary, prompts need tokens.
+    but = [positive_data_acceptance]
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    short = ["--context", 24, "--chat-template", tmp_path / "chat.jinja"]
+    with serving(demo_model, tmp_path, *short) as server:
+        schema = openapi.from_url(server.url + "/openapi.json")
+        operations = [found.ok() for found in schema.get_all_operations()]
+        assert len(operations) >= 10
+        for operation in operations:
+            for mode in GenerationMode:
+
+                @given(case=operation.as_strategy(generation_mode=mode))
+                @settings(
+                    max_examples=20,
+                    deadline=None,
+                    derandomize=True,
+                    suppress_health_check=list(HealthCheck),
+                )
+                def check(case):
+                    case.call_and_validate(excluded_checks=but, timeout=60)
+
+                try:
+                    check()
+                except Unsatisfiable:
+                    assert mode == GenerationMode.NEGATIVE and operation.method == "get"
