@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -59,6 +59,33 @@ _CLIENT_GONE = 499  # nginx's status for the log: nobody reads an answer
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 
+def _routes(service: Service) -> list[BaseRoute]:
+    def route(path: str, endpoint: Endpoint, method: str) -> Route:
+        async def call(request: Request) -> Response:
+            return await endpoint(service, request)
+
+        return Route(path, call, methods=[method])
+
+    return [
+        route("/v1/completions", completions, "POST"),
+        route("/v1/chat/completions", chat_completions, "POST"),
+        route("/v1/models", _models, "GET"),
+        route("/v1/models/{name:path}", _model, "GET"),
+        route("/tokenize", _tokenize, "POST"),
+        route("/detokenize", _detokenize, "POST"),
+        route("/tokenizer_info", _tokenizer_info, "GET"),
+        route("/health", _health, "GET"),
+        route("/health/live", _live, "GET"),
+        route("/metrics", _metrics, "GET"),
+        route("/version", _version, "GET"),
+        route("/openapi.json", _openapi, "GET"),
+        route("/", _page, "GET"),
+        route("/page-info", _page_info, "GET"),
+        # A build tree has links to the files.
+        Mount("/page", StaticFiles(directory=_PAGE, follow_symlink=True)),
+    ]
+
+
 def build_app(engine: Engine, settings: Settings, max_sequences: int = 256) -> Starlette:
     """Makes the application.
 
@@ -83,12 +110,6 @@ def build_app(engine: Engine, settings: Settings, max_sequences: int = 256) -> S
         finally:
             service.close()
 
-    def route(path: str, endpoint: Endpoint, method: str) -> Route:
-        async def call(request: Request) -> Response:
-            return await endpoint(service, request)
-
-        return Route(path, call, methods=[method])
-
     middleware = [Middleware(_Door, service=service)]
     if settings.cors_origins:
         origins = list(settings.cors_origins)
@@ -97,24 +118,7 @@ def build_app(engine: Engine, settings: Settings, max_sequences: int = 256) -> S
         )
         middleware.insert(0, cors)
     app = Starlette(
-        routes=[
-            route("/v1/completions", completions, "POST"),
-            route("/v1/chat/completions", chat_completions, "POST"),
-            route("/v1/models", _models, "GET"),
-            route("/v1/models/{name:path}", _model, "GET"),
-            route("/tokenize", _tokenize, "POST"),
-            route("/detokenize", _detokenize, "POST"),
-            route("/tokenizer_info", _tokenizer_info, "GET"),
-            route("/health", _health, "GET"),
-            route("/health/live", _live, "GET"),
-            route("/metrics", _metrics, "GET"),
-            route("/version", _version, "GET"),
-            route("/openapi.json", _openapi, "GET"),
-            route("/", _page, "GET"),
-            route("/page-info", _page_info, "GET"),
-            # A build tree has links to the files.
-            Mount("/page", StaticFiles(directory=_PAGE, follow_symlink=True)),
-        ],
+        routes=_routes(service),
         middleware=middleware,
         exception_handlers={
             ApiError: _api_error,
