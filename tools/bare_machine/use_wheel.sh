@@ -7,9 +7,38 @@ python3 -m venv ~/venv
 PATH=$HOME/venv/bin:$PATH
 
 clusterfusion --version
-grep '^clusterfusion [a-z]* models/demo' README.md >/tmp/commands
+grep '^clusterfusion [a-z]* models/demo' README.md | grep -v '^clusterfusion serve' >/tmp/commands
 [ "$(wc -l </tmp/commands)" -ge 6 ]
 bash -ex /tmp/commands
+
+pip install --quiet "$1[serve]"
+serve=$(grep '^clusterfusion serve models/demo' README.md)
+echo "+ $serve"
+$serve &
+server=$!
+python - <<'PYTHON'
+import json
+import time
+import urllib.error
+import urllib.request
+
+request = urllib.request.Request(
+    "http://127.0.0.1:8000/v1/completions",
+    json.dumps({"prompt": "The old house", "seed": 1}).encode(),
+    {"Content-Type": "application/json"},
+)
+for attempt in range(100):
+    try:
+        with urllib.request.urlopen(request) as answer:
+            print(json.load(answer)["choices"][0]["text"])
+            break
+    except urllib.error.URLError:
+        time.sleep(0.2)
+else:
+    raise SystemExit("the server does not answer")
+PYTHON
+kill -TERM $server
+wait $server || [ $? = 143 ] # it ends in good order, then by the signal
 
 project=$PWD
 cd /tmp # not beside the sources
