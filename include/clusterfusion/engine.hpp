@@ -109,7 +109,7 @@ void apply_generation_config(const GenerationConfig& config, GenerateRequest& re
 struct Statistics {
   std::int64_t prompt_tokens = 0;
   std::int64_t new_tokens = 0;
-  double prefill_seconds = 0;                // of this prompt's prefill
+  double prefill_seconds = 0;                // of passes with pieces of this prompt, all of each
   double time_to_first_token_seconds = 0;    // from start() to the first token
   double decode_seconds = 0;                 // spent in decode steps after the first token
   double queue_seconds = 0;                  // waiting for a place and for memory

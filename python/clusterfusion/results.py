@@ -39,7 +39,7 @@ class Statistics:
     Attributes:
         prompt_tokens: Tokens of the prompt.
         new_tokens: Tokens generated.
-        prefill_seconds: Spent on the prompt.
+        prefill_seconds: Spent on passes with pieces of the prompt, which other prompts may share.
         time_to_first_token_seconds: From the start to the first token.
         decode_seconds: Spent in decode steps after the first token.
         seconds_per_token: decode_seconds / (new_tokens - 1); 0 if undefined.
