@@ -29,7 +29,7 @@ double floating_point_operations(const Shape& shape, double tokens) {
 }
 
 struct Milliseconds {
-  double first;                 // which asks cuBLASLt for its algorithms
+  double first;                 // while CUDA loads kernels
   double second;                // which makes a CUDA graph of a short prompt
   std::vector<double> repeats;  // sorted
 };

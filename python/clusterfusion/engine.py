@@ -370,9 +370,8 @@ class Engine:
     def save_prompt_cache(self, prompt: Prompt, path: str | os.PathLike[str]) -> int:
         """Saves keys and values of a prompt's beginning to a file: a long prompt is read once.
 
-        Whole pages of 64 tokens are saved (on a GPU whole pieces of prompts, of up to 2048). The
-        prompt is read as :meth:`generate` reads it, unless the prefix cache has it already. The
-        file appears whole or not at all, in the place of one that was there.
+        Whole pages of 64 tokens are saved. The prompt is read as :meth:`generate` reads it, unless
+        the prefix cache has it already. The file appears whole or not at all, in the place of one that was there.
 
         Args:
             prompt: A text or token ids.

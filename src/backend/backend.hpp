@@ -6,10 +6,9 @@
 //
 // Numbers: the result for a sequence depends on its own tokens, its interventions and the backend's
 // mode only, alone or in a batch with others, and the same calls give the same bits from run to
-// run. On the CPU the calls do not matter either: prefilling n tokens in any number of pieces, or
-// decoding them one by one, with any number of threads, gives the same bits. On a GPU a prefill is
-// summed in another order than decode steps, and in another for other numbers of tokens, so these
-// agree up to rounding.
+// run: prefilling n tokens in any number of pieces, beside any others, gives the same bits. On the
+// CPU so does decoding them one by one, with any number of threads. On a GPU a prefill is summed in
+// another order than decode steps, so these agree up to rounding.
 //
 // Threads: calls on one Backend must not overlap; the engine sees to it.
 #pragma once
@@ -66,7 +65,9 @@ struct BackendInfo {
   std::int64_t max_positions = 0;
   std::int64_t prefill_chunk = 512;  // the engine prefills in pieces of this many tokens, so that a
                                      // prompt can be cancelled and its progress shown
-  std::int32_t decode_ahead = 1;     // steps that decode() may run without looking at the host
+  std::int64_t least_piece = 4;   // tokens that share one read of the weights at hardly any cost: a
+                                  // prompt is not cut into smaller pieces for the sake of others
+  std::int32_t decode_ahead = 1;  // steps that decode() may run without looking at the host
   // Rows that verify() computes in one step, at most, over all sequences of a batch. 1: it takes a
   // step for each token, so that proposals gain nothing.
   std::int32_t verify_rows = 1;
@@ -75,9 +76,12 @@ struct BackendInfo {
   std::int64_t kv_pages = 0;
   // Whether prefill_together() computes all in one pass, and not one after the other.
   bool packs_prompts = false;
-  // Whether prefilling in any pieces, and decoding, give the same bits. If not, a prompt's pieces
-  // are those of prefill_chunk, and what was decoded is computed again by decoding.
+  // Whether prefilling in any pieces gives the same bits. If not, a prompt's pieces are those of
+  // prefill_chunk.
   bool any_pieces = false;
+  // Whether decoding gives the same bits as prefilling. If not, what was decoded is computed again
+  // by decoding.
+  bool decodes_as_prefills = false;
   // A prompt's first n x prefix_granularity positions have the same bits in every prompt that
   // begins with their tokens; a multiple of kKvPagePositions. 0: that is not known of any.
   std::int64_t prefix_granularity = 0;

@@ -74,7 +74,7 @@ Scheduler::Sequence* Scheduler::next_to_admit() const {
 bool Scheduler::try_to_activate(Backend& backend, Sequence& sequence) {
   sequence.fed = sequence.request.prompt;
   sequence.num_computed = 0;
-  if (info().any_pieces) {
+  if (info().decodes_as_prefills) {
     sequence.fed.insert(sequence.fed.end(), sequence.tokens.begin(), sequence.tokens.end());
     sequence.num_computed = sequence.tokens.size();
   }
@@ -217,8 +217,8 @@ void Scheduler::publish_pages(Backend& backend, Sequence& sequence) {
   const std::int64_t granularity = info().prefix_granularity;
   // What was decoded may have other bits than what is prefilled.
   const std::int64_t positions =
-      info().any_pieces ? sequence.length
-                        : std::min(sequence.length, std::ssize(sequence.request.prompt));
+      info().decodes_as_prefills ? sequence.length
+                                 : std::min(sequence.length, std::ssize(sequence.request.prompt));
   const std::int64_t pages = positions / granularity * granularity / kKvPagePositions;
   while (std::ssize(sequence.chain) < pages) {
     const std::int64_t page = std::ssize(sequence.chain);

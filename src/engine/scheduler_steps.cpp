@@ -51,7 +51,7 @@ bool Scheduler::disturbs_others(const Sequence& sequence) const {
 std::int64_t Scheduler::piece_of(const Sequence& sequence, bool beside_streams) const {
   const std::optional<ScoreDetail>& detail = sequence.request.prompt_detail;
   const std::int64_t most = detail ? scored_piece(info(), *detail) : info().prefill_chunk;
-  return beside_streams && info().any_pieces ? clock_.piece_tokens(most) : most;
+  return beside_streams && info().any_pieces ? clock_.piece_tokens(info().least_piece, most) : most;
 }
 
 // Of the first, and of those behind it as far as they fit into the same pass.
@@ -59,7 +59,7 @@ std::vector<Scheduler::Piece> Scheduler::next_pieces(const Members& waiting,
                                                      bool beside_streams) const {
   std::vector<Piece> pieces;
   std::int64_t room = beside_streams && info().any_pieces
-                          ? clock_.piece_tokens(info().prefill_chunk)
+                          ? clock_.piece_tokens(info().least_piece, info().prefill_chunk)
                           : info().prefill_chunk;
   for (Sequence* const sequence : waiting) {
     const std::int64_t most = piece_of(*sequence, beside_streams);

@@ -38,13 +38,14 @@ class StepClock {
     return std::max(1, static_cast<std::int32_t>(fitting));
   }
 
-  // Tokens of a piece of a prompt that takes no longer than a step, where pieces may have any size.
-  std::int64_t piece_tokens(std::int64_t most) const noexcept {
-    constexpr std::int64_t kLeast = 4;  // as many share one read of the weights at hardly any cost
+  // Tokens of a piece of a prompt that takes no longer than a step, where pieces may have any size;
+  // but `least` (BackendInfo::least_piece), and at most `most`.
+  std::int64_t piece_tokens(std::int64_t least, std::int64_t most) const noexcept {
     constexpr std::int64_t kFirst = 16;
-    if (piece_token_seconds_ <= 0 || step_seconds_ <= 0) return std::min(kFirst, most);
+    if (piece_token_seconds_ <= 0 || step_seconds_ <= 0)
+      return std::min(std::max(kFirst, least), most);
     const double fitting = step_seconds_ / piece_token_seconds_;
-    return std::min(most, std::max(kLeast, static_cast<std::int64_t>(std::min(fitting, 1e6))));
+    return std::min(most, std::max(least, static_cast<std::int64_t>(std::min(fitting, 1e6))));
   }
 
  private:

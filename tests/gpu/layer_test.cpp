@@ -24,8 +24,8 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/cuda_backend.hpp"
+#include "backend/cuda/driver_function.hpp"
 #include "backend/cuda/memory.hpp"
-#include "backend/cuda/ops/driver_function.hpp"
 #include "backend/cuda/ops/plain_params.hpp"
 #include "clusterfusion/error.hpp"
 #include "held_sms.hpp"

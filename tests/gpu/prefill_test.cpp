@@ -62,7 +62,7 @@ class Prompter {
       : config_(model.config()),
         kv_(kv_plan(config_)),
         weights_(model, {config_.max_positions, kv_.page_bytes}),
-        prefill_(config_, weights_, kv_, config_.max_positions),
+        prefill_(config_, weights_, kv_, config_.max_positions, 64 << 20),
         slab_(kv_.page_bytes * kPages, "pages"),
         pages_(kPages) {
     poison_pages();
@@ -74,7 +74,8 @@ class Prompter {
   std::int64_t num_graphs() const { return prefill_.num_graphs(); }
 
   void run(std::span<const TokenId> tokens, std::int64_t first, const PrefillOutput& output) {
-    prefill_.run(tokens, first, pages_, nullptr, output, nullptr);
+    const cuda::PromptPiece piece{tokens, first, pages_, nullptr, &output};
+    prefill_.run({&piece, 1}, nullptr);
   }
 
   // Logits at every position, in pieces that end at `cuts` and at the end.
@@ -250,6 +251,67 @@ TEST_P(PrefillShapes, PaddingHasNoKeysAndValues) {
   }
 }
 
+TEST_P(PrefillShapes, PiecesGiveTheBitsOfTheWhole) {
+  const ModelConfig config = config_of(GetParam());
+  const auto model = make_random_model(config);
+  const auto tokens = tokens_without_0(config.vocab_size, 400, 11);
+  Prompter prompter(*model);
+  const auto whole = prompter.all_logits(tokens, {});
+  std::mt19937 random(12);
+  for (int round = 0; round < 6; ++round) {
+    std::vector<std::size_t> cuts;
+    for (std::size_t cut = 0; (cut += 1 + random() % (round < 3 ? 40 : 250)) < tokens.size();)
+      cuts.push_back(cut);
+    prompter.poison_pages();
+    ASSERT_EQ(prompter.all_logits(tokens, cuts), whole) << "round " << round;
+  }
+}
+
+// Sequences that go on, and new ones, in passes together, as often as it takes.
+TEST_P(PrefillShapes, CompanyDoesNotMatter) {
+  const ModelConfig config = config_of(GetParam());
+  const auto model = make_random_model(config);
+  const auto vocab = static_cast<std::size_t>(config.vocab_size);
+  const auto backend = make_cuda_backend(model, {});
+  struct Text {
+    std::vector<TokenId> tokens;
+    std::vector<float> alone, found;
+    SequenceId id = -1;
+    std::size_t done = 0;
+  };
+  std::mt19937 random(13);
+  std::vector<Text> texts(12);
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    Text& text = texts[i];
+    text.tokens = tokens_without_0(config.vocab_size, static_cast<int>(1 + random() % 250),
+                                   static_cast<unsigned>(50 + i));
+    text.alone.resize(text.tokens.size() * vocab);
+    text.found.resize(text.alone.size());
+    PrefillOutput output;
+    output.all_logits = text.alone;
+    const SequenceId id = backend->create_sequence({});
+    backend->prefill(id, text.tokens, output);
+    backend->release_sequence(id);
+    text.id = backend->create_sequence({});
+  }
+  for (bool going = true; going;) {
+    going = false;
+    std::vector<PrefillPart> parts;
+    for (Text& text : texts) {
+      const std::size_t left = text.tokens.size() - text.done;
+      going |= left > 0;
+      if (left == 0 || random() % 3 == 0) continue;
+      const std::size_t count = std::min<std::size_t>(left, 1 + random() % 130);
+      PrefillPart& part =
+          parts.emplace_back(text.id, std::span(text.tokens).subspan(text.done, count));
+      part.output.all_logits = std::span(text.found).subspan(text.done * vocab, count * vocab);
+      text.done += count;
+    }
+    if (!parts.empty()) backend->prefill_together(parts);
+  }
+  for (std::size_t i = 0; i < texts.size(); ++i) ASSERT_EQ(texts[i].found, texts[i].alone) << i;
+}
+
 INSTANTIATE_TEST_SUITE_P(
     Shapes, PrefillShapes,
     testing::Values(
@@ -296,7 +358,6 @@ TEST_F(PrefillTest, LongPromptMatchesFloat64) {
   const auto model = make_random_model(config);
   const auto backend = make_cuda_backend(model, {});
   const auto tokens = tokens_without_0(config.vocab_size, 2300, 10);
-  ASSERT_GT(std::ssize(tokens), backend->info().prefill_chunk);
   std::vector<float> logits(tokens.size() * static_cast<std::size_t>(config.vocab_size));
   PrefillOutput output;
   output.all_logits = logits;

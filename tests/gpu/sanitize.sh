@@ -34,9 +34,8 @@ under() { # under TOOL PROGRAM
   local bin=$build/bin tokens=20 sampled=70
   local -a command options=()
   if [[ $1 == racecheck ]]; then
-    # A step takes seconds. cuBLASLt's kernels are not ours to check.
+    # A step takes seconds.
     bin=$RACECHECK_BUILD/bin tokens=4 sampled=4
-    options=(--kernel-name kernel_substring=clusterfusion)
   fi
   case $2 in
     gpu_test | layer | layer_small)

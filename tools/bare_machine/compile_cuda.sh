@@ -8,4 +8,4 @@ grep -F "CUDA: off" /tmp/log
 grep -qF "ninja: no work to do" /tmp/log
 cmake --preset program -B /tmp/cuda -DCLUSTERFUSION_CUDA=ON >/tmp/log
 grep -F "CUDA: on" /tmp/log
-ninja -C /tmp/cuda src/backend/cuda/CMakeFiles/cf_backend_cuda.dir/{read_ceiling.cu,cublas_library.cpp}.o
+ninja -C /tmp/cuda src/backend/cuda/CMakeFiles/cf_backend_cuda.dir/{read_ceiling.cu,tensor_map.cpp}.o

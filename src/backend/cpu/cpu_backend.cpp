@@ -87,6 +87,7 @@ class CpuBackend final : public Backend {
     info_.packs_prompts = true;
     info_.verify_rows = static_cast<std::int32_t>(std::min(transformer_.max_rows(), kLogitRows));
     info_.any_pieces = true;
+    info_.decodes_as_prefills = true;
     info_.prefix_granularity = kKvPagePositions;
     info_.arithmetic = "cpu";
   }

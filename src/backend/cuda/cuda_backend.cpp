@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "backend/cuda/check.hpp"
-#include "backend/cuda/cublas_library.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/decode/timeline.hpp"
@@ -33,6 +32,8 @@ namespace cuda {
 namespace {
 
 constexpr std::int32_t kDecodeAhead = 16;  // steps of one launch, at most
+// A pass of so many tokens takes half as long again as one of a single token.
+constexpr std::int64_t kLeastPiece = 256;
 // Up to so many rows the streaming kernel is quicker than the series of kernels.
 constexpr std::size_t kStreamedRows = 12;
 
@@ -92,7 +93,8 @@ class CudaBackend final : public Backend {
         mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
         pool_(plan_.kv.page_bytes),
-        prefill_(model_->config(), weights_, plan_.kv, max_positions_),
+        prefill_(model_->config(), weights_, plan_.kv, max_positions_,
+                 prefill_budget(static_cast<std::int64_t>(properties_.totalGlobalMem))),
         interventions_(model_->config(), weights_),
         sampler_(model_->config().vocab_size, kDecodeAhead),
         sequences_(model_->config(), info_) {
@@ -103,17 +105,17 @@ class CudaBackend final : public Backend {
     info_.kv_bytes_per_position = plan_.kv.page_bytes / kKvPagePositions;
     info_.max_positions = max_positions_;
     info_.prefill_chunk = prefill_.max_tokens();
+    info_.least_piece = std::min(kLeastPiece, prefill_.max_tokens());
     info_.decode_ahead = kDecodeAhead;
     prepare();
     if (!unstreamed_.empty()) info_.device += fmt::format(", {} ({})", path(), unstreamed_);
     if (decodes_rows()) info_.verify_rows = static_cast<std::int32_t>(max_rows());
     info_.kv_pages = kv_pages(options.kv_bytes);
-    // Whole pieces at the same places are the same computation.
-    info_.prefix_granularity =
-        info_.prefill_chunk % kKvPagePositions == 0 ? info_.prefill_chunk : 0;
-    info_.arithmetic =
-        fmt::format("{}, {} SMs, cuBLASLt {}, mode {}", properties_.name,
-                    properties_.multiProcessorCount, cublasLtGetVersion(), name_of(mode_));
+    info_.packs_prompts = true;
+    info_.any_pieces = true;
+    info_.prefix_granularity = kKvPagePositions;
+    info_.arithmetic = fmt::format("{}, {} SMs, mode {}", properties_.name,
+                                   properties_.multiProcessorCount, name_of(mode_));
   }
 
   ~CudaBackend() override { cudaStreamDestroy(stream_); }
@@ -206,14 +208,34 @@ class CudaBackend final : public Backend {
     sequences_.check.prefill(id, sequence, tokens, output);
     grow(sequence, sequence.length + std::ssize(tokens));
     prefill_in_pieces(sequence, tokens, prefill_.max_tokens(), output, model_->config().hidden_size,
-                      [&](std::span<const TokenId> piece, PrefillOutput its_output) {
-                        // What the sampler chooses from comes to the host.
-                        if (its_output.sampled && its_output.last_logits.empty())
-                          its_output.last_logits = host_logits_;
-                        prefill_piece(sequence, piece, its_output);
-                        if (its_output.sampled)
-                          *its_output.sampled = sequence.sampler.sample(its_output.last_logits);
+                      [&](std::span<const TokenId> piece, const PrefillOutput& its_output) {
+                        const PrefillPart part{id, piece, its_output};
+                        prefill_pass({&part, 1});
                       });
+  }
+
+  void prefill_together(std::span<const PrefillPart> parts) override {
+    sequences_.check.prefill_together(parts);
+    std::vector<std::int64_t> lengths;
+    for (const PrefillPart& part : parts) {
+      Sequence& sequence = find(part.sequence);
+      sequences_.check.prefill(part.sequence, sequence, part.tokens, part.output);
+      lengths.push_back(sequence.length);
+    }
+    for (const PrefillPart& part : parts) {
+      Sequence& sequence = find(part.sequence);
+      grow(sequence, sequence.length + std::ssize(part.tokens));
+    }
+    try {
+      for (std::size_t begin = 0; begin < parts.size();) {
+        const std::size_t count = parts_of_pass(parts.subspan(begin));
+        prefill_pass(parts.subspan(begin, count));
+        begin += count;
+      }
+    } catch (...) {
+      for (std::size_t i = 0; i < parts.size(); ++i) find(parts[i].sequence).truncate(lengths[i]);
+      throw;
+    }
   }
 
   void decode(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
@@ -410,26 +432,52 @@ class CudaBackend final : public Backend {
     while (std::ssize(sequence.pages) < pages) sequence.pages.push_back(pool_.take());
   }
 
-  // At most prefill_.max_tokens() of a prompt. One token goes through the decode kernel: from two
-  // on, matrix-matrix work is quicker (Pythia-2.8B, H100: 2.9 ms for 2 to 16 tokens).
-  void prefill_piece(Sequence& sequence, std::span<const TokenId> tokens,
-                     const PrefillOutput& output) {
-    if (streams() && tokens.size() == 1 && output.activations.empty())
-      return stream_token(sequence, tokens[0], output);
-    prefill_.run(tokens, sequence.length, sequence.pages, sequence.interventions.get(), output,
-                 stream_);
-    sequence.append(tokens);
+  // How many of the first parts one pass takes.
+  std::size_t parts_of_pass(std::span<const PrefillPart> parts) {
+    const auto comes_alone = [&](const PrefillPart& part) {
+      return find(part.sequence).interventions != nullptr || !part.output.activations.empty();
+    };
+    std::vector<PromptPiece> pieces;
+    for (const PrefillPart& part : parts) {
+      if (!pieces.empty() && comes_alone(part)) break;
+      pieces.push_back(piece_of(part, part.output));
+      if (!prefill_.fits(pieces)) return pieces.size() - 1;
+      if (comes_alone(part)) break;
+    }
+    return pieces.size();
   }
 
-  void stream_token(Sequence& sequence, TokenId token, const PrefillOutput& output) {
-    const bool scored =
-        !output.all_logits.empty() || !output.targets.empty() || !output.last_logits.empty();
-    run(sequence, token, 1, scored ? 0 : 1, true, 0.0f);
-    if (!output.all_logits.empty()) copy_logits(0, output.all_logits);
-    if (!output.last_logits.empty()) copy_logits(0, output.last_logits);
-    if (output.targets.empty() || output.targets[0] < 0) return;
-    copy_logits(0, host_logits_);
-    output.target_logprobs[0] = log_probability(host_logits_, output.targets[0]);
+  PromptPiece piece_of(const PrefillPart& part, const PrefillOutput& output) {
+    const Sequence& sequence = find(part.sequence);
+    return {part.tokens, sequence.length, sequence.pages, sequence.interventions.get(), &output};
+  }
+
+  // What samplers choose from comes to the host.
+  void prefill_pass(std::span<const PrefillPart> parts) {
+    const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
+    std::size_t choosing = 0;
+    for (const PrefillPart& part : parts)
+      choosing += part.output.sampled != nullptr && part.output.last_logits.empty();
+    if (host_logits_.size() < choosing * vocab) host_logits_.resize(choosing * vocab);
+    std::vector<PrefillOutput> outputs;
+    std::vector<PromptPiece> pieces;
+    outputs.reserve(parts.size());
+    std::span<float> room = host_logits_;
+    for (const PrefillPart& part : parts) {
+      PrefillOutput& output = outputs.emplace_back(part.output);
+      if (output.sampled != nullptr && output.last_logits.empty()) {
+        output.last_logits = room.first(vocab);
+        room = room.subspan(vocab);
+      }
+      pieces.push_back(piece_of(part, output));
+    }
+    prefill_.run(pieces, stream_);
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      Sequence& sequence = find(parts[i].sequence);
+      sequence.append(parts[i].tokens);
+      if (outputs[i].sampled != nullptr)
+        *outputs[i].sampled = sequence.sampler.sample(outputs[i].last_logits);
+    }
   }
 
   // `steps` steps of one sequence in one launch (at most steps_alike()): the first one's input is
@@ -484,6 +532,10 @@ class CudaBackend final : public Backend {
       require_finite(host_chosen_[step], first_position + step);
   }
 
+  // Room for the logits of one row.
+  std::span<float> vocab_logits() {
+    return std::span(host_logits_).first(static_cast<std::size_t>(model_->config().vocab_size));
+  }
   void copy_logits(std::int64_t row, std::span<float> to) {
     check(cudaMemcpy(to.data(), logits_.as<float>() + row * static_cast<std::int64_t>(to.size()),
                      to.size_bytes(), cudaMemcpyDeviceToHost),
@@ -598,10 +650,10 @@ class CudaBackend final : public Backend {
       sequence.append(std::span(&input, 1));
       SampledToken* room = call.room(step, 0);
       if (room == nullptr) continue;
-      check(cudaMemcpy(host_logits_.data(), decoder.logits(0), host_logits_.size() * sizeof(float),
+      check(cudaMemcpy(host_logits_.data(), decoder.logits(0), vocab_logits().size_bytes(),
                        cudaMemcpyDeviceToHost),
             "fetching logits");
-      *room = sequence.sampler.sample(host_logits_);
+      *room = sequence.sampler.sample(vocab_logits());
       input = room->token;
     }
     fetch_row_logits(decoder, call);
@@ -762,10 +814,10 @@ class CudaBackend final : public Backend {
       require_finite(chosen[row], sequence.length - 1);
       if (rows.first_sampler) return row_samplers_[*rows.first_sampler + i].chosen(0);
       if (!rows.on_host) return SampledToken{chosen[row], 0.0f, {}};
-      check(cudaMemcpy(host_logits_.data(), decoder.logits(row),
-                       host_logits_.size() * sizeof(float), cudaMemcpyDeviceToHost),
+      check(cudaMemcpy(host_logits_.data(), decoder.logits(row), vocab_logits().size_bytes(),
+                       cudaMemcpyDeviceToHost),
             "fetching logits");
-      return sequence.sampler.sample(host_logits_);
+      return sequence.sampler.sample(vocab_logits());
     });
   }
 
@@ -776,7 +828,7 @@ class CudaBackend final : public Backend {
                         std::span<float> logits) {
     const std::size_t batch = sequences.size();
     PrefillOutput output;
-    output.last_logits = host_logits_;
+    output.last_logits = vocab_logits();
     std::vector<std::int64_t> lengths;
     for (const SequenceId id : sequences) lengths.push_back(find(id).length);
     try {
@@ -784,13 +836,14 @@ class CudaBackend final : public Backend {
         Sequence& sequence = find(sequences[b]);
         TokenId input = inputs[b];
         for (std::int32_t step = 0; step < steps; ++step) {
-          prefill_piece(sequence, std::span(&input, 1), output);
+          const PrefillPart part{sequences[b], std::span(&input, 1), output};
+          prefill_pass({&part, 1});
           if (sampled.empty()) continue;
-          SampledToken& token = sampled[step * batch + b] = sequence.sampler.sample(host_logits_);
+          SampledToken& token = sampled[step * batch + b] = sequence.sampler.sample(vocab_logits());
           input = token.token;
         }
         if (!logits.empty())
-          std::ranges::copy(host_logits_, logits.begin() + b * host_logits_.size());
+          std::ranges::copy(vocab_logits(), logits.begin() + b * vocab_logits().size());
       }
     } catch (...) {
       for (std::size_t b = 0; b < batch; ++b) find(sequences[b]).truncate(lengths[b]);
@@ -837,13 +890,13 @@ class CudaBackend final : public Backend {
                         std::span<float> logits) {
     for (std::int32_t step = 0; step < steps; ++step) {
       run(sequence, input, 1, 0, true, 0.0f);
-      copy_logits(0, host_logits_);
+      copy_logits(0, vocab_logits());
       if (sampled.empty()) continue;
-      SampledToken token = sequence.sampler.sample(host_logits_);
+      SampledToken token = sequence.sampler.sample(vocab_logits());
       input = token.token;
       sampled[step * batch + b] = std::move(token);
     }
-    if (!logits.empty()) std::ranges::copy(host_logits_, logits.begin());
+    if (!logits.empty()) std::ranges::copy(vocab_logits(), logits.begin());
   }
 
   // A launch for each step, and behind it the sampler's, which takes the step's logits and leaves
@@ -928,7 +981,7 @@ std::string cuda_unavailable_reason() {
     return fmt::format(
         "{} has compute capability {}.{}; this build runs on 9.0 (Hopper) and 12.0 (Blackwell)",
         properties.name, properties.major, properties.minor);
-  return cuda::cublas_unavailable_reason();
+  return {};
 }
 
 std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,

@@ -12,15 +12,19 @@ namespace clusterfusion::cuda {
 // every thread calls before it touches memory that earlier kernels read or write.
 class DependentLaunch {
  public:
-  DependentLaunch(dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream) {
-    attribute_.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute_.val.programmaticStreamSerializationAllowed = 1;
+  // `cluster`: blocks of a cluster, next to each other in x.
+  DependentLaunch(dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
+                  unsigned cluster = 1) {
+    attributes_[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes_[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes_[1].id = cudaLaunchAttributeClusterDimension;
+    attributes_[1].val.clusterDim = {cluster, 1, 1};
     config_.gridDim = grid;
     config_.blockDim = block;
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
-    config_.attrs = &attribute_;
-    config_.numAttrs = 1;
+    config_.attrs = attributes_;
+    config_.numAttrs = cluster > 1 ? 2 : 1;
   }
   DependentLaunch(const DependentLaunch&) = delete;
   DependentLaunch& operator=(const DependentLaunch&) = delete;
@@ -28,7 +32,7 @@ class DependentLaunch {
   const cudaLaunchConfig_t* config() const noexcept { return &config_; }
 
  private:
-  cudaLaunchAttribute attribute_{};
+  cudaLaunchAttribute attributes_[2]{};
   cudaLaunchConfig_t config_{};
 };
 

@@ -150,7 +150,7 @@ void check_fit(std::int64_t weight_bytes, const DeviceModelOptions& options) {
   std::size_t free = 0, total = 0;
   check(cudaMemGetInfo(&free, &total), "asking for free memory");
   require_fit({.weight_bytes = weight_bytes,
-               .workspace_bytes = kWorkspaceBytes,
+               .workspace_bytes = workspace_bytes(static_cast<std::int64_t>(total)),
                .kv_page_bytes = options.kv_page_bytes,
                .positions = options.positions},
               static_cast<std::int64_t>(free), static_cast<std::int64_t>(total));

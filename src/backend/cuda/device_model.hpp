@@ -2,6 +2,7 @@
 // there from the mapped files.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <functional>
@@ -13,9 +14,15 @@
 
 namespace clusterfusion::cuda {
 
-// What a backend may take of a GPU's memory besides the weights and the KV cache, so that a model
-// that will not fit is known before it is copied. tests/gpu/loading_test.cpp holds it to that.
-inline constexpr std::int64_t kWorkspaceBytes = 300'000'000;
+// Of the memory of a GPU that has `device_bytes`, what the activations of prompts may take.
+constexpr std::int64_t prefill_budget(std::int64_t device_bytes) {
+  return std::clamp<std::int64_t>(device_bytes / 200, 180'000'000, 640'000'000);
+}
+// What a backend may take besides the weights and the KV cache, so that a model that will not fit
+// is known before it is copied. tests/gpu/loading_test.cpp holds it to that.
+constexpr std::int64_t workspace_bytes(std::int64_t device_bytes) {
+  return prefill_budget(device_bytes) + 120'000'000;
+}
 
 struct DeviceModelOptions {
   // For the check that one sequence fits beside the weights: its length, and a KV page's size.

@@ -6,40 +6,14 @@
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/gemm/product_input.hpp"
 #include "backend/cuda/gemm/product_kernel.hpp"
-#include "backend/cuda/ops/driver_function.hpp"
 #include "backend/cuda/stream/stream_setup.hpp"
+#include "backend/cuda/tensor_map.hpp"
 #include "base/fail.hpp"
 #include "plan/product_tiles.hpp"
 
 namespace clusterfusion::cuda {
 
 using plan::Stream;
-
-namespace {
-
-// Of a tensor of 16-bit floats in boxes; the innermost size is first. `strides`: in bytes, of all
-// but the innermost.
-CUtensorMap box_map(DType dtype, const void* data, const std::array<std::uint64_t, 3>& sizes,
-                    const std::array<std::uint64_t, 2>& strides,
-                    const std::array<std::uint32_t, 3>& box) {
-  static const auto encode =
-      driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-  constexpr std::array<std::uint32_t, 3> kSteps{1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = encode(
-      &map,
-      dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      static_cast<std::uint32_t>(sizes.size()), const_cast<void*>(data), sizes.data(),
-      strides.data(), box.data(), kSteps.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  require(result == CUDA_SUCCESS, ErrorKind::internal,
-          "the driver makes no map of a [{}, {}, {}] tensor: error {}", sizes[2], sizes[1],
-          sizes[0], static_cast<int>(result));
-  return map;
-}
-
-}  // namespace
 
 bool GemmDecoder::supports(const ModelConfig& config, const cudaDeviceProp& properties) {
   if (properties.major != 9) return false;
@@ -267,10 +241,10 @@ CUtensorMap GemmDecoder::weight_map(const Matrix& matrix, std::int32_t box_rows)
   const std::uint64_t layers = is_head ? 1 : params_.num_layers;
   const auto layer_stride =
       static_cast<std::uint64_t>(layers > 1 ? params_.layer_stride : matrix.product->row_bytes);
-  return box_map(config_.dtype, matrix.weights,
-                 {columns, static_cast<std::uint64_t>(matrix.product->rows), layers},
-                 {columns * 2, layer_stride},
-                 {plan::kStepColumns, static_cast<std::uint32_t>(box_rows), 1});
+  const std::array sizes{columns, static_cast<std::uint64_t>(matrix.product->rows), layers};
+  const std::array strides{columns * 2, layer_stride};
+  const std::array box{std::uint32_t{plan::kStepColumns}, static_cast<std::uint32_t>(box_rows), 1u};
+  return make_box_map({config_.dtype, matrix.weights, sizes, strides, box});
 }
 
 // Eight rows of a piece lie side by side.
@@ -278,10 +252,11 @@ CUtensorMap GemmDecoder::input_map(const Matrix& matrix, std::int32_t box_rows) 
   constexpr std::uint32_t kPieceColumns = plan::kStepColumns / gemm::kStepPieces;
   const auto columns = static_cast<std::uint64_t>(matrix.product->row_bytes / 2);
   const auto lines = static_cast<std::uint64_t>(gemm::input_lines(params_.rows));
-  return box_map(config_.dtype, matrix.input,
-                 {8 * kPieceColumns, lines / 8, columns / kPieceColumns},
-                 {8 * kPieceColumns * 2, lines * kPieceColumns * 2},
-                 {8 * kPieceColumns, static_cast<std::uint32_t>(box_rows / 8), gemm::kStepPieces});
+  const std::array<std::uint64_t, 3> sizes{8 * kPieceColumns, lines / 8, columns / kPieceColumns};
+  const std::array<std::uint64_t, 2> strides{8 * kPieceColumns * 2, lines * kPieceColumns * 2};
+  const std::array<std::uint32_t, 3> box{
+      8 * kPieceColumns, static_cast<std::uint32_t>(box_rows / 8), gemm::kStepPieces};
+  return make_box_map({config_.dtype, matrix.input, sizes, strides, box});
 }
 
 }  // namespace clusterfusion::cuda

@@ -2,7 +2,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
-#include "backend/cuda/ops/driver_function.hpp"
+#include "backend/cuda/driver_function.hpp"
 
 namespace clusterfusion::cuda {
 

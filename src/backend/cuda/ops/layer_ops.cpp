@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <compare>
 #include <map>
 #include <memory>
@@ -13,11 +14,12 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
-#include "backend/cuda/ops/driver_function.hpp"
+#include "backend/cuda/driver_function.hpp"
 #include "backend/cuda/ops/layer_kernel.hpp"
 #include "backend/cuda/ops/layer_scratch.hpp"
 #include "backend/cuda/ops/plain_layer.hpp"
-#include "backend/cuda/ops/relaxed_capture.hpp"
+#include "backend/cuda/relaxed_capture.hpp"
+#include "backend/cuda/tensor_map.hpp"
 #include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
@@ -154,26 +156,12 @@ struct CacheKey {
 };
 
 CUtensorMap make_cache_map(const CacheKey& key) {
-  CUtensorMap map;
-  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(key.hidden),
-                              static_cast<cuuint64_t>(key.max_positions)};
-  const cuuint64_t row_bytes[] = {static_cast<cuuint64_t>(key.hidden) * 2};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(key.head_dim),
-                            static_cast<cuuint32_t>(key.box_rows)};
-  const cuuint32_t steps[] = {1, 1};
-  static const auto encode =
-      driver_function<decltype(cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
-  const CUresult result =
-      encode(&map,
-             key.dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             2, key.cache, sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-             CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  require(result == CUDA_SUCCESS, ErrorKind::unsupported,
-          "the driver cannot describe a cache [{}, {}] with heads of {} (error {})",
-          key.max_positions, key.hidden, key.head_dim, static_cast<int>(result));
-  return map;
+  const std::array sizes{static_cast<std::uint64_t>(key.hidden),
+                         static_cast<std::uint64_t>(key.max_positions)};
+  const std::array strides{static_cast<std::uint64_t>(key.hidden) * 2};
+  const std::array box{static_cast<std::uint32_t>(key.head_dim),
+                       static_cast<std::uint32_t>(key.box_rows)};
+  return make_box_map({key.dtype, key.cache, sizes, strides, box});
 }
 
 // Making a map costs more than finding it again, so each thread keeps those of its last caches.

@@ -6,7 +6,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/memory.hpp"
-#include "backend/cuda/ops/relaxed_capture.hpp"
+#include "backend/cuda/relaxed_capture.hpp"
 
 namespace clusterfusion::cuda {
 namespace {

@@ -37,13 +37,11 @@ AttentionKernel find_attention_kernel(DType dtype, std::int64_t head_dim) {
 
 void launch_attention(const AttentionKernel& kernel, const AttentionParams& params,
                       cudaStream_t stream) {
-  const auto tiles =
-      static_cast<unsigned>((params.rows + kernel.query_rows - 1) / kernel.query_rows);
   AttentionParams copy = params;
   void* arguments[] = {&copy};
-  const DependentLaunch launch(dim3(static_cast<unsigned>(params.num_heads), tiles),
-                               dim3(kAttentionThreads),
-                               static_cast<std::size_t>(kernel.shared_bytes), stream);
+  const DependentLaunch launch(
+      dim3(static_cast<unsigned>(params.num_heads), static_cast<unsigned>(params.num_tiles)),
+      dim3(kAttentionThreads), static_cast<std::size_t>(kernel.shared_bytes), stream);
   check(cudaLaunchKernelExC(launch.config(), kernel.function, arguments), "starting attention");
 }
 

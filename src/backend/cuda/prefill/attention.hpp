@@ -1,4 +1,4 @@
-// Causal attention of many queries of one sequence over its KV pages.
+// Causal attention of many queries, each over the KV pages of its own sequence.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,29 +11,32 @@ namespace clusterfusion::cuda {
 
 inline constexpr int kAttentionThreads = 128;
 
-// The cache of one sequence and one layer, as plan::KvPlan lays it out.
+// The cache of one layer, as plan::KvPlan lays it out.
 struct PromptCache {
-  char* const* pages;         // on the device: the page of each 64 positions
+  char* const* pages;         // on the device: the pages of each 64 positions, of all sequences
   std::int64_t layer_offset;  // of this layer in a page, in bytes
   std::int32_t head_bytes;    // one page of one head
   std::int32_t block_bytes;   // keys and values of one block
   std::int32_t log2_block;    // positions in a block, as a power of two
 };
 
-// What differs between prompts with the same number of rows. It lies on the device, where a CUDA
-// graph, whose launches are fixed, finds it anew each time.
-struct alignas(8) PromptExtent {
-  std::int32_t count;  // of tokens; rows behind them are padding
-  std::int32_t first_position;
+// Queries that follow each other in one sequence, which one block handles for a head.
+struct alignas(16) QueryTile {
+  std::int32_t row;         // of the first query
+  std::int32_t count;       // of queries, up to AttentionKernel::query_rows; 0: none
+  std::int32_t position;    // of the first query
+  std::int32_t first_page;  // of its sequence in PromptCache::pages
 };
 
 struct AttentionParams {
   // [rows, heads * head_dim], 16-bit: queries, rotated and scaled so that scores come out as
   // base-2 logarithms; replaced by the heads' outputs.
   void* query;
-  PromptCache cache;           // keys and values of all positions up to first_position + count
-  const PromptExtent* extent;  // on the device
-  std::int32_t rows;           // at least the extent's count
+  PromptCache cache;  // keys and values of all positions up to the tiles' last
+  // On the device, where a CUDA graph, whose launches are fixed, finds them anew each time; those
+  // with most keys first. No kernel writes them.
+  const QueryTile* tiles;
+  std::int32_t num_tiles;
   std::int32_t num_heads, head_dim;
   std::int32_t heads_per_kv_head;  // query heads that share keys and values
 };

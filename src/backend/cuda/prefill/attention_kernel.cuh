@@ -53,7 +53,7 @@ class AttentionTile {
 
   __device__ __forceinline__ AttentionTile(const AttentionParams& params, char* shared)
       : p(params),
-        extent(*params.extent),
+        tile(params.tiles[blockIdx.y]),
         base(shared_address(shared)),
         thread(threadIdx.x),
         lane(threadIdx.x % 32),
@@ -61,27 +61,25 @@ class AttentionTile {
         q(threadIdx.x % 4),
         head(blockIdx.x),
         kv_head(blockIdx.x / params.heads_per_kv_head),
-        // The tiles with most keys come first.
-        first_row((gridDim.y - 1 - blockIdx.y) * Shape::kRows),
-        warp_row(first_row + threadIdx.x / 32 * 16 * kRowTiles),
-        end_position(extent.first_position + min(first_row + Shape::kRows, extent.count)) {
+        warp_row(threadIdx.x / 32 * 16 * kRowTiles),
+        end_position(tile.position + tile.count) {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) maximum[r][0] = maximum[r][1] = -INFINITY;
   }
 
   __device__ __forceinline__ void run() {
     wait_for_dependencies();
-    if (first_row >= extent.count) return;
+    if (tile.count == 0) return;
     load_query();
     load_keys_and_values(0);
-    const int tiles = (end_position + Shape::kKeys - 1) / Shape::kKeys;
-    const int warp_end = extent.first_position + warp_row + 16 * kRowTiles;
-    for (int tile = 0; tile < tiles; ++tile) {
+    const int steps = (end_position + Shape::kKeys - 1) / Shape::kKeys;
+    const int warp_end = tile.position + warp_row + 16 * kRowTiles;
+    for (int step = 0; step < steps; ++step) {
       wait_for_copies();
-      // This tile has landed for everybody, and everybody is done with the one before.
+      // These keys have landed for everybody, and everybody is done with those before.
       __syncthreads();
-      if (tile + 1 < tiles) load_keys_and_values(tile + 1);
-      if (tile * Shape::kKeys < warp_end && warp_row < extent.count) attend(tile);
+      if (step + 1 < steps) load_keys_and_values(step + 1);
+      if (step * Shape::kKeys < warp_end && warp_row < tile.count) attend(step);
     }
     store();
   }
@@ -92,7 +90,8 @@ class AttentionTile {
   }
 
   __device__ __forceinline__ char* query_row(int row) const {
-    const std::int64_t element = (static_cast<std::int64_t>(row) * p.num_heads + head) * p.head_dim;
+    const std::int64_t element =
+        (static_cast<std::int64_t>(tile.row + row) * p.num_heads + head) * p.head_dim;
     return static_cast<char*>(p.query) + element * 2;
   }
 
@@ -102,19 +101,20 @@ class AttentionTile {
     for (int i = thread; i < Shape::kRows * Shape::kUnits; i += kAttentionThreads) {
       const int row = i / Shape::kUnits;
       const int unit = i % Shape::kUnits;
-      const bool valid = first_row + row < extent.count && unit * 8 < p.head_dim;
+      const bool valid = row < tile.count && unit * 8 < p.head_dim;
       copy_16_or_zero(base + Shape::kQueryOffset + unit_offset(row, unit),
-                      query_row(valid ? first_row + row : 0) + (valid ? unit * 16 : 0), valid);
+                      query_row(valid ? row : 0) + (valid ? unit * 16 : 0), valid);
     }
   }
 
   // Positions that do not exist yet become zero: whatever lies there must not reach a product.
-  __device__ __forceinline__ void load_keys_and_values(int tile) {
+  __device__ __forceinline__ void load_keys_and_values(int step) {
     static_assert(Shape::kKeys * Shape::kUnits % kAttentionThreads == 0);
-    const int first = tile * Shape::kKeys;
-    const char* page = p.cache.pages[first / plan::kKvPagePositions] + p.cache.layer_offset +
+    const int first = step * Shape::kKeys;
+    const char* page = p.cache.pages[tile.first_page + first / plan::kKvPagePositions] +
+                       p.cache.layer_offset +
                        static_cast<std::int64_t>(kv_head) * p.cache.head_bytes;
-    const std::uint32_t stage = base + tile % 2 * Shape::kStageBytes;
+    const std::uint32_t stage = base + step % 2 * Shape::kStageBytes;
     const int in_block = (1 << p.cache.log2_block) - 1;
     const int value_offset = p.cache.block_bytes / 2;
 #pragma unroll
@@ -137,18 +137,18 @@ class AttentionTile {
   __device__ __forceinline__ void read_query(int step, uint4 (&fragment)[kRowTiles]) const {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      const int row = warp_row - first_row + 16 * r + lane % 16;
+      const int row = warp_row + 16 * r + lane % 16;
       fragment[r] =
           load_matrix_4(base + Shape::kQueryOffset + unit_offset(row, 2 * step + lane / 16));
     }
   }
 
-  __device__ __forceinline__ void attend(int tile) {
-    const std::uint32_t stage = base + tile % 2 * Shape::kStageBytes;
+  __device__ __forceinline__ void attend(int step) {
+    const std::uint32_t stage = base + step % 2 * Shape::kStageBytes;
     float score[kRowTiles][Shape::kKeyTiles][4];
     compute_scores(stage, score);
-    const int first = tile * Shape::kKeys;
-    if (first + Shape::kKeys > extent.first_position + warp_row + 1) mask(first, score);
+    const int first = step * Shape::kKeys;
+    if (first + Shape::kKeys > tile.position + warp_row + 1) mask(first, score);
     update_softmax(score);
     add_values(stage + Shape::kTileBytes, score);
   }
@@ -183,7 +183,7 @@ class AttentionTile {
                                        float (&score)[kRowTiles][Shape::kKeyTiles][4]) const {
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      const int last_key = extent.first_position + warp_row + 16 * r + g - first;
+      const int last_key = tile.position + warp_row + 16 * r + g - first;
 #pragma unroll
       for (int n = 0; n < Shape::kKeyTiles; ++n)
 #pragma unroll
@@ -263,7 +263,7 @@ class AttentionTile {
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + 16 * r + 8 * half + g;
         const float scale = 1.0f / warp_sum<4>(sum[r][half]);
-        if (row >= extent.count) continue;
+        if (row >= tile.count) continue;
         auto* target = reinterpret_cast<std::uint32_t*>(query_row(row));
 #pragma unroll
         for (int n = 0; n < 2 * kHeadSteps; ++n)
@@ -274,10 +274,10 @@ class AttentionTile {
   }
 
   const AttentionParams& p;
-  const PromptExtent extent;  // no kernel writes it: read without waiting
-  const std::uint32_t base;   // of shared memory
+  const QueryTile tile;      // no kernel writes it: read without waiting
+  const std::uint32_t base;  // of shared memory
   const int thread, lane, g, q;
-  const int head, kv_head, first_row, warp_row;
+  const int head, kv_head, warp_row;
   const int end_position;  // keys of this block end before it
   float output[kRowTiles][2 * kHeadSteps][4] = {};
   float maximum[kRowTiles][2];

@@ -1,77 +1,59 @@
-// Products of activations with weights by cuBLASLt.
+// Products of activations with weights, many rows at once.
+//
+// Each result is one chain of tensor-core sums over its row and its column of weights, in their
+// order, so that a row has the same bits whatever rows stand beside it and however many.
 #pragma once
 
-#include <cublasLt.h>
+#include <cuda_runtime_api.h>
 
-#include <compare>
 #include <cstdint>
-#include <map>
-#include <memory>
 
-#include "backend/cuda/memory.hpp"
 #include "clusterfusion/model.hpp"
 
 namespace clusterfusion::cuda {
 
-// Throws internal (out_of_memory where cuBLAS says so); `doing` says what was attempted.
-void check(cublasStatus_t status, const char* doing);
+// What becomes of a result, x weight^T + bias.
+enum class ProductEpilogue {
+  store,       // y = result; y is float32
+  add,         // y += result; y is float32
+  activate,    // y = activation(result); y is 16-bit
+  times_gate,  // y = activation(gate) * result; y is 16-bit
+};
 
 struct Product {
   const void* x = nullptr;       // [rows, in], 16-bit
   const void* weight = nullptr;  // [out, in], 16-bit, as torch.nn.Linear stores it
   const float* bias = nullptr;   // [out], or null
-  float* y = nullptr;            // [rows, out]
+  const float* gate = nullptr;   // [rows, out], of times_gate
+  void* y = nullptr;             // [rows, out]
   std::int64_t rows = 0, in = 0, out = 0;
-  bool accumulate = false;  // y += instead of y =
+  ProductEpilogue epilogue = ProductEpilogue::store;
 };
 
-// All pointers are multiples of 16 bytes, `in` is a multiple of 8. Sums are float32; the same
-// product on the same chip gives the same bits.
+// Which instructions multiply. Both give the same bits.
+enum class ProductUnit {
+  warpgroup,  // wgmma: sm_90a
+  warp,       // mma.sync: anywhere
+};
+
+// All pointers are multiples of 16 bytes, `in` is a multiple of 8 and `out` of 4; to store without
+// a bias, `out` may be any number.
 class MatrixProducts {
  public:
-  // `dtype` is that of activations and weights. Errors: out_of_memory, internal.
-  explicit MatrixProducts(DType dtype);
+  // For the current device: with the unit that it has, or with the one that is named. `dtype` is
+  // that of activations and weights. Errors: unsupported if the unit is missing.
+  MatrixProducts(DType dtype, Activation activation);
+  MatrixProducts(DType dtype, Activation activation, ProductUnit unit);
 
-  // y = x weight^T + bias (+ y), on `stream`. The algorithm is asked for once for each shape.
-  // Errors: internal, with the shape, if cuBLASLt has no algorithm for it.
-  void multiply(const Product& product, cudaStream_t stream);
+  // Errors: those of a launch.
+  void multiply(const Product& product, cudaStream_t stream) const;
 
  private:
-  struct Key {
-    std::int64_t rows, in, out;
-    bool has_bias, accumulate;
-    auto operator<=>(const Key&) const = default;
-  };
-  struct Destroy {
-    void operator()(cublasLtHandle_t handle) const { cublasLtDestroy(handle); }
-    void operator()(cublasLtMatmulDesc_t description) const {
-      cublasLtMatmulDescDestroy(description);
-    }
-    void operator()(cublasLtMatrixLayout_t layout) const { cublasLtMatrixLayoutDestroy(layout); }
-    void operator()(cublasLtMatmulPreference_t preference) const {
-      cublasLtMatmulPreferenceDestroy(preference);
-    }
-  };
-  template <typename Handle>
-  using Owner = std::unique_ptr<std::remove_pointer_t<Handle>, Destroy>;
-  using Layout = Owner<cublasLtMatrixLayout_t>;
-
-  // What is fixed for a shape.
-  struct Plan {
-    Owner<cublasLtMatmulDesc_t> description;
-    Layout weight, x, y;
-    cublasLtMatmulAlgo_t algorithm;
-  };
-
-  Plan& plan_for(const Product& product);
-  Plan make_plan(const Key& key, const float* bias) const;
-  void choose_algorithm(const Key& key, Plan& plan) const;
-
-  cudaDataType_t type_;
-  Owner<cublasLtHandle_t> handle_;
-  Owner<cublasLtMatmulPreference_t> preference_;
-  DeviceMemory workspace_;
-  std::map<Key, Plan> plans_;
+  DType dtype_;
+  Activation activation_;
+  ProductUnit unit_;
+  std::int64_t multiprocessors_ = 0;
+  std::int64_t shared_bytes_ = 0;  // that a block may have
 };
 
 }  // namespace clusterfusion::cuda

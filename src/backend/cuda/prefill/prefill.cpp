@@ -11,23 +11,19 @@
 namespace clusterfusion::cuda {
 namespace {
 
-constexpr std::int64_t kMostTokens = 2048;
-// Of activations; with the workspaces of the products and the decode step's scratch this stays
-// below 300 MB.
-constexpr std::int64_t kActivationBytes = 180'000'000;
-constexpr std::int64_t kAlignment = 256;
+// More rows would hardly be quicker for it.
+constexpr std::int64_t kMostTokens = 8192;
 // Up to here the layers are launched as a graph: longer prompts keep the device busy while the host
 // launches. padded() leaves eleven numbers of rows up to here, so there are no more graphs than
 // that, each of a few hundred nodes.
 constexpr std::int64_t kMostGraphRows = 512;
+constexpr std::int64_t kMostForkedRows = 256;
 
-// Of the MLP's matrices that its input meets.
-std::int64_t mlp_columns(const LayerSpec& spec) {
-  return spec.intermediate_size + plan::width_of(plan::Place::gate, spec);
-}
+// Of the MLP's matrices that its input meets, as far as they are kept in float32.
+std::int64_t gate_columns(const LayerSpec& spec) { return plan::width_of(plan::Place::gate, spec); }
 
 std::int64_t wide_columns(const LayerSpec& spec) {
-  return std::max({spec.qkv_size(), mlp_columns(spec), spec.hidden_size});
+  return std::max(spec.qkv_size() + gate_columns(spec), spec.hidden_size);
 }
 
 std::int64_t activation_bytes_per_token(const LayerSpec& spec) {
@@ -35,54 +31,14 @@ std::int64_t activation_bytes_per_token(const LayerSpec& spec) {
          wide_columns(spec) * 4;
 }
 
-// Products are made for so many rows, so that prompts of similar lengths share cuBLASLt's choice of
-// an algorithm, which takes longer to ask for and to load than to run, and a CUDA graph. What the
-// rows behind the last token hold reaches no other row.
+// What the rows behind the last token hold reaches no other row.
 std::int64_t padded(std::int64_t rows) { return round_up(rows, rows <= 64 ? 16 : 64); }
 
-// Whole tiles of query rows, as many as the memory is meant for and a sequence can hold.
-std::int64_t choose_max_tokens(const ModelConfig& config, std::int64_t max_positions) {
+// Whole tiles of rows, as many as the memory is meant for.
+std::int64_t choose_max_tokens(const ModelConfig& config, std::int64_t budget) {
   constexpr std::int64_t kTile = 128;
-  const std::int64_t fitting = kActivationBytes / activation_bytes_per_token(config);
-  return std::min(
-      {kMostTokens, std::max(fitting / kTile * kTile, kTile), round_up(max_positions, kTile)});
-}
-
-// One after the other, each aligned: counts first, then hands out.
-class Arena {
- public:
-  explicit Arena(char* base) : base_(base) {}
-  template <typename T>
-  void place(T*& pointer, std::int64_t bytes) {
-    if (base_ != nullptr) pointer = reinterpret_cast<T*>(base_ + used_);
-    used_ += round_up(bytes, kAlignment);
-  }
-  void place(void*& pointer, std::int64_t bytes) {
-    char* bytes_pointer = nullptr;
-    place(bytes_pointer, bytes);
-    pointer = bytes_pointer;
-  }
-  std::int64_t used() const noexcept { return used_; }
-
- private:
-  char* base_;
-  std::int64_t used_ = 0;
-};
-
-// In the same order on the device and in staging memory, the tokens last: then a copy ends with the
-// last row.
-void place_input(Arena& arena, std::int64_t max_tokens, std::int64_t max_positions,
-                 PromptInput& input) {
-  arena.place(input.extent, static_cast<std::int64_t>(sizeof(PromptExtent)));
-  arena.place(input.pages, kv_pages_of(max_positions) * static_cast<std::int64_t>(sizeof(char*)));
-  arena.place(input.tokens, max_tokens * 4);
-}
-
-std::int64_t input_bytes(std::int64_t max_tokens, std::int64_t max_positions) {
-  Arena arena(nullptr);
-  PromptInput nowhere;
-  place_input(arena, max_tokens, max_positions, nowhere);
-  return arena.used();
+  const std::int64_t fitting = budget / activation_bytes_per_token(config);
+  return std::clamp(fitting / kTile * kTile, kTile, kMostTokens);
 }
 
 template <typename T>
@@ -97,29 +53,24 @@ void copy_to_host(std::span<T> to, const T* from, cudaStream_t stream) {
         "fetching what a prompt gave");
 }
 
-// The first row whose logits somebody asks for; `count` if nobody does.
-std::int64_t first_asked_row(const PrefillOutput& output, std::int64_t count) {
-  if (!output.all_logits.empty()) return 0;
-  const auto target = std::find_if(output.targets.begin(), output.targets.end(),
-                                   [](TokenId token) { return token >= 0; });
-  if (target != output.targets.end()) return target - output.targets.begin();
-  return output.last_logits.empty() ? count : count - 1;
+// Whether somebody asks for the logits behind a token, and so for their being finite.
+bool is_asked(const PromptPiece& piece, std::int64_t token) {
+  const PrefillOutput& output = *piece.output;
+  return !output.all_logits.empty() || (!output.targets.empty() && output.targets[token] >= 0) ||
+         (!output.last_logits.empty() && token + 1 == piece.count());
 }
 
 }  // namespace
 
 Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const plan::KvPlan& kv,
-                 std::int64_t max_positions)
+                 std::int64_t max_positions, std::int64_t budget)
     : config_(config),
       weights_(weights),
       steps_(plan::mlp_first(plan::make_layer_program(config))),
       phases_(plan::phases_of(steps_)),
-      max_tokens_(choose_max_tokens(config, max_positions)),
       attention_kernel_(find_attention_kernel(config.dtype, config.head_dim)),
-      products_(config.dtype),
-      side_products_(config.dtype),
-      host_scores_(static_cast<std::size_t>(max_tokens_)),
-      staging_(input_bytes(max_tokens_, max_positions), "prompts") {
+      products_(config.dtype, config.activation),
+      input_(choose_max_tokens(config, budget), max_positions, attention_kernel_.query_rows) {
   require(config.hidden_size <= kMaxNormWidth, ErrorKind::unsupported,
           "the GPU's prefill handles hidden sizes up to {}, found {}; run this model on the CPU "
           "(device \"cpu\")",
@@ -130,8 +81,6 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
   attention_.cache.head_bytes = static_cast<std::int32_t>(kv.head_bytes);
   attention_.cache.block_bytes = static_cast<std::int32_t>(kv.block_bytes);
   attention_.cache.log2_block = std::countr_zero(static_cast<unsigned>(kv.block_positions));
-  wide_elements_ = std::max(max_tokens_ * wide_columns(config), config.vocab_size);
-  logit_rows_ = std::min(max_tokens_, wide_elements_ / config.vocab_size);
   cudaStream_t side = nullptr;
   check(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking), "creating a stream");
   side_.reset(side);
@@ -140,28 +89,32 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
     check(cudaEventCreateWithFlags(&created, cudaEventDisableTiming), "creating an event");
     event->reset(created);
   }
-  Arena staging(staging_.as<>());
-  place_input(staging, max_tokens_, max_positions, staged_);
-  const auto place_all = [&](Arena arena) {
-    arena.place(x_, max_tokens_ * config.hidden_size * 4);
-    arena.place(normed_, max_tokens_ * config.hidden_size * 2);
-    arena.place(mlp_normed_, max_tokens_ * config.hidden_size * 2);
-    arena.place(heads_, max_tokens_ * config.attention_size() * 2);
-    arena.place(active_, max_tokens_ * config.intermediate_size * 2);
+  place_memory(input_.max_rows());
+}
+
+void Prefill::place_memory(std::int64_t max_tokens) {
+  wide_elements_ = std::max(max_tokens * wide_columns(config_), config_.vocab_size);
+  logit_rows_ = std::min(max_tokens, wide_elements_ / config_.vocab_size);
+  const auto place_all = [&](ScratchArena arena) {
+    arena.place(x_, max_tokens * config_.hidden_size * 4);
+    arena.place(normed_, max_tokens * config_.hidden_size * 2);
+    arena.place(mlp_normed_, max_tokens * config_.hidden_size * 2);
+    arena.place(heads_, max_tokens * config_.attention_size() * 2);
+    arena.place(active_, max_tokens * config_.intermediate_size * 2);
     arena.place(wide_, wide_elements_ * 4);
-    arena.place(targets_, max_tokens_ * 4);
-    arena.place(scores_, max_tokens_ * static_cast<std::int64_t>(sizeof(RowScore)));
-    place_input(arena, max_tokens_, max_positions, input_);
+    arena.place(asked_rows_, max_tokens * 4);
+    arena.place(targets_, max_tokens * 4);
+    arena.place(scores_, max_tokens * static_cast<std::int64_t>(sizeof(RowScore)));
     return arena.used();
   };
-  const std::int64_t bytes = place_all(Arena(nullptr));
+  const std::int64_t bytes = place_all(ScratchArena(nullptr));
   memory_ = DeviceMemory(bytes, "the activations of a prompt");
-  // cuBLASLt's kernels read whole tiles, and initcheck does not see all that they write.
+  // Products read whole tiles of rows, and initcheck does not see all that they write.
   clear_unless_poisoned(memory_.as<>(), bytes);
-  place_all(Arena(memory_.as<>()));
+  place_all(ScratchArena(memory_.as<>()));
   attention_.query = heads_;
-  attention_.cache.pages = input_.pages;
-  attention_.extent = input_.extent;
+  attention_.cache.pages = input_.pages();
+  attention_.tiles = input_.tiles();
 }
 
 std::int64_t Prefill::num_graphs() const noexcept {
@@ -169,51 +122,36 @@ std::int64_t Prefill::num_graphs() const noexcept {
                        [](const auto& entry) { return entry.second.has_value(); });
 }
 
-void Prefill::run(std::span<const TokenId> tokens, std::int64_t first_position,
-                  std::span<char* const> pages, const DeviceInterventions* interventions,
-                  const PrefillOutput& output, cudaStream_t stream) {
-  const auto count = static_cast<std::int64_t>(tokens.size());
-  require(count >= 1 && count <= max_tokens_, ErrorKind::internal,
-          "prefill: expected 1 to {} tokens, found {}", max_tokens_, count);
-  extent_ = {static_cast<std::int32_t>(count), static_cast<std::int32_t>(first_position)};
-  rows_ = padded(count);
-  attention_.rows = static_cast<std::int32_t>(rows_);
-  const PrefillHooks hooks(config_, interventions, output.activations, first_position, count);
+void Prefill::run(std::span<const PromptPiece> pieces, cudaStream_t stream) {
+  require(!pieces.empty() && input_.fits(pieces), ErrorKind::internal,
+          "prefill: expected 1 to {} tokens and what pages they need, found {} pieces",
+          max_tokens(), pieces.size());
+  count_ = 0;
+  for (const PromptPiece& piece : pieces) count_ += piece.count();
+  rows_ = std::min(padded(count_), max_tokens());
+  input_.send(pieces, rows_, stream);
+  attention_.num_tiles = input_.num_tiles();
+  const PromptPiece& first = pieces.front();
+  const PrefillHooks hooks(config_, first.interventions, first.output->activations,
+                           first.first_position, first.count());
+  require(hooks.empty() || pieces.size() == 1, ErrorKind::internal,
+          "prefill: interventions and activations are those of one piece, found {}", pieces.size());
   hooks_ = hooks.empty() ? nullptr : &hooks;
-  send(tokens, pages, stream);
-  run_layers(stream);
+  run_layers(pieces.size() == 1 && rows_ <= kMostGraphRows, stream);
   if (hooks_ != nullptr) hooks_->at_final_norm(x_, weights_, stream);
   hooks_ = nullptr;
-  score(first_asked_row(output, count), output, stream);
+  score(pieces, stream);
   check(cudaStreamSynchronize(stream), "reading a prompt");
-  collect_scores(output);
+  collect_scores(pieces);
 }
 
-// In one copy; rows behind the last token get token 0. The staging memory is free again because
-// run() has waited for the copy before.
-void Prefill::send(std::span<const TokenId> tokens, std::span<char* const> pages,
-                   cudaStream_t stream) {
-  *staged_.extent = extent_;
-  std::copy_n(pages.begin(), kv_pages_of(extent_.first_position + extent_.count), staged_.pages);
-  std::int32_t* const end = staged_.tokens + rows_;
-  std::fill(std::copy(tokens.begin(), tokens.end(), staged_.tokens), end, 0);
-  const auto bytes = reinterpret_cast<const char*>(end) - staging_.as<>();
-  check(cudaMemcpyAsync(input_.extent, staging_.as<>(), static_cast<std::size_t>(bytes),
-                        cudaMemcpyHostToDevice, stream),
-        "sending a prompt");
-}
-
-// The first prompt with a number of rows goes launch by launch, so that cuBLASLt chooses and loads
-// its kernels outside of a capture.
-void Prefill::run_layers(cudaStream_t stream) {
-  if (hooks_ != nullptr) return launch_layers(stream);
-  const auto found = graphs_.find(rows_);
-  if (found == graphs_.end()) {
-    launch_layers(stream);
-    if (rows_ <= kMostGraphRows) graphs_.try_emplace(rows_);
-    return;
-  }
-  std::optional<CapturedGraph>& graph = found->second;
+// The first prompt with a number of rows goes launch by launch: what CUDA loads with a kernel's
+// first launch, it does not load in a capture.
+void Prefill::run_layers(bool as_graph, cudaStream_t stream) {
+  if (hooks_ != nullptr || !as_graph) return launch_layers(stream);
+  const auto [entry, is_new] = graphs_.try_emplace(rows_);
+  if (is_new) return launch_layers(stream);
+  std::optional<CapturedGraph>& graph = entry->second;
   if (!graph) graph.emplace([this](cudaStream_t captured) { launch_layers(captured); });
   graph->launch(stream);
 }
@@ -221,7 +159,7 @@ void Prefill::run_layers(cudaStream_t stream) {
 // The embedding and all layers. Nothing in here may depend on more of the prompt than rows_: the
 // rest lies in input_.
 void Prefill::launch_layers(cudaStream_t stream) {
-  launch_embed(config_.dtype, input_.tokens, weights_.embedding(), x_, rows_, config_.hidden_size,
+  launch_embed(config_.dtype, input_.rows(), weights_.embedding(), x_, rows_, config_.hidden_size,
                stream);
   for (std::int64_t layer = 0; layer < config_.num_layers; ++layer) run_layer(layer, stream);
 }
@@ -234,15 +172,13 @@ void Prefill::run_layer(std::int64_t index, cudaStream_t stream) {
   if (hooks_ != nullptr) hooks_->after_layer(index, x_, stream);
 }
 
-// The MLP of a parallel layer runs beside its attention, in a stream of its own, if there is room
-// for both: with few tokens, neither fills the device.
+// The MLP of a parallel layer runs beside its attention, in a stream of its own, if there are few
+// tokens: neither fills the device. What a branch adds comes after what the other one adds.
 void Prefill::run_steps(const DeviceLayer& layer, cudaStream_t stream) {
-  const std::int64_t qkv_elements = rows_ * config_.qkv_size();
-  const bool forks = config_.parallel_residual &&
-                     qkv_elements + rows_ * mlp_columns(config_) <= wide_elements_ &&
+  const bool forks = rows_ <= kMostForkedRows && config_.parallel_residual &&
                      !looks_at(PrefillHooks::Branch::mlp) && !ablates_mlp();
-  const Lane main{stream, products_, wide_};
-  const Lane side{side_.get(), side_products_, wide_ + qkv_elements};
+  const Lane main{stream, wide_};
+  const Lane side{side_.get(), wide_ + rows_ * config_.qkv_size()};
   bool forked = false;
   for (const std::span<const plan::Step> phase : phases_) {
     if (phase[0].operation == plan::Operation::norm) {
@@ -280,11 +216,11 @@ void Prefill::normalise(const DeviceLayer& layer, std::span<const plan::Step> ph
     const LayerTensor weight = phase[i].weight;
     outputs[i] = {layer[weight], layer[bias_of(weight)], narrow_at(phase[i].output)};
   }
-  launch_norm(norm_params(x_, rows_), outputs[0], outputs[1], stream);
+  launch_norm(norm_params(rows_), outputs[0], outputs[1], stream);
 }
 
-NormParams Prefill::norm_params(const float* x, std::int64_t rows) const {
-  return {config_.dtype, config_.norm,       static_cast<float>(config_.layer_norm_eps), x,
+NormParams Prefill::norm_params(std::int64_t rows) const {
+  return {config_.dtype, config_.norm,       static_cast<float>(config_.layer_norm_eps), x_,
           rows,          config_.hidden_size};
 }
 
@@ -302,7 +238,8 @@ void* Prefill::narrow_at(plan::Place place) const {
 void Prefill::run_step(const plan::Step& step, const DeviceLayer& layer, const Lane& lane) {
   if (step.operation == plan::Operation::product) return run_product(step, layer, lane);
   const RotaryParams rotary{lane.wide, weights_.rotary(),
-                            static_cast<std::int32_t>(config_.rotary_dim)};
+                            static_cast<std::int32_t>(config_.rotary_dim), input_.rows(),
+                            static_cast<std::int32_t>(rows_)};
   launch_rotary(config_.dtype, rotary, attention_, lane.stream);
   launch_attention(attention_kernel_, attention_, lane.stream);
   if (hooks_ != nullptr) hooks_->at_heads(layer_, heads_, lane.stream);
@@ -316,78 +253,99 @@ void Prefill::run_product(const plan::Step& step, const DeviceLayer& layer, cons
     if (adds) hooks_->at_branch(branch, layer_, nullptr, lane.stream);
     return;
   }
-  const std::int64_t inner = config_.intermediate_size;
-  float* const gate = lane.wide + rows_ * inner;
   // A hook looks at what is added; by then nobody reads lane.wide any more.
   const bool apart = adds && looks_at(branch);
-  lane.products.multiply({.x = narrow_at(step.input),
-                          .weight = layer[step.weight],
-                          .bias = reinterpret_cast<const float*>(layer[bias_of(step.weight)]),
-                          .y = adds && !apart                     ? x_
-                               : step.output == plan::Place::gate ? gate
-                                                                  : lane.wide,
-                          .rows = rows_,
-                          .in = plan::width_of(step.input, config_),
-                          .out = plan::width_of(step.output, config_),
-                          .accumulate = adds && !apart},
-                         lane.stream);
-  if (apart) {
-    hooks_->at_branch(branch, layer_, lane.wide, lane.stream);
-    launch_add(x_, lane.wide, extent_.count * config_.hidden_size, lane.stream);
+  Product product{.x = narrow_at(step.input),
+                  .weight = layer[step.weight],
+                  .bias = reinterpret_cast<const float*>(layer[bias_of(step.weight)]),
+                  .gate = lane.wide,
+                  .y = lane.wide,
+                  .rows = rows_,
+                  .in = plan::width_of(step.input, config_),
+                  .out = plan::width_of(step.output, config_)};
+  if (adds && !apart) {
+    product.epilogue = ProductEpilogue::add;
+    product.y = x_;
+  } else if (step.output == plan::Place::mlp) {
+    // The gate's activation is taken where it is multiplied.
+    product.epilogue = step.epilogue == plan::Epilogue::times_gate ? ProductEpilogue::times_gate
+                                                                   : ProductEpilogue::activate;
+    product.y = active_;
   }
-  // The gate's activation is taken where it is multiplied.
-  if (step.output != plan::Place::mlp) return;
-  const bool gated = step.epilogue == plan::Epilogue::times_gate;
-  launch_activation(config_.dtype, config_.activation, gated ? gate : lane.wide,
-                    gated ? lane.wide : nullptr, active_, rows_ * inner, lane.stream);
+  products_.multiply(product, lane.stream);
+  if (!apart) return;
+  hooks_->at_branch(branch, layer_, lane.wide, lane.stream);
+  launch_add(x_, lane.wide, count_ * config_.hidden_size, lane.stream);
 }
 
-// Final norm and LM head from `first_row` on, in slices whose logits fit into wide_.
-void Prefill::score(std::int64_t first_row, const PrefillOutput& output, cudaStream_t stream) {
-  const std::int64_t hidden = config_.hidden_size;
-  const std::int64_t vocab = config_.vocab_size;
-  const std::int64_t count = extent_.count;
-  if (first_row == count) return;
-  launch_norm(norm_params(x_ + first_row * hidden, count - first_row),
-              {weights_.final_norm_weight(), weights_.final_norm_bias(), normed_}, {}, stream);
-  // Rows without a target are scored as well, against none.
-  std::vector<TokenId> targets(static_cast<std::size_t>(count), -1);
-  std::copy(output.targets.begin(), output.targets.end(), targets.begin());
-  copy_to_device<TokenId>(targets_, targets, stream);
-  for (std::int64_t row = first_row; row < count; row += logit_rows_) {
-    const std::int64_t rows = std::min(logit_rows_, count - row);
-    // One row is asked for so often that it has a product of its own.
-    const std::int64_t product_rows =
-        rows == 1 ? 1 : std::min({padded(rows), logit_rows_, max_tokens_ - (row - first_row)});
-    products_.multiply({.x = static_cast<char*>(normed_) + (row - first_row) * hidden * 2,
+// Final norm and LM head of the rows whose logits somebody asks for, in slices whose logits fit
+// into wide_.
+void Prefill::score(std::span<const PromptPiece> pieces, cudaStream_t stream) {
+  std::vector<std::int32_t> rows, targets;
+  std::int32_t row = 0;
+  asked_.clear();
+  for (std::size_t i = 0; i < pieces.size(); ++i) {
+    const PrefillOutput& output = *pieces[i].output;
+    for (std::int64_t token = 0; token < pieces[i].count(); ++token, ++row) {
+      if (!is_asked(pieces[i], token)) continue;
+      asked_.push_back({i, token});
+      rows.push_back(row);
+      targets.push_back(output.targets.empty() ? -1 : output.targets[token]);
+    }
+  }
+  host_scores_.resize(asked_.size());
+  if (asked_.empty()) return;
+  copy_to_device<std::int32_t>(asked_rows_, rows, stream);
+  copy_to_device<std::int32_t>(targets_, targets, stream);
+  NormParams norm = norm_params(std::ssize(rows));
+  norm.rows = asked_rows_;
+  launch_norm(norm, {weights_.final_norm_weight(), weights_.final_norm_bias(), normed_}, {},
+              stream);
+  const std::int64_t hidden = config_.hidden_size, vocab = config_.vocab_size;
+  for (std::int64_t first = 0; first < std::ssize(rows); first += logit_rows_) {
+    const std::int64_t count = std::min(logit_rows_, std::ssize(rows) - first);
+    products_.multiply({.x = static_cast<char*>(normed_) + first * hidden * 2,
                         .weight = weights_.lm_head(),
                         .y = wide_,
-                        .rows = product_rows,
+                        .rows = count,
                         .in = hidden,
                         .out = vocab},
                        stream);
-    launch_score(wide_, targets_ + row, scores_ + row, rows, vocab, stream);
-    if (!output.all_logits.empty())
-      copy_to_host(output.all_logits.subspan(row * vocab, rows * vocab), wide_, stream);
-    if (!output.last_logits.empty() && row + rows == count)
-      copy_to_host(output.last_logits, wide_ + (rows - 1) * vocab, stream);
+    launch_score(wide_, targets_ + first, scores_ + first, count, vocab, stream);
+    fetch_logits(pieces, static_cast<std::size_t>(first), static_cast<std::size_t>(count), stream);
   }
-  copy_to_host(std::span(host_scores_).subspan(first_row, count - first_row), scores_ + first_row,
-               stream);
+  copy_to_host(std::span(host_scores_), scores_, stream);
 }
 
-void Prefill::collect_scores(const PrefillOutput& output) const {
-  const std::int64_t count = extent_.count;
-  for (std::int64_t row = first_asked_row(output, count); row < count; ++row) {
-    const RowScore& score = host_scores_[row];
-    const bool has_target = !output.targets.empty() && output.targets[row] >= 0;
-    const bool asked = has_target || !output.all_logits.empty() ||
-                       (!output.last_logits.empty() && row + 1 == count);
-    require(!asked || score.all_finite, ErrorKind::non_finite,
+// Of the slice of asked_ whose logits are in wide_, those that somebody wants to have.
+void Prefill::fetch_logits(std::span<const PromptPiece> pieces, std::size_t first,
+                           std::size_t count, cudaStream_t stream) {
+  const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto [number, token] = asked_[first + i];
+    const PromptPiece& piece = pieces[number];
+    const PrefillOutput& output = *piece.output;
+    const float* const logits = wide_ + i * vocab;
+    if (!output.last_logits.empty() && token + 1 == piece.count())
+      copy_to_host(output.last_logits, logits, stream);
+    // Rows of one piece follow each other.
+    if (output.all_logits.empty() || (i > 0 && asked_[first + i - 1].piece == number)) continue;
+    const auto rows = std::min(count - i, static_cast<std::size_t>(piece.count() - token));
+    copy_to_host(output.all_logits.subspan(static_cast<std::size_t>(token) * vocab, rows * vocab),
+                 logits, stream);
+  }
+}
+
+void Prefill::collect_scores(std::span<const PromptPiece> pieces) const {
+  for (std::size_t i = 0; i < asked_.size(); ++i) {
+    const auto [number, token] = asked_[i];
+    const PrefillOutput& output = *pieces[number].output;
+    require(host_scores_[i].all_finite, ErrorKind::non_finite,
             "the logits after position {} are not finite: the checkpoint holds NaN or infinity, or "
             "an activation overflowed",
-            extent_.first_position + row);
-    if (has_target) output.target_logprobs[row] = score.target_logprob;
+            pieces[number].first_position + token);
+    if (!output.targets.empty() && output.targets[token] >= 0)
+      output.target_logprobs[token] = host_scores_[i].target_logprob;
   }
 }
 

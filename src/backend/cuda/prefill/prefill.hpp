@@ -1,13 +1,14 @@
-// A prompt as matrix-matrix work: many tokens of one sequence through all layers at once.
+// Prompts as matrix-matrix work: many tokens, of one sequence or of several, through all layers at
+// once.
 //
-// Numbers: the residual stream, norms, softmax and all sums are float32; activations are
-// rounded to the weights' type as they enter a product. The same call gives the same bits. Products
-// are summed in another order than in the decode step, and in different orders for different
-// numbers of tokens.
+// Numbers: the residual stream, norms, softmax and all sums are float32; activations are rounded to
+// the weights' type as they enter a product. What is computed of a token depends on the tokens up
+// to it alone, bit for bit: not on the piece of the prompt that it comes with, nor on other prompts
+// of the same pass. Products are summed in another order than in the decode step.
 //
-// A prompt is padded to a number of rows that others share. Short ones would wait for the host to
-// launch hundreds of small kernels; so the second prompt with a number of rows captures its layers
-// as a CUDA graph, and from then on one launch runs them. Kernels, grids and bits are the same.
+// A pass is padded to a number of rows that others share. Short ones would wait for the host to
+// launch hundreds of small kernels; so the second pass of one prompt with a number of rows captures
+// its layers as a CUDA graph, and from then on one launch runs them. Kernels and bits are the same.
 #pragma once
 
 #include <cstdint>
@@ -26,56 +27,49 @@
 #include "backend/cuda/prefill/attention.hpp"
 #include "backend/cuda/prefill/matrix_product.hpp"
 #include "backend/cuda/prefill/prefill_hooks.hpp"
+#include "backend/cuda/prefill/prompt_input.hpp"
 #include "backend/cuda/prefill/row_kernels.hpp"
 #include "plan/decode_plan.hpp"
 #include "plan/layer_program.hpp"
 
 namespace clusterfusion::cuda {
 
-// What a prompt brings along, in one block of memory.
-struct PromptInput {
-  PromptExtent* extent = nullptr;
-  char** pages = nullptr;
-  std::int32_t* tokens = nullptr;  // one for each row
-};
-
 class Prefill {
  public:
-  // `config` and `weights` outlive this object. Errors: out_of_memory, unsupported.
+  // `config` and `weights` outlive this object. `budget`: for activations, in bytes. Errors:
+  // out_of_memory, unsupported.
   Prefill(const ModelConfig& config, const DeviceModel& weights, const plan::KvPlan& kv,
-          std::int64_t max_positions);
+          std::int64_t max_positions, std::int64_t budget);
 
   // The most tokens that one run() takes.
-  std::int64_t max_tokens() const noexcept { return max_tokens_; }
+  std::int64_t max_tokens() const noexcept { return input_.max_rows(); }
+  // Whether one run() takes them.
+  bool fits(std::span<const PromptPiece> pieces) const { return input_.fits(pieces); }
 
-  // Appends `tokens` at `first_position` to the sequence whose keys and values lie in `pages` (one
-  // for each kKvPagePositions, enough for the new tokens) and waits for the outputs that are asked
-  // for; `output.sampled` is the caller's business. Positions from first_position on may hold
-  // anything before. `interventions` may be null; with them, and where activations are asked for,
-  // layers go launch by launch. Errors: non_finite (at an asked-for position), those of CUDA.
-  void run(std::span<const TokenId> tokens, std::int64_t first_position,
-           std::span<char* const> pages, const DeviceInterventions* interventions,
-           const PrefillOutput& output, cudaStream_t stream);
+  // Appends the tokens of pieces, each to its own sequence, and waits for the outputs that are
+  // asked for; PrefillOutput::sampled is the caller's business. A piece with interventions, or
+  // whose activations somebody asks for, comes alone. Errors: non_finite (at an asked-for
+  // position), those of CUDA.
+  void run(std::span<const PromptPiece> pieces, cudaStream_t stream);
 
   // How many numbers of rows have a graph.
   std::int64_t num_graphs() const noexcept;
 
  private:
-  void send(std::span<const TokenId> tokens, std::span<char* const> pages, cudaStream_t stream);
-  void run_layers(cudaStream_t stream);
-  void launch_layers(cudaStream_t stream);
   // A stream, and what its steps have for themselves.
   struct Lane {
     cudaStream_t stream;
-    MatrixProducts& products;
     float* wide;
   };
+  void place_memory(std::int64_t max_tokens);
+  void run_layers(bool as_graph, cudaStream_t stream);
+  void launch_layers(cudaStream_t stream);
   void run_layer(std::int64_t index, cudaStream_t stream);
   void run_steps(const DeviceLayer& layer, cudaStream_t stream);
   void run_step(const plan::Step& step, const DeviceLayer& layer, const Lane& lane);
   void run_product(const plan::Step& step, const DeviceLayer& layer, const Lane& lane);
   void normalise(const DeviceLayer& layer, std::span<const plan::Step> phase, cudaStream_t stream);
-  NormParams norm_params(const float* x, std::int64_t rows) const;
+  NormParams norm_params(std::int64_t rows) const;
   void* narrow_at(plan::Place place) const;
   bool waits_for_mlp(const plan::Step& step) const;
   static void order(cudaStream_t first, cudaStream_t second, cudaEvent_t event);
@@ -83,8 +77,10 @@ class Prefill {
     return hooks_ != nullptr && hooks_->look_at_branch(branch, layer_);
   }
   bool ablates_mlp() const { return hooks_ != nullptr && hooks_->ablates_mlp(layer_); }
-  void score(std::int64_t first_row, const PrefillOutput& output, cudaStream_t stream);
-  void collect_scores(const PrefillOutput& output) const;
+  void score(std::span<const PromptPiece> pieces, cudaStream_t stream);
+  void fetch_logits(std::span<const PromptPiece> pieces, std::size_t first, std::size_t count,
+                    cudaStream_t stream);
+  void collect_scores(std::span<const PromptPiece> pieces) const;
 
   struct Destroy {
     void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
@@ -92,41 +88,46 @@ class Prefill {
   };
   using Event = std::unique_ptr<std::remove_pointer_t<cudaEvent_t>, Destroy>;
 
+  // A row whose logits somebody asks for.
+  struct AskedRow {
+    std::size_t piece;
+    std::int64_t token;  // of the piece
+  };
+
   const ModelConfig& config_;
   const DeviceModel& weights_;
   const plan::LayerProgram steps_;
   const std::vector<std::span<const plan::Step>> phases_;  // of steps_
-  std::int64_t max_tokens_;
   AttentionKernel attention_kernel_;
-  MatrixProducts products_, side_products_;  // each has a workspace
+  MatrixProducts products_;
   std::unique_ptr<std::remove_pointer_t<cudaStream_t>, Destroy> side_;
   Event normalised_, mlp_added_;
-  std::vector<RowScore> host_scores_;  // of the run in progress
+  PromptInputs input_;
   DeviceMemory memory_;
-  PinnedMemory staging_;
-  PromptInput staged_;  // in staging_
   // For each number of rows that has been run: its graph, from the second time on.
   std::map<std::int64_t, std::optional<CapturedGraph>> graphs_;
   // All in memory_; rows are tokens.
-  PromptInput input_;
   float* x_ = nullptr;          // [hidden]: the residual stream
-  void* normed_ = nullptr;      // [hidden], 16-bit: the input of attention
+  void* normed_ = nullptr;      // [hidden], 16-bit: the input of attention, or of the LM head
   void* mlp_normed_ = nullptr;  // [hidden], 16-bit: the input of the MLP
   void* heads_ = nullptr;       // [heads, head_dim], 16-bit: queries, then the heads' outputs
   void* active_ = nullptr;      // [intermediate], 16-bit: the MLP's activations
-  // Queries, keys and values; or [intermediate], before the activation, and behind all rows of it
-  // those of the gate; or [vocab], logits of logit_rows_ rows.
+  // Queries, keys and values, and behind all rows of them, or in their place, the gate; or what a
+  // branch adds; or [vocab], logits of logit_rows_ rows.
   float* wide_ = nullptr;
   std::int64_t wide_elements_ = 0;
   std::int64_t logit_rows_ = 0;
+  std::int32_t* asked_rows_ = nullptr;
   std::int32_t* targets_ = nullptr;
   RowScore* scores_ = nullptr;
   // Of the run and the layer in progress.
+  std::vector<AskedRow> asked_;
+  std::vector<RowScore> host_scores_;    // of asked_
   const PrefillHooks* hooks_ = nullptr;  // if they have something to do
   std::int64_t layer_ = 0;
   AttentionParams attention_{};
-  PromptExtent extent_{};
-  std::int64_t rows_ = 0;  // at least the number of tokens
+  std::int64_t count_ = 0;  // of tokens
+  std::int64_t rows_ = 0;   // at least as many
 };
 
 }  // namespace clusterfusion::cuda

@@ -3,7 +3,6 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/dependent_launch.hpp"
-#include "backend/cuda/numeric/activation.cuh"
 #include "backend/cuda/numeric/pack.cuh"
 #include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
@@ -63,9 +62,9 @@ __device__ __forceinline__ float block_sum(float value, float (&partial)[kWarps]
 }
 
 template <typename T>
-__global__ void embed(const std::int32_t* tokens, const T* embedding, float* x, int hidden) {
+__global__ void embed(const PromptRow* rows, const T* embedding, float* x, int hidden) {
   const auto* from = reinterpret_cast<const uint2*>(
-      embedding + static_cast<std::int64_t>(tokens[blockIdx.x]) * hidden);
+      embedding + static_cast<std::int64_t>(rows[blockIdx.x].token) * hidden);
   auto* to = reinterpret_cast<float4*>(x + static_cast<std::int64_t>(blockIdx.x) * hidden);
   for (int i = threadIdx.x; i < hidden / 4; i += kThreads) {
     const uint2 four = from[i];
@@ -105,12 +104,12 @@ __device__ __forceinline__ void write_normalised(const float4 (&x)[kVectors], fl
 // takes the squares around zero.
 template <typename T, int kVectors>
 __global__ void __launch_bounds__(kThreads)
-    normalise(NormKind kind, const float* rows, const NormOutput first, const NormOutput second,
-              float eps, int hidden) {
+    normalise(NormKind kind, const float* rows, const std::int32_t* chosen, const NormOutput first,
+              const NormOutput second, float eps, int hidden) {
   __shared__ float partial[2][kThreads / 32];
   wait_for_dependencies();
-  const auto* row =
-      reinterpret_cast<const float4*>(rows + static_cast<std::int64_t>(blockIdx.x) * hidden);
+  const std::int64_t from = chosen == nullptr ? blockIdx.x : chosen[blockIdx.x];
+  const auto* row = reinterpret_cast<const float4*>(rows + from * hidden);
   float4 x[kVectors];
   float sum = 0.0f;
 #pragma unroll
@@ -134,13 +133,13 @@ __global__ void __launch_bounds__(kThreads)
     write_normalised<T, kVectors>(x, mean, inverse_deviation, second, hidden);
 }
 
-// Where the key of a position lies in the cache; its value lies block_bytes / 2 behind.
-__device__ __forceinline__ char* cached_key(const PromptCache& cache, int position, int kv_head,
+// Where the key of a row lies in the cache; its value lies block_bytes / 2 behind.
+__device__ __forceinline__ char* cached_key(const PromptCache& cache, PromptRow place, int kv_head,
                                             int head_dim) {
-  const int slot = position % plan::kKvPagePositions;
+  const int slot = place.position % plan::kKvPagePositions;
   const int in_block = slot & ((1 << cache.log2_block) - 1);
-  return cache.pages[position / plan::kKvPagePositions] + cache.layer_offset +
-         static_cast<std::int64_t>(kv_head) * cache.head_bytes +
+  return cache.pages[place.first_page + place.position / plan::kKvPagePositions] +
+         cache.layer_offset + static_cast<std::int64_t>(kv_head) * cache.head_bytes +
          (slot >> cache.log2_block) * cache.block_bytes + in_block * head_dim * 2;
 }
 
@@ -154,12 +153,12 @@ __device__ __forceinline__ float rotated(const float* head, int dim, const float
   return head[dim] * angle.x + other * angle.y;
 }
 
-// A thread takes 4 neighbouring elements; blockIdx.y is the row. Padding has no place in the cache.
-// Attention comes next and may wait on the multiprocessors already. No kernel writes the extent.
+// A thread takes 4 neighbouring elements; blockIdx.y is the row. Attention comes next and may wait
+// on the multiprocessors already.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     rotate_and_store(const RotaryParams r, const AttentionParams p) {
-  const PromptExtent extent = *p.extent;
+  const PromptRow place = r.rows[blockIdx.y];
   start_dependents();
   wait_for_dependencies();
   const int group = p.heads_per_kv_head;
@@ -173,11 +172,10 @@ __global__ void __launch_bounds__(kThreads)
   const int dim = column % p.head_dim;
   const float* vector = r.qkv + static_cast<std::int64_t>(row) * width + (column - dim);
   float4 value = *reinterpret_cast<const float4*>(vector + dim);
-  if (row >= extent.count) return;
-  const int position = extent.first_position + row;
+  if (place.position < 0) return;
   if (part <= group && dim < r.rotary_dim) {
     const int half = r.rotary_dim / 2;
-    const float2* angles = r.rotary + static_cast<std::int64_t>(position) * half;
+    const float2* angles = r.rotary + static_cast<std::int64_t>(place.position) * half;
     value =
         make_float4(rotated(vector, dim, angles, half), rotated(vector, dim + 1, angles, half),
                     rotated(vector, dim + 2, angles, half), rotated(vector, dim + 3, angles, half));
@@ -191,27 +189,10 @@ __global__ void __launch_bounds__(kThreads)
         static_cast<char*>(p.query) +
         (static_cast<std::int64_t>(row) * p.num_heads + kv_head * group + part) * p.head_dim * 2;
   } else {
-    target = cached_key(p.cache, position, kv_head, p.head_dim);
+    target = cached_key(p.cache, place, kv_head, p.head_dim);
     if (part > group) target += p.cache.block_bytes / 2;
   }
   *reinterpret_cast<uint2*>(target + dim * 2) = pack_four<T>(value);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    activate_all(Activation activation, const float4* input, const float4* factor, uint2* output,
-                 std::int64_t vectors) {
-  wait_for_dependencies();
-  const std::int64_t i = blockIdx.x * static_cast<std::int64_t>(kThreads) + threadIdx.x;
-  if (i >= vectors) return;
-  const float4 x = input[i];
-  float4 y = make_float4(activate(activation, x.x), activate(activation, x.y),
-                         activate(activation, x.z), activate(activation, x.w));
-  if (factor != nullptr) {
-    const float4 f = factor[i];
-    y = make_float4(y.x * f.x, y.y * f.y, y.z * f.z, y.w * f.w);
-  }
-  output[i] = pack_four<T>(y);
 }
 
 // One block a row.
@@ -242,12 +223,12 @@ __global__ void __launch_bounds__(kScoreThreads)
 
 }  // namespace
 
-void launch_embed(DType dtype, const std::int32_t* tokens, const void* embedding, float* x,
+void launch_embed(DType dtype, const PromptRow* rows, const void* embedding, float* x,
                   std::int64_t count, std::int64_t hidden, cudaStream_t stream) {
   with_type(dtype, "starting the embedding", [&](auto type) {
     using T = decltype(type);
     embed<T><<<static_cast<unsigned>(count), kThreads, 0, stream>>>(
-        tokens, static_cast<const T*>(embedding), x, static_cast<int>(hidden));
+        rows, static_cast<const T*>(embedding), x, static_cast<int>(hidden));
   });
 }
 
@@ -258,7 +239,8 @@ void launch_norm(const NormParams& params, const NormOutput& first, const NormOu
     const bool few = params.hidden <= std::int64_t{kFewNormVectors} * 4 * kThreads;
     const auto kernel = few ? normalise<T, kFewNormVectors> : normalise<T, kNormVectors>;
     launch_dependent(kernel, dim3(static_cast<unsigned>(params.count)), stream, params.kind,
-                     params.x, first, second, params.eps, static_cast<int>(params.hidden));
+                     params.x, params.rows, first, second, params.eps,
+                     static_cast<int>(params.hidden));
   });
 }
 
@@ -266,19 +248,9 @@ void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParam
                    cudaStream_t stream) {
   const std::int32_t group = attention.heads_per_kv_head;
   const std::int32_t width = attention.num_heads / group * (group + 2) * attention.head_dim;
-  const dim3 grid(blocks_for(width / 4), static_cast<unsigned>(attention.rows));
+  const dim3 grid(blocks_for(width / 4), static_cast<unsigned>(rotary.count));
   with_type(dtype, "starting the rotation", [&](auto type) {
     launch_dependent(rotate_and_store<decltype(type)>, grid, stream, rotary, attention);
-  });
-}
-
-void launch_activation(DType dtype, Activation activation, const float* input, const float* factor,
-                       void* output, std::int64_t elements, cudaStream_t stream) {
-  with_type(dtype, "starting an activation", [&](auto type) {
-    launch_dependent(activate_all<decltype(type)>, dim3(blocks_for(elements / 4)), stream,
-                     activation, reinterpret_cast<const float4*>(input),
-                     reinterpret_cast<const float4*>(factor), static_cast<uint2*>(output),
-                     elements / 4);
   });
 }
 

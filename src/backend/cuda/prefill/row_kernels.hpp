@@ -10,8 +10,15 @@
 
 namespace clusterfusion::cuda {
 
-// x[count, hidden] = embedding[tokens[count]], as float32. `dtype` is the weights'.
-void launch_embed(DType dtype, const std::int32_t* tokens, const void* embedding, float* x,
+// What a row is, on the device; no kernel writes it.
+struct alignas(16) PromptRow {
+  std::int32_t token;
+  std::int32_t position;    // in its sequence; -1: the row is padding, and goes nowhere
+  std::int32_t first_page;  // of its sequence in PromptCache::pages
+};
+
+// x[count, hidden] = embedding[rows[count].token], as float32. `dtype` is the weights'.
+void launch_embed(DType dtype, const PromptRow* rows, const void* embedding, float* x,
                   std::int64_t count, std::int64_t hidden, cudaStream_t stream);
 
 // Weight and bias (or null) [hidden] in the weights' type, and where the normalised rows go, in
@@ -29,8 +36,9 @@ struct NormParams {
   DType dtype;  // the weights'
   NormKind kind;
   float eps;
-  const float* x;              // [count, hidden]
-  std::int64_t count, hidden;  // `hidden` is a multiple of 4
+  const float* x;                      // [count, hidden], or those rows of it that `rows` names
+  std::int64_t count, hidden;          // `hidden` is a multiple of 4
+  const std::int32_t* rows = nullptr;  // [count], on the device, or null
 };
 
 // The norm of x: once or, if `second.rows` is there, with two sets of parameters.
@@ -38,20 +46,16 @@ void launch_norm(const NormParams& params, const NormOutput& first, const NormOu
                  cudaStream_t stream);
 
 struct RotaryParams {
-  const float* qkv;      // [rows, LayerSpec::qkv_size()], biases included
+  const float* qkv;      // [count, LayerSpec::qkv_size()], biases included
   const float2* rotary;  // [positions, rotary_dim / 2]: cosine and sine
   std::int32_t rotary_dim;
+  const PromptRow* rows;
+  std::int32_t count;  // of rows
 };
 
-// Rotates queries and keys; puts the queries into attention.query, keys and values into its cache:
-// those of the tokens of attention.extent, none of the rows behind them.
+// Rotates queries and keys; puts the queries into attention.query, keys and values into its cache.
 void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
                    cudaStream_t stream);
-
-// output[i] = activation(input[i]), times factor[i] unless that is null, rounded to `dtype`;
-// `elements` is a multiple of 4.
-void launch_activation(DType dtype, Activation activation, const float* input, const float* factor,
-                       void* output, std::int64_t elements, cudaStream_t stream);
 
 struct RowScore {
   float target_logprob;     // of the row's target; 0 if it has none

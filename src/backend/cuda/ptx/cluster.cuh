@@ -30,4 +30,19 @@ __device__ __forceinline__ T* of_block(T* address, std::uint32_t rank) {
   return reinterpret_cast<T*>(mapped);
 }
 
+// The same for an address in shared memory.
+__device__ __forceinline__ std::uint32_t address_in_block(std::uint32_t address,
+                                                          std::uint32_t rank) {
+  std::uint32_t mapped;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+  return mapped;
+}
+
+// Arrives at the mbarrier at `address`, as address_in_block() gives it. What this thread has read
+// was read before; of what it wrote to memory, other blocks of the cluster learn nothing (that
+// would take a fence, and half a microsecond).
+__device__ __forceinline__ void mbarrier_arrive_in_cluster(std::uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
 }  // namespace clusterfusion::device

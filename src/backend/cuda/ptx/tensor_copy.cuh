@@ -20,6 +20,18 @@ __device__ __forceinline__ void tensor_copy_to_shared(std::uint32_t target, cons
       : "memory");
 }
 
+// The same to the same place in every block of the cluster that `blocks` has a bit for, and to each
+// one's barrier.
+__device__ __forceinline__ void tensor_copy_to_blocks(std::uint32_t target, const CUtensorMap& map,
+                                                      int column, int row, std::uint32_t barrier,
+                                                      std::uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+
 // The same of a tensor of three dimensions.
 __device__ __forceinline__ void tensor_copy_to_shared(std::uint32_t target, const CUtensorMap& map,
                                                       int column, int row, int layer,

@@ -1,6 +1,6 @@
 // Tensor-core products of a warpgroup (wgmma, sm_90a): 64 x kColumns results, operand A in
-// registers and operand B in shared memory. PTX ISA, "Asynchronous Warpgroup Level Matrix
-// Multiply-Accumulate Operation using wgmma.mma_async instruction".
+// registers or in shared memory, operand B in shared memory. PTX ISA, "Asynchronous Warpgroup Level
+// Matrix Multiply-Accumulate Operation using wgmma.mma_async instruction".
 //
 // Warp w of the group has rows 16 w to 16 w + 15. Lane = 4 g + q holds A and the results' rows g
 // and g + 8 of these as mma.sync's m16n8k16 has them (mma.cuh): the result's columns 8 j + 2 q and
@@ -24,6 +24,16 @@ __device__ __forceinline__ std::uint64_t wgmma_operand(std::uint32_t shared_addr
          static_cast<std::uint64_t>(k_bytes >> 4) << 16 |
          static_cast<std::uint64_t>(kCoreMatrixBytes >> 4) << 32;
 }
+
+// Operand A or B in rows of 64 elements (128 bytes) along k, as a bulk copy of a box with
+// CU_TENSOR_MAP_SWIZZLE_128B leaves them, from a multiple of 1,024 bytes on: in row r the 16 bytes
+// `unit` lie at unit ^ (r % 8). The next 16 elements along k: kWgmmaStep further.
+__device__ __forceinline__ std::uint64_t wgmma_swizzled_operand(std::uint32_t shared_address) {
+  constexpr std::uint64_t kEightRowsBytes = 1024, kSwizzle128 = 1;
+  return static_cast<std::uint64_t>((shared_address & 0x3FFFF) >> 4) | std::uint64_t{1} << 16 |
+         kEightRowsBytes >> 4 << 32 | kSwizzle128 << 62;
+}
+inline constexpr std::uint64_t kWgmmaStep = 32 >> 4;
 
 // Before the first product of a group, and after registers that products use were written.
 __device__ __forceinline__ void wgmma_fence() {
@@ -59,6 +69,13 @@ __device__ __forceinline__ void wgmma_results(float (&result)[kCount]) {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "    \
   "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, " \
   "%61, %62, %63"
+#define CF_NAMES_48 \
+  CF_NAMES_32       \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define CF_NAMES_80 \
+  CF_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define CF_RESULTS_32(r, i) \
+  CF_RESULTS_8(r, i), CF_RESULTS_8(r, (i) + 8), CF_RESULTS_8(r, (i) + 16), CF_RESULTS_8(r, (i) + 24)
 // `a0` to `b`: the names of the operands behind the results.
 #define CF_WGMMA(columns, type, names, a0, a1, a2, a3, b, ...)                                   \
   asm volatile(                                                                                  \
@@ -99,6 +116,54 @@ __device__ __forceinline__ void wgmma_64x16(float (&result)[kColumns / 2], const
   }
 }
 
+// Both operands in shared memory; `a` and `b`: their names.
+#define CF_WGMMA_SHARED(columns, type, names, a, b, ...)                                       \
+  asm volatile(                                                                                \
+      "{\n"                                                                                    \
+      ".reg .pred accumulate;\n"                                                               \
+      "setp.eq.s32 accumulate, 0, 0;\n"                                                        \
+      "wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." type "." type " {" names "}, " a \
+      ", " b                                                                                   \
+      ", accumulate, 1, 1, 0, 0;\n"                                                            \
+      "}"                                                                                      \
+      : __VA_ARGS__                                                                            \
+      : "l"(first), "l"(second))
+#define CF_WGMMA_SHARED_TYPED(columns, names, a, b, ...)       \
+  if constexpr (MmaInput<T>::kIsHalf)                          \
+    CF_WGMMA_SHARED(columns, "f16", names, a, b, __VA_ARGS__); \
+  else                                                         \
+    CF_WGMMA_SHARED(columns, "bf16", names, a, b, __VA_ARGS__)
+
+// The same with A in shared memory too: `first` is A and `second` B, both from
+// wgmma_swizzled_operand().
+template <typename T, int kColumns>
+__device__ __forceinline__ void wgmma_64x16(float (&result)[kColumns / 2], std::uint64_t first,
+                                            std::uint64_t second) {
+  static_assert(kColumns == 32 || kColumns == 64 || kColumns == 96 || kColumns == 128 ||
+                kColumns == 160);
+  if constexpr (kColumns == 32) {
+    CF_WGMMA_SHARED_TYPED(32, CF_NAMES_16, "%16", "%17", CF_RESULTS_8(result, 0),
+                          CF_RESULTS_8(result, 8));
+  } else if constexpr (kColumns == 64) {
+    CF_WGMMA_SHARED_TYPED(64, CF_NAMES_32, "%32", "%33", CF_RESULTS_32(result, 0));
+  } else if constexpr (kColumns == 96) {
+    CF_WGMMA_SHARED_TYPED(96, CF_NAMES_48, "%48", "%49", CF_RESULTS_32(result, 0),
+                          CF_RESULTS_8(result, 32), CF_RESULTS_8(result, 40));
+  } else if constexpr (kColumns == 128) {
+    CF_WGMMA_SHARED_TYPED(128, CF_NAMES_64, "%64", "%65", CF_RESULTS_32(result, 0),
+                          CF_RESULTS_32(result, 32));
+  } else {
+    CF_WGMMA_SHARED_TYPED(160, CF_NAMES_80, "%80", "%81", CF_RESULTS_32(result, 0),
+                          CF_RESULTS_32(result, 32), CF_RESULTS_8(result, 64),
+                          CF_RESULTS_8(result, 72));
+  }
+}
+
+#undef CF_WGMMA_SHARED_TYPED
+#undef CF_WGMMA_SHARED
+#undef CF_RESULTS_32
+#undef CF_NAMES_80
+#undef CF_NAMES_48
 #undef CF_WGMMA_TYPED
 #undef CF_WGMMA
 #undef CF_NAMES_64

@@ -1,9 +1,9 @@
-#include "backend/cuda/ops/driver_function.hpp"
+#include "backend/cuda/driver_function.hpp"
 
 #include <cuda_runtime_api.h>
 
 #include "backend/cuda/check.hpp"
-#include "backend/cuda/ops/relaxed_capture.hpp"
+#include "backend/cuda/relaxed_capture.hpp"
 #include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
