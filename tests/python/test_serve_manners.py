@@ -379,6 +379,15 @@ def test_starts_that_fail_say_why(demo_model, tmp_path):
     template.write_text("{% for %}")
     assert "not valid Jinja" in failed_start(demo_model, "--chat-template", template, *free)
     assert "No such file" in failed_start(demo_model, "--chat-template", tmp_path / "x", *free)
+    assert "--host: expected an address" in failed_start(demo_model, "--host", "", status=2)
+    assert "--grace: expected 0 to " in failed_start(demo_model, "--grace", "inf", status=2)
+    latin = tmp_path / "latin"
+    latin.write_bytes(b"caf\xe9")
+    for option in ["--api-key-file", "--chat-template"]:
+        said = failed_start(demo_model, option, latin, *free)
+        assert str(latin) in said and "UTF-8" in said
+        said = failed_start(demo_model, option, tmp_path, *free)
+        assert f"Is a directory: '{tmp_path}'" in said
     assert "expected 0 to 65535" in failed_start(demo_model, "--port", 70000, status=2)
     assert "invalid" in failed_start(demo_model, "--max-sequences", "x", status=2)
 
