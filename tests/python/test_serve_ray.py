@@ -25,6 +25,7 @@ pytest.importorskip(
 )
 
 import yaml
+from clusterfusion.serve import ray
 from clusterfusion.serve.ray import Options, build_app
 from clusterfusion.serve.ray_routing import AffinityRouter, affinity_of
 from conftest import ROOT
@@ -261,6 +262,23 @@ def test_a_replica_that_is_killed_loses_no_request_that_had_not_begun(cluster, e
     assert ends["cut"] > 0, "nothing was cut: the replica had no work when it was killed"
     wait_for(lambda: len(set(cluster.replicas()) - {min(before)}) == 2, 120)
     cluster.complete(prompt="x", max_tokens=1)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/"])
+def test_a_route_prefix_is_taken_off(path):
+    """As applications beside others have it; the replica sees what a server alone would see."""
+    from starlette.requests import Request
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b'{"prompt": "x"}', "more_body": False}
+
+    scope = {"type": "http", "http_version": "1.1", "method": "POST", "scheme": "http"}
+    scope |= {"query_string": b"", "headers": [], "client": ("127.0.0.1", 1), "server": None}
+    scope |= {"root_path": "/lm", "path": "/lm" + path.rstrip("/")}
+    ingress = ray._Ingress(SimpleNamespace(options=lambda **_: None), 100, 8, 1)
+    relay = asyncio.run(ingress(Request(scope, receive)))
+    assert relay._request.scope["path"] == path
+    assert relay._request.affinity == affinity_of({}, b'{"prompt": "x"}', 8)
 
 
 def test_affinity():

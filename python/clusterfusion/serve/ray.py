@@ -243,6 +243,8 @@ class _Ingress:
             return Response(status_code=499)
         names = ("type", "http_version", "method", "scheme", "path", "query_string", "headers")
         scope = {name: http.scope[name] for name in (*names, "client", "server")}
+        # Several applications of a cluster have a route prefix each.
+        scope["path"] = scope["path"].removeprefix(http.scope.get("root_path", "")) or "/"
         headers = dict(http.headers)
         affinity = affinity_of(headers, body, self._prefix_length) if body else None
         return _Relay(self._answer, Forwarded(scope, body, affinity), self._retry_seconds)
