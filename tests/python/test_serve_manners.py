@@ -273,6 +273,41 @@ def test_sigterm_cuts_at_the_end_of_the_grace(demo_model, tmp_path, stream):
             assert answer.json()["error"]["code"] == "shutting_down"
 
 
+def test_ctrl_c_ends_it_without_a_traceback(demo_model, tmp_path):
+    """The first lets requests finish, the second cuts them."""
+    with serving(demo_model, tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        body = {**LONG, "n": 64, "stream": True}
+        asked = pool.submit(server.client.post, "/v1/completions", json=body)
+        with httpx.Client(base_url=server.url) as other:
+            pattern = r"^vllm:num_requests_running\S+ [1-9]"
+            wait_for(lambda: re.search(pattern, other.get("/metrics").text, re.MULTILINE))
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(1)
+        server.process.send_signal(signal.SIGINT)
+        last = asked.result().text.split("\n\n")[-2]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert server.process.wait(20) == 130
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_ctrl_c_while_it_starts(demo_model, tmp_path):
+    """From the moment on at which it has begun to read its options."""
+    log = tmp_path / "log"
+    code = (
+        "import clusterfusion.serve.__main__ as m, sys; print('up', flush=True); sys.exit(m.main())"
+    )
+    for wait in [0, 0.2, 0.5]:
+        with log.open("w") as errors:
+            command = [sys.executable, "-c", code, demo_model, "--port", "0"]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+            assert process.stdout.readline() == b"up\n"
+            time.sleep(wait)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130, log.read_text()
+        assert "Traceback" not in log.read_text()
+
+
 def test_api_keys(demo_model, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("# a comment\nsecret-one\n\n  secret-two  \n")

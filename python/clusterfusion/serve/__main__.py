@@ -13,7 +13,8 @@ from clusterfusion import Engine
 
 _LONGEST_SECONDS = 365 * 24 * 3600
 _EXAMPLE = """\
-Exit codes: 0 done; 1 failed (a file, memory, the port, ...); 2 misused (an option is wrong).
+Exit codes: 1 failed (a file, memory, the port, ...); 2 misused (an option is wrong); 130 and 143
+ended by Ctrl-C and SIGTERM.
 
 Example:
   clusterfusion serve models/demo --port 8000
@@ -30,7 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    try:
+        return _serve(_parser().parse_args(arguments))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.captureWarnings(True)
     try:

@@ -7,6 +7,7 @@ import gc
 import re
 import resource
 import socket
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -50,13 +51,24 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service = app.state.service
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_cut = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listens."""
         _allow_many_sockets()
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         gc.collect()
         gc.freeze()  # what is there stays: no need to look at it again and again
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called for SIGINT and SIGTERM: the second one ends the grace, a third does not wait."""
+        if self.should_exit and not self._is_cut and self._loop is not None:
+            self._is_cut = True
+            self._loop.call_soon_threadsafe(self._service.cut)
+        else:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Takes no more connections, and waits for those that there are."""

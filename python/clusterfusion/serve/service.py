@@ -67,9 +67,10 @@ class Service:
             return
         self.is_ending = True
         loop = asyncio.get_running_loop()
-        loop.call_later(self.settings.grace, self._cut)
+        loop.call_later(self.settings.grace, self.cut)
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """Ends requests that run, with an error."""
         for job in list(self._jobs):
             job.stop(ApiError(503, "the server is shutting down", code="shutting_down"))
 
