@@ -181,7 +181,8 @@ async def leave_early(port: int, body: dict, rng: random.Random) -> None:
     data = request_bytes(body)
     writer.write(data[: rng.choice([len(data), len(data), len(data) // 2])])
     if rng.random() < 0.5:
-        await asyncio.wait([asyncio.ensure_future(reader.read(100))], timeout=rng.random())
+        with suppress(ConnectionError, asyncio.TimeoutError):
+            await asyncio.wait_for(reader.read(100), rng.random())
     writer.transport.abort()
 
 

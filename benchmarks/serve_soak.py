@@ -184,8 +184,10 @@ def main() -> int:
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder")
     parser.add_argument("--clients", type=int, default=1000, help="good ones at once (1000)")
     parser.add_argument("--seconds", type=float, default=600, help="how long (600)")
+    parser.add_argument("--remark", help="of the machine, in the result")
     parser.add_argument("--output", type=Path, metavar="FILE", help="JSON (standard output)")
     options = parser.parse_args()
+    tree = commit()  # now, since it may change meanwhile
     expected = expected_texts(options.model)
     with serving(options.model, *SERVER_OPTIONS) as server:
         seen = asyncio.run(soak(server, expected, options.clients, options.seconds))
@@ -195,10 +197,12 @@ def main() -> int:
         "what": f"streaming clients at once on loopback, {TOKENS} tokens a request, each text "
         "compared with the engine's alone; beside them clients that leave, send garbage or say "
         "nothing; server and clients on one machine",
-        "device": clusterfusion.Engine(options.model).info.device_description,
+        "device": clusterfusion.Engine(options.model, threads=1).info.device_description,
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": tree,
         "command": shlex.join(["serve_soak.py", *sys.argv[1:]]),
+        "server": " ".join(map(str, SERVER_OPTIONS)),
+        **({"remark": options.remark} if options.remark else {}),
         **report(seen, options.clients, options.seconds),
     }
     text = json.dumps(result, indent=1) + "\n"

@@ -370,8 +370,30 @@ def recorded_line(
     return [[f"{name}: {rival['name']}, recorded {rival['date']}", *cells]]
 
 
+def soak_line() -> str:
+    """What the server did with very many clients for a long time."""
+    result = load("serving_soak_cpu.json")
+    if result is None:
+        return ""
+    times, bad = result["client_seconds_a_request"], sum(result["bad_clients"].values())
+    sockets = result["sockets"]["after"] - result["sockets"]["before"]
+    remark = f" ({result['remark']})" if "remark" in result else ""
+    minutes = round(result["seconds"] / 60)
+    return (
+        f"{result['clients']} streaming clients at once for {minutes} minutes on "
+        f"{result['device']}{remark}, and {bad} visits of clients that left in the middle, sent "
+        f"garbage or said nothing (`benchmarks/serve_soak.py`): {result['requests']} requests, "
+        f"{result['wrong_texts']} texts that were not those of the engine alone, "
+        f"{result['failed_requests']} failures. A request took the slowest client "
+        f"{times['slowest_over_median']:.2f} times what it took the median one; the server's "
+        f"memory grew by {result['memory_growth_mb']:.1f} MB from the second quarter of the time "
+        f"to the last, and {max(sockets, 0)} sockets stayed.\n"
+    )
+
+
 def serving(text: str) -> str:
-    """docs/serving.md with the server's times on a GPU."""
+    """docs/serving.md with the server's times on a GPU, and how it bears crowds."""
+    text = with_tables(text, "crowd", [soak_line()])
     return with_tables(text, "serving times", [serving_table()])
 
 

@@ -92,9 +92,12 @@ def test_times_are_drawn_to_scale(folder):
     assert server[0] - rival[0] == pytest.approx(doubled * math.log2(16 / 4), abs=0.2)
 
 
+PARTS = "".join(f"<!-- {n} -->\nold\n<!-- end {n} -->\n" for n in ("crowd", "serving times"))
+
+
 def test_times_are_tabulated(folder, monkeypatch):
     monkeypatch.setattr(update_readme, "RESULTS", folder)
-    table = update_readme.serving("<!-- serving times -->\nold\n<!-- end serving times -->\n")
+    table = update_readme.serving(PARTS)
     assert "old" not in table and "images/serving_per_token_h200.svg" in table
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line[:2] == "| "]
     cells = {line[0]: line[1:] for line in lines}
