@@ -78,6 +78,14 @@ python-test: build python-package  ## Python tests, on the installed package and
 	CLUSTERFUSION_BIN=$(CURDIR)/$(BIN)/clusterfusion CLUSTERFUSION_BUILD_DIR=$(CURDIR)/build/release \
 	  $(PYTHON) -m pytest
 
+# Apart, since Ray is half a gigabyte and its processes are slow to start. Once it is installed,
+# `make test` runs these tests as well.
+ray-test: python-package  ## the server on several replicas, by Ray Serve, which it installs
+	$(call stage,Ray and the tests of many replicas,3 minutes)
+	$(PYTHON) -m pip install --quiet 'ray[serve]>=2.60'
+	$(PYTHON) -m pytest tests/python/test_serve_ray.py
+.PHONY: ray-test
+
 asan-build: deps
 	$(call stage,the build with AddressSanitizer and UndefinedBehaviorSanitizer,6 minutes)
 	cmake --preset asan

@@ -26,6 +26,27 @@ def load_results(folder: Path = RESULTS) -> dict[str, Result]:
     }
 
 
+def load_serving(folder: Path = RESULTS) -> tuple[Result, Result | None] | None:
+    """What serve_latency.py measured on a GPU, and the rival's record of the same requests."""
+    ours, rival = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        for path in (folder / "serving_latency_h200.json", folder / "serving_vllm_h200.json")
+    )
+    if ours is None:
+        return None
+    alike = ("model", "prompt_tokens", "new_tokens")
+    is_same = rival is not None and all(ours[name] == rival[name] for name in alike)
+    return ours, rival if is_same else None
+
+
+def serving_pictures() -> dict[str, tuple[str, str]]:
+    """Files of docs/images with the server's times, and their titles, by what is measured."""
+    return {
+        "per_token_ms": ("serving_per_token_h200.svg", "milliseconds a token of each stream"),
+        "first_token_ms": ("serving_first_token_h200.svg", "milliseconds to the first token"),
+    }
+
+
 def contexts_of(result: Result, model: str = COMPARED) -> list[dict[str, float]]:
     """Measurements of one of our models by context; none if it was not measured."""
     for measured in result["models"]:

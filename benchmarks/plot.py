@@ -2,7 +2,8 @@
 """Draw the GPU's results as the SVG files that README.md and docs/*.md show.
 
 plot.py            write docs/images: decode_time_*.svg and ceiling_share.svg from gpu_*.json in
-                   benchmarks/results, layer_ablation.svg from ablation_h100.json
+                   benchmarks/results, layer_ablation.svg from ablation_h100.json,
+                   serving_*_h200.svg from serving_*_h200.json
 plot.py --check    exit with 1 if they are not what would be written
 
 Plain SVG, readable on light and dark pages. Without results there is nothing to draw.
@@ -26,6 +27,8 @@ from gpu_results import (
     decode_time_picture,
     floor_of,
     load_results,
+    load_serving,
+    serving_pictures,
     short_contexts,
 )
 
@@ -248,6 +251,44 @@ def layer_ablation(result: Result) -> str:
     )
 
 
+def serving_time(measure: str, title: str, result: Result, rival: Result | None) -> str:
+    """A time of the server's against the number of its clients, beside the engine and a rival."""
+    ours = result["rows"]
+
+    def medians(side: str) -> list[tuple[float, float]]:
+        return [(row["clients"], row[side][measure]["median"]) for row in ours]
+
+    lines = [
+        Line("ClusterFusion's server", "c0", medians("server")),
+        Line("the engine alone", "c1", medians("engine")),
+    ]
+    if rival:
+        points = [(row["clients"], row[measure]) for row in rival["rows"]]
+        lines.append(Line(f"{rival['name']}, recorded {rival['date']}", "c2", points))
+    clients = sorted({x for line in lines for x, _ in line.points})
+    values = [y for line in lines for _, y in line.points]
+    ticks = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
+    low = max(tick for tick in ticks if tick <= min(values))
+    high = min(tick for tick in ticks if tick >= max(values) and tick > low)
+    shown = [(tick, f"{tick:g}") for tick in ticks if low <= tick <= high]
+    return chart(
+        f"{result['model']}: {title}",
+        f"{result['device'].split(',')[0]}, streams of {result['prompt_tokens']} + "
+        f"{result['new_tokens']} tokens, medians; less is better (both axes logarithmic)",
+        Axis(
+            clients[0],
+            max(clients[-1], clients[0] + 1),
+            LEFT,
+            WIDTH - RIGHT,
+            [(number, f"{number:g}") for number in clients],
+            logarithmic=True,
+        ),
+        Axis(low, high, HEIGHT - BOTTOM, TOP, shown, logarithmic=True),
+        lines,
+        "clients at once",
+    )
+
+
 def pictures(folder: Path) -> dict[str, str]:
     """All that can be drawn of a folder of results, by file name."""
     results = load_results(folder)
@@ -261,6 +302,10 @@ def pictures(folder: Path) -> dict[str, str]:
     ablation = folder / "ablation_h100.json"
     if ablation.exists():
         drawn["layer_ablation.svg"] = layer_ablation(json.loads(ablation.read_text("utf-8")))
+    serving = load_serving(folder)
+    if serving:
+        for measure, (name, title) in serving_pictures().items():
+            drawn[name] = serving_time(measure, title, *serving)
     return drawn
 
 

@@ -1,12 +1,85 @@
-"""Clients for a server's benchmark and test: plain sockets, so that they cost little themselves."""
+"""A server, and clients for its benchmarks and test: plain sockets, so that they cost little."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import re
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
+
+
+@contextmanager
+def serving(model: object, *options: object, before: Sequence[str] = ()) -> Iterator[Process]:
+    """A server on a free port while the block runs.
+
+    Args:
+        model: What it serves.
+        *options: More of its command line.
+        before: What stands before that, as taskset and its options.
+
+    Raises:
+        SystemExit: It does not start; the message is its log.
+    """
+    command = [*before, sys.executable, "-m", "clusterfusion.serve", model, "--port", 0, *options]
+    with tempfile.NamedTemporaryFile("w+") as log:
+        server = subprocess.Popen(list(map(str, command)), stderr=log)
+        try:
+            yield Process(server.pid, _port(server, Path(log.name)))
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _port(server: subprocess.Popen, log: Path) -> int:
+    while "startup complete" not in log.read_text():
+        if server.poll() is not None:
+            raise SystemExit(log.read_text())
+        time.sleep(0.05)
+    return int(re.search(r"on http://\S+:(\d+)", log.read_text()).group(1))
+
+
+@dataclass(frozen=True)
+class Process:
+    """A server's process."""
+
+    pid: int
+    port: int
+
+    def cpu_seconds(self) -> float:
+        """Processor time that it has taken, engine included."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> int:
+        """Bytes that it has resident."""
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def num_sockets(self) -> int:
+        """Its open sockets."""
+        count = 0
+        for path in Path(f"/proc/{self.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                count += str(path.readlink()).startswith("socket:")
+        return count
+
+
+def commit() -> str | None:
+    """Of the tree that this file is in; None where there is no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 @dataclass
@@ -29,6 +102,23 @@ def request_bytes(body: dict) -> bytes:
     return head.encode() + data
 
 
+@dataclass
+class Answer:
+    """An answer as it came, not yet looked at; times as in Outcome."""
+
+    data: bytes
+    first: float
+    whole: float
+
+    def outcome(self, n: int = 1) -> Outcome:
+        """Reads the stream of `n` texts.
+
+        Raises:
+            ConnectionError: It is an error, or ends in the middle.
+        """
+        return Outcome(*_read(self.data, n), self.first, self.whole)
+
+
 async def stream(port: int, body: dict, *, pause: float = 0.0) -> Outcome:
     """Streams one request to its end.
 
@@ -40,6 +130,11 @@ async def stream(port: int, body: dict, *, pause: float = 0.0) -> Outcome:
     Raises:
         ConnectionError: The answer is an error, or it ends in the middle.
     """
+    return (await fetch(port, body, pause=pause)).outcome(body.get("n", 1))
+
+
+async def fetch(port: int, body: dict, *, pause: float = 0.0) -> Answer:
+    """As stream(), but looks at nothing, so that other clients' times are right."""
     began = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
@@ -52,9 +147,7 @@ async def stream(port: int, body: dict, *, pause: float = 0.0) -> Outcome:
                 await asyncio.sleep(pause)
     finally:
         writer.close()
-    whole = time.perf_counter() - began
-    texts, tokens = _read(b"".join(parts), body.get("n", 1))
-    return Outcome(texts, tokens, first, whole)
+    return Answer(b"".join(parts), first, time.perf_counter() - began)
 
 
 def _read(answer: bytes, n: int) -> tuple[list[str], int]:
@@ -88,8 +181,20 @@ async def leave_early(port: int, body: dict, rng: random.Random) -> None:
     data = request_bytes(body)
     writer.write(data[: rng.choice([len(data), len(data), len(data) // 2])])
     if rng.random() < 0.5:
-        await asyncio.wait([asyncio.ensure_future(reader.read(100))], timeout=rng.random())
+        with suppress(ConnectionError, asyncio.TimeoutError):
+            await asyncio.wait_for(reader.read(100), rng.random())
     writer.transport.abort()
+
+
+async def say_nothing(port: int, rng: random.Random) -> None:
+    """Connects, sends a part of a request's head, perhaps, and waits to be cut off."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(request_bytes({})[: rng.choice([0, 10, 60])])
+        with suppress(ConnectionError, asyncio.TimeoutError):
+            await asyncio.wait_for(reader.read(1000), rng.uniform(1, 60))
+    finally:
+        writer.transport.abort()
 
 
 async def send_garbage(port: int, rng: random.Random) -> None:

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from serve_load import stream
+from serve_load import serving, stream
 
 ROOT = Path(__file__).resolve().parents[1]
 _ALONE = """
@@ -81,21 +80,15 @@ def free_model(folder: Path) -> str:
 def measure(model: str, clients: int, options: argparse.Namespace) -> dict[str, float]:
     """The server's figures with some clients at once, and the engine's."""
     alone, alone_cpu = max(engine_alone(model, clients, options) for _ in range(options.rounds))
-    command = [sys.executable, "-m", "clusterfusion.serve", model, "--port", "0"]
+    before = []
     if options.pin:
-        command = ["taskset", "-c", "0", *command]
+        before = ["taskset", "-c", "0"]
         os.sched_setaffinity(0, {1})
-    with tempfile.NamedTemporaryFile("w+") as log:
-        server = subprocess.Popen(command, stderr=log)
-        try:
-            port = wait_for_port(server, Path(log.name))
-            asyncio.run(load(port, clients, options))
-            before = cpu_seconds(server.pid)
-            rounds = [asyncio.run(load(port, clients, options)) for _ in range(options.rounds)]
-            cpu = cpu_seconds(server.pid) - before
-        finally:
-            server.terminate()
-            server.wait()
+    with serving(model, before=before) as server:
+        asyncio.run(load(server.port, clients, options))
+        busy = server.cpu_seconds()
+        rounds = [asyncio.run(load(server.port, clients, options)) for _ in range(options.rounds)]
+        cpu = server.cpu_seconds() - busy
     best = max(rounds, key=lambda one: one["tokens_per_second"])
     served = sum(one["tokens"] for one in rounds)
     return {
@@ -115,15 +108,6 @@ def engine_alone(model: str, clients: int, options: argparse.Namespace) -> list[
         command = ["taskset", "-c", "0", *command]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(ended.stdout)
-
-
-def wait_for_port(server: subprocess.Popen, log: Path) -> int:
-    """The port of a server that has begun to listen."""
-    while "startup complete" not in log.read_text():
-        if server.poll() is not None:
-            raise SystemExit(log.read_text())
-        time.sleep(0.05)
-    return int(re.search(r"on http://\S+:(\d+)", log.read_text()).group(1))
 
 
 async def load(port: int, clients: int, options: argparse.Namespace) -> dict[str, float]:
@@ -149,12 +133,6 @@ async def load(port: int, clients: int, options: argparse.Namespace) -> dict[str
         "first_token_ms": round(statistics.median(one.first for one in outcomes) * 1e3, 2),
         "between_tokens_ms": round(statistics.median(between) * 1e3, 3),
     }
-
-
-def cpu_seconds(pid: int) -> float:
-    """Processor time that a process has taken, engine included."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":

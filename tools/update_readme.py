@@ -30,6 +30,8 @@ from gpu_results import (  # noqa: E402
     contexts_of,
     decode_time_picture,
     load_results,
+    load_serving,
+    serving_pictures,
     short_contexts,
 )
 
@@ -330,12 +332,78 @@ def sampling_kernel(text: str) -> str:
     return with_tables(text, "sampling times", tables)
 
 
+def serving_table() -> str:
+    """The server on a GPU beside the engine, and beside a rival's record."""
+    found = load_serving(RESULTS)
+    if found is None:
+        return ""
+    ours, rival = found
+    recorded = {row["clients"]: row for row in rival["rows"]} if rival else {}
+    lines = [["", *(f"{row['clients']} clients" for row in ours["rows"])]]
+    for measure, name in (("first_token_ms", "first token, ms"), ("per_token_ms", "a token, ms")):
+        for side, whose in (("server", "**server**"), ("engine", "engine alone")):
+            cells = (row[side][measure] for row in ours["rows"])
+            times = [f"{cell['median']:.2f} (p95 {cell['p95']:.2f})" for cell in cells]
+            lines.append([f"{name}: {whose}", *times])
+        lines += recorded_line(name, measure, ours, rival, recorded)
+    speeds = [f"{row['server']['tokens_per_second']:.0f}" for row in ours["rows"]]
+    lines.append(["tokens/s: **server**", *speeds])
+    lines += recorded_line("tokens/s", "tokens_per_second", ours, rival, recorded)
+    images = "".join(
+        f"\n![{title.capitalize()}](images/{name})\n" for name, title in serving_pictures().values()
+    )
+    return (
+        f"{ours['model']} on {ours['device']}, streams of {ours['prompt_tokens']} + "
+        f"{ours['new_tokens']} tokens (`benchmarks/serve_latency.py`), medians:\n\n"
+        f"{markdown_parts.table(lines)}{images}"
+    )
+
+
+def recorded_line(
+    name: str, measure: str, ours: dict, rival: dict | None, recorded: dict[int, dict]
+) -> list[list[str]]:
+    """A rival's row of a table, or none."""
+    if rival is None:
+        return []
+    found = [recorded.get(row["clients"]) for row in ours["rows"]]
+    cells = [f"{row[measure]:g}" if row else NOT_MEASURED for row in found]
+    return [[f"{name}: {rival['name']}, recorded {rival['date']}", *cells]]
+
+
+def soak_line() -> str:
+    """What the server did with very many clients for a long time."""
+    result = load("serving_soak_cpu.json")
+    if result is None:
+        return ""
+    times, bad = result["client_seconds_a_request"], sum(result["bad_clients"].values())
+    sockets = result["sockets"]["after"] - result["sockets"]["before"]
+    remark = f" ({result['remark']})" if "remark" in result else ""
+    minutes = round(result["seconds"] / 60)
+    return (
+        f"{result['clients']} streaming clients at once for {minutes} minutes on "
+        f"{result['device']}{remark}, and {bad} visits of clients that left in the middle, sent "
+        f"garbage or said nothing (`benchmarks/serve_soak.py`): {result['requests']} requests, "
+        f"{result['wrong_texts']} texts that were not those of the engine alone, "
+        f"{result['failed_requests']} failures. A request took the slowest client "
+        f"{times['slowest_over_median']:.2f} times what it took the median one; the server's "
+        f"memory grew by {result['memory_growth_mb']:.1f} MB from the second quarter of the time "
+        f"to the last, and {max(sockets, 0)} sockets stayed.\n"
+    )
+
+
+def serving(text: str) -> str:
+    """docs/serving.md with the server's times on a GPU, and how it bears crowds."""
+    text = with_tables(text, "crowd", [soak_line()])
+    return with_tables(text, "serving times", [serving_table()])
+
+
 def documents() -> dict[Path, Callable[[str], str]]:
     """What fills each document."""
     return {
         README: readme,
         DOCS / "layer-calls.md": layer_calls,
         DOCS / "sampling-kernel.md": sampling_kernel,
+        DOCS / "serving.md": serving,
     }
 
 

@@ -1,6 +1,8 @@
 """Whatever a client sends: a 4xx that names the field, and an engine that goes on."""
 
 import json
+import socket
+import time
 
 import pytest
 
@@ -240,6 +242,84 @@ def test_garbage_instead_of_http(served, data):
             answer = b""
     assert answer[:12] in (b"", b"HTTP/1.1 400", b"HTTP/1.1 431")
     assert served.client.get("/health").status_code == 200
+
+
+def test_a_path_without_v1_is_told_where_to_go(served):
+    """A client's base_url without /v1 is the commonest mistake of all."""
+    for path, right in [("/completions", "/v1/completions"), ("/v1/tokenize", "/tokenize")]:
+        answer = served.client.post(path, json={"prompt": "x"})
+        refused(answer, None)
+        assert f"did you mean {right}?" in answer.json()["error"]["message"]
+    answer = served.client.post("/v1/embeddings", json={})
+    assert "did you mean" not in answer.json()["error"]["message"]
+
+
+def test_a_body_in_an_encoding_is_refused_by_name(served):
+    headers = {"Content-Encoding": "gzip"}
+    answer = served.client.post("/v1/completions", content=b"\x1f\x8b\x08", headers=headers)
+    assert answer.status_code == 415 and "'gzip'" in answer.json()["error"]["message"]
+    served.client.post("/v1/completions", json={"prompt": "x"}, headers={"Content-Encoding": ""})
+
+
+def test_a_byte_order_mark_is_no_error(served):
+    body = b'\xef\xbb\xbf{"prompt": "x", "max_tokens": 1}'
+    assert served.client.post("/v1/completions", content=body).status_code == 200
+
+
+def whole_answer(connection: socket.socket) -> bytes:
+    """An answer that announces its length."""
+    answer = b""
+    while b"\r\n\r\n" not in answer:
+        answer += connection.recv(1 << 16)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    while len(body) < length:
+        body += connection.recv(1 << 16)
+    return head + b"\r\n\r\n" + body
+
+
+def test_an_offer_of_http_2_is_declined(served):
+    """As Java's HttpClient makes it with each request: the body follows as if it were not there."""
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+    body = b'{"prompt": "xyz", "max_tokens": 1, "echo": true}'
+    data = request_bytes("/v1/completions", body).replace(b"Host", offer + b"Host")
+    with raw_connection(served.port) as connection:
+        for _ in range(2):  # on one connection
+            connection.sendall(data)
+            answer = whole_answer(connection)
+            assert answer.startswith(b"HTTP/1.1 200"), answer
+            assert b'"text":"xyz' in answer
+
+
+def test_the_limit_of_a_head_is_exact(served):
+    """However it arrives, also behind another request."""
+
+    def status(size: int, connection) -> bytes:
+        head = b"GET /health HTTP/1.1\r\nHost: x\r\nX: "
+        data = head + b"y" * (size - len(head))
+        connection.sendall(data + b"\r\n\r\n")
+        return whole_answer(connection)[9:12]
+
+    with raw_connection(served.port) as connection:
+        assert status(65000, connection) == b"200"
+        assert status(65000, connection) == b"200"
+        assert status(66000, connection) == b"431"
+    with raw_connection(served.port) as connection:
+        assert status(66000, connection) == b"431"
+
+
+def test_a_request_may_come_in_any_pieces(served):
+    """A body behind a head whose end is torn is no part of the head, however long."""
+    body = json.dumps({"prompt": "x", "max_tokens": 1, "user": "y" * 100_000}).encode()
+    data = request_bytes("/v1/completions", body)
+    end = data.index(b"\r\n\r\n")
+    with raw_connection(served.port) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for cut in range(end, end + 5):
+            connection.sendall(data[:cut])
+            time.sleep(0.05)
+            connection.sendall(data[cut:])
+            assert whole_answer(connection).startswith(b"HTTP/1.1 200"), cut - end
 
 
 def test_strict_refuses_unknown_fields(served, demo_model, tmp_path):

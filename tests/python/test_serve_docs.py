@@ -48,9 +48,21 @@ def test_curl(served, expected):
 
 def test_openai(served, expected, capsys):
     pytest.importorskip("openai", reason="openai is not installed")
-    (block,) = blocks("python")
+    block, _ = blocks("python")
     exec(block.replace(ADDRESS, served.url), {})
     assert capsys.readouterr().out.startswith(expected + "\n")
+
+
+def test_langchain(served, demo_model, expected, capsys):
+    """Three ways to ask: at once, streamed, several prompts with a stop string."""
+    pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+    _, block = blocks("python")
+    code = block.replace(ADDRESS, served.url).replace("models/demo", str(demo_model))
+    exec(code, {})
+    engine = clusterfusion.Engine(demo_model)
+    options = {"max_new_tokens": 20, "temperature": 0.7, "seed": 1, "stop": ["."]}  # LangChain's
+    several = [one.text for one in engine.generate(["It was a dark", "The old house"], **options)]
+    assert capsys.readouterr().out == f"{expected}\n{expected}\n{several}\n"
 
 
 def test_options_and_paths_are_there(served):

@@ -273,6 +273,41 @@ def test_sigterm_cuts_at_the_end_of_the_grace(demo_model, tmp_path, stream):
             assert answer.json()["error"]["code"] == "shutting_down"
 
 
+def test_ctrl_c_ends_it_without_a_traceback(demo_model, tmp_path):
+    """The first lets requests finish, the second cuts them."""
+    with serving(demo_model, tmp_path) as server, ThreadPoolExecutor(1) as pool:
+        body = {**LONG, "n": 64, "stream": True}
+        asked = pool.submit(server.client.post, "/v1/completions", json=body)
+        with httpx.Client(base_url=server.url) as other:
+            pattern = r"^vllm:num_requests_running\S+ [1-9]"
+            wait_for(lambda: re.search(pattern, other.get("/metrics").text, re.MULTILINE))
+        server.process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(1)
+        server.process.send_signal(signal.SIGINT)
+        last = asked.result().text.split("\n\n")[-2]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert server.process.wait(20) == 130
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_ctrl_c_while_it_starts(demo_model, tmp_path):
+    """From the moment on at which it has begun to read its options."""
+    log = tmp_path / "log"
+    code = (
+        "import clusterfusion.serve.__main__ as m, sys; print('up', flush=True); sys.exit(m.main())"
+    )
+    for wait in [0, 0.2, 0.5]:
+        with log.open("w") as errors:
+            command = [sys.executable, "-c", code, demo_model, "--port", "0"]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+            assert process.stdout.readline() == b"up\n"
+            time.sleep(wait)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130, log.read_text()
+        assert "Traceback" not in log.read_text()
+
+
 def test_api_keys(demo_model, tmp_path):
     keys = tmp_path / "keys"
     keys.write_text("# a comment\nsecret-one\n\n  secret-two  \n")
@@ -379,6 +414,15 @@ def test_starts_that_fail_say_why(demo_model, tmp_path):
     template.write_text("{% for %}")
     assert "not valid Jinja" in failed_start(demo_model, "--chat-template", template, *free)
     assert "No such file" in failed_start(demo_model, "--chat-template", tmp_path / "x", *free)
+    assert "--host: expected an address" in failed_start(demo_model, "--host", "", status=2)
+    assert "--grace: expected 0 to " in failed_start(demo_model, "--grace", "inf", status=2)
+    latin = tmp_path / "latin"
+    latin.write_bytes(b"caf\xe9")
+    for option in ["--api-key-file", "--chat-template"]:
+        said = failed_start(demo_model, option, latin, *free)
+        assert str(latin) in said and "UTF-8" in said
+        said = failed_start(demo_model, option, tmp_path, *free)
+        assert f"Is a directory: '{tmp_path}'" in said
     assert "expected 0 to 65535" in failed_start(demo_model, "--port", 70000, status=2)
     assert "invalid" in failed_start(demo_model, "--max-sequences", "x", status=2)
 

@@ -2,6 +2,7 @@
 
 Needs the extra ``serve``: ``python -m pip install 'clusterfusion-lm[serve]'``. From Python,
 :func:`build_app` makes an ASGI application of an engine and :class:`Settings`.
+On many machines: :mod:`clusterfusion.serve.ray`.
 """
 
 from typing import TYPE_CHECKING, Any

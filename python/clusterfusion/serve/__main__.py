@@ -11,8 +11,10 @@ from typing import Any
 
 from clusterfusion import Engine
 
+_LONGEST_SECONDS = 365 * 24 * 3600
 _EXAMPLE = """\
-Exit codes: 0 done; 1 failed (a file, memory, the port, ...); 2 misused (an option is wrong).
+Exit codes: 1 failed (a file, memory, the port, ...); 2 misused (an option is wrong); 130 and 143
+ended by Ctrl-C and SIGTERM.
 
 Example:
   clusterfusion serve models/demo --port 8000
@@ -29,7 +31,13 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    options = _parser().parse_args(arguments)
+    try:
+        return _serve(_parser().parse_args(arguments))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(options: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.captureWarnings(True)
     try:
@@ -83,14 +91,9 @@ def _engine(options: argparse.Namespace) -> Engine:
 
 
 def _settings(options: argparse.Namespace) -> Any:
-    from clusterfusion.serve.settings import Settings
+    from clusterfusion.serve.settings import Settings, read_api_keys
 
-    keys: list[str] = []
-    if options.api_key_file is not None:
-        lines = options.api_key_file.read_text().splitlines()
-        keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not keys:
-            raise ValueError(f"{options.api_key_file} has no key: write one a line")
+    keys = [] if options.api_key_file is None else read_api_keys(options.api_key_file)
     return Settings(
         model_names=options.served_model_name or [options.model],
         max_waiting=options.max_waiting,
@@ -117,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="checkpoint folder, or name on the hub")
-    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--host", type=_address, default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=_number(int, 0, 65535), default=8000, help="0 for any free one (8000)")
     add("--served-model-name", action="append", metavar="NAME", help="what requests may call it")
     add("--chat-template", type=Path, metavar="FILE", help="Jinja template, instead of the model's")
@@ -145,7 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     limits("--timeout", type=_number(float, 0), default=0, help="seconds a request; 0: any (0)")
     limits("--body-timeout", type=_number(float, 0.1), default=30, help="s for it to arrive (30)")
     limits("--stall-timeout", type=_number(float, 0.1), default=30, help="s without reading (30)")
-    limits("--grace", type=_number(float, 0), default=30, help="seconds at the end (30)")
+    limits(
+        "--grace",
+        type=_number(float, 0, _LONGEST_SECONDS),
+        default=30,
+        help="seconds at the end (30)",
+    )
     limits("--max-body-bytes", type=_number(int, 1), default=8 << 20, help="of a request (8 MiB)")
     limits("--strict", action="store_true", help="refuse fields that are not known")
 
@@ -155,6 +163,12 @@ def _parser() -> argparse.ArgumentParser:
     access("--log-json", action="store_true", help="log lines in JSON")
     access("--log-prompts", action="store_true", help="show prompts in log lines")
     return parser
+
+
+def _address(text: str) -> str:
+    if not text:  # which the system would take for all of its addresses
+        raise argparse.ArgumentTypeError("expected an address, found ''; 0.0.0.0 is for all")
+    return text
 
 
 def _number(kind: type[int] | type[float], least: float, most: float = float("inf")) -> Any:

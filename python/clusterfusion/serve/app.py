@@ -213,9 +213,11 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     path = request.url.path
+    meant = [one for one in (f"/v1{path}", path.removeprefix("/v1")) if one in _PATHS]
+    hint = f"did you mean {meant[0]}?" if meant else "/openapi.json tells what there is"
     told = ApiError(
         error.status_code,
-        f"{request.method} {path:.200}: {error.detail}; /openapi.json tells what there is",
+        f"{request.method} {path:.200}: {error.detail}; {hint}",
         headers=error.headers,
     )
     return told.response

@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from clusterfusion.engine import Engine
+from clusterfusion.serve.settings import read_text
 
 
 class TemplateRefusedError(ValueError):
@@ -59,9 +60,9 @@ class ChatTemplate:
         source: Any = config.get("chat_template")
         beside = folder / "chat_template.jinja"
         if file is not None:
-            source = file.read_text()
+            source = read_text(file)
         elif beside.is_file():
-            source = beside.read_text()
+            source = read_text(beside)
         if isinstance(source, list):
             named = {one["name"]: one["template"] for one in source}
             source = named.get("default")
@@ -127,7 +128,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     return value if isinstance(value, dict) else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
@@ -66,9 +67,10 @@ class Service:
             return
         self.is_ending = True
         loop = asyncio.get_running_loop()
-        loop.call_later(self.settings.grace, self._cut)
+        loop.call_later(self.settings.grace, self.cut)
 
-    def _cut(self) -> None:
+    def cut(self) -> None:
+        """Ends requests that run, with an error."""
         for job in list(self._jobs):
             job.stop(ApiError(503, "the server is shutting down", code="shutting_down"))
 
@@ -80,9 +82,9 @@ class Service:
         """
         if self.is_ending:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
-        body = await self._body(http)
+        body = await read_body(http, self.settings.max_body_bytes)
         try:
-            request = kind.model_validate_json(body)
+            request = kind.model_validate_json(body.removeprefix(BOM_UTF8))
         except ValidationError as error:
             raise errors.of_validation(error) from None
         unknown = request.unknown_fields()  # type: ignore[attr-defined]
@@ -95,26 +97,6 @@ class Service:
             LOGGER.warning("%s: ignored fields that are not known: %.200s", record.id, unknown)
         self._check_model(getattr(request, "model", None))
         return request
-
-    async def _body(self, http: Request) -> bytes:
-        limit = self.settings.max_body_bytes
-        too_large = ApiError(
-            413, f"the body is larger than {limit} bytes, which is this server's limit"
-        )
-        announced = http.headers.get("content-length", "")
-        if announced.isdigit() and int(announced) > limit:
-            raise too_large
-        parts: list[bytes] = []
-        size = 0
-        try:
-            async for part in http.stream():
-                size += len(part)
-                if size > limit:
-                    raise too_large
-                parts.append(part)
-        except ClientDisconnect:
-            raise ClientGoneError from None
-        return b"".join(parts)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name not in self.model_names:
@@ -315,6 +297,37 @@ class Job:
                 self._service.failure = str(error)
                 LOGGER.error("the engine failed: %s", error)
             raise told from error
+
+
+async def read_body(http: Request, limit: int) -> bytes:
+    """A request's body.
+
+    Raises:
+        ApiError: It has more than `limit` bytes, or is compressed.
+        ClientGoneError: It does not come.
+    """
+    too_large = ApiError(
+        413, f"the body is larger than {limit} bytes, which is this server's limit"
+    )
+    encoding = http.headers.get("content-encoding", "")
+    if encoding.lower() not in ("", "identity"):
+        raise ApiError(
+            415, f"Content-Encoding: expected none, found {encoding!r:.60}: send the body as it is"
+        )
+    announced = http.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise too_large
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for part in http.stream():
+            size += len(part)
+            if size > limit:
+                raise too_large
+            parts.append(part)
+    except ClientDisconnect:
+        raise ClientGoneError from None
+    return b"".join(parts)
 
 
 def check_vocabulary(tokens: Sequence[int], vocab_size: int, name: str) -> None:

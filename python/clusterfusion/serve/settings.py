@@ -41,3 +41,28 @@ class Settings:
     log_json: bool = False
     log_prompts: bool = False
     chat_template: Path | None = None
+
+
+def read_api_keys(path: Path) -> list[str]:
+    """The keys of a file that has one a line; lines that begin with # are comments.
+
+    Raises:
+        OSError, ValueError: It cannot be read, or has no key.
+    """
+    lines = read_text(path).splitlines()
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise ValueError(f"{path} has no key: write one a line")
+    return keys
+
+
+def read_text(path: Path) -> str:
+    """A file's text in UTF-8, with or without a byte order mark.
+
+    Raises:
+        OSError, ValueError: It cannot be read; the message names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
