@@ -37,7 +37,7 @@ class FamilyRecord:
 
 
 def load_family(name: str = "family") -> list[FamilyRecord]:
-    """ "family": GPT-NeoX; "llama": Llama, Mistral, Qwen2 and Qwen3."""
+    """Those of "family" (GPT-NeoX) or "llama" (Llama, Mistral, Qwen2 and Qwen3)."""
     file = np.load(DATA / f"{name}_reference.npz")
     records = []
     for number in range(json.loads(str(file["meta"]))["count"]):

@@ -179,7 +179,8 @@ def test_llama_and_its_relatives(name, dtype):
         wide = copy.deepcopy(model).float()
         expected = wide(torch.tensor([tokens])).logits[0].numpy()
     error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
-    assert error < 1e-5
+    # .to() rounds the frequencies of the rotation as well.
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
     if dtype != torch.float32:
         return
     ids = torch.tensor([tokens])
