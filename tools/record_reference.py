@@ -3,6 +3,9 @@
     python tools/record_reference.py family            # tests/data/family_reference.npz
     python tools/record_reference.py llama             # tests/data/llama_reference.npz
     python tools/record_reference.py demo              # tests/data/demo_reference.npz
+    python tools/record_reference.py smollm2 FOLDER    # tests/data/smollm2_reference.json
+
+FOLDER is what tools/unpack_smollm2.py wrote, in float32.
 
 Needs torch, transformers, NumPy, safetensors and tokenizers. Checkpoints of the families are not
 stored: checkpoints.py and llama_checkpoints.py in tests/python make them again from their settings,
@@ -242,11 +245,53 @@ def record_demo(path: Path) -> None:
     np.savez_compressed(path, meta=np.array(json.dumps(meta)), **arrays)
 
 
+SMOLLM2_PROMPTS = (
+    "The capital of France is",
+    "Once upon a time there was a little",
+    "def fibonacci(n):\n",
+    "Water boils at",
+    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
+    "1, 2, 3, 5, 8,",
+)
+SMOLLM2_TOKENS, SMOLLM2_WINDOW, SMOLLM2_BYTES = 32, 128, 1500
+
+
+def record_smollm2(path: Path, folder: Path) -> None:
+    """Record greedy texts and a perplexity of SmolLM2-135M-Instruct by transformers in float32."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = load_transformers(folder, "float32")
+    texts = []
+    for prompt in SMOLLM2_PROMPTS:
+        ids = tokenizer.encode(prompt).ids
+        tokens, margins = transformers_greedy(model, np.array([ids]), SMOLLM2_TOKENS)
+        texts.append(
+            {
+                "prompt": ids,
+                "tokens": tokens[0].tolist(),
+                "smallest_margin": float(margins[0].min()),
+            }
+        )
+        print(tokenizer.decode([*ids, *tokens[0]]), margins[0].min(), file=sys.stderr)
+    text = read_text("wikitext-2-test.txt").encode()[:SMOLLM2_BYTES].decode(errors="ignore")
+    ids = np.array(tokenizer.encode(text).ids)
+    window = {"context": SMOLLM2_WINDOW, "stride": SMOLLM2_WINDOW // 2}
+    perplexity = transformers_perplexity(model, ids, **window)["perplexity"]
+    record = {
+        "versions": versions(),
+        "digest": weights_digest(folder),
+        "texts": texts,
+        "perplexity": {"tokens": ids.tolist(), "value": perplexity} | window,
+    }
+    path.write_text(json.dumps(record, separators=(",", ":")) + "\n")
+
+
 def main() -> None:
     """Record what the command line asks for."""
     parser = argparse.ArgumentParser(description="Record reference outputs of transformers.")
-    parser.add_argument("what", choices=["family", "llama", "demo"])
-    what = parser.parse_args().what
+    parser.add_argument("what", choices=["family", "llama", "demo", "smollm2"])
+    parser.add_argument("folder", nargs="?", type=Path, help="of SmolLM2")
+    options = parser.parse_args()
+    what = options.what
     TEST_DATA.mkdir(exist_ok=True)
     if what == "family":
         record_family(
@@ -254,6 +299,10 @@ def main() -> None:
         )
     elif what == "llama":
         record_family(TEST_DATA / "llama_reference.npz", llama_settings(), write_llama_checkpoint)
+    elif what == "smollm2":
+        if options.folder is None:
+            parser.error("smollm2: expected a folder that tools/unpack_smollm2.py wrote")
+        record_smollm2(TEST_DATA / "smollm2_reference.json", options.folder)
     else:
         record_demo(TEST_DATA / "demo_reference.npz")
 
