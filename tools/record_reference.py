@@ -1,11 +1,15 @@
 """Record what `transformers` computes, for tests that run where it is not installed.
 
     python tools/record_reference.py family            # tests/data/family_reference.npz
+    python tools/record_reference.py llama             # tests/data/llama_reference.npz
     python tools/record_reference.py demo              # tests/data/demo_reference.npz
+    python tools/record_reference.py smollm2 FOLDER    # tests/data/smollm2_reference.json
 
-Needs torch, transformers, NumPy, safetensors and tokenizers. Checkpoints of the family are not
-stored: tests/python/checkpoints.py makes them again from their settings, and a digest tells whether
-it still makes the same ones.
+FOLDER is what tools/unpack_smollm2.py wrote, in float32.
+
+Needs torch, transformers, NumPy, safetensors and tokenizers. Checkpoints of the families are not
+stored: checkpoints.py and llama_checkpoints.py in tests/python make them again from their settings,
+and a digest tells whether they still make the same ones.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import json
 import lzma
 import sys
 import tempfile
+from collections.abc import Callable
 from itertools import cycle, product
 from pathlib import Path
 
@@ -24,6 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "python"))
 
 from checkpoints import weights_digest, write_random_checkpoint  # noqa: E402
+from llama_checkpoints import (  # noqa: E402
+    ARCHITECTURES,
+    ROPE_SCALINGS,
+    write_llama_checkpoint,
+)
 from peers import (  # noqa: E402
     load_transformers,
     transformers_greedy,
@@ -94,6 +104,47 @@ def family_settings() -> list[dict]:
     return settings
 
 
+def llama_settings() -> list[dict]:
+    """Return settings for write_llama_checkpoint: each family with each scaling of the rotation."""
+    heads = cycle([(9, 3, 64), (4, 2, None), (6, 1, 34), (5, 5, 16), (8, 2, 128)])
+    hidden = cycle([100, 64, 120, 75, 96, 60])
+    theta = cycle([10000.0, 500000.0, 1000000.0])
+    dtype = cycle(["float16", "bfloat16", "float32", "bfloat16", "float32", "float16", "float32"])
+    settings = []
+    for family, rope in product(ARCHITECTURES, ROPE_SCALINGS):
+        number = len(settings)
+        num_heads, num_kv_heads, head_dim = next(heads)
+        if family == "qwen3" and head_dim is None:
+            head_dim = 48
+        hidden_size = next(hidden)
+        if family == "llama":  # transformers 5 wants a multiple there
+            hidden_size = 11 * num_heads
+        settings.append(
+            {
+                "family": family,
+                "hidden_size": 16 * num_heads if head_dim is None else hidden_size,
+                "num_layers": 1 + number % 3,
+                "num_heads": num_heads,
+                "num_kv_heads": num_kv_heads,
+                "head_dim": head_dim,
+                "intermediate_size": (77, 160, 250)[number % 3],
+                "vocab_size": (320, 257, 501)[number % 3],
+                "rope": rope,
+                "rope_theta": next(theta),
+                "eps": (1e-6, 1e-5)[number % 2],
+                "attention_bias": number % 4 < 2,
+                "mlp_bias": number % 3 == 0,
+                "tied": number % 5 == 4,
+                "dtype": next(dtype),
+                "seed": 4000 + number,
+                "prefix": number % 7 != 3,
+                "shards": 1 + (number % 4 == 2) * 2,
+                "config_style": "new" if number % 2 else "old",
+            }
+        )
+    return settings
+
+
 def tokens_of(setting: dict) -> np.ndarray:
     """Return the recorded prompt, of a length that differs from setting to setting."""
     seed = setting["seed"]
@@ -101,10 +152,10 @@ def tokens_of(setting: dict) -> np.ndarray:
     return np.random.PCG64(seed).random_raw(count) % setting.get("vocab_size", 320)
 
 
-def record_checkpoint(setting: dict) -> dict[str, np.ndarray]:
-    """Compute everything that is stored about one checkpoint."""
+def record_checkpoint(setting: dict, write: Callable[..., Path]) -> dict[str, np.ndarray]:
+    """Compute everything that is stored about one checkpoint, which `write` writes."""
     with tempfile.TemporaryDirectory() as folder:
-        write_random_checkpoint(folder, **setting)
+        write(folder, **setting)
         digest = weights_digest(folder)
         dtype = setting.get("dtype", "float16")
         tokens = tokens_of(setting)
@@ -133,12 +184,11 @@ def record_checkpoint(setting: dict) -> dict[str, np.ndarray]:
     }
 
 
-def record_family(path: Path) -> None:
+def record_family(path: Path, settings: list[dict], write: Callable[..., Path]) -> None:
     """Record random checkpoints of the whole family: float64 logits, errors in other types."""
-    settings = family_settings()
     arrays = {"meta": np.array(json.dumps({"versions": versions(), "count": len(settings)}))}
     for number, setting in enumerate(settings):
-        record = record_checkpoint(setting)
+        record = record_checkpoint(setting, write)
         arrays |= {f"{number}/{name}": value for name, value in record.items()}
         print(f"{number + 1}/{len(settings)} {record['meta']}", file=sys.stderr)
     np.savez_compressed(path, **arrays)
@@ -195,14 +245,64 @@ def record_demo(path: Path) -> None:
     np.savez_compressed(path, meta=np.array(json.dumps(meta)), **arrays)
 
 
+SMOLLM2_PROMPTS = (
+    "The capital of France is",
+    "Once upon a time there was a little",
+    "def fibonacci(n):\n",
+    "Water boils at",
+    "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
+    "1, 2, 3, 5, 8,",
+)
+SMOLLM2_TOKENS, SMOLLM2_WINDOW, SMOLLM2_BYTES = 32, 128, 1500
+
+
+def record_smollm2(path: Path, folder: Path) -> None:
+    """Record greedy texts and a perplexity of SmolLM2-135M-Instruct by transformers in float32."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = load_transformers(folder, "float32")
+    texts = []
+    for prompt in SMOLLM2_PROMPTS:
+        ids = tokenizer.encode(prompt).ids
+        tokens, margins = transformers_greedy(model, np.array([ids]), SMOLLM2_TOKENS)
+        texts.append(
+            {
+                "prompt": ids,
+                "tokens": tokens[0].tolist(),
+                "smallest_margin": float(margins[0].min()),
+            }
+        )
+        print(tokenizer.decode([*ids, *tokens[0]]), margins[0].min(), file=sys.stderr)
+    text = read_text("wikitext-2-test.txt").encode()[:SMOLLM2_BYTES].decode(errors="ignore")
+    ids = np.array(tokenizer.encode(text).ids)
+    window = {"context": SMOLLM2_WINDOW, "stride": SMOLLM2_WINDOW // 2}
+    perplexity = transformers_perplexity(model, ids, **window)["perplexity"]
+    record = {
+        "versions": versions(),
+        "digest": weights_digest(folder),
+        "texts": texts,
+        "perplexity": {"tokens": ids.tolist(), "value": perplexity} | window,
+    }
+    path.write_text(json.dumps(record, separators=(",", ":")) + "\n")
+
+
 def main() -> None:
     """Record what the command line asks for."""
     parser = argparse.ArgumentParser(description="Record reference outputs of transformers.")
-    parser.add_argument("what", choices=["family", "demo"])
-    what = parser.parse_args().what
+    parser.add_argument("what", choices=["family", "llama", "demo", "smollm2"])
+    parser.add_argument("folder", nargs="?", type=Path, help="of SmolLM2")
+    options = parser.parse_args()
+    what = options.what
     TEST_DATA.mkdir(exist_ok=True)
     if what == "family":
-        record_family(TEST_DATA / "family_reference.npz")
+        record_family(
+            TEST_DATA / "family_reference.npz", family_settings(), write_random_checkpoint
+        )
+    elif what == "llama":
+        record_family(TEST_DATA / "llama_reference.npz", llama_settings(), write_llama_checkpoint)
+    elif what == "smollm2":
+        if options.folder is None:
+            parser.error("smollm2: expected a folder that tools/unpack_smollm2.py wrote")
+        record_smollm2(TEST_DATA / "smollm2_reference.json", options.folder)
     else:
         record_demo(TEST_DATA / "demo_reference.npz")
 

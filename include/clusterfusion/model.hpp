@@ -32,10 +32,14 @@ struct ModelConfig : LayerSpec {
   std::string model_type = "gpt_neox";  // the family, as config.json names it
   std::int64_t vocab_size = 0;
   std::int64_t num_layers = 0;
-  std::int64_t max_positions = 0;  // max_position_embeddings: the longest context
-  bool tied_embeddings = false;    // the LM head is the input embedding
-  DType dtype = DType::float32;    // of the layers' matrices (read from the first layer's); the
-                                   // embeddings may have another
+  std::int64_t max_positions = 0;  // the longest context: max_position_embeddings, but no more
+                                   // than sliding_window, and what YaRN extends it to
+  // Positions that a token attends to, itself included, in some layers or all; 0: all before it.
+  // Contexts end there: beyond, the library would compute something else than the model.
+  std::int64_t sliding_window = 0;
+  bool tied_embeddings = false;  // the LM head is the input embedding
+  DType dtype = DType::float32;  // of the layers' matrices (read from the first layer's); the
+                                 // embeddings may have another
   std::optional<TokenId> bos_token;
   std::vector<TokenId> eos_tokens;  // any of these ends a text
   std::string hidden_act;           // as spelled in config.json
@@ -76,7 +80,7 @@ struct ModelWeights {
 // A model whose tensors somebody else has in memory, such as a framework of Python's.
 struct ModelInMemory {
   struct Tensor {
-    std::string name;  // as transformers' GPTNeoXForCausalLM names it
+    std::string name;  // as the model's class in transformers names it
     DLTensor view;     // on the CPU, row-major without gaps
   };
   std::string name;               // stands for a folder in messages

@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from clusterfusion.engine import Engine
 
+# Of transformers, whose weights an engine can be made of.
+MODEL_CLASSES = (
+    "GPTNeoXForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
+
 # What GenerationConfig's fields must be where they are set at all. The others:
 _NEUTRAL: dict[str, Any] = {
     "num_beams": 1,
@@ -197,7 +206,7 @@ def _read(model: Any, call: Mapping[str, Any], limit: int) -> _Request:
 
 def _require_plain(model: Any) -> None:
     """The engine computes the model's class as it is in evaluation, and nothing else."""
-    if type(model).__name__ != "GPTNeoXForCausalLM":
+    if type(model).__name__ not in MODEL_CLASSES:
         raise _NotOursError(f"the model is a {type(model).__name__}")
     if model.training:
         raise _NotOursError("the model is in training mode (model.eval() ends it)")

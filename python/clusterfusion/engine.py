@@ -246,7 +246,7 @@ class Engine:
         progress: Callable[[int, int], object] | None = None,
         revision: str | None = None,
     ) -> None:
-        """Opens a Hugging Face checkpoint of a GPT-NeoX model.
+        """Opens a Hugging Face checkpoint of a GPT-NeoX, Llama, Mistral, Qwen2 or Qwen3 model.
 
         The weights are memory-mapped: used in place on the CPU, copied to a GPU.
 
@@ -716,6 +716,9 @@ class Engine:
         ``ln_final.hook_normalized``,       What the LM head reads.
         ``gpt_neox.final_layer_norm``
         ==================================  ===================================================
+
+        Modules of Llama and its relatives have names of their own: ``model.layers.*``, behind it
+        ``.self_attn`` and ``.mlp``, and ``model.norm``.
 
         ``hook_resid_pre`` alone stands for ``blocks.*.hook_resid_pre``, and so on. The numbers are
         those of TransformerLens' ``from_pretrained_no_processing``.

@@ -272,19 +272,23 @@ class ModelConfig:
         num_layers: Layers.
         num_heads: Attention heads.
         num_kv_heads: Heads of keys and values: fewer than num_heads where groups share them.
-        head_dim: hidden_size / num_heads.
+        head_dim: Values of a head: hidden_size / num_heads unless the model says otherwise.
         intermediate_size: Rows of the MLP's first matrix.
-        max_positions: The longest context that the model was made for.
+        max_positions: The longest context: what the model was made for, but no more than its
+            sliding_window.
         rotary_dim: How many values of each head are rotated.
         rope_theta: Base of the rotary frequencies.
-        layer_norm_eps: Epsilon of LayerNorm.
+        layer_norm_eps: Epsilon of LayerNorm or RMSNorm.
         hidden_act: The activation's name in config.json.
         parallel_residual: Whether attention and MLP both read the layer's input.
-        attention_bias: Whether QKV and output projection have biases.
+        attention_bias: Whether QKV have biases, and (but in Qwen2) the output projection.
         tied_embeddings: Whether the LM head is the input embedding.
         dtype: Of the checkpoint's matrices: "float16", "bfloat16" or "float32".
         bos_token: Token that begins a text, if the model names one.
         eos_tokens: Any of these ends a text.
+        model_type: The family, as config.json names it: "gpt_neox", "llama", ...
+        rope_type: How rotary frequencies are scaled: "default" (not), "linear", "llama3", "yarn".
+        sliding_window: Positions that attention slides over, behind which contexts end; 0: none.
     """
 
     vocab_size: int
@@ -305,6 +309,9 @@ class ModelConfig:
     dtype: str
     bos_token: int | None
     eos_tokens: tuple[int, ...]
+    model_type: str
+    rope_type: str
+    sliding_window: int
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from clusterfusion import _native
-from clusterfusion._generate import PatchedGenerate
+from clusterfusion._generate import MODEL_CLASSES, PatchedGenerate
 from clusterfusion.engine import Engine, _open_arguments, _reporter
 from clusterfusion.tokenizer import Tokenizer
 
-Model: TypeAlias = Any  # transformers.GPTNeoXForCausalLM
-
-_MODEL = "GPTNeoXForCausalLM"
+Model: TypeAlias = Any  # one of MODEL_CLASSES
 
 
 def from_transformers(
@@ -50,7 +48,8 @@ def from_transformers(
     It knows nothing of hooks on the model's modules either.
 
     Args:
-        model: A `transformers.GPTNeoXForCausalLM`, in float16, bfloat16 or (on the CPU) float32.
+        model: A `GPTNeoXForCausalLM`, `LlamaForCausalLM`, `MistralForCausalLM`, `Qwen2ForCausalLM`
+            or `Qwen3ForCausalLM` of transformers, in float16, bfloat16 or (on the CPU) float32.
         tokenizer: A fast tokenizer of transformers, a `tokenizers.Tokenizer`, a :class:`Tokenizer`,
             or what `Tokenizer(path)` takes: a folder or a name on the hub. None for an engine that
             takes and gives token ids only.
@@ -115,7 +114,7 @@ def patch(model: Model, **options: Any) -> None:
     not where they were changed behind PyTorch's back (`parameter.data`, NumPy views).
 
     Args:
-        model: A `transformers.GPTNeoXForCausalLM`.
+        model: What :func:`from_transformers` takes.
         **options: Those of :func:`from_transformers`, without the tokenizer.
 
     Raises:
@@ -144,10 +143,14 @@ def unpatch(model: Model) -> None:
 
 
 def require_model(model: object) -> None:
-    """Raises TypeError unless the model is transformers' GPTNeoXForCausalLM."""
+    """Raises TypeError unless the model is of one of transformers' classes that we know."""
     names = {cls.__name__ for cls in type(model).__mro__}
-    if _MODEL not in names or not hasattr(model, "state_dict"):
-        raise TypeError(f"model: expected a transformers.{_MODEL}, found {type(model).__name__}")
+    if names.isdisjoint(MODEL_CLASSES) or not hasattr(model, "state_dict"):
+        known = ", ".join(MODEL_CLASSES[:-1])
+        raise TypeError(
+            f"model: expected a transformers.{known} or {MODEL_CLASSES[-1]}, found "
+            f"{type(model).__name__}"
+        )
 
 
 def open_tokenizer(tokenizer: Any) -> Tokenizer | None:

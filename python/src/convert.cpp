@@ -197,6 +197,9 @@ Fields to_ffi(const ModelConfig& config) {
       {"dtype", ffi::String(name_of(config.dtype))},
       {"bos_token", bos_token},
       {"eos_tokens", to_array(config.eos_tokens)},
+      {"model_type", ffi::String(config.model_type)},
+      {"rope_type", ffi::String(name_of(config.rope_scaling.kind))},
+      {"sliding_window", config.sliding_window},
   };
 }
 

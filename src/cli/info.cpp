@@ -31,6 +31,7 @@ Json model_json(const Model& model) {
   const ModelConfig& config = model.config();
   return {
       {"path", model.folder().string()},
+      {"model_type", config.model_type},
       {"dtype", clusterfusion::name_of(config.dtype)},
       {"num_parameters", model.num_parameters()},
       {"total_bytes", model.total_bytes()},
@@ -43,8 +44,10 @@ Json model_json(const Model& model) {
       {"head_dim", config.head_dim},
       {"intermediate_size", config.intermediate_size},
       {"max_positions", config.max_positions},
+      {"sliding_window", config.sliding_window},
       {"rotary_dim", config.rotary_dim},
       {"rope_theta", config.rope_theta},
+      {"rope_type", clusterfusion::name_of(config.rope_scaling.kind)},
       {"layer_norm_eps", config.layer_norm_eps},
       {"hidden_act", config.hidden_act},
       {"parallel_residual", config.parallel_residual},
@@ -72,22 +75,34 @@ Json engine_json(const Engine& engine) {
   return json;
 }
 
+// "9 heads over 3 of size 64, rotary size 64, base 10000, norms of queries and keys"
+std::string attention_text(const ModelConfig& config) {
+  const bool is_grouped = config.kv_heads() != config.num_heads;
+  const bool is_scaled = config.rope_scaling.kind != RopeKind::plain;
+  return fmt::format(
+      "{}{} of size {}, rotary size {}, base {}{}{}{}", format_count(config.num_heads, "head"),
+      is_grouped ? fmt::format(" over {}", config.kv_heads()) : "", config.head_dim,
+      config.rotary_dim, config.rope_theta,
+      is_scaled ? fmt::format(" ({})", clusterfusion::name_of(config.rope_scaling.kind)) : "",
+      config.qk_norm ? ", norms of queries and keys" : "",
+      config.attention_bias ? "" : ", no biases");
+}
+
 std::string model_text(const Model& model) {
   const ModelConfig& config = model.config();
   return fmt::format(
       "model       {}\n"
       "weights     {}, {}, {}; one token reads {}\n"
-      "layers      {}, {} residual, hidden size {}, MLP {} ({})\n"
-      "attention   {} of size {}, rotary size {}, base {}{}\n"
+      "layers      {}, {} residual, hidden size {}, {}MLP {} ({})\n"
+      "attention   {}\n"
       "vocabulary  {}, {} output embedding\n"
       "context     {}\n",
       model.folder().string(), format_count(model.num_parameters(), "parameter"),
       clusterfusion::name_of(config.dtype), format_bytes(double(model.total_bytes())),
       format_bytes(double(model.bytes_per_token())), config.num_layers,
       config.parallel_residual ? "parallel" : "sequential", config.hidden_size,
-      config.intermediate_size, config.hidden_act, format_count(config.num_heads, "head"),
-      config.head_dim, config.rotary_dim, config.rope_theta,
-      config.attention_bias ? "" : ", no biases", format_count(config.vocab_size, "token"),
+      config.gated_mlp ? "gated " : "", config.intermediate_size, config.hidden_act,
+      attention_text(config), format_count(config.vocab_size, "token"),
       config.tied_embeddings ? "tied" : "own", format_count(config.max_positions, "position"));
 }
 

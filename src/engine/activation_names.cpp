@@ -5,44 +5,57 @@
 #include <string_view>
 
 #include "base/fail.hpp"
+#include "model/families/family.hpp"
 
 namespace clusterfusion {
 namespace {
 
 struct Pattern {
-  std::string_view name;  // "*" stands for a layer
+  std::string name;  // "*" stands for a layer
   ActivationKind kind;
   // Of transformers' tuple: an entry more than there are layers, and the last one is what the final
-  // LayerNorm gives.
+  // norm gives.
   bool has_final_entry = false;
 
-  bool has_layer() const noexcept { return name.find('*') != std::string_view::npos; }
+  bool has_layer() const noexcept { return name.find('*') != std::string::npos; }
   std::int64_t entries(std::int64_t num_layers) const noexcept {
     return has_final_entry ? num_layers + 1 : num_layers;
   }
 };
 
+// "self_attn" of "self_attn.o_proj".
+std::string parent_of(std::string_view module) {
+  return std::string(module.substr(0, module.rfind('.')));
+}
+
 // TransformerLens' hooks (HookedTransformer.hook_dict); transformers' tuple of hidden states; the
-// modules of transformers' GPTNeoXForCausalLM, of which the output is meant.
-constexpr Pattern kPatterns[] = {
-    {"blocks.*.hook_resid_pre", ActivationKind::residual_before},
-    {"blocks.*.hook_attn_out", ActivationKind::attention_out},
-    {"blocks.*.hook_mlp_out", ActivationKind::mlp_out},
-    {"blocks.*.hook_resid_post", ActivationKind::residual_after},
-    {"ln_final.hook_normalized", ActivationKind::final_norm},
-    {"hidden_states[*]", ActivationKind::residual_before, true},
-    {"gpt_neox.layers.*", ActivationKind::residual_after},
-    {"gpt_neox.layers.*.attention", ActivationKind::attention_out},
-    {"gpt_neox.layers.*.attention.dense", ActivationKind::attention_out},
-    {"gpt_neox.layers.*.mlp", ActivationKind::mlp_out},
-    {"gpt_neox.layers.*.mlp.dense_4h_to_h", ActivationKind::mlp_out},
-    {"gpt_neox.final_layer_norm", ActivationKind::final_norm},
-};
+// modules of the model's class in transformers, of which the output is meant.
+std::vector<Pattern> patterns_of(const ModelConfig& config) {
+  const TensorNames& names = family_of(config).names;
+  const auto module_of = [&](LayerTensor weight) { return names.layer[index_of(weight) / 2]; };
+  const std::string_view attention_out = module_of(LayerTensor::attention_out_weight);
+  const std::string_view mlp_out = module_of(LayerTensor::mlp_down_weight);
+  const std::string layer = fmt::format("{}{}.*", names.prefix, names.layers);
+  return {
+      {"blocks.*.hook_resid_pre", ActivationKind::residual_before},
+      {"blocks.*.hook_attn_out", ActivationKind::attention_out},
+      {"blocks.*.hook_mlp_out", ActivationKind::mlp_out},
+      {"blocks.*.hook_resid_post", ActivationKind::residual_after},
+      {"ln_final.hook_normalized", ActivationKind::final_norm},
+      {"hidden_states[*]", ActivationKind::residual_before, true},
+      {layer, ActivationKind::residual_after},
+      {fmt::format("{}.{}", layer, parent_of(attention_out)), ActivationKind::attention_out},
+      {fmt::format("{}.{}", layer, attention_out), ActivationKind::attention_out},
+      {fmt::format("{}.{}", layer, parent_of(mlp_out)), ActivationKind::mlp_out},
+      {fmt::format("{}.{}", layer, mlp_out), ActivationKind::mlp_out},
+      {fmt::format("{}{}", names.prefix, names.final_norm), ActivationKind::final_norm},
+  };
+}
 constexpr std::string_view kAnyBlock = "blocks.*.";
 
-std::string known_names() {
+std::string known_names(const std::vector<Pattern>& patterns) {
   std::string list;
-  for (const Pattern& pattern : kPatterns) {
+  for (const Pattern& pattern : patterns) {
     if (!list.empty()) list += ", ";
     list += pattern.name;
   }
@@ -52,12 +65,12 @@ std::string known_names() {
 // What stands in `name` for the "*" of `pattern`: itself, or a number; nothing if it does not fit.
 std::optional<std::string_view> match(const Pattern& pattern, std::string_view name) {
   const std::size_t star = pattern.name.find('*');
-  if (star == std::string_view::npos) {
+  if (star == std::string::npos) {
     if (name != pattern.name) return std::nullopt;
     return std::string_view{};
   }
-  const std::string_view before = pattern.name.substr(0, star);
-  const std::string_view behind = pattern.name.substr(star + 1);
+  const std::string_view before = std::string_view(pattern.name).substr(0, star);
+  const std::string_view behind = std::string_view(pattern.name).substr(star + 1);
   if (name.size() <= before.size() + behind.size() || !name.starts_with(before) ||
       !name.ends_with(behind))
     return std::nullopt;
@@ -99,16 +112,16 @@ struct Matched {
   std::string_view layer;  // in `name` of the caller: "*", a number, or nothing
 };
 
-Matched find_pattern(const std::string& name) {
-  for (const Pattern& pattern : kPatterns) {
+Matched find_pattern(const std::vector<Pattern>& patterns, const std::string& name) {
+  for (const Pattern& pattern : patterns) {
     if (const auto layer = match(pattern, name)) return {&pattern, name, *layer};
     if (pattern.name.starts_with(kAnyBlock) && pattern.name.substr(kAnyBlock.size()) == name)
-      return {&pattern, std::string(pattern.name), "*"};
+      return {&pattern, pattern.name, "*"};
   }
   fail(ErrorKind::invalid_argument,
        "at: no activation is called '{}'; expected one of {} (a layer's number, or * for each of "
        "the layers)",
-       name, known_names());
+       name, known_names(patterns));
 }
 
 void append_layers(const Matched& found, const HiddenStatesOptions& options,
@@ -128,13 +141,15 @@ void append_layers(const Matched& found, const HiddenStatesOptions& options,
 
 }  // namespace
 
-std::vector<NamedSite> sites_of(const HiddenStatesOptions& options, std::int64_t num_layers) {
+std::vector<NamedSite> sites_of(const HiddenStatesOptions& options, const ModelConfig& config) {
+  const std::vector<Pattern> patterns = patterns_of(config);
+  const std::int64_t num_layers = config.num_layers;
   require(!options.at.empty(), ErrorKind::invalid_argument,
-          "at: expected at least one name of {}, found none", known_names());
+          "at: expected at least one name of {}, found none", known_names(patterns));
   std::vector<NamedSite> sites;
   bool used_layers = false;
   for (const std::string& name : options.at) {
-    const Matched found = find_pattern(name);
+    const Matched found = find_pattern(patterns, name);
     if (found.layer == "*") {
       used_layers = true;
       append_layers(found, options, num_layers, sites);

@@ -7,6 +7,7 @@
 
 #include "backend/activation_output.hpp"
 #include "clusterfusion/hidden_states.hpp"
+#include "clusterfusion/model.hpp"
 
 namespace clusterfusion {
 
@@ -15,9 +16,10 @@ struct NamedSite {
   ActivationSite site;
 };
 
-// What `options` ask for of a model with so many layers, in the order of the names and the layers.
-// Errors: invalid_argument (an unknown name, with the list of those that are known; layers that no
-// name has a place for; nothing asked for), out_of_range (a layer).
-std::vector<NamedSite> sites_of(const HiddenStatesOptions& options, std::int64_t num_layers);
+// What `options` ask for of a model, whose family gives transformers' names of modules, in the
+// order of the names and the layers. Errors: invalid_argument (an unknown name, with the list of
+// those that are known; layers that no name has a place for; nothing asked for), out_of_range (a
+// layer).
+std::vector<NamedSite> sites_of(const HiddenStatesOptions& options, const ModelConfig& config);
 
 }  // namespace clusterfusion

@@ -12,7 +12,7 @@ std::vector<NamedActivation> compute_hidden_states(SharedBackend& backend,
                                                    std::span<const TokenId> tokens,
                                                    const HiddenStatesOptions& options) {
   const ModelConfig& config = backend.model().config();
-  const std::vector<NamedSite> sites = sites_of(options, config.num_layers);
+  const std::vector<NamedSite> sites = sites_of(options, config);
   require(!tokens.empty(), ErrorKind::invalid_argument,
           "hidden states need at least 1 token, got none");
   check_tokens(tokens, config.vocab_size, "tokens");

@@ -13,61 +13,6 @@ namespace {
 // Far beyond every model, and small enough that no product of two sizes overflows.
 constexpr std::int64_t kMaxWidth = std::int64_t{1} << 24;
 constexpr std::int64_t kMaxLayers = 4096;
-constexpr std::int64_t kDefaultMaxPositions = 2048;
-
-// transformers 5 writes one object, `rope_parameters`; older versions wrote the optional
-// `rope_scaling` in its place, which still goes first if it says anything.
-std::optional<JsonObject> rope_parameters(const JsonObject& root) {
-  for (const char* key : {"rope_scaling", "rope_parameters"}) {
-    const std::optional<JsonValue> value = root.find_non_null(key);
-    if (!value) continue;
-    const JsonObject object(*value);
-    if (!object.members().empty()) return object;
-  }
-  return std::nullopt;
-}
-
-void check_rope_type(const std::optional<JsonObject>& rope, const std::string& file) {
-  if (!rope) return;
-  std::optional<JsonValue> type = rope->find("rope_type");
-  if (!type) type = rope->find("type");
-  if (type && type->string() != "default") {
-    fail(ErrorKind::unsupported,
-         "{}: RoPE scaling of type {} is not supported; expected \"default\" (none)", file,
-         quote(type->string()));
-  }
-  for (const JsonObject::Member& member : rope->members()) {
-    if (rope->value_of(member).is_object()) {
-      fail(ErrorKind::unsupported,
-           "{}: RoPE parameters of their own for some layers ({}) are not supported", file,
-           quote(member.first));
-    }
-  }
-}
-
-// One RoPE parameter: `new_key` in `rope`, else `old_key` of config.json, else the default.
-// Some versions of transformers wrote `alias` beside `old_key`, with the same value. Alone, or with
-// another value, it means one thing to some versions and nothing to others: refused.
-double rope_parameter(const JsonObject& root, const std::optional<JsonObject>& rope,
-                      std::string_view new_key, std::string_view old_key, std::string_view alias,
-                      double fallback, NumberRange range) {
-  if (rope) {
-    if (const std::optional<JsonValue> value = rope->find_non_null(new_key)) {
-      return value->number(range);
-    }
-  }
-  const std::optional<JsonValue> value = root.find(old_key);
-  const double result = value ? value->number(range) : fallback;
-  if (const std::optional<JsonValue> other = root.find_non_null(alias)) {
-    if (other->number(range) != result) {
-      other->fail_expected(
-          fmt::format("equal to \"{}\", which is {}{} (or write the value that holds into "
-                      "\"rope_parameters\")",
-                      old_key, result, value ? "" : " by default"));
-    }
-  }
-  return result;
-}
 
 }  // namespace
 
@@ -95,53 +40,60 @@ double number_or(const JsonObject& root, std::string_view key, NumberRange range
   return value ? value->number(range) : fallback;
 }
 
-void read_sizes(const JsonObject& root, ModelConfig& config) {
-  config.vocab_size = root.at("vocab_size").integer({1, kMaxTokens});
-  config.hidden_size = root.at("hidden_size").integer({1, kMaxWidth});
-  config.num_layers = root.at("num_hidden_layers").integer({1, kMaxLayers});
-  const JsonValue num_heads = root.at("num_attention_heads");
-  config.num_heads = num_heads.integer({1, config.hidden_size});
+namespace {
+
+// Where the key says nothing, the heads share the hidden size out among them.
+void read_head_dim(const JsonObject& root, const JsonValue& num_heads, const SizeDefaults& defaults,
+                   ModelConfig& config) {
+  const std::optional<JsonValue> given = root.find_non_null("head_dim");
+  const bool is_own = defaults.head_dim == HeadDim::own;
+  if (is_own && (given || (defaults.head_size > 0 && !root.find("head_dim")))) {
+    config.head_dim = given ? given->integer({1, kMaxWidth}) : defaults.head_size;
+    if (config.attention_size() > kMaxWidth)
+      num_heads.fail_expected(fmt::format("at most {}, because heads have {} values",
+                                          kMaxWidth / config.head_dim, config.head_dim));
+    return;
+  }
   if (config.hidden_size % config.num_heads != 0) {
     num_heads.fail_expected(fmt::format("a divisor of \"hidden_size\" {}", config.hidden_size));
   }
   config.head_dim = config.hidden_size / config.num_heads;
-  if (const std::optional<JsonValue> head_dim = root.find_non_null("head_dim")) {
-    if (head_dim->integer() != config.head_dim) {
-      head_dim->fail_expected(
-          fmt::format("{}, \"hidden_size\" / \"num_attention_heads\"", config.head_dim));
-    }
+  if (given && given->integer() != config.head_dim) {
+    given->fail_expected(
+        fmt::format("{}, \"hidden_size\" / \"num_attention_heads\"", config.head_dim));
   }
+}
+
+}  // namespace
+
+void read_sizes(const JsonObject& root, ModelConfig& config, const SizeDefaults& defaults) {
+  config.vocab_size = root.at("vocab_size").integer({1, kMaxTokens});
+  config.hidden_size = root.at("hidden_size").integer({1, kMaxWidth});
+  config.num_layers = root.at("num_hidden_layers").integer({1, kMaxLayers});
+  const JsonValue num_heads = root.at("num_attention_heads");
+  const bool is_own = defaults.head_dim == HeadDim::own;
+  config.num_heads = num_heads.integer({1, is_own ? kMaxWidth : config.hidden_size});
+  read_head_dim(root, num_heads, defaults, config);
   config.num_kv_heads = config.num_heads;
   config.intermediate_size = root.at("intermediate_size").integer({1, kMaxWidth});
   const std::optional<JsonValue> positions = root.find("max_position_embeddings");
-  config.max_positions = positions ? positions->integer({1, kMaxTokens}) : kDefaultMaxPositions;
+  config.max_positions = positions ? positions->integer({1, kMaxTokens}) : defaults.max_positions;
 }
 
-void read_kv_heads(const JsonObject& root, std::string_view key, ModelConfig& config) {
-  const std::optional<JsonValue> heads = root.find_non_null(key);
-  config.num_kv_heads = heads ? heads->integer({1, config.num_heads}) : config.num_heads;
-  if (config.num_heads % config.num_kv_heads != 0) {
-    heads->fail_expected(fmt::format("a divisor of \"num_attention_heads\" {}", config.num_heads));
-  }
-}
-
-void read_rope(const JsonObject& root, const std::string& file, const RopeKeys& keys,
-               ModelConfig& config) {
-  const std::optional<JsonObject> rope = rope_parameters(root);
-  check_rope_type(rope, file);
-  constexpr NumberRange kTheta{1e-30, 1e30};
-  constexpr NumberRange kFraction{0, 1};
-  config.rope_theta = rope_parameter(root, rope, "rope_theta", keys.theta, "rope_theta",
-                                     keys.default_theta, kTheta);
-  const double fraction = rope_parameter(root, rope, "partial_rotary_factor", keys.fraction,
-                                         "partial_rotary_factor", keys.default_fraction, kFraction);
-  config.rotary_dim = static_cast<std::int64_t>(static_cast<double>(config.head_dim) * fraction);
-  if (config.rotary_dim % 2 != 0) {
-    fail(ErrorKind::unsupported,
-         "{}: a rotary fraction of {} of head size {} rotates {} values; expected an even number, "
-         "because values are rotated in pairs",
-         file, fraction, config.head_dim, config.rotary_dim);
-  }
+void read_kv_heads(const JsonObject& root, std::string_view key, ModelConfig& config,
+                   std::int64_t missing) {
+  const std::optional<JsonValue> heads = root.find(key);
+  const bool says_number = heads && !heads->is_null();
+  config.num_kv_heads = says_number             ? heads->integer({1, config.num_heads})
+                        : heads || missing == 0 ? config.num_heads
+                                                : missing;
+  if (config.num_heads % config.num_kv_heads == 0) return;
+  const std::string expected =
+      fmt::format("a divisor of \"num_attention_heads\" {}", config.num_heads);
+  if (says_number) heads->fail_expected(expected);
+  root.at("num_attention_heads")
+      .fail_expected(fmt::format("a multiple of {}, which a missing {} means", config.num_kv_heads,
+                                 quote(key)));
 }
 
 void read_special_tokens(const JsonObject& root, SpecialTokens defaults, ModelConfig& config) {
@@ -152,8 +104,8 @@ void read_special_tokens(const JsonObject& root, SpecialTokens defaults, ModelCo
   }
   if (const std::optional<JsonValue> eos = root.find("eos_token_id")) {
     config.eos_tokens = parse_tokens(*eos, config);
-  } else if (defaults.eos < config.vocab_size) {
-    config.eos_tokens = {defaults.eos};
+  } else if (defaults.eos && *defaults.eos < config.vocab_size) {
+    config.eos_tokens = {*defaults.eos};
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -18,12 +19,23 @@ inline constexpr std::int64_t kMaxTokens = (std::int64_t{1} << 31) - 1;
 bool boolean_or(const JsonObject& root, std::string_view key, bool fallback);
 double number_or(const JsonObject& root, std::string_view key, NumberRange range, double fallback);
 
-// Sizes of the model and of its heads, none of them grouped, and the longest context (2048 if it is
-// missing).
-void read_sizes(const JsonObject& root, ModelConfig& config);
+// Of a head: hidden_size / num_attention_heads, or what `head_dim` says if it says something.
+enum class HeadDim { shared_out, own };
 
-// Heads of keys and values; as many as of queries if the key is missing. After read_sizes().
-void read_kv_heads(const JsonObject& root, std::string_view key, ModelConfig& config);
+// What missing keys mean.
+struct SizeDefaults {
+  std::int64_t max_positions = 2048;
+  HeadDim head_dim = HeadDim::shared_out;
+  std::int64_t head_size = 0;  // 0: shared out
+};
+
+// Sizes of the model and of its heads, none of them grouped, and the longest context.
+void read_sizes(const JsonObject& root, ModelConfig& config, const SizeDefaults& defaults = {});
+
+// Heads of keys and values. `missing`: how many there are if the key is missing; 0, or if it is
+// null: as many as of queries. After read_sizes().
+void read_kv_heads(const JsonObject& root, std::string_view key, ModelConfig& config,
+                   std::int64_t missing = 0);
 
 // Of versions of transformers before 5, which has `rope_parameters` for all families.
 struct RopeKeys {
@@ -31,12 +43,13 @@ struct RopeKeys {
   double default_theta;
   std::string_view fraction;  // of a head that is rotated, rounded down
   double default_fraction;
+  bool takes_scaling = false;  // the kinds of RopeKind; else only "default"
 };
 void read_rope(const JsonObject& root, const std::string& file, const RopeKeys& keys,
                ModelConfig& config);
 
 struct SpecialTokens {
-  TokenId bos, eos;
+  std::optional<TokenId> bos, eos;
 };
 void read_special_tokens(const JsonObject& root, SpecialTokens defaults, ModelConfig& config);
 

@@ -17,15 +17,24 @@ namespace {
 
 constexpr std::size_t kPieceBytes = std::size_t{8} << 20;
 
+std::string words_of(const RopeScaling& scaling) {
+  return fmt::format("{} factor {} original {} frequencies {} {} turns {} {} {} attention {}",
+                     static_cast<int>(scaling.kind), scaling.factor, scaling.original_positions,
+                     scaling.low_freq_factor, scaling.high_freq_factor, scaling.beta_fast,
+                     scaling.beta_slow, scaling.truncate, scaling.attention_factor);
+}
+
 std::string words_of(const ModelConfig& config) {
   return fmt::format(
       "{} vocab {} hidden {} layers {} heads {} kv heads {} head dim {} intermediate {} rotary {} "
-      "theta {} norm {} eps {} activation {} parallel {} gated {} biases {} {} tied {}",
+      "theta {} {} norm {} eps {} activation {} parallel {} gated {} biases {} {} {} tied {} qkv "
+      "{} {}",
       config.model_type, config.vocab_size, config.hidden_size, config.num_layers, config.num_heads,
       config.kv_heads(), config.head_dim, config.intermediate_size, config.rotary_dim,
-      config.rope_theta, static_cast<int>(config.norm), config.layer_norm_eps,
-      static_cast<int>(config.activation), config.parallel_residual, config.gated_mlp,
-      config.attention_bias, config.mlp_bias, config.tied_embeddings);
+      config.rope_theta, words_of(config.rope_scaling), static_cast<int>(config.norm),
+      config.layer_norm_eps, static_cast<int>(config.activation), config.parallel_residual,
+      config.gated_mlp, config.attention_bias, config.attention_out_bias, config.mlp_bias,
+      config.tied_embeddings, static_cast<int>(config.qkv_layout), config.qk_norm);
 }
 
 std::span<const std::byte> bytes_of(const std::string& text) {

@@ -40,6 +40,7 @@ class StoredModel : public Model {
     tensors_ = std::move(bound.tensors);
     copies_ = std::move(bound.copies);
     warnings_ = std::move(bound.warnings);
+    warn_of_window();
     require_intact(*this);
   }
 
@@ -61,6 +62,15 @@ class StoredModel : public Model {
   void release(std::span<const std::byte> bytes) const noexcept override { store_.release(bytes); }
 
  private:
+  void warn_of_window() {
+    if (config_.sliding_window == 0) return;
+    warnings_.push_back(
+        fmt::format("{}: the model's attention slides over the last {} positions "
+                    "(\"sliding_window\" of config.json), which is not supported: contexts end at "
+                    "{} positions, up to where it makes no difference",
+                    folder_.string(), config_.sliding_window, config_.max_positions));
+  }
+
   TensorStore store_;
   ShapeStorage shapes_;
   std::vector<NamedTensor> tensors_;

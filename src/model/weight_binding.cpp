@@ -233,7 +233,10 @@ BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeSt
     bound.tensors.push_back({slot.name, stored.file, *slot.view});
   }
   warn_of_copies(store, first_copied, bound);
-  config.dtype = *dtype_of(bound.weights.layers.front()[LayerTensor::qkv_weight]);
+  const LayerWeights& first = bound.weights.layers.front();
+  const bool is_separate = config.qkv_layout == QkvLayout::separate;
+  config.dtype =
+      *dtype_of(first[is_separate ? LayerTensor::query_weight : LayerTensor::qkv_weight]);
   warn_of_dtypes(store, slots, config.dtype, bound.warnings);
   tie_embeddings(bound.weights, config);
   return bound;

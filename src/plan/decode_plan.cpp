@@ -137,10 +137,19 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
 }  // namespace
 
 std::string unstreamed_because(const LayerSpec& spec) {
+  if (const std::string uncomputed = uncomputed_because(spec); !uncomputed.empty())
+    return uncomputed;
   if (spec.kv_heads() != spec.num_heads) return "grouped heads";
   if (spec.attention_size() != spec.hidden_size) return "heads not as wide as the hidden size";
   if (spec.norm != NormKind::layer_norm) return "RMSNorm";
   if (spec.gated_mlp) return "a gated MLP";
+  return "";
+}
+
+std::string uncomputed_because(const LayerSpec& spec) {
+  if (spec.qkv_layout == QkvLayout::separate)
+    return "separate matrices of queries, keys and values";
+  if (spec.qk_norm) return "norms of queries and keys";
   return "";
 }
 

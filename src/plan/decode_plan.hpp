@@ -91,6 +91,10 @@ struct KvPlan {
 // Empty if there is nothing. Such models are decoded layer by layer.
 std::string unstreamed_because(const LayerSpec& spec);
 
+// What a layer has that nothing computes on a GPU, neither the streaming kernels nor prefill. Empty
+// if there is nothing.
+std::string uncomputed_because(const LayerSpec& spec);
+
 // What streams through the ring.
 enum class Stream : std::int32_t { qkv, mlp_up, attention, mlp_down, attention_out, lm_head, none };
 

@@ -6,8 +6,10 @@ namespace clusterfusion::plan {
 namespace {
 
 bool reads(const Step& step, Place place) {
+  const bool attends_apart = step.operation == Operation::attention && step.input == Place::queries;
   return step.input == place || (step.epilogue == Epilogue::times_gate && place == Place::gate) ||
-         (step.epilogue == Epilogue::add_to_output && place == step.output);
+         (step.epilogue == Epilogue::add_to_output && place == step.output) ||
+         (attends_apart && (place == Place::keys || place == Place::values));
 }
 
 // Whether one of the two reads or writes what the other writes.
@@ -37,9 +39,17 @@ Step product(LayerTensor weight, Place input, Place output, Epilogue epilogue, b
 LayerProgram whole_layer(const LayerSpec& spec) {
   const Step input_norm = norm(LayerTensor::input_norm_weight, Place::attention_in);
   const Step post_norm = norm(LayerTensor::post_norm_weight, Place::mlp_in);
-  const Step qkv =
-      product(LayerTensor::qkv_weight, Place::attention_in, Place::qkv, Epilogue::none, false);
-  const Step attention{Operation::attention, {}, Place::qkv, Place::heads};
+  const bool is_separate = spec.qkv_layout == QkvLayout::separate;
+  const auto projection = [](LayerTensor weight, Place output) {
+    return product(weight, Place::attention_in, output, Epilogue::none, false);
+  };
+  const LayerProgram qkv = is_separate
+                               ? LayerProgram{projection(LayerTensor::query_weight, Place::queries),
+                                              projection(LayerTensor::key_weight, Place::keys),
+                                              projection(LayerTensor::value_weight, Place::values)}
+                               : LayerProgram{projection(LayerTensor::qkv_weight, Place::qkv)};
+  const Step attention{
+      Operation::attention, {}, is_separate ? Place::queries : Place::qkv, Place::heads};
   const Step attention_out = product(LayerTensor::attention_out_weight, Place::heads,
                                      Place::residual, Epilogue::add_to_output, false);
   const Step gate =
@@ -50,8 +60,9 @@ LayerProgram whole_layer(const LayerSpec& spec) {
                             Epilogue::add_to_output, true);
   LayerProgram program =
       spec.parallel_residual
-          ? LayerProgram{input_norm, post_norm, qkv, gate, up, attention, down, attention_out}
-          : LayerProgram{input_norm, qkv, attention, attention_out, post_norm, gate, up, down};
+          ? LayerProgram{input_norm, post_norm, gate, up, attention, down, attention_out}
+          : LayerProgram{input_norm, attention, attention_out, post_norm, gate, up, down};
+  program.insert(program.begin() + (spec.parallel_residual ? 2 : 1), qkv.begin(), qkv.end());
   if (!spec.gated_mlp) {
     std::erase_if(program, [](const Step& s) { return s.weight == LayerTensor::mlp_gate_weight; });
   }
@@ -74,11 +85,15 @@ bool is_in(const Step& step, Part part) {
 }  // namespace
 
 std::int64_t width_of(Place place, const LayerSpec& spec) noexcept {
+  const bool is_separate = spec.qkv_layout == QkvLayout::separate;
   switch (place) {
     case Place::residual:
     case Place::attention_in:
     case Place::mlp_in: return spec.hidden_size;
-    case Place::qkv: return spec.qkv_size();
+    case Place::qkv: return is_separate ? 0 : spec.qkv_size();
+    case Place::queries: return is_separate ? spec.attention_size() : 0;
+    case Place::keys:
+    case Place::values: return is_separate ? spec.kv_size() : 0;
     case Place::heads: return spec.attention_size();
     case Place::gate: return spec.gated_mlp ? spec.intermediate_size : 0;
     case Place::mlp: return spec.intermediate_size;

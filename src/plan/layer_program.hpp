@@ -21,18 +21,23 @@ enum class Place {
   attention_in,  // normalised for attention
   mlp_in,        // normalised for the MLP
   qkv,           // for each head of keys and values: its queries, its key, its value
+  queries,       // where QkvLayout keeps the matrices apart, heads one after the other; so are
+  keys,          // keys
+  values,        // and values
   heads,         // what the heads give, one after the other
   gate,          // of a gated MLP, after the activation
   mlp,           // the MLP's activations
 };
-inline constexpr std::size_t kNumPlaces = 7;
+inline constexpr std::size_t kNumPlaces = 10;
 
 std::int64_t width_of(Place place, const LayerSpec& spec) noexcept;
 
 enum class Operation {
   norm,       // output = norm of input, by the layer's norm kind
   product,    // output = weight x input + bias, then the epilogue
-  attention,  // rotates queries and keys, stores keys and values, output = softmax(q k) v, causal
+  attention,  // normalises queries and keys if LayerSpec::qk_norm, rotates them, stores keys and
+              // values, output = softmax(q k) v, causal. Its input is Place::qkv, or Place::queries
+              // for that and keys and values
 };
 
 // What becomes of a product's result. Each value's depends on that value alone.

@@ -72,6 +72,25 @@ TEST_F(FamilyTest, EveryKindOfLayer) {
   }
 }
 
+// Llama and its relatives: refused before anything is copied, so that device "auto" takes the CPU.
+TEST_F(FamilyTest, RefusesWhatNothingHereComputes) {
+  ModelConfig config = small_llama_config();
+  for (const bool is_separate : {true, false}) {
+    config.qkv_layout = is_separate ? QkvLayout::separate : QkvLayout::by_kv_head;
+    try {
+      make_cuda_backend(make_random_model(config), {});
+      FAIL() << "no error";
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::unsupported);
+      EXPECT_THAT(error.what(),
+                  ::testing::AllOf(
+                      ::testing::HasSubstr("qwen3 do not run on a GPU yet"),
+                      ::testing::HasSubstr(is_separate ? "separate matrices" : "norms of queries"),
+                      ::testing::HasSubstr("use device \"cpu\"")));
+    }
+  }
+}
+
 // A batch, several steps a call, sampling: what each sequence has alone. The device says how it
 // decodes.
 TEST_F(FamilyTest, BatchesAreWhatSequencesAloneAre) {

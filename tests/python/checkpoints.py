@@ -115,7 +115,7 @@ class TensorList:
         tag = self.tags[0] if len(shape) == 2 else self.tags[1]
         # The values do not depend on how the name is spelled, nor on the dtype (but for rounding).
         is_head = name == f"{self.head_name}.weight"
-        key = "head" if is_head else name.removeprefix("gpt_neox.")
+        key = "head" if is_head else name.removeprefix("gpt_neox.").removeprefix("model.")
         blocks = partial(random_blocks, self.seed, key, count, mean, std)
         self.tensors.append(
             Tensor(name, tag, shape, lambda: (encode(block, tag) for block in blocks()))

@@ -5,10 +5,12 @@ Importing this needs torch and transformers; tests do it through pytest.importor
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from reference_llama import rope_frequencies
 from transformers.models.gpt_neox import modeling_gpt_neox
 
 DTYPES = {
@@ -39,15 +41,59 @@ class Float64Rotary(torch.nn.Module):
         return angles.cos(), angles.sin()
 
 
+class Float64LlamaRotary(torch.nn.Module):
+    """The same for Llama and its relatives, with frequencies that are compared with their own."""
+
+    def __init__(self, original: Any):
+        super().__init__()
+        config = original.config.to_dict()
+        head_dim = 2 * len(original.inv_freq)
+        frequencies, self.factor = rope_frequencies(config, head_dim)
+        np.testing.assert_allclose(original.inv_freq.float().numpy(), frequencies, rtol=2e-6)
+        np.testing.assert_allclose(original.attention_scaling, self.factor, rtol=1e-12)
+        self.frequencies = torch.from_numpy(frequencies)
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        angles = position_ids[..., None].double() * self.frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.factor, angles.sin() * self.factor
+
+
+class Float64RMSNorm(torch.nn.Module):
+    """PyTorch's own: that of transformers rounds to float32 even in a float64 model."""
+
+    def __init__(self, original: Any):
+        super().__init__()
+        self.weight, self.eps = original.weight, original.variance_epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def widen_to_float64(model: transformers.PreTrainedModel) -> None:
+    """Takes the float32 out of a model that was loaded in float64."""
+    base = model.base_model
+    if isinstance(base.rotary_emb, modeling_gpt_neox.GPTNeoXRotaryEmbedding):
+        base.rotary_emb = Float64Rotary(base.rotary_emb)
+        return
+    base.rotary_emb = Float64LlamaRotary(base.rotary_emb)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, Float64RMSNorm(child))
+
+
 def load_transformers(
     folder: Path | str, dtype: str, attention: str = "sdpa"
-) -> transformers.GPTNeoXForCausalLM:
+) -> transformers.PreTrainedModel:
     """The checkpoint as a transformers model that computes in `dtype`."""
-    model = transformers.GPTNeoXForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=DTYPES[dtype], attn_implementation=attention
     )
     if dtype == "float64":
-        model.gpt_neox.rotary_emb = Float64Rotary(model.gpt_neox.rotary_emb)
+        widen_to_float64(model)
     return model.eval()
 
 
@@ -62,7 +108,7 @@ def transformers_logits(
 
 
 def transformers_greedy(
-    model: transformers.GPTNeoXForCausalLM, prompts: np.ndarray | list[list[int]], count: int
+    model: transformers.PreTrainedModel, prompts: np.ndarray | list[list[int]], count: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Greedy continuations of prompts of one length, by transformers with its KV cache.
 
@@ -82,7 +128,7 @@ def transformers_greedy(
 
 
 def transformers_perplexity(
-    model: transformers.GPTNeoXForCausalLM, tokens: np.ndarray, context: int, stride: int
+    model: transformers.PreTrainedModel, tokens: np.ndarray, context: int, stride: int
 ) -> dict[str, float]:
     """Sliding-window perplexity: https://huggingface.co/docs/transformers/perplexity.
 

@@ -36,8 +36,9 @@ class FamilyRecord:
         return f"{self.setting['seed']}-{self.dtype}-head{head_dim}"
 
 
-def load_family() -> list[FamilyRecord]:
-    file = np.load(DATA / "family_reference.npz")
+def load_family(name: str = "family") -> list[FamilyRecord]:
+    """Those of "family" (GPT-NeoX) or "llama" (Llama, Mistral, Qwen2 and Qwen3)."""
+    file = np.load(DATA / f"{name}_reference.npz")
     records = []
     for number in range(json.loads(str(file["meta"]))["count"]):
         arrays = {

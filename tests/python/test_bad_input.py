@@ -409,9 +409,9 @@ DEFECTS = [
     Defect("config deep", write_file(CONFIG, b"[" * 100_000), ValueError, (CONFIG,)),
     Defect(
         "another architecture",
-        edit_config(model_type="llama"),
+        edit_config(model_type="mixtral"),
         NotImplementedError,
-        (CONFIG, "model_type", "llama", "gpt_neox"),
+        (CONFIG, "model_type", "mixtral", "gpt_neox"),
     ),
     Defect(
         "another class",

@@ -718,7 +718,7 @@ def test_exceptions(tmp_path):
         (IndexError, "400", lambda: Engine(write()).logits([1, 400])),
         (FileNotFoundError, str(missing), lambda: Engine(missing)),
         (FileNotFoundError, str(missing), lambda: Tokenizer(missing)),
-        (NotImplementedError, "llama", lambda: open_with(model_type="llama")),
+        (NotImplementedError, "mixtral", lambda: open_with(model_type="mixtral")),
         (ValueError, "temperature", lambda: Engine(write()).generate([1], temperature=-1)),
     ]
     for kind, word, call in cases:

@@ -10,20 +10,18 @@ import clusterfusion
 import numpy as np
 import pytest
 from checkpoints import DTYPE_TAGS, write_random_checkpoint
+from family_checks import (
+    ERROR_BOUND,
+    assert_accurate,
+    assert_decode_continues_prefill,
+    random_tokens,
+    transformers_error,
+)
 from recordings import FamilyRecord, load_family
 from reference_model import ACTIVATIONS, ReferenceModel, log_softmax, relative_error
 
 FAMILY = load_family()
 NUM_RANDOM_SHAPES = 300
-
-# The engine's activations are float32 whatever the checkpoint's type, so one bound holds for all:
-# no larger than the smallest error that transformers makes anywhere in the family in float32.
-ERROR_BOUND = 1e-6
-
-
-def transformers_error(record: FamilyRecord, dtype: str) -> float:
-    """Of its attention implementations the one with the smaller error."""
-    return min(record.errors[f"sdpa_{dtype}"], record.errors[f"eager_{dtype}"])
 
 
 def is_rotated_in_pairs(setting: dict) -> bool:
@@ -62,23 +60,6 @@ def random_setting(seed: int) -> dict:
     if not is_rotated_in_pairs(setting):
         setting["rotary_pct"] = draw.choice([0.0, (head_dim // 2 * 2) / head_dim])
     return setting
-
-
-def random_tokens(setting: dict, seed: int, count: int | None = None) -> list[int]:
-    """As many tokens as the context holds, or a random number of them, or `count`."""
-    draw = random.Random(seed)
-    longest = setting.get("max_positions", 256)
-    count = count or draw.choice([longest, draw.randint(1, longest)])
-    return [draw.randrange(setting.get("vocab_size", 320)) for _ in range(count)]
-
-
-def assert_accurate(logits: np.ndarray, exact: np.ndarray, bound: float) -> None:
-    """Over all positions together, and at the worst one within three times as much."""
-    assert logits.dtype == np.float32
-    assert logits.shape == exact.shape
-    assert relative_error(logits, exact) <= bound
-    by_position = np.linalg.norm(logits - exact, axis=1) / np.linalg.norm(exact, axis=1)
-    assert by_position.max() <= 3 * bound
 
 
 @pytest.fixture(params=FAMILY, ids=lambda record: record.name)
@@ -135,22 +116,6 @@ def test_random_shape(seed, tmp_path):
     other = clusterfusion.Engine(tmp_path, device="cpu", threads=1 + (seed + 1) % 3)
     np.testing.assert_array_equal(other.logits(tokens), logits)
     assert_decode_continues_prefill(engine, tokens[:count], setting)
-
-
-def assert_decode_continues_prefill(engine, tokens: list[int], setting: dict) -> None:
-    """Tokens decoded one by one have the log-probabilities that a longer prompt gives them."""
-    options = {"max_new_tokens": 6, "logprobs": 5, "ignore_eos": True}
-    room = setting["max_positions"] - len(tokens)
-    if room == 0:
-        return
-    first = engine.generate(tokens, **options)
-    assert len(first.tokens) == min(6, room)
-    assert first.finish_reason == ("token_limit" if room >= 6 else "context_limit")
-    for done in range(1, len(first.tokens)):
-        again = engine.generate(tokens + first.tokens[:done], **options)
-        both = len(first.tokens) - done
-        assert again.tokens[:both] == first.tokens[done:]
-        assert again.logprobs[:both] == first.logprobs[done:]
 
 
 @pytest.mark.parametrize("dtype", DTYPE_TAGS)

@@ -139,6 +139,56 @@ def test_logits_of_random_models(options, dtype):
         engine.encode("text")
 
 
+RELATIVES = {
+    "Llama": {"attention_bias": True, "mlp_bias": True},
+    "Mistral": {"sliding_window": None, "head_dim": 12},
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 20},
+}
+
+
+def small_relative(name: str, dtype: Any) -> Any:
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=50,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+        bos_token_id=0,
+        eos_token_id=0,
+        **RELATIVES[name],
+    )
+    return getattr(transformers, f"{name}ForCausalLM")(config).to(dtype).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RELATIVES)
+def test_llama_and_its_relatives(name, dtype):
+    """Logits of the model in float32, and its greedy text."""
+    model = small_relative(name, dtype)
+    engine = clusterfusion.from_transformers(model, threads=1)
+    assert engine.config.model_type == name.lower()
+    tokens = [5, 9, 2, 90, 41]
+    logits = np.empty((len(tokens), 97), np.float32)
+    engine.logits(tokens, out=logits)
+    with torch.no_grad():
+        wide = copy.deepcopy(model).float()
+        expected = wide(torch.tensor([tokens])).logits[0].numpy()
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    # .to() rounds the frequencies of the rotation as well.
+    assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+    if dtype != torch.float32:
+        return
+    ids = torch.tensor([tokens])
+    expected = by_transformers(model, ids, max_new_tokens=20, do_sample=False)
+    clusterfusion.patch(model, threads=1)
+    assert mine(model, ids, max_new_tokens=20).tolist() == expected.tolist()
+
+
 def test_weights_are_shared():
     """What is written to a matrix is seen, and the engine keeps it alive."""
     model = small_model()

@@ -227,17 +227,48 @@ float* Transformer::qkv_part(std::int64_t row, std::int64_t kv_head,
   return at(plan::Place::qkv).row(row) + (kv_head * parts + part) * config_.head_dim;
 }
 
+float* Transformer::query(std::int64_t row, std::int64_t head) const noexcept {
+  if (is_separate()) return at(plan::Place::queries).row(row) + head * config_.head_dim;
+  const std::int64_t group = config_.heads_per_kv_head();
+  return qkv_part(row, head / group, head % group);
+}
+
+float* Transformer::key(std::int64_t row, std::int64_t kv_head) const noexcept {
+  if (is_separate()) return at(plan::Place::keys).row(row) + kv_head * config_.head_dim;
+  return qkv_part(row, kv_head, config_.heads_per_kv_head());
+}
+
+float* Transformer::value(std::int64_t row, std::int64_t kv_head) const noexcept {
+  if (is_separate()) return at(plan::Place::values).row(row) + kv_head * config_.head_dim;
+  return qkv_part(row, kv_head, config_.heads_per_kv_head() + 1);
+}
+
+void Transformer::prepare(float* head, LayerTensor norm, std::int64_t row, std::int64_t layer,
+                          int thread) {
+  if (config_.qk_norm) {
+    const std::vector<float>& weight =
+        layers_[static_cast<std::size_t>(layer)].vectors[index_of(norm)];
+    // rms_norm() pads what it writes, and another head comes next here.
+    float* normed = attention_scratch_[static_cast<std::size_t>(thread)].data();
+    rms_norm(head, weight.data(), static_cast<float>(config_.layer_norm_eps), config_.head_dim,
+             normed);
+    std::copy_n(normed, config_.head_dim, head);
+  }
+  rotate(head, cos_sin_.row(row), config_.rotary_dim);
+}
+
 void Transformer::store_head(const Segment& segment, std::int64_t row, std::int64_t count,
-                             std::int64_t layer, std::int64_t kv_head) {
+                             std::int64_t layer, std::int64_t kv_head, int thread) {
   const std::int64_t group = config_.heads_per_kv_head();
   for (std::int64_t r = row; r < row + count; ++r) {
-    for (std::int64_t part = 0; part <= group; ++part) {
-      rotate(qkv_part(r, kv_head, part), cos_sin_.row(r), config_.rotary_dim);
+    for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      prepare(query(r, head), LayerTensor::query_norm_weight, r, layer, thread);
     }
+    prepare(key(r, kv_head), LayerTensor::key_norm_weight, r, layer, thread);
     const std::int64_t position = positions_[static_cast<std::size_t>(r)];
     std::byte* page = segment.pages[static_cast<std::size_t>(position / kKvPagePositions)];
-    store_key_value(pool_.layout(), qkv_part(r, kv_head, group), qkv_part(r, kv_head, group + 1),
-                    position % kKvPagePositions, page + pool_.offset(layer, kv_head));
+    store_key_value(pool_.layout(), key(r, kv_head), value(r, kv_head), position % kKvPagePositions,
+                    page + pool_.offset(layer, kv_head));
   }
 }
 
@@ -251,8 +282,8 @@ void Transformer::attend_head(const Segment& segment, std::int64_t row, std::int
   task.page_offset = pool_.offset(layer, kv_head);
   task.first_position = segment.first_position + begin;
   task.queries = end - begin;
-  task.query = qkv_part(row + begin, kv_head, head % config_.heads_per_kv_head());
-  task.query_stride = at(plan::Place::qkv).stride;
+  task.query = query(row + begin, head);
+  task.query_stride = at(is_separate() ? plan::Place::queries : plan::Place::qkv).stride;
   task.out = heads.row(row + begin) + head * config_.head_dim;
   task.out_stride = heads.stride;
   task.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.head_dim)));
@@ -279,7 +310,7 @@ void Transformer::attention(std::span<const Segment> segments, std::int64_t laye
                    const std::int64_t kv_head = task % kv_heads;
                    const Segment& s = segments[index];
                    const auto count = static_cast<std::int64_t>(s.tokens.size());
-                   store_head(s, first_row[index], count, layer, kv_head);
+                   store_head(s, first_row[index], count, layer, kv_head, thread);
                    for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
                      attend_head(s, first_row[index], 0, count, layer, head, thread);
                    }
@@ -293,9 +324,9 @@ void Transformer::attention(std::span<const Segment> segments, std::int64_t laye
     const auto end_of = [&](std::int64_t block) {
       return std::min((block + 1) * kTaskQueries, count);
     };
-    threads_.run(kv_heads * blocks, [&](std::int64_t task, int) {
+    threads_.run(kv_heads * blocks, [&](std::int64_t task, int thread) {
       const std::int64_t begin = task / kv_heads * kTaskQueries;
-      store_head(s, row + begin, end_of(task / kv_heads) - begin, layer, task % kv_heads);
+      store_head(s, row + begin, end_of(task / kv_heads) - begin, layer, task % kv_heads, thread);
     });
     // The last queries see the most keys: they start first.
     threads_.run(heads * blocks, [&](std::int64_t task, int thread) {

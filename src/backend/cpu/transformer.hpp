@@ -90,9 +90,15 @@ class Transformer {
   void compute(const Task& task) const;
   Product product(const Layer& layer, const plan::Step& step) const;
   void attention(std::span<const Segment> segments, std::int64_t layer);
+  // Of a head, or a head of keys and values, in a row.
+  float* query(std::int64_t row, std::int64_t head) const noexcept;
+  float* key(std::int64_t row, std::int64_t kv_head) const noexcept;
+  float* value(std::int64_t row, std::int64_t kv_head) const noexcept;
   float* qkv_part(std::int64_t row, std::int64_t kv_head, std::int64_t part) const noexcept;
+  // Normalises, if the model does so, and rotates a query or key.
+  void prepare(float* head, LayerTensor norm, std::int64_t row, std::int64_t layer, int thread);
   void store_head(const Segment& segment, std::int64_t row, std::int64_t count, std::int64_t layer,
-                  std::int64_t kv_head);
+                  std::int64_t kv_head, int thread);
   void attend_head(const Segment& segment, std::int64_t row, std::int64_t begin, std::int64_t end,
                    std::int64_t layer, std::int64_t head, int thread);
   void run_layer(std::span<const Segment> segments, std::int64_t index);
@@ -101,6 +107,7 @@ class Transformer {
   void hand_out_final_norm();
 
   Activations& at(plan::Place place) noexcept { return at_[static_cast<std::size_t>(place)]; }
+  bool is_separate() const noexcept { return config_.qkv_layout == QkvLayout::separate; }
   const Activations& at(plan::Place place) const noexcept {
     return at_[static_cast<std::size_t>(place)];
   }

@@ -73,8 +73,14 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
 }
 
 // The decode kernel's plan; without stages for a model that it does not take. Errors:
-// unsupported (head size).
+// unsupported (head size, a layer that nothing here computes).
 plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
+  const std::string uncomputed = plan::uncomputed_because(config);
+  require(
+      uncomputed.empty(), ErrorKind::unsupported,
+      "models of type {} do not run on a GPU yet, because nothing there computes {}; use device "
+      "\"cpu\"",
+      config.model_type, uncomputed);
   if (plan::unstreamed_because(config, limits_of(properties)).empty())
     return plan::make_decode_plan(config, limits_of(properties));
   plan::DecodePlan plan;

@@ -11,7 +11,8 @@ namespace clusterfusion {
 namespace {
 
 std::vector<const Family*>& families() {
-  static std::vector<const Family*> all{&gpt_neox_family()};
+  static std::vector<const Family*> all{&gpt_neox_family(), &llama_family(), &mistral_family(),
+                                        &qwen2_family(), &qwen3_family()};
   return all;
 }
 

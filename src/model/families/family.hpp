@@ -46,5 +46,9 @@ const Family& family_of(const ModelConfig& config);
 void add_family(const Family& family);
 
 const Family& gpt_neox_family();
+const Family& llama_family();
+const Family& mistral_family();
+const Family& qwen2_family();
+const Family& qwen3_family();
 
 }  // namespace clusterfusion

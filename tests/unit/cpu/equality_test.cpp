@@ -12,22 +12,29 @@
 namespace clusterfusion::test {
 namespace {
 
-class Equality : public testing::Test {
+enum class Layout { gpt_neox, llama };
+
+class Equality : public testing::TestWithParam<Layout> {
  protected:
   static constexpr std::size_t kTokens = 200;
 
   Equality() {
-    config_ = small_config();
-    config_.hidden_size = 120;  // neither it nor the heads fill whole vectors
-    config_.num_heads = 3;
-    config_.head_dim = 40;
-    config_.rotary_dim = 10;
-    config_.intermediate_size = 250;
-    config_.num_layers = 3;
+    config_ = GetParam() == Layout::llama ? small_llama_config() : odd_gpt_neox_config();
     model_ = make_random_model(config_);
     backend_ = make_cpu_backend(model_, {});
     tokens_ = random_tokens(config_, kTokens, 5);
     want_ = all_logits(*backend_, config_, tokens_);
+  }
+
+  static ModelConfig odd_gpt_neox_config() {
+    ModelConfig config = small_config();
+    config.hidden_size = 120;  // neither it nor the heads fill whole vectors
+    config.num_heads = 3;
+    config.head_dim = 40;
+    config.rotary_dim = 10;
+    config.intermediate_size = 250;
+    config.num_layers = 3;
+    return config;
   }
 
   std::vector<float> row(std::size_t position) const {
@@ -43,7 +50,12 @@ class Equality : public testing::Test {
   std::vector<float> want_;
 };
 
-TEST_F(Equality, OneByOne) {
+INSTANTIATE_TEST_SUITE_P(Layouts, Equality, testing::Values(Layout::gpt_neox, Layout::llama),
+                         [](const auto& layout) {
+                           return layout.param == Layout::llama ? "Llama" : "GptNeox";
+                         });
+
+TEST_P(Equality, OneByOne) {
   for (const std::int64_t target : usable_targets()) {
     const UseTarget use(target);
     const std::vector<float> want = all_logits(*backend_, config_, tokens_);
@@ -59,7 +71,7 @@ TEST_F(Equality, OneByOne) {
   }
 }
 
-TEST_F(Equality, Pieces) {
+TEST_P(Equality, Pieces) {
   for (const std::size_t piece : {1, 2, 3, 4, 5, 7, 16, 17, 31, 63, 64, 65, 127, 199}) {
     const SequenceId id = backend_->create_sequence({});
     std::vector<float> got;
@@ -73,7 +85,7 @@ TEST_F(Equality, Pieces) {
   }
 }
 
-TEST_F(Equality, Threads) {
+TEST_P(Equality, Threads) {
   for (const int threads : {1, 2, 3, 7}) {
     BackendOptions options;
     options.threads = threads;
@@ -86,7 +98,7 @@ TEST_F(Equality, Threads) {
 }
 
 // Sequences of unlike lengths, in batches of every size that the kernels treat differently.
-TEST_F(Equality, Batches) {
+TEST_P(Equality, Batches) {
   for (const std::size_t batch : {1, 2, 3, 4, 5, 8, 33, 40}) {
     std::vector<SequenceId> ids;
     std::vector<TokenId> inputs;
@@ -107,7 +119,7 @@ TEST_F(Equality, Batches) {
   }
 }
 
-TEST_F(Equality, NarrowKvCache) {
+TEST_P(Equality, NarrowKvCache) {
   for (const DType dtype : {DType::float16, DType::bfloat16}) {
     BackendOptions options;
     options.kv_dtype = dtype;
@@ -121,7 +133,7 @@ TEST_F(Equality, NarrowKvCache) {
   }
 }
 
-TEST_F(Equality, TruncateForgets) {
+TEST_P(Equality, TruncateForgets) {
   const SequenceId id = backend_->create_sequence({});
   const auto other = random_tokens(config_, 150, 99);
   backend_->prefill(id, std::span(tokens_).first(70), {});
@@ -138,7 +150,7 @@ TEST_F(Equality, TruncateForgets) {
 }
 
 // Pages go from sequence to sequence; what the last one left there must never show.
-TEST_F(Equality, ReusedPagesShowNothing) {
+TEST_P(Equality, ReusedPagesShowNothing) {
   for (int round = 0; round < 4; ++round) {
     std::vector<SequenceId> ids;
     for (unsigned s = 0; s < 3; ++s) {
@@ -153,7 +165,7 @@ TEST_F(Equality, ReusedPagesShowNothing) {
   }
 }
 
-TEST_F(Equality, EveryOutputOfAPrefillAgrees) {
+TEST_P(Equality, EveryOutputOfAPrefillAgrees) {
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   std::vector<TokenId> targets(kTokens);
   for (std::size_t i = 0; i + 1 < kTokens; ++i) targets[i] = tokens_[i + 1];
@@ -187,7 +199,7 @@ TEST_F(Equality, EveryOutputOfAPrefillAgrees) {
 }
 
 // Pieces of several sequences in one pass, each with the bits that it has alone.
-TEST_F(Equality, PiecesTogether) {
+TEST_P(Equality, PiecesTogether) {
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   // Each sequence is the beginning of the text; pieces begin and end anywhere.
   struct Case {
@@ -245,7 +257,7 @@ TEST_F(Equality, PiecesTogether) {
   }
 }
 
-TEST_F(Equality, PiecesTogetherAreCheckedAndUndone) {
+TEST_P(Equality, PiecesTogetherAreCheckedAndUndone) {
   const SequenceId first = backend_->create_sequence({});
   const SequenceId second = backend_->create_sequence({});
   backend_->prefill(second, std::span(tokens_).first(10), {});

@@ -80,5 +80,40 @@ TEST(LayerKinds, EqualFloat64) {
   }
 }
 
+// The Llama layout with each of its options, and the sizes of a head apart from the hidden size.
+TEST(LlamaLayout, EqualsFloat64) {
+  for (int bits = 0; bits < 64; ++bits) {
+    ModelConfig config = small_llama_config();
+    config.num_layers = 2;
+    config.qk_norm = (bits & 1) != 0;
+    config.attention_bias = (bits & 2) != 0;
+    config.attention_out_bias = (bits & 4) != 0;
+    config.mlp_bias = (bits & 8) != 0;
+    config.parallel_residual = (bits & 16) != 0;
+    config.num_kv_heads = (bits & 32) != 0 ? 9 : 3;
+    config.head_dim = config.rotary_dim = (bits & 1) != 0 ? 64 : 10;
+    config.tied_embeddings = (bits & 3) == 0;
+    config.dtype = (bits & 4) != 0 ? DType::float16 : DType::bfloat16;
+    const auto model = make_random_model(config);
+    const auto tokens = random_tokens(config, 40, 9);
+    const auto backend = make_cpu_backend(model, {});
+    EXPECT_LE(
+        relative_error(all_logits(*backend, config, tokens), reference_logits(*model, tokens)),
+        kBound)
+        << "kind " << bits;
+  }
+}
+
+// One matrix for queries, keys and values beside norms of queries and keys.
+TEST(LlamaLayout, NormsOfQueriesAndKeysBesideOneMatrix) {
+  ModelConfig config = small_llama_config();
+  config.qkv_layout = QkvLayout::by_kv_head;
+  const auto model = make_random_model(config);
+  const auto tokens = random_tokens(config, 40, 9);
+  const auto backend = make_cpu_backend(model, {});
+  EXPECT_LE(relative_error(all_logits(*backend, config, tokens), reference_logits(*model, tokens)),
+            kBound);
+}
+
 }  // namespace
 }  // namespace clusterfusion::test

@@ -16,7 +16,8 @@ namespace {
 
 using InterventionsPointer = std::shared_ptr<const Interventions>;
 
-enum class Kind { parallel, sequential, gated };  // the last with all else that GPT-NeoX has not
+// Of GPT-NeoX, one of its with other norms, MLP and heads, and of the Llama layout.
+enum class Kind { parallel, sequential, gated, llama };
 
 class CpuInterventions : public testing::TestWithParam<Kind> {
  protected:
@@ -37,6 +38,12 @@ class CpuInterventions : public testing::TestWithParam<Kind> {
       config_.gated_mlp = true;
       config_.num_kv_heads = 1;
       config_.attention_bias = false;
+    }
+    if (GetParam() == Kind::llama) {
+      config_ = small_llama_config();
+      config_.hidden_size = 120;
+      config_.mlp_bias = true;  // what some tests change
+      config_.dtype = DType::float32;
     }
     model_ = make_random_model(config_);
     backend_ = make_cpu_backend(model_, {});
@@ -125,8 +132,8 @@ TEST_P(CpuInterventions, AnAblatedHeadIsOneThatTheOutputProjectionDoesNotSee) {
     float* weight = values_of(model.weights().layers[1][LayerTensor::attention_out_weight]);
     for (std::int64_t row = 0; row < config_.hidden_size; ++row)
       for (const std::int64_t head : {0, 2})
-        std::fill_n(weight + row * config_.hidden_size + head * config_.head_dim, config_.head_dim,
-                    0.0f);
+        std::fill_n(weight + row * config_.attention_size() + head * config_.head_dim,
+                    config_.head_dim, 0.0f);
   });
   expect_near(logits(interventions), expected, 1e-4);
 }
@@ -283,13 +290,16 @@ TEST_P(CpuActivations, TakingThemChangesNoBit) {
 std::string name_of_kind(const testing::TestParamInfo<Kind>& info) {
   return info.param == Kind::parallel     ? "parallel"
          : info.param == Kind::sequential ? "sequential"
-                                          : "gated";
+         : info.param == Kind::gated      ? "gated"
+                                          : "llama";
 }
 INSTANTIATE_TEST_SUITE_P(Layers, CpuInterventions,
-                         testing::Values(Kind::parallel, Kind::sequential, Kind::gated),
+                         testing::Values(Kind::parallel, Kind::sequential, Kind::gated,
+                                         Kind::llama),
                          name_of_kind);
 INSTANTIATE_TEST_SUITE_P(Layers, CpuActivations,
-                         testing::Values(Kind::parallel, Kind::sequential, Kind::gated),
+                         testing::Values(Kind::parallel, Kind::sequential, Kind::gated,
+                                         Kind::llama),
                          name_of_kind);
 
 }  // namespace

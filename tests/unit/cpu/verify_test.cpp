@@ -15,11 +15,14 @@
 namespace clusterfusion::test {
 namespace {
 
-class CpuVerify : public testing::Test {
+// Of the Llama layout, or GPT-NeoX.
+class CpuVerify : public testing::TestWithParam<bool> {
  protected:
   static constexpr std::size_t kSteps = 90;
 
-  CpuVerify() : config_(small_config()), model_(make_random_model(config_)) {
+  CpuVerify()
+      : config_(GetParam() ? small_llama_config() : small_config()),
+        model_(make_random_model(config_)) {
     options_.threads = 2;
     backend_ = make_cpu_backend(model_, options_);
   }
@@ -98,7 +101,10 @@ SamplingParams sampling_of(int kind) {
   return sampling;
 }
 
-TEST_F(CpuVerify, ChoosesAndKeepsWhatSingleStepsDo) {
+INSTANTIATE_TEST_SUITE_P(Layouts, CpuVerify, testing::Bool(),
+                         [](const auto& is_llama) { return is_llama.param ? "Llama" : "GptNeox"; });
+
+TEST_P(CpuVerify, ChoosesAndKeepsWhatSingleStepsDo) {
   for (int round = 0; round < 12; ++round) {
     SCOPED_TRACE(round);
     struct Text {
@@ -155,7 +161,7 @@ TEST_F(CpuVerify, ChoosesAndKeepsWhatSingleStepsDo) {
 
 // A text that may say each token but once: behind a wrong proposal none may be left, and the text
 // itself goes on.
-TEST_F(CpuVerify, AnErrorBehindTheFirstTokenOnlyEndsTheRun) {
+TEST_P(CpuVerify, AnErrorBehindTheFirstTokenOnlyEndsTheRun) {
   const std::vector<TokenId> prompt{1, 1};
   const SamplingParams once{.no_repeat_ngram_size = 1, .drawable_vocab_size = 3};
   const SequenceId id = backend_->create_sequence(once);
@@ -177,7 +183,7 @@ TEST_F(CpuVerify, AnErrorBehindTheFirstTokenOnlyEndsTheRun) {
   EXPECT_EQ(backend_->length(id), 4);
 }
 
-TEST_F(CpuVerify, RefusesWhatCannotBe) {
+TEST_P(CpuVerify, RefusesWhatCannotBe) {
   const SequenceId id = backend_->create_sequence({});
   backend_->prefill(id, std::vector<TokenId>{1}, {});
   const auto expect = [&](std::vector<Proposal> batch, ErrorKind kind, const std::string& part) {
@@ -205,7 +211,7 @@ TEST_F(CpuVerify, RefusesWhatCannotBe) {
 }
 
 // More rows than the backend computes at once.
-TEST_F(CpuVerify, TakesBatchesOfAnySize) {
+TEST_P(CpuVerify, TakesBatchesOfAnySize) {
   std::vector<Proposal> batch;
   std::vector<TokenId> want;
   for (int i = 0; i < 40; ++i) {

@@ -29,8 +29,15 @@ std::vector<std::string> names_of(const std::vector<NamedSite>& sites) {
   return names;
 }
 
+ModelConfig model_of(std::int64_t num_layers, const std::string& type = "gpt_neox") {
+  ModelConfig config;
+  config.model_type = type;
+  config.num_layers = num_layers;
+  return config;
+}
+
 ActivationSite site_of(const std::string& name) {
-  return sites_of({.at = {name}, .layers = {}}, 12).front().site;
+  return sites_of({.at = {name}, .layers = {}}, model_of(12)).front().site;
 }
 
 TEST(ActivationNames, OfTransformerLens) {
@@ -56,14 +63,33 @@ TEST(ActivationNames, OfTransformers) {
   EXPECT_EQ(site_of("gpt_neox.final_layer_norm"), (ActivationSite{Kind::final_norm, 0}));
 }
 
+TEST(ActivationNames, OfTransformersInTheLlamaLayout) {
+  for (const char* type : {"llama", "mistral", "qwen2", "qwen3"}) {
+    const auto site = [&](const std::string& name) {
+      return sites_of({.at = {name}, .layers = {}}, model_of(12, type)).front().site;
+    };
+    EXPECT_EQ(site("blocks.11.hook_attn_out"), (ActivationSite{Kind::attention_out, 11}));
+    EXPECT_EQ(site("hidden_states[-1]"), (ActivationSite{Kind::final_norm, 0}));
+    EXPECT_EQ(site("model.layers.3"), (ActivationSite{Kind::residual_after, 3}));
+    EXPECT_EQ(site("model.layers.3.self_attn"), (ActivationSite{Kind::attention_out, 3}));
+    EXPECT_EQ(site("model.layers.3.self_attn.o_proj"), (ActivationSite{Kind::attention_out, 3}));
+    EXPECT_EQ(site("model.layers.3.mlp"), (ActivationSite{Kind::mlp_out, 3}));
+    EXPECT_EQ(site("model.layers.3.mlp.down_proj"), (ActivationSite{Kind::mlp_out, 3}));
+    EXPECT_EQ(site("model.norm"), (ActivationSite{Kind::final_norm, 0}));
+    expect_error(ErrorKind::invalid_argument,
+                 AllOf(HasSubstr("'gpt_neox.layers.3.mlp'"), HasSubstr("model.layers.*.mlp")),
+                 [&] { site("gpt_neox.layers.3.mlp"); });
+  }
+}
+
 TEST(ActivationNames, AStarStandsForTheLayers) {
-  EXPECT_THAT(names_of(sites_of({}, 2)),
+  EXPECT_THAT(names_of(sites_of({}, model_of(2))),
               ElementsAre("hidden_states[0]", "hidden_states[1]", "hidden_states[2]"));
   EXPECT_THAT(
       names_of(sites_of({.at = {"hook_mlp_out", "gpt_neox.final_layer_norm", "gpt_neox.layers.*",
                                 "blocks.0.hook_resid_pre"},
                          .layers = {{1, 0}}},
-                        2)),
+                        model_of(2))),
       ElementsAre("blocks.1.hook_mlp_out", "blocks.0.hook_mlp_out", "gpt_neox.final_layer_norm",
                   "gpt_neox.layers.1", "gpt_neox.layers.0", "blocks.0.hook_resid_pre"));
 }
@@ -71,7 +97,7 @@ TEST(ActivationNames, AStarStandsForTheLayers) {
 TEST(ActivationNames, RefusesWhatIsNotKnown) {
   const auto refused = [](HiddenStatesOptions options, ErrorKind kind,
                           const testing::Matcher<std::string>& message) {
-    expect_error(kind, message, [&] { sites_of(options, 12); });
+    expect_error(kind, message, [&] { sites_of(options, model_of(12)); });
   };
   for (const char* name : {"", "*", "blocks.3.hook_q", "blocks.x.hook_resid_pre", "hidden_states[]",
                            "hidden_states[1", "blocks..hook_mlp_out", "blocks.1-.hook_mlp_out",

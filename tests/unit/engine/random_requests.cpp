@@ -11,28 +11,39 @@
 
 namespace clusterfusion::test {
 
+namespace {
+
+std::shared_ptr<const Model> model_for_schedules(ModelConfig config) {
+  config.vocab_size = kVocabSize;
+  config.num_layers = 2;
+  config.max_positions = 4096;
+  config.bos_token.reset();
+  config.eos_tokens = {kEndOfText};
+  return make_random_model(config);
+}
+
+}  // namespace
+
 std::shared_ptr<const Model> schedule_model() {
-  static const std::shared_ptr<const Model> model = [] {
-    ModelConfig config = small_config();
-    config.vocab_size = kVocabSize;
-    config.max_positions = 4096;
-    config.bos_token.reset();
-    config.eos_tokens = {kEndOfText};
-    return make_random_model(config);
-  }();
+  static const std::shared_ptr<const Model> model = model_for_schedules(small_config());
+  return model;
+}
+
+std::shared_ptr<const Model> schedule_llama() {
+  static const std::shared_ptr<const Model> model = model_for_schedules(small_llama_config());
   return model;
 }
 
 std::unique_ptr<Engine> schedule_engine(std::int64_t kv_pages, SchedulerOptions scheduling,
-                                        std::int64_t positions) {
+                                        std::int64_t positions,
+                                        const std::shared_ptr<const Model>& model) {
   BackendOptions options;
   options.threads = 1;
   options.max_positions = positions;
   const std::int64_t page_bytes =
-      make_cpu_backend(schedule_model(), options)->info().kv_bytes_per_position * kKvPagePositions;
+      make_cpu_backend(model, options)->info().kv_bytes_per_position * kKvPagePositions;
   options.kv_bytes = kv_pages * page_bytes;
-  return make_engine(schedule_model(), byte_tokenizer(),
-                     make_cpu_backend(schedule_model(), options), "a test", {},
+  return make_engine(model, byte_tokenizer(), make_cpu_backend(model, options), "a test", {},
                      std::move(scheduling));
 }
 
@@ -92,7 +103,7 @@ GenerateRequest random_request(Random& random, int longest) {
 void intervene(Engine& engine, int intervention) {
   SteeringVector vector{.layer = 1, .values = {}, .positions = intervention == 2 ? 100 : 0};
   const std::int64_t rows = std::max<std::int64_t>(vector.positions, 1);
-  for (std::int64_t i = 0; i < rows * schedule_model()->config().hidden_size; ++i) {
+  for (std::int64_t i = 0; i < rows * engine.model().config().hidden_size; ++i) {
     vector.values.push_back(i % 2 == 0 ? 2.0f : -1.0f);
   }
   engine.steer(intervention == 1 || intervention == 2 ? std::vector{vector}

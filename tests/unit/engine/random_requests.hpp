@@ -26,9 +26,13 @@ std::shared_ptr<const Model> schedule_model();
 
 inline constexpr std::int64_t kLongestSchedule = 2100;  // positions
 
+// Likewise, of the Llama layout.
+std::shared_ptr<const Model> schedule_llama();
+
 // Of the model, with so many pages, one thread, and the longest context `positions`.
-std::unique_ptr<Engine> schedule_engine(std::int64_t kv_pages, SchedulerOptions scheduling,
-                                        std::int64_t positions = kLongestSchedule);
+std::unique_ptr<Engine> schedule_engine(
+    std::int64_t kv_pages, SchedulerOptions scheduling, std::int64_t positions = kLongestSchedule,
+    const std::shared_ptr<const Model>& model = schedule_model());
 
 GenerateRequest random_request(Random& random, int longest);
 

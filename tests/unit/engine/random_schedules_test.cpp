@@ -20,11 +20,12 @@ int number_of(const char* variable, int otherwise) {
   return text == nullptr ? otherwise : std::atoi(text);
 }
 
-TEST(RandomSchedules, EachTextIsTheOneAlone) {
-  const auto plain = schedule_engine(1000, {.max_sequences = 1, .prefix_cache = false});
+void expect_texts_alone(const std::shared_ptr<const Model>& model, int first, int count) {
+  const auto engine_of = [&](std::int64_t pages, SchedulerOptions scheduling) {
+    return schedule_engine(pages, std::move(scheduling), kLongestSchedule, model);
+  };
+  const auto plain = engine_of(1000, {.max_sequences = 1, .prefix_cache = false});
   ServingStatistics all;
-  const int count = number_of("CLUSTERFUSION_SCHEDULES", 200);
-  const int first = number_of("CLUSTERFUSION_FIRST_SCHEDULE", 0);
   for (int schedule = first; schedule < first + count; ++schedule) {
     SCOPED_TRACE(testing::Message() << "schedule " << schedule);
     Random random(static_cast<unsigned>(schedule));
@@ -33,8 +34,8 @@ TEST(RandomSchedules, EachTextIsTheOneAlone) {
     const int longest = is_tight ? 150 : 2000;
     const std::int64_t pages = is_tight ? random.between(6, 12) : random.between(35, 400);
     const auto engine =
-        schedule_engine(pages, {.max_sequences = random.one_in(3) ? random.between(1, 8) : 256,
-                                .prefix_cache = !random.one_in(4)});
+        engine_of(pages, {.max_sequences = random.one_in(3) ? random.between(1, 8) : 256,
+                          .prefix_cache = !random.one_in(4)});
     std::vector<Call> calls(static_cast<std::size_t>(random.between(1, 12)));
     std::size_t sequences = 0;
     for (Call& call : calls) {
@@ -49,7 +50,7 @@ TEST(RandomSchedules, EachTextIsTheOneAlone) {
     all.preemptions += statistics.preemptions;
     all.prefix_hit_tokens += statistics.prefix_hit_tokens;
     all.prompt_tokens += statistics.prompt_tokens;
-    if (HasFatalFailure() || HasNonfatalFailure()) return;
+    if (testing::Test::HasFailure()) return;
     if ((schedule + 1 - first) % 500 == 0)
       std::cout << schedule + 1 - first << " schedules\n" << std::flush;
   }
@@ -59,6 +60,16 @@ TEST(RandomSchedules, EachTextIsTheOneAlone) {
     EXPECT_GT(all.preemptions, 0);
     EXPECT_GT(all.prefix_hit_tokens, all.prompt_tokens / 20);
   }
+}
+
+TEST(RandomSchedules, EachTextIsTheOneAlone) {
+  expect_texts_alone(schedule_model(), number_of("CLUSTERFUSION_FIRST_SCHEDULE", 0),
+                     number_of("CLUSTERFUSION_SCHEDULES", 200));
+}
+
+TEST(RandomSchedules, EachTextOfTheLlamaLayoutIsTheOneAlone) {
+  expect_texts_alone(schedule_llama(), number_of("CLUSTERFUSION_FIRST_SCHEDULE", 0),
+                     number_of("CLUSTERFUSION_SCHEDULES", 200) / 4);
 }
 
 // Twice the memory that there is.

@@ -105,7 +105,7 @@ TEST(ParseConfig, RefusesOtherModelsByName) {
     words.push_back("config.json");
     expect_error(ErrorKind::unsupported, words, [&] { parse(json); });
   };
-  expect_unsupported({"\"llama\"", "gpt_neox"}, with("model_type", "llama"));
+  expect_unsupported({"\"mixtral\"", "gpt_neox"}, with("model_type", "mixtral"));
   expect_unsupported({"\"GPTNeoXForSequenceClassification\"", "GPTNeoXForCausalLM"},
                      with("architectures", {"GPTNeoXForSequenceClassification"}));
   expect_unsupported({"quantization_config"}, with("quantization_config", {{"bits", 4}}));

@@ -18,7 +18,7 @@ using testing::ElementsAre;
 
 std::vector<LayerSpec> all_specs() {
   std::vector<LayerSpec> specs;
-  for (int bits = 0; bits < 8; ++bits) {
+  for (int bits = 0; bits < 16; ++bits) {
     LayerSpec spec;
     spec.hidden_size = 96;
     spec.num_heads = 6;
@@ -27,6 +27,7 @@ std::vector<LayerSpec> all_specs() {
     spec.parallel_residual = (bits & 1) != 0;
     spec.gated_mlp = (bits & 2) != 0;
     spec.num_kv_heads = (bits & 4) != 0 ? 2 : 6;
+    spec.qkv_layout = (bits & 8) != 0 ? QkvLayout::separate : QkvLayout::by_kv_head;
     specs.push_back(spec);
   }
   return specs;
@@ -52,6 +53,14 @@ std::size_t find_attention(const LayerProgram& program) {
   return static_cast<std::size_t>(found - program.begin());
 }
 
+bool is_separate(const LayerSpec& spec) { return spec.qkv_layout == QkvLayout::separate; }
+
+// What attention's input comes from.
+std::vector<LayerTensor> projections_of(const LayerSpec& spec) {
+  if (is_separate(spec)) return {query_weight, key_weight, value_weight};
+  return {qkv_weight};
+}
+
 // Every wait is for an earlier step, and what the formula of a layer says must come first does.
 void expect_order(const LayerProgram& program, const LayerSpec& spec) {
   const auto expect_waits = [&](std::size_t step, std::size_t before) {
@@ -59,8 +68,12 @@ void expect_order(const LayerProgram& program, const LayerSpec& spec) {
     EXPECT_TRUE(program[step].waits_for(before)) << step << " for " << before;
   };
   for (std::size_t i = 0; i < program.size(); ++i) EXPECT_EQ(program[i].after >> i, 0u);
-  expect_waits(find(program, qkv_weight), find(program, input_norm_weight));
-  expect_waits(find_attention(program), find(program, qkv_weight));
+  for (const LayerTensor projection : projections_of(spec)) {
+    expect_waits(find(program, projection), find(program, input_norm_weight));
+    expect_waits(find_attention(program), find(program, projection));
+    for (const LayerTensor other : projections_of(spec))
+      EXPECT_FALSE(program[find(program, projection)].waits_for(find(program, other)));
+  }
   expect_waits(find(program, attention_out_weight), find_attention(program));
   expect_waits(find(program, mlp_up_weight), find(program, post_norm_weight));
   expect_waits(find(program, mlp_down_weight), find(program, mlp_up_weight));
@@ -82,7 +95,7 @@ void expect_order(const LayerProgram& program, const LayerSpec& spec) {
 TEST(LayerProgram, KeepsEveryDependency) {
   for (const LayerSpec& spec : all_specs()) {
     const LayerProgram program = make_layer_program(spec);
-    EXPECT_EQ(program.size(), spec.gated_mlp ? 8u : 7u);
+    EXPECT_EQ(program.size(), (spec.gated_mlp ? 8u : 7u) + (is_separate(spec) ? 2u : 0u));
     expect_order(program, spec);
     expect_order(mlp_first(program), spec);
   }
@@ -121,7 +134,7 @@ TEST(LayerProgram, PartsAreOfTheWhole) {
     const auto size = [&](Part part) { return make_layer_program(spec, part).size(); };
     EXPECT_EQ(size(Part::attention) + size(Part::mlp), whole.size());
     EXPECT_EQ(size(Part::attention_and_mlp_up) + size(Part::mlp_down), whole.size());
-    EXPECT_EQ(size(Part::attention), 4u);
+    EXPECT_EQ(size(Part::attention), is_separate(spec) ? 6u : 4u);
     EXPECT_EQ(size(Part::mlp_down), 1u);
   }
 }
@@ -181,7 +194,11 @@ TEST(LayerProgram, PlacesAreAsWideAsTheirMatrices) {
   for (const LayerSpec& spec : all_specs()) {
     EXPECT_EQ(width_of(Place::residual, spec), 96);
     EXPECT_EQ(width_of(Place::heads, spec), 96);
-    EXPECT_EQ(width_of(Place::qkv, spec), spec.num_kv_heads == 2 ? 160 : 288);
+    const std::int64_t kv = spec.num_kv_heads == 2 ? 32 : 96;
+    EXPECT_EQ(width_of(Place::qkv, spec), is_separate(spec) ? 0 : 96 + 2 * kv);
+    EXPECT_EQ(width_of(Place::queries, spec), is_separate(spec) ? 96 : 0);
+    EXPECT_EQ(width_of(Place::keys, spec), is_separate(spec) ? kv : 0);
+    EXPECT_EQ(width_of(Place::values, spec), is_separate(spec) ? kv : 0);
     EXPECT_EQ(width_of(Place::mlp, spec), 200);
     EXPECT_EQ(width_of(Place::gate, spec), spec.gated_mlp ? 200 : 0);
   }

@@ -52,6 +52,14 @@ TEST(UnstreamedBecause, TellsLayersAndSizesThatNoKernelStreams) {
   ModelConfig grouped = config_of(2560, 32, 10240);
   grouped.num_kv_heads = 8;
   EXPECT_EQ(unstreamed_because(grouped, kHopper), "grouped heads");
+  EXPECT_EQ(uncomputed_because(grouped), "");
+  ModelConfig separate = grouped;
+  separate.qkv_layout = QkvLayout::separate;
+  EXPECT_EQ(uncomputed_because(separate), "separate matrices of queries, keys and values");
+  EXPECT_EQ(unstreamed_because(separate, kHopper), uncomputed_because(separate));
+  ModelConfig normed = grouped;
+  normed.qk_norm = true;
+  EXPECT_EQ(uncomputed_because(normed), "norms of queries and keys");
 }
 
 // Blocks on the busiest multiprocessor times their chunks: what a launch takes, about.

@@ -72,8 +72,9 @@ class RandomModel final : public Model {
   LayerWeights layer(std::int64_t index) {
     LayerWeights weights;
     for (const auto& [role, shape] : layer_tensors(config_)) {
-      constexpr const char* kModules[] = {"input_norm", "post_norm", "qkv",          "mlp_gate",
-                                          "mlp_up",     "mlp_down",  "attention_out"};
+      constexpr const char* kModules[] = {"input_norm", "post_norm", "qkv",           "mlp_gate",
+                                          "mlp_up",     "mlp_down",  "attention_out", "query",
+                                          "key",        "value",     "query_norm",    "key_norm"};
       const std::string name = fmt::format("layers.{}.{}.{}", index, kModules[index_of(role) / 2],
                                            is_bias(role) ? "bias" : "weight");
       weights[role] = shape.size() == 2 ? matrix(name, shape[0], shape[1])
@@ -206,6 +207,31 @@ ModelConfig small_config() {
   config.rotary_dim = 4;
   config.dtype = DType::float16;
   config.hidden_act = "gelu";
+  return config;
+}
+
+ModelConfig small_llama_config() {
+  ModelConfig config;
+  config.model_type = "qwen3";
+  config.vocab_size = 301;
+  config.hidden_size = 100;
+  config.num_layers = 3;
+  config.num_heads = 9;
+  config.num_kv_heads = 3;
+  config.head_dim = config.rotary_dim = 24;
+  config.rope_theta = 500000.0;
+  config.intermediate_size = 250;
+  config.max_positions = 512;
+  config.norm = NormKind::rms_norm;
+  config.layer_norm_eps = 1e-6;
+  config.activation = Activation::silu;
+  config.hidden_act = "silu";
+  config.parallel_residual = false;
+  config.gated_mlp = true;
+  config.attention_out_bias = config.mlp_bias = false;
+  config.qkv_layout = QkvLayout::separate;
+  config.qk_norm = true;
+  config.dtype = DType::bfloat16;
   return config;
 }
 

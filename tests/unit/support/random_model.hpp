@@ -21,6 +21,9 @@ std::shared_ptr<const Model> make_random_model(ModelConfig config,
 
 // Small enough to test, and of EleutherAI/pythia's usual form.
 ModelConfig small_config();
+// Of the Llama layout with all its options: separate and grouped heads wider than the hidden size,
+// norms of queries and keys, biases of these, a gated MLP.
+ModelConfig small_llama_config();
 // The shape of EleutherAI/pythia-410m.
 ModelConfig pythia_410m_config();
 

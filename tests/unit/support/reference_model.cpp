@@ -103,39 +103,89 @@ void rotate(double* head, const ModelConfig& config, std::size_t position) {
   }
 }
 
-// The attention of the query heads that share a head of keys and values: their queries, its key and
-// its value lie one after the other in qkv. Rotates queries and keys.
-void attend(const ModelConfig& config, std::size_t kv_head, Rows& qkv, Rows& out) {
+// Of each token, heads one after the other.
+struct Heads {
+  Rows queries, keys, values;
+};
+
+// One matrix gives, for each head of keys and values, its queries, its key and its value.
+Heads taken_apart(const ModelConfig& config, const Rows& qkv) {
+  const std::int64_t group = config.num_heads / config.kv_heads();
+  Heads heads{Rows(qkv.size()), Rows(qkv.size()), Rows(qkv.size())};
+  for (std::size_t t = 0; t < qkv.size(); ++t) {
+    auto from = qkv[t].begin();
+    const auto take = [&](Vector& to, std::int64_t count) {
+      to.insert(to.end(), from, from + count * config.head_dim);
+      from += count * config.head_dim;
+    };
+    for (std::int64_t head = 0; head < config.kv_heads(); ++head) {
+      take(heads.queries[t], group);
+      take(heads.keys[t], 1);
+      take(heads.values[t], 1);
+    }
+  }
+  return heads;
+}
+
+Heads project(ThreadPool& pool, const ModelConfig& config, const LayerWeights& w, const Rows& x) {
+  const auto product = [&](LayerTensor weight) {
+    return linear(pool, w[weight], w[bias_of(weight)], x);
+  };
+  if (config.qkv_layout == QkvLayout::by_kv_head) {
+    return taken_apart(config, product(LayerTensor::qkv_weight));
+  }
+  return {product(LayerTensor::query_weight), product(LayerTensor::key_weight),
+          product(LayerTensor::value_weight)};
+}
+
+// Normalises, if the model does so, and rotates each head.
+void prepare(const ModelConfig& config, const DLTensor& weight, Rows& rows) {
+  const std::int64_t dim = config.head_dim;
+  for (std::size_t t = 0; t < rows.size(); ++t) {
+    for (auto head = rows[t].begin(); head != rows[t].end(); head += dim) {
+      if (config.qk_norm) {
+        ModelConfig of_head = config;
+        of_head.norm = NormKind::rms_norm;
+        const Vector normed = norm(of_head, weight, DLTensor{}, Vector(head, head + dim));
+        std::copy(normed.begin(), normed.end(), head);
+      }
+      rotate(&*head, config, t);
+    }
+  }
+}
+
+// The attention of the query heads that share a head of keys and values.
+void attend(const ModelConfig& config, std::size_t kv_head, const Heads& heads, Rows& out) {
   const auto dim = static_cast<std::size_t>(config.head_dim);
   const auto group = static_cast<std::size_t>(config.num_heads / config.kv_heads());
-  const std::size_t first = kv_head * (group + 2) * dim;
-  const std::size_t key_at = first + group * dim;
-  for (std::size_t t = 0; t < qkv.size(); ++t) {
-    for (std::size_t i = 0; i <= group; ++i) rotate(&qkv[t][first + i * dim], config, t);
-    for (std::size_t member = 0; member < group; ++member) {
-      const double* query = &qkv[t][first + member * dim];
+  for (std::size_t t = 0; t < out.size(); ++t) {
+    for (std::size_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      const double* query = &heads.queries[t][head * dim];
       Vector weight(t + 1);
       for (std::size_t s = 0; s <= t; ++s) {
-        const double* key = &qkv[s][key_at];
+        const double* key = &heads.keys[s][kv_head * dim];
         for (std::size_t i = 0; i < dim; ++i) weight[s] += query[i] * key[i];
         weight[s] /= std::sqrt(static_cast<double>(dim));
       }
       const double largest = *std::max_element(weight.begin(), weight.end());
       double sum = 0;
       for (double& w : weight) sum += w = std::exp(w - largest);
-      double* result = &out[t][(kv_head * group + member) * dim];
+      double* result = &out[t][head * dim];
       for (std::size_t s = 0; s <= t; ++s) {
-        const double* value = &qkv[s][key_at + dim];
+        const double* value = &heads.values[s][kv_head * dim];
         for (std::size_t i = 0; i < dim; ++i) result[i] += weight[s] / sum * value[i];
       }
     }
   }
 }
 
-Rows attention(ThreadPool& pool, const ModelConfig& config, Rows qkv) {
-  Rows out(qkv.size(), Vector(static_cast<std::size_t>(config.num_heads * config.head_dim), 0.0));
+Rows attention(ThreadPool& pool, const ModelConfig& config, const LayerWeights& w, const Rows& x) {
+  Heads heads = project(pool, config, w, x);
+  prepare(config, w[LayerTensor::query_norm_weight], heads.queries);
+  prepare(config, w[LayerTensor::key_norm_weight], heads.keys);
+  Rows out(x.size(), Vector(static_cast<std::size_t>(config.num_heads * config.head_dim), 0.0));
   pool.run(config.kv_heads(), [&](std::int64_t kv_head, int) {
-    attend(config, static_cast<std::size_t>(kv_head), qkv, out);
+    attend(config, static_cast<std::size_t>(kv_head), heads, out);
   });
   return out;
 }
@@ -166,8 +216,7 @@ void add(Rows& to, const Rows& from) {
 void run_layer(ThreadPool& pool, const ModelConfig& config, const LayerWeights& w, Rows& hidden) {
   const Rows normed =
       norm(config, w[LayerTensor::input_norm_weight], w[LayerTensor::input_norm_bias], hidden);
-  Rows qkv = linear(pool, w[LayerTensor::qkv_weight], w[LayerTensor::qkv_bias], normed);
-  const Rows attended = attention(pool, config, std::move(qkv));
+  const Rows attended = attention(pool, config, w, normed);
   const Rows out = linear(pool, w[LayerTensor::attention_out_weight],
                           w[LayerTensor::attention_out_bias], attended);
   if (config.parallel_residual) {
