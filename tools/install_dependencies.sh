@@ -102,7 +102,8 @@ stamp=.venv/$purpose.sha256
 if ! sha256sum --check --status "$stamp" 2>/dev/null || ! .venv/bin/python -c '' 2>/dev/null; then
   say "installing Python packages into .venv (half a minute)"
   .venv/bin/python -c '' 2>/dev/null || python3 -m venv --clear .venv
-  .venv/bin/python -m pip install --quiet --upgrade pip
-  .venv/bin/python -m pip install --quiet "${requirements[@]/#/--requirement=}"
+  # Modules are compiled when they are first imported, which few of them are.
+  .venv/bin/python -m pip install --quiet --no-compile --upgrade pip
+  .venv/bin/python -m pip install --quiet --no-compile "${requirements[@]/#/--requirement=}"
   sha256sum "${requirements[@]}" >"$stamp"
 fi
