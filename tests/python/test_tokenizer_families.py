@@ -15,6 +15,7 @@ from pathlib import Path
 
 import clusterfusion
 import pytest
+from checkpoints import write_random_checkpoint
 from conftest import ROOT
 from test_tokenizer import (
     added_contents,
@@ -126,6 +127,24 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     ours = clusterfusion.Tokenizer(write(tmp_path, json.loads(kind(name))))
     for text in ["Hello world", "a  b\n\n  c", "naïve 東京 😀", "x\x00\x7f\u200d", "1999 + 42"]:
         assert ours.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral", "metaspace", "llama3"])
+def test_generated_text_goes_on_from_its_prompt(name: str, tmp_path: Path) -> None:
+    """The prompt's text and the new one together are what decoding all tokens gives."""
+    write_random_checkpoint(
+        tmp_path, hidden_size=32, num_layers=1, num_heads=2, vocab_size=2048, max_positions=128
+    )
+    engine = clusterfusion.Engine(write(tmp_path, json.loads(kind(name))).parent)
+    start = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("").ids
+    for prompt in (engine.encode("The old house"), start):
+        before = engine.decode(prompt)
+        for seed in range(20):
+            stream = engine.stream(prompt, max_new_tokens=20, temperature=1.0, seed=seed)
+            text = "".join(event.text for event in stream)
+            (result,) = stream.results
+            assert result.text == text
+            assert before + text == engine.decode([*prompt, *result.tokens])
 
 
 # --- every option that the kinds have not ---
@@ -295,28 +314,35 @@ def test_strip_at_the_end(tmp_path: Path) -> None:
 # --- Unicode, exhaustively ---
 
 
-@pytest.mark.parametrize("category", ["L", "Lu", "Ll", "Lm", "M", "N", "Nd", "P", "S", "Z", "C"])
-def test_every_code_point_of_a_category(category: str, tmp_path: Path) -> None:
-    spec = pre_tokenized(split({"Regex": rf"\p{{{category}}}"}, "Removed"))
-    path = write(tmp_path, {**spec, "normalizer": None})
-    check_every_code_point(path)
+CATEGORIES = "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf"
+CLASSES = {
+    "categories": [rf"\p{{{name}}}" for name in CATEGORIES.split()],
+    "escapes": [r"\w", r"\s"],
+}
 
 
-@pytest.mark.parametrize("step", ["Digits", "Punctuation", "WhitespaceSplit", r"\w", r"\s", r"\d"])
-def test_every_code_point_of_a_step(step: str, tmp_path: Path) -> None:
-    own = {"type": step} if step.isalpha() else split({"Regex": step}, "Removed")
-    if step == "Digits":
-        own["individual_digits"] = True
-    if step == "Punctuation":
-        own["behavior"] = "Isolated"
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_code_point_in_classes(name: str, tmp_path: Path) -> None:
+    """Each character is replaced by one, for private use, that stands for its class."""
+    replacements = [
+        replace({"Regex": regex}, chr(0xE000 + index)) for index, regex in enumerate(CLASSES[name])
+    ]
+    spec = {**pre_tokenized(), "normalizer": sequence("normalizers", *replacements)}
+    check_every_code_point(write(tmp_path, spec), "")
+
+
+@pytest.mark.parametrize("step", ["Digits", "Punctuation", "WhitespaceSplit"])
+def test_every_code_point_in_steps(step: str, tmp_path: Path) -> None:
+    options = {"Digits": {"individual_digits": True}, "Punctuation": {"behavior": "Isolated"}}
     # What stands alone is removed, so that ids show it.
     alone = split({"Regex": r"\A[^a]\z"}, "Removed")
-    path = write(tmp_path, {**pre_tokenized(own, alone), "normalizer": None})
-    check_every_code_point(path)
+    spec = pre_tokenized({"type": step, **options.get(step, {})}, alone)
+    check_every_code_point(write(tmp_path, {**spec, "normalizer": None}), "a")
 
 
-def check_every_code_point(path: Path) -> None:
-    texts = ["".join(f"a{c}a" for c in code_points()[at::4352]) for at in range(4352)]
+def check_every_code_point(path: Path, between: str) -> None:
+    points = code_points()
+    texts = ["".join(c + between for c in points[at::4352]) for at in range(4352)]
     check_encoding(path, [text.encode() for text in texts], special=(False,))
 
 
