@@ -165,6 +165,18 @@ def test_what_cannot_be_answered(folder):
     assert ended.returncode == 1 and b"none" in ended.stderr
 
 
+def test_without_jinja_the_extra_is_named(folder):
+    code = (
+        "import sys; sys.modules['jinja2'] = None; "
+        "from clusterfusion.chat.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    ended = subprocess.run(command, input=b"", capture_output=True, timeout=TIMEOUT)
+    assert ended.returncode == 1
+    assert b"pip install 'clusterfusion-lm[chat]'" in ended.stderr
+    assert b"Traceback" not in ended.stderr
+
+
 def test_bytes_that_are_no_text(folder):
     engine = clusterfusion.Engine(folder)
     ended = chat(folder, b"caf\xe9\n", "-n", "20")
