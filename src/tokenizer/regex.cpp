@@ -92,10 +92,13 @@ struct JitStackDeleter {
 
 struct Regex::Compiled {
   Compiled(const std::string& pattern, const std::string& where) {
+    // Auto-possession is wrong where a group with "?+" follows (1*(?:23)?+[a1], in PCRE2 10.42).
+    constexpr std::uint32_t kOptions =
+        PCRE2_NEVER_UTF | PCRE2_NEVER_BACKSLASH_C | PCRE2_NO_AUTO_POSSESS;
     int error = 0;
     PCRE2_SIZE offset = 0;
-    code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(),
-                         PCRE2_NEVER_UTF | PCRE2_NEVER_BACKSLASH_C, &error, &offset, nullptr);
+    code = pcre2_compile(reinterpret_cast<PCRE2_SPTR>(pattern.data()), pattern.size(), kOptions,
+                         &error, &offset, nullptr);
     if (!code) {
       PCRE2_UCHAR message[256];
       pcre2_get_error_message(error, message, sizeof message);

@@ -20,6 +20,13 @@ bool is_digit(char32_t c) { return c >= '0' && c <= '9'; }
 
 CodePointSet one(char32_t c) { return CodePointSet({{c, c}}); }
 
+// \w within classes. Outside of them Oniguruma has a table of its own for Latin-1, by which its
+// superscripts and fractions are words too.
+CodePointSet word_in_class() {
+  const CodePointSet numbers({{0xB2, 0xB3}, {0xB9, 0xB9}, {0xBC, 0xBE}});
+  return code_points_with(CodePointProperty::regex_word) & numbers.complement();
+}
+
 // What Oniguruma takes for the same letter where case does not count: ASCII letters alone come
 // here.
 CodePointSet both_cases(char32_t letter) {
@@ -244,10 +251,12 @@ class RegexReader {
     if (take("Z")) return add_anchor({"(?=", "?\\z)"}, one('\n'));
     if (take("b")) return add_anchor({"(?:(?<=", ")(?!", ")|(?<!", ")(?=", "))"}, word);
     if (take("B")) return add_anchor({"(?:(?<=", ")(?=", ")|(?<!", ")(?!", "))"}, word);
+    if (take("w")) return add_characters(word);
+    if (take("W")) return add_characters(word.complement());
     add_characters(read_escaped());
   }
 
-  // What a backslash begins, outside and inside of classes: a character or a set.
+  // What a backslash begins, in classes at least: a character or a set.
   CodePointSet read_escaped() {
     const char32_t c = next("an escape");
     switch (c) {
@@ -255,8 +264,8 @@ class RegexReader {
       case 'D': return code_points_of_category("Nd").complement();
       case 's': return white_space();
       case 'S': return white_space().complement();
-      case 'w': return code_points_with(CodePointProperty::regex_word);
-      case 'W': return code_points_with(CodePointProperty::regex_word).complement();
+      case 'w': return word_in_class();
+      case 'W': return word_in_class().complement();
       case 'p': return read_property();
       case 'P': return read_property().complement();
       case 'r': return one('\r');

@@ -10,7 +10,7 @@
 namespace clusterfusion {
 
 enum class CodePointProperty {
-  regex_word,   // \w of regular expressions
+  regex_word,   // \w of regular expressions, outside of classes
   numeric,      // what the pre-tokenizer Digits takes for a digit
   punctuation,  // what the pre-tokenizer Punctuation takes for punctuation
 };

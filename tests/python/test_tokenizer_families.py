@@ -317,7 +317,7 @@ def test_strip_at_the_end(tmp_path: Path) -> None:
 CATEGORIES = "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf"
 CLASSES = {
     "categories": [rf"\p{{{name}}}" for name in CATEGORIES.split()],
-    "escapes": [r"\w", r"\s"],
+    "escapes": [r"[\w!]", r"\w", r"[\s!]"],
 }
 
 

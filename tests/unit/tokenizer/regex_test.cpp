@@ -34,6 +34,9 @@ TEST(Regex, FindsWhatTokenizersFinds) {
   EXPECT_THAT(split("a*?", "baa"), ElementsAre("b", "a", "a"));
   EXPECT_THAT(split("(?>a+)b|a", "aab a"), ElementsAre("aab", " ", "a"));
   EXPECT_THAT(split("[^\\s\\S]", "ab"), ElementsAre("ab"));
+  EXPECT_THAT(split("1*(?:23)?+[a1]", "1_"), ElementsAre("1", "_"));
+  EXPECT_THAT(split("\\w", "\u00B2a"), ElementsAre("\u00B2", "a"));
+  EXPECT_THAT(split("[\\w]", "\u00B2-a"), ElementsAre("\u00B2-", "a"));
 }
 
 TEST(Regex, RefusesWhatOnigurumaReadsInAnotherWay) {
