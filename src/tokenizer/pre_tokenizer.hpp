@@ -26,6 +26,11 @@ struct Split {
 
   // Pieces of `text`, in order; none is empty.
   std::vector<std::string_view> pieces(std::string_view text) const;
+  // The expression whose parts are the pieces, as they are; null if there is more to do.
+  const Regex* pieces_of() const noexcept {
+    const auto* pattern = std::get_if<Pattern>(&delimiter);
+    return pattern && behavior == SplitBehavior::isolated ? pattern->regex.get() : nullptr;
+  }
 };
 
 // Spaces are spelled as `replacement`.
@@ -72,6 +77,12 @@ class PreTokenizer {
     } else if (const auto* metaspace = std::get_if<Metaspace>(&steps_[step])) {
       const std::string spelled = spell(*metaspace, text, is_first);
       run_pieces(step, cut(*metaspace, spelled), is_first, on_word);
+    } else if (const Regex* regex = std::get<Split>(steps_[step]).pieces_of()) {
+      regex->for_each_part(text, [&](const TextPart& part) {
+        if (part.begin == part.end) return;
+        run(step + 1, text.substr(part.begin, part.end - part.begin), is_first && part.begin == 0,
+            on_word);
+      });
     } else {
       const auto pieces = std::get<Split>(steps_[step]).pieces(text);
       run_pieces(step, pieces, is_first && !pieces.empty() && pieces[0].data() == text.data(),

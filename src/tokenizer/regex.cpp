@@ -194,12 +194,18 @@ Regex::Regex(std::string_view pattern, const std::string& where) : where_(where)
 Regex::~Regex() = default;
 
 std::vector<TextPart> Regex::find_all(std::string_view text) const {
+  std::vector<TextPart> parts;
+  for_each_part(text, [&](const TextPart& part) { parts.push_back(part); });
+  return parts;
+}
+
+void Regex::for_each_part(std::string_view text,
+                          const std::function<void(const TextPart&)>& on_part) const {
   Symbols symbols;
   symbols.reserve(text.size());
   for (std::size_t at = 0, length = 0; at < text.size(); at += length) {
     symbols.push_back(symbols_[decode_valid(text.data() + at, length)]);
   }
-  std::vector<TextPart> parts;
   std::size_t place = 0, byte = 0;  // the same one, in symbols and in the text
   const auto byte_of = [&](std::size_t symbol) {
     for (std::size_t length = 0; place < symbol; ++place, byte += length) {
@@ -221,12 +227,11 @@ std::vector<TextPart> Regex::find_all(std::string_view text) const {
     }
     from = last_end = end;
     const std::size_t begin_byte = byte_of(begin), end_byte = byte_of(end);
-    if (done != begin_byte) parts.push_back({done, begin_byte, false});
-    parts.push_back({begin_byte, end_byte, true});
+    if (done != begin_byte) on_part({done, begin_byte, false});
+    on_part({begin_byte, end_byte, true});
     done = end_byte;
   }
-  if (done != text.size()) parts.push_back({done, text.size(), false});
-  return parts;
+  if (done != text.size()) on_part({done, text.size(), false});
 }
 
 }  // namespace clusterfusion

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -29,8 +30,11 @@ class Regex {
   Regex(const Regex&) = delete;
   Regex& operator=(const Regex&) = delete;
 
-  // Cuts a well-formed text into matches and what is between them; the parts cover it. Matches may
-  // be empty, other parts are not. Errors: unsupported, if the expression takes too long for it.
+  // Cuts a well-formed text into matches and what is between them; the parts, in order, cover it.
+  // Matches may be empty, other parts are not. Errors: unsupported, if the expression takes too
+  // long for it.
+  void for_each_part(std::string_view text,
+                     const std::function<void(const TextPart&)>& on_part) const;
   std::vector<TextPart> find_all(std::string_view text) const;
 
  private:
