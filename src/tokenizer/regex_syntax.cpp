@@ -62,6 +62,18 @@ class RegexReader {
   struct Group {
     bool ignores_case = false;
     bool is_look = false;  // looks ahead or behind: nothing to repeat
+    // What may match nothing: an alternative that is over, the current one up to its last element,
+    // and that element.
+    bool may_be_empty = false, is_empty_before = true, is_empty_last = true;
+
+    void add_element(bool is_empty) {
+      is_empty_before = is_empty_before && is_empty_last;
+      is_empty_last = is_empty;
+    }
+    void end_alternative() {
+      may_be_empty = may_be_empty || (is_empty_before && is_empty_last);
+      is_empty_before = is_empty_last = true;
+    }
   };
 
   [[noreturn]] void refuse(std::string_view what) const {
@@ -100,6 +112,7 @@ class RegexReader {
     if (found == syntax_.sets.end()) found = syntax_.sets.insert(found, set);
     const auto index = static_cast<std::size_t>(found - syntax_.sets.begin());
     syntax_.elements.push_back({"", index});
+    groups_.back().add_element(false);
     is_repeatable_ = true;
     is_start_ = false;
   }
@@ -142,6 +155,7 @@ class RegexReader {
       case ')': return close_group();
       case '|':
         add_shape("|");
+        groups_.back().end_alternative();
         is_repeatable_ = false;
         is_start_ = true;
         return;
@@ -160,10 +174,13 @@ class RegexReader {
 
   // Shapes with the same set between each two.
   void add_anchor(const std::vector<std::string>& shapes, const CodePointSet& set) {
+    const Group before = groups_.back();
     for (const std::string& shape : shapes) {
       if (&shape != &shapes.front()) add_set(set);
       add_shape(shape);
     }
+    groups_.back() = before;
+    groups_.back().add_element(true);
     is_repeatable_ = false;
     is_start_ = false;
   }
@@ -172,9 +189,10 @@ class RegexReader {
     Group group{groups_.back().ignores_case, false};
     std::string shape = "(?:";
     if (take("?")) {
-      if (take("<=") || take("<!") || take("=") || take("!") || take(">")) {
+      if (next_is(">")) refuse("an atomic group, in which Oniguruma goes ways of its own");
+      if (take("<=") || take("<!") || take("=") || take("!")) {
         const bool looks_behind = pattern_[position_ - 2] == '<';
-        group.is_look = pattern_[position_ - 1] != '>';
+        group.is_look = true;
         shape = std::string("(?") + (looks_behind ? "<" : "") + pattern_[position_ - 1];
       } else if (take("i:") || take("-i:")) {
         group.ignores_case = pattern_[position_ - 3] != '-';
@@ -194,20 +212,27 @@ class RegexReader {
   void close_group() {
     if (groups_.size() == 1) refuse("a \")\" without its \"(\"");
     add_shape(")");
-    is_repeatable_ = !groups_.back().is_look;
-    is_start_ = false;
+    Group group = groups_.back();
+    group.end_alternative();
     groups_.pop_back();
+    groups_.back().add_element(group.is_look || group.may_be_empty);
+    is_repeatable_ = !group.is_look;
+    is_start_ = false;
   }
 
   // In Oniguruma {n}? and {n}+ are two quantifiers, one of the other.
   void read_quantifier(char32_t c) {
     if (!is_repeatable_) refuse("a quantifier with nothing to repeat");
+    if (c != '?' && groups_.back().is_empty_last) {
+      refuse("a quantifier of a group that may match nothing");
+    }
     std::string shape(1, static_cast<char>(c));
-    bool is_interval = false, is_exact = false;
+    bool is_interval = false, is_exact = false, is_optional = c != '+';
     if (c == '{') {
       is_interval = true;
       const std::uint32_t least = read_count();
       shape += std::to_string(least);
+      is_optional = least == 0;
       is_exact = !take(",");
       if (!is_exact) {
         shape += ',';
@@ -227,6 +252,7 @@ class RegexReader {
     if (!shape.ends_with('?') || shape.size() == 1) {
       if (take("+")) shape += '+';
     }
+    if (is_optional) groups_.back().is_empty_last = true;
     add_shape(shape);
     is_repeatable_ = false;
   }

@@ -27,8 +27,8 @@ struct RegexSyntax {
 
 // `pattern` must be well-formed UTF-8; `where` stands for it in messages. Supported: literals,
 // escapes, classes (nested, negated, with &&), \p{..} of general categories, \d \s \w and their
-// opposites, groups, look-ahead and look-behind, atomic groups, (?i), all quantifiers, ^ $ \A \z \Z
-// \b \B. Errors: unsupported, which names what is not.
+// opposites, groups, look-ahead and look-behind, (?i), quantifiers, ^ $ \A \z \Z \b \B. Errors:
+// unsupported, which names what is not.
 RegexSyntax read_regex(std::string_view pattern, const std::string& where);
 
 }  // namespace clusterfusion

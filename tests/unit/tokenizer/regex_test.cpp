@@ -32,7 +32,7 @@ TEST(Regex, FindsWhatTokenizersFinds) {
   EXPECT_THAT(split("\\bb\\w*+", "ab bc-b"), ElementsAre("ab ", "bc", "-", "b"));
   EXPECT_THAT(split("\\x{41}|\\u00e9|\\n", "xA\u00E9\n"), ElementsAre("x", "A", "\u00E9", "\n"));
   EXPECT_THAT(split("a*?", "baa"), ElementsAre("b", "a", "a"));
-  EXPECT_THAT(split("(?>a+)b|a", "aab a"), ElementsAre("aab", " ", "a"));
+  EXPECT_THAT(split("a++b|a", "aab a"), ElementsAre("aab", " ", "a"));
   EXPECT_THAT(split("[^\\s\\S]", "ab"), ElementsAre("ab"));
   EXPECT_THAT(split("1*(?:23)?+[a1]", "1_"), ElementsAre("1", "_"));
   EXPECT_THAT(split("\\w", "\u00B2a"), ElementsAre("\u00B2", "a"));
@@ -41,10 +41,11 @@ TEST(Regex, FindsWhatTokenizersFinds) {
 
 TEST(Regex, RefusesWhatOnigurumaReadsInAnotherWay) {
   for (const char* pattern :
-       {"a{1,2}+",    "a{2}?",  "a{,3}",    "a**",   "(?<n>a)",     "(a)\\1",  "(?i)ss",
-        "(?i)\u00E9", "\\h",    "(?m:.)",   "[]a]",  "[[:alpha:]]", "[a-\\d]", "\\p{Han}",
-        "a(?i)b|c",   "(",      ")",        "[a",    "*a",          "\\xff",   "{",
-        "\\",         "(?=a)+", "a{70000}", "(?~a)", "[b-a]"}) {
+       {"a{1,2}+", "a{2}?",      "a{,3}",    "a**",       "(?<n>a)", "(a)\\1",
+        "(?i)ss",  "(?i)\u00E9", "\\h",      "(?m:.)",    "[]a]",    "[[:alpha:]]",
+        "[a-\\d]", "\\p{Han}",   "a(?i)b|c", "(",         ")",       "[a",
+        "*a",      "\\xff",      "{",        "\\",        "(?=a)+",  "a{70000}",
+        "(?~a)",   "(?>a)",      "(a*)+",    "(a|b?){2}", "(^)*",    "[b-a]"}) {
     try {
       Regex(pattern, "f");
       ADD_FAILURE() << "accepted: " << pattern;
@@ -64,7 +65,7 @@ TEST(Regex, RefusesWhatPcre2CannotCompile) {
 
 // Expressions of a hostile file end, with an error.
 TEST(Regex, EndsWhereItWouldBacktrackForYears) {
-  for (const char* pattern : {"(a+)+$", "(a|a)*$", "(a?){60}a{60}$"}) {
+  for (const char* pattern : {"(a+)+$", "(a|a)*$", "(?:aa|a)+$"}) {
     try {
       (void)Regex(pattern, "f").find_all(std::string(60, 'a') + "c");
       ADD_FAILURE() << "found nothing in time: " << pattern;
