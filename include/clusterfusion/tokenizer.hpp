@@ -85,6 +85,7 @@ class StreamDecoder {
   explicit StreamDecoder(std::shared_ptr<const Tokenizer> tokenizer,
                          bool skip_special_tokens = true, bool continues = false);
   StreamDecoder(const StreamDecoder& other);
+  StreamDecoder& operator=(const StreamDecoder& other) { return *this = StreamDecoder(other); }
   StreamDecoder(StreamDecoder&&) noexcept;
   StreamDecoder& operator=(StreamDecoder&&) noexcept;
   ~StreamDecoder();

@@ -190,6 +190,8 @@ TEST(StreamDecoder, LeavesOutTheSpaceAtTheBeginningOfATextAlone) {
   EXPECT_EQ(begins.push(1), "");
   EXPECT_EQ(begins.push(3), " a");
   StreamDecoder continues(parse(character_tokenizer()), true, true);
+  begins = continues;
+  EXPECT_EQ(begins.push(3), " a");
   EXPECT_EQ(continues.push(3), " a");
 }
 
