@@ -1,9 +1,10 @@
-"""Write src/tokenizer/unicode_table.inc: Unicode as Hugging Face tokenizers sees it.
+"""Write src/tokenizer/unicode_table.inc and unicode_categories.inc: Unicode as tokenizers sees it.
 
-tokenizers takes its properties from three Rust crates, each with a Unicode version of its own:
-Oniguruma (the pre-tokenizer's regex), regex (added tokens) and unicode-normalization-alignments
-(NFC). This program asks the Python package about every code point, so that the table follows what
-tokenizers does rather than what any one Unicode version says.
+tokenizers takes its properties from several sources, each with a Unicode version of its own:
+Oniguruma (regular expressions), the crates regex (added tokens), unicode-normalization-alignments
+(NFC, NFKC) and unicode_categories (Punctuation), and Rust itself (Digits). This program asks the
+Python package about every code point, so that the tables follow what tokenizers does rather than
+what any one Unicode version says.
 
     pip install tokenizers
     python tools/generate_unicode_table.py
@@ -13,13 +14,18 @@ import unicodedata
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-OUTPUT = Path(__file__).resolve().parent.parent / "src" / "tokenizer" / "unicode_table.inc"
+FOLDER = Path(__file__).resolve().parent.parent / "src" / "tokenizer"
 
 # Bits of unicode_properties.hpp.
 LETTER, NUMBER, SPACE = 1, 2, 3
-WORD, NORMALIZATION_SENSITIVE, NORMALIZATION_BASE = 4, 8, 16
+WORD, NORMALIZATION_SENSITIVE, NORMALIZATION_BASE, COMPATIBILITY = 4, 8, 16, 32
+# Bits of unicode_categories.hpp, and its categories in order.
+REGEX_WORD, NUMERIC, PUNCTUATION = 32, 64, 128
+CATEGORIES = (
+    "Cn Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Co"
+)
 
 LOWEST_CLASS_MARK = "\u0334"  # canonical combining class 1
 HIGHEST_CLASS_MARK = "\u0345"  # canonical combining class 240
@@ -69,6 +75,7 @@ def properties() -> dict[str, int]:
     added = Tokenizer(models.BPE())
     added.add_tokens([AddedToken("#", single_word=True, normalized=False)])
     nfc, nfd = normalizers.NFC().normalize_str, normalizers.NFD().normalize_str
+    nfkc = normalizers.NFKC().normalize_str
 
     bits = {}
     for char in code_points():
@@ -83,6 +90,8 @@ def properties() -> dict[str, int]:
             value |= NORMALIZATION_SENSITIVE
         if nfd(char) != char:
             value |= NORMALIZATION_BASE
+        if nfkc(char) != nfc(char):
+            value |= COMPATIBILITY
         bits[char] = value
     bits[LOWEST_CLASS_MARK] |= NORMALIZATION_SENSITIVE
     for first, second, composite in canonical_pairs():
@@ -104,10 +113,43 @@ def ranges(bits: dict[str, int]) -> list[tuple[int, int, int]]:
     return [run for run in runs if run[2]]
 
 
-def main() -> None:
-    """Write the table."""
-    runs = ranges(properties())
-    cells = [f"{{0x{first:X}, 0x{last:X}, {value}}}," for first, last, value in runs]
+def pieces(pre_tokenizer: pre_tokenizers.PreTokenizer, between: str) -> set[str]:
+    """What `pre_tokenizer` gives for all code points, each with `between` behind it."""
+    chars = code_points()
+    found = set()
+    for at in range(0, len(chars), 4096):
+        text = "".join(char + between for char in chars[at : at + 4096])
+        found.update(piece for piece, _ in pre_tokenizer.pre_tokenize_str(text))
+    return found
+
+
+def matched(pattern: str) -> set[str]:
+    """The code points that a regular expression for one of them matches."""
+    pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed", invert=True)
+    return {char for piece in pieces(pre_tokenizer, "") for char in piece}
+
+
+def categories() -> dict[str, int]:
+    """General category and properties of every code point for splitting."""
+    bits = dict.fromkeys(code_points(), 0)
+    for index, category in enumerate(CATEGORIES.split()):
+        for char in matched(rf"\p{{{category}}}"):
+            bits[char] = index
+    for char in matched(r"\w"):
+        bits[char] |= REGEX_WORD
+    for pre_tokenizer, bit in (
+        (pre_tokenizers.Digits(individual_digits=True), NUMERIC),
+        (pre_tokenizers.Punctuation("isolated"), PUNCTUATION),
+    ):
+        for piece in pieces(pre_tokenizer, "a"):
+            if len(piece) == 1 and piece != "a":
+                bits[piece] |= bit
+    return bits
+
+
+def write(name: str, bits: dict[str, int]) -> None:
+    """Write one table."""
+    cells = [f"{{0x{first:X}, 0x{last:X}, {value}}}," for first, last, value in ranges(bits)]
     lines, line = [], ""
     for cell in cells:
         if len(line) + 1 + len(cell) > 100:
@@ -115,13 +157,19 @@ def main() -> None:
             line = ""
         line = f"{line} {cell}" if line else cell
     lines.append(line)
-    OUTPUT.write_text(
+    (FOLDER / name).write_text(
         "// Written by tools/generate_unicode_table.py; do not edit.\n"
         f"// As tokenizers {tokenizers.__version__} sees every code point: {{first, last, bits}}.\n"
         + "\n".join(lines)
         + "\n",
         encoding="ascii",
     )
+
+
+def main() -> None:
+    """Write the tables."""
+    write("unicode_categories.inc", categories())
+    write("unicode_table.inc", properties())
 
 
 if __name__ == "__main__":

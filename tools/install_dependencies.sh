@@ -19,7 +19,7 @@ esac
 say() { echo "install_dependencies: $*" >&2; }
 
 packages=(g++ ccache cmake ninja-build libhwy-dev libsimdjson-dev nlohmann-json3-dev
-  libutf8proc-dev libcli11-dev libfmt-dev libdlpack-dev)
+  libutf8proc-dev libpcre2-dev libcli11-dev libfmt-dev libdlpack-dev)
 programs=(cmake ninja)
 if [ "$purpose" != build ]; then
   packages+=(python3 python3-venv)

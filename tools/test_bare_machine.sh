@@ -128,7 +128,7 @@ test_messages() {  # ROOT, with Python alone
   run_in "$1" root rm /etc/sudoers.d/user
   expect_failure "$folder/no_sudo.log" "cmake ninja" "apt-get install g++" -- run_in "$1" user make generate
   expect_failure "$folder/no_packages.log" "C++20 compiler" fmt DLPack Highway simdjson \
-    "JSON for Modern C++" utf8proc CLI11 "tools/install_dependencies.sh build" -- \
+    "JSON for Modern C++" utf8proc PCRE2 CLI11 "tools/install_dependencies.sh build" -- \
     run_in "$1" user /home/user/venv/bin/pip install .
   grep -A14 'needs what CMake' "$folder/no_packages.log"
 }

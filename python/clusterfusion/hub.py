@@ -22,6 +22,7 @@ _TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
 _MODEL_FILES = ("config.json", "generation_config.json", *_TOKENIZER_FILES)
 # A file of all weights and the index of their shards; the first that is there counts.

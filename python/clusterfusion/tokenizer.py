@@ -24,7 +24,7 @@ from clusterfusion._arguments import (
 
 
 class Tokenizer:
-    """Byte-level BPE as Hugging Face ``tokenizers`` computes it, token for token.
+    """BPE as Hugging Face ``tokenizers`` computes it, token for token.
 
     Immutable; all methods may be called from several threads, and release the GIL.
     """
@@ -41,7 +41,8 @@ class Tokenizer:
             FileNotFoundError: There is none, here and on the hub.
             PermissionError: It may not be read.
             ValueError: It is broken.
-            NotImplementedError: It asks for something other than byte-level BPE.
+            NotImplementedError: It asks for something other than BPE, or for a part that is not
+                known (``docs/checkpoints.md`` lists them).
 
         Warns (UserWarning) of what the files beside tokenizer.json in the folder ask for that it
         does not: ids may differ from those of transformers' ``AutoTokenizer``.

@@ -21,6 +21,7 @@ void add_tokenize_command(CLI::App& app, Command& selected);
 void add_info_command(CLI::App& app, Command& selected);
 void add_bench_command(CLI::App& app, Command& selected);
 void add_serve_command(CLI::App& app, Command& selected);
+void add_chat_command(CLI::App& app, Command& selected);
 void add_completion_command(CLI::App& app, Command& selected);
 void add_man_page_command(CLI::App& app, Command& selected);
 

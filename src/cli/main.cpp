@@ -30,6 +30,7 @@ void add_commands(CLI::App& app, Command& selected) {
   add_info_command(app, selected);
   add_bench_command(app, selected);
   add_serve_command(app, selected);
+  add_chat_command(app, selected);
   add_completion_command(app, selected);
   add_man_page_command(app, selected);
   app.footer(

@@ -29,7 +29,8 @@ BatchGeneration::BatchGeneration(std::shared_ptr<SharedBackend> backend,
     PreparedRequest& request = requests[index].prepared;
     results_[index].prompt_tokens = request.prompt;
     results_[index].statistics.prompt_tokens = std::ssize(request.prompt);
-    const TextStream text(tokenizer, request.skip_special_tokens, request.stop_strings);
+    const TextStream text(tokenizer, request.skip_special_tokens, request.stop_strings,
+                          request.prompt);
     readers_.push_back({text, request.sampling.num_logprobs >= 0, false});
     if (request.max_new_tokens == 0 && !request.prompt_detail) {
       GenerateEvent event;

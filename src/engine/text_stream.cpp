@@ -82,11 +82,16 @@ std::string StopFilter::release(std::size_t count) {
 }
 
 TextStream::TextStream(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special_tokens,
-                       std::vector<std::string> stop_strings)
+                       std::vector<std::string> stop_strings, std::span<const TokenId> prompt)
     : tokenizer_(std::move(tokenizer)),
       skip_special_tokens_(skip_special_tokens),
       stop_filter_(std::move(stop_strings)) {
-  if (tokenizer_) decoder_.emplace(tokenizer_, skip_special_tokens);
+  if (!tokenizer_) return;
+  const bool continues = std::ranges::any_of(prompt, [&](TokenId token) {
+    return token < tokenizer_->vocab_size() &&
+           !(skip_special_tokens && tokenizer_->is_special(token));
+  });
+  decoder_.emplace(tokenizer_, skip_special_tokens, continues);
 }
 
 std::string TextStream::push(TokenId token) {

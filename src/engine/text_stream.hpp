@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -50,8 +51,9 @@ class StopFilter {
 // (the model's may be padded) and every token where there is no tokenizer adds no text.
 class TextStream {
  public:
+  // prompt: what stands before the first of them.
   TextStream(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special_tokens,
-             std::vector<std::string> stop_strings);
+             std::vector<std::string> stop_strings, std::span<const TokenId> prompt = {});
 
   // The text that `token` makes certain; may be empty.
   std::string push(TokenId token);

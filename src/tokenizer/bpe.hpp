@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -17,12 +18,21 @@ struct Merge {
   TokenId left, right, result;
 };
 
+// How words become the first tokens of a model that is not byte-level: one for each character.
+struct CharacterTokens {
+  bool byte_fallback = false;  // a character that is no token becomes its bytes, as "<0x0A>"
+  std::optional<TokenId> unk;  // or else this token; nothing becomes of it without
+  bool fuse_unk = false;       // several of them in a row become one
+};
+
 class Bpe {
  public:
   // token_bytes[id]: the bytes of each token; empty for a token that no text can give.
   // merges: in the order of their ranks; of two with the same pair the later counts.
   // ignore_merges: a word that is a token is that token, whatever the merges would give.
-  Bpe(std::vector<std::string> token_bytes, const std::vector<Merge>& merges, bool ignore_merges);
+  // characters: words are cut into characters, not bytes, and so are token_bytes spelled.
+  Bpe(std::vector<std::string> token_bytes, const std::vector<Merge>& merges, bool ignore_merges,
+      std::optional<CharacterTokens> characters = std::nullopt);
   Bpe(const Bpe&) = delete;
   Bpe& operator=(const Bpe&) = delete;
 
@@ -53,6 +63,13 @@ class Bpe {
     return (pair * 0x9E3779B97F4A7C15u) >> 32;
   }
   void insert(const Merge& merge, std::uint32_t rank);
+  void find_character_tokens();
+  template <typename OnToken>
+  void first_tokens(std::string_view word, const OnToken& on_token) const;
+  template <typename OnToken>
+  void first_tokens_of_characters(std::string_view word, const OnToken& on_token) const;
+  template <typename OnToken>
+  bool fall_back_to_bytes(std::string_view character, const OnToken& on_token) const;
   Found find(TokenId left, TokenId right) const noexcept;
   void merge_short(std::string_view word, std::vector<TokenId>& out) const;
   void merge_long(std::string_view word, std::vector<TokenId>& out) const;
@@ -60,8 +77,11 @@ class Bpe {
 
   std::vector<std::string> token_bytes_;
   std::array<TokenId, 256> byte_tokens_;
-  std::vector<PairSlot> pairs_;  // open addressing, a power of two
-  StringTable words_;            // words that are known to be one token
+  std::optional<CharacterTokens> characters_;
+  std::array<TokenId, 256> fallback_tokens_;  // "<0x00>" and so on; -1: there is none
+  StringTable character_tokens_;              // tokens of one character
+  std::vector<PairSlot> pairs_;               // open addressing, a power of two
+  StringTable words_;                         // words that are known to be one token
 };
 
 }  // namespace clusterfusion

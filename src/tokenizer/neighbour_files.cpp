@@ -81,12 +81,12 @@ class Comparison {
 
   void compare_prefix_space(const JsonObject& config) {
     const auto value = config.find_non_null("add_prefix_space");
-    if (!value || value->boolean() == file_.add_prefix_space || is_plain_class(config)) return;
+    if (!value || value->boolean() == file_.adds_prefix_space() || is_plain_class(config)) return;
     warnings_.push_back(
         fmt::format("{} is {}, but tokenizer.json says {}, which is what counts here, whereas "
                     "transformers goes "
                     "by the former; {}",
-                    value->where(), value->boolean(), file_.add_prefix_space, kRemedy));
+                    value->where(), value->boolean(), file_.adds_prefix_space(), kRemedy));
   }
 
   void compare_edges(const JsonObject& config) {

@@ -12,16 +12,37 @@
 namespace clusterfusion {
 namespace {
 
-// Lead bytes below this start code points below UnicodeProperties::kFirstSensitive.
-constexpr unsigned char kFirstSensitiveLead = 0xCC;
+// A normalization form, and what it may change.
+class Form {
+ public:
+  explicit Form(NormalizationForm form) : is_compatible_(form == NormalizationForm::nfkc) {}
 
-// A stretch of text that NFC may change: sensitive characters and the one before them.
+  // Lead bytes below this start code points that the form leaves alone.
+  unsigned char first_sensitive_lead() const noexcept { return is_compatible_ ? 0xC2 : 0xCC; }
+  bool is_sensitive(char32_t c) const noexcept {
+    return properties_.is_normalization_sensitive(c) ||
+           (is_compatible_ && properties_.is_compatibility(c));
+  }
+  bool is_base(char32_t c) const noexcept { return properties_.is_normalization_base(c); }
+  utf8proc_option_t options() const noexcept {
+    return static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE |
+                                          (is_compatible_ ? UTF8PROC_COMPAT : 0));
+  }
+  // Of one code point (UAX #15).
+  int longest_decomposition() const noexcept { return is_compatible_ ? 18 : 4; }
+
+ private:
+  bool is_compatible_;
+  const UnicodeProperties& properties_ = UnicodeProperties::get();
+};
+
+// A stretch of text that the form may change: sensitive characters and the one before them.
 struct Stretch {
   std::size_t begin, end;
 };
 
 // The first stretch at or after `from`, or an empty one at the end.
-Stretch find_stretch(std::string_view text, std::size_t from, const UnicodeProperties& properties) {
+Stretch find_stretch(std::string_view text, std::size_t from, const Form& form) {
   std::size_t previous = from;
   bool previous_is_base = false;
   std::size_t position = from;
@@ -30,16 +51,16 @@ Stretch find_stretch(std::string_view text, std::size_t from, const UnicodePrope
     const auto lead = static_cast<unsigned char>(text[position]);
     char32_t code_point = lead;
     if (lead >= 0x80) code_point = decode_valid(text.data() + position, length);
-    if (lead >= kFirstSensitiveLead && properties.is_normalization_sensitive(code_point)) break;
+    if (lead >= form.first_sensitive_lead() && form.is_sensitive(code_point)) break;
     previous = position;
-    previous_is_base = properties.is_normalization_base(code_point);
+    previous_is_base = form.is_base(code_point);
     position += length;
   }
   Stretch stretch{previous_is_base ? previous : position, position};
   while (stretch.end < text.size()) {
     std::size_t length = 0;
     const char32_t code_point = decode_valid(text.data() + stretch.end, length);
-    if (!properties.is_normalization_sensitive(code_point)) break;
+    if (!form.is_sensitive(code_point)) break;
     stretch.end += length;
   }
   if (position == text.size()) stretch.begin = position;
@@ -65,26 +86,24 @@ void order_marks(std::vector<utf8proc_int32_t>& code_points) {
   }
 }
 
-void append_normalized(std::string_view stretch, std::string& out) {
-  constexpr auto kOptions = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
-  constexpr int kLongestDecomposition = 4;  // of one code point (UAX #15)
-
+void append_normalized(std::string_view stretch, const Form& form, std::string& out) {
+  const int longest = form.longest_decomposition();
   std::vector<utf8proc_int32_t> code_points;
   for (std::size_t position = 0, length = 0; position < stretch.size(); position += length) {
     const char32_t c = decode_valid(stretch.data() + position, length);
     const std::size_t size = code_points.size();
-    code_points.resize(size + kLongestDecomposition);
+    code_points.resize(size + static_cast<std::size_t>(longest));
     int boundary_class = 0;
     const utf8proc_ssize_t count =
         utf8proc_decompose_char(static_cast<utf8proc_int32_t>(c), code_points.data() + size,
-                                kLongestDecomposition, kOptions, &boundary_class);
-    require(count >= 0 && count <= kLongestDecomposition, ErrorKind::internal,
+                                longest, form.options(), &boundary_class);
+    require(count >= 0 && count <= longest, ErrorKind::internal,
             "tokenizer: utf8proc could not decompose U+{:04X}", static_cast<std::uint32_t>(c));
     code_points.resize(size + static_cast<std::size_t>(count));
   }
   order_marks(code_points);
   const utf8proc_ssize_t count = utf8proc_normalize_utf32(
-      code_points.data(), static_cast<utf8proc_ssize_t>(code_points.size()), kOptions);
+      code_points.data(), static_cast<utf8proc_ssize_t>(code_points.size()), form.options());
   require(count >= 0, ErrorKind::internal, "tokenizer: utf8proc could not compose: {}",
           utf8proc_errmsg(count));
   for (utf8proc_ssize_t i = 0; i < count; ++i) {
@@ -96,9 +115,9 @@ void append_normalized(std::string_view stretch, std::string& out) {
 
 }  // namespace
 
-std::optional<std::string> to_nfc(std::string_view text) {
-  const UnicodeProperties& properties = UnicodeProperties::get();
-  Stretch stretch = find_stretch(text, 0, properties);
+std::optional<std::string> to_form(NormalizationForm name, std::string_view text) {
+  const Form form(name);
+  Stretch stretch = find_stretch(text, 0, form);
   if (stretch.begin == text.size()) return std::nullopt;
 
   std::string out;
@@ -106,9 +125,9 @@ std::optional<std::string> to_nfc(std::string_view text) {
   std::size_t done = 0;
   while (stretch.begin < text.size()) {
     out += text.substr(done, stretch.begin - done);
-    append_normalized(text.substr(stretch.begin, stretch.end - stretch.begin), out);
+    append_normalized(text.substr(stretch.begin, stretch.end - stretch.begin), form, out);
     done = stretch.end;
-    stretch = find_stretch(text, done, properties);
+    stretch = find_stretch(text, done, form);
   }
   out += text.substr(done);
   return out;

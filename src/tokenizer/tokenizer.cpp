@@ -12,11 +12,12 @@
 #include "tokenizer/added_tokens.hpp"
 #include "tokenizer/bpe.hpp"
 #include "tokenizer/byte_alphabet.hpp"
+#include "tokenizer/detokenizer.hpp"
 #include "tokenizer/neighbour_files.hpp"
-#include "tokenizer/nfc.hpp"
+#include "tokenizer/normalizer.hpp"
+#include "tokenizer/pre_tokenizer.hpp"
 #include "tokenizer/tokenizer_file.hpp"
 #include "tokenizer/utf8.hpp"
-#include "tokenizer/word_splitter.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -36,19 +37,38 @@ std::vector<bool> tokens_from_merges(const TokenizerFile& file) {
   return is_made;
 }
 
-// What the merges can work with: tokens that are spelled in the byte-level alphabet.
+// What the merges can work with: in a byte-level model, tokens that are spelled in its alphabet.
 std::vector<std::string> model_token_bytes(const TokenizerFile& file) {
   std::vector<std::string> bytes(file.model_vocabulary_size);
   for (std::size_t id = 0; id < bytes.size(); ++id) {
-    bytes[id] = unspell_bytes(file.vocabulary[id]).value_or("");
+    const std::string& spelled = file.vocabulary[id];
+    bytes[id] = file.is_byte_level() ? unspell_bytes(spelled).value_or("") : spelled;
   }
   return bytes;
 }
 
 // The form in which an added token is looked for in text.
-std::string form_in_text(const AddedToken& token, bool normalize_nfc) {
-  if (!token.normalized || !normalize_nfc) return token.content;
-  return to_nfc(token.content).value_or(token.content);
+std::string form_in_text(const AddedToken& token, const std::vector<NormalizerStep>& normalizer) {
+  if (!token.normalized) return token.content;
+  return normalize(normalizer, token.content).value_or(token.content);
+}
+
+// What each token is to the decoder, added tokens in the form in which they stand in text.
+std::vector<std::string> decoder_bytes(const TokenizerFile& file) {
+  std::vector<std::string> bytes;
+  for (const std::string& spelled : file.vocabulary) {
+    bytes.push_back(file.is_byte_level() ? unspell_bytes(spelled).value_or(spelled) : spelled);
+  }
+  const std::vector<bool> is_made = tokens_from_merges(file);
+  for (const AddedToken& token : file.added_tokens) {
+    // It stands for the text in which it is found, also where all of its characters are of the
+    // byte-level alphabet, as in "café". (tokenizers reads these as bytes and gives back other
+    // text.)
+    const auto id = static_cast<std::size_t>(token.id);
+    if (id < is_made.size() && is_made[id]) continue;
+    bytes[id] = form_in_text(token, file.normalizer);
+  }
+  return bytes;
 }
 
 }  // namespace
@@ -57,44 +77,37 @@ struct Tokenizer::Impl {
   Impl(std::string_view json, const std::string& name)
       : name(name),
         file(read_tokenizer_file(json, name)),
-        bpe(model_token_bytes(*file), file->merges, file->ignore_merges) {
-    for (const std::string& spelled : file->vocabulary) {
-      bytes.push_back(unspell_bytes(spelled).value_or(spelled));
-    }
-    skipped.resize(bytes.size());
+        bpe(model_token_bytes(*file), file->merges, file->ignore_merges, file->characters),
+        detokenizer(file->decoder, decoder_bytes(*file)),
+        skipped(file->vocabulary.size()) {
     add_tokens();
   }
 
   void add_tokens();
   void check_id(TokenId token, const std::string& where) const;
   void encode_raw(std::string_view text, std::vector<TokenId>& out) const;
-  void encode_normalized(std::string_view text, std::vector<TokenId>& out) const;
-  void encode_words(std::string_view text, std::vector<TokenId>& out) const;
+  void encode_normalized(std::string_view text, bool is_first, std::vector<TokenId>& out) const;
 
   std::string name;
   std::unique_ptr<const TokenizerFile> file;
   Bpe bpe;
   AddedTokenMatcher raw_tokens;         // looked for before normalization
   AddedTokenMatcher normalized_tokens;  // and after it
-  std::vector<std::string> bytes;       // by id: what decoding gives
-  std::vector<bool> skipped;            // by id: left out with skip_special_tokens
+  Detokenizer detokenizer;
+  std::vector<bool> skipped;  // by id: left out with skip_special_tokens
   std::vector<std::string> warnings;
 };
 
 void Tokenizer::Impl::add_tokens() {
-  const std::vector<bool> is_made = tokens_from_merges(*file);
   std::vector<AddedTokenMatcher::Pattern> raw, normalized;
   std::vector<std::string> special;
   for (const AddedToken& token : file->added_tokens) {
     if (token.special) special.push_back(token.content);
-    const std::string form = form_in_text(token, file->normalize_nfc);
     std::vector<AddedTokenMatcher::Pattern>& patterns = token.normalized ? normalized : raw;
-    patterns.push_back({form, token});
-    // It stands for the text in which it is found, also where all of its characters are of the
-    // byte-level alphabet, as in "café". (tokenizers reads these as bytes and gives back other
-    // text.)
-    const auto id = static_cast<std::size_t>(token.id);
-    if (id >= is_made.size() || !is_made[id]) bytes[token.id] = form;
+    patterns.push_back({form_in_text(token, file->normalizer), token});
+    require(!patterns.back().text.empty(), ErrorKind::unsupported,
+            "{}: \"added_tokens\": the \"normalizer\" leaves nothing of {}, which is not supported",
+            name, quote(token.content));
   }
   std::sort(special.begin(), special.end());
   for (const auto* patterns : {&raw, &normalized}) {
@@ -119,7 +132,7 @@ void Tokenizer::Impl::add_tokens() {
 }
 
 void Tokenizer::Impl::check_id(TokenId token, const std::string& where) const {
-  const auto size = static_cast<std::int64_t>(bytes.size());
+  const auto size = static_cast<std::int64_t>(file->vocabulary.size());
   require(token >= 0 && token < size, ErrorKind::out_of_range,
           "{}: {} must be an id from 0 to {}, found {}", name, where, size - 1, token);
 }
@@ -128,37 +141,25 @@ void Tokenizer::Impl::encode_raw(std::string_view text, std::vector<TokenId>& ou
   raw_tokens.split(
       text,
       [&](std::string_view piece) {
-        if (const auto normalized = file->normalize_nfc ? to_nfc(piece) : std::nullopt) {
-          encode_normalized(*normalized, out);
+        const bool is_first = piece.data() == text.data();
+        if (const auto normalized = normalize(file->normalizer, piece)) {
+          encode_normalized(*normalized, is_first, out);
         } else {
-          encode_normalized(piece, out);
+          encode_normalized(piece, is_first, out);
         }
       },
       [&](TokenId token) { out.push_back(token); });
 }
 
-void Tokenizer::Impl::encode_normalized(std::string_view text, std::vector<TokenId>& out) const {
+void Tokenizer::Impl::encode_normalized(std::string_view text, bool is_first,
+                                        std::vector<TokenId>& out) const {
   normalized_tokens.split(
       text,
       [&](std::string_view piece) {
-        if (file->add_prefix_space && piece[0] != ' ') {
-          encode_words(std::string(1, ' ').append(piece), out);
-        } else {
-          encode_words(piece, out);
-        }
+        file->pre_tokenizer.split(piece, is_first && piece.data() == text.data(),
+                                  [&](std::string_view word) { bpe.encode(word, out); });
       },
       [&](TokenId token) { out.push_back(token); });
-}
-
-void Tokenizer::Impl::encode_words(std::string_view text, std::vector<TokenId>& out) const {
-  if (!file->split_words) {
-    bpe.encode(text, out);
-    return;
-  }
-  WordSplitter words(text);
-  for (std::string_view word = words.next(); !word.empty(); word = words.next()) {
-    bpe.encode(word, out);
-  }
 }
 
 Tokenizer::Tokenizer(std::unique_ptr<const Impl> impl) : impl_(std::move(impl)) {}
@@ -203,24 +204,23 @@ std::vector<TokenId> Tokenizer::encode(std::string_view text, bool add_special_t
 }
 
 std::string Tokenizer::decode(std::span<const TokenId> tokens, bool skip_special_tokens) const {
-  std::string bytes;
+  Detokenizer::State state;
+  std::string text;
   for (std::size_t index = 0; index < tokens.size(); ++index) {
     const TokenId token = tokens[index];
     require(token >= 0, ErrorKind::out_of_range,
             "{}: decode() token at index {} must be an id of at least 0, found {}", impl_->name,
             index, token);
-    if (token >= vocab_size()) continue;
-    if (!skip_special_tokens || !impl_->skipped[token]) bytes += impl_->bytes[token];
+    if (token >= vocab_size() || (skip_special_tokens && impl_->skipped[token])) continue;
+    impl_->detokenizer.append(state, token, text);
   }
-  std::string text;
-  append_repaired(bytes, true, text);
-  return text;
+  return text + impl_->detokenizer.finish(state);
 }
 
 const std::vector<std::string>& Tokenizer::warnings() const noexcept { return impl_->warnings; }
 
 std::int64_t Tokenizer::vocab_size() const noexcept {
-  return static_cast<std::int64_t>(impl_->bytes.size());
+  return static_cast<std::int64_t>(impl_->file->vocabulary.size());
 }
 
 std::optional<TokenId> Tokenizer::token_to_id(std::string_view token) const {
@@ -247,27 +247,35 @@ bool Tokenizer::is_special(TokenId token) const noexcept {
 
 std::string_view Tokenizer::bytes_of(TokenId token) const {
   impl_->check_id(token, "token");
-  return impl_->bytes[token];
+  return impl_->detokenizer.bytes_of(token);
 }
 
-StreamDecoder::StreamDecoder(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special_tokens)
-    : tokenizer_(std::move(tokenizer)), skip_special_tokens_(skip_special_tokens) {}
+struct StreamDecoder::State : Detokenizer::State {};
+
+StreamDecoder::StreamDecoder(std::shared_ptr<const Tokenizer> tokenizer, bool skip_special_tokens,
+                             bool continues)
+    : tokenizer_(std::move(tokenizer)),
+      skip_special_tokens_(skip_special_tokens),
+      state_(std::make_unique<State>()) {
+  if (continues) state_->is_first = state_->is_beginning = false;
+}
+
+StreamDecoder::StreamDecoder(const StreamDecoder& other)
+    : tokenizer_(other.tokenizer_),
+      skip_special_tokens_(other.skip_special_tokens_),
+      state_(std::make_unique<State>(*other.state_)) {}
+
+StreamDecoder::StreamDecoder(StreamDecoder&&) noexcept = default;
+StreamDecoder& StreamDecoder::operator=(StreamDecoder&&) noexcept = default;
+StreamDecoder::~StreamDecoder() = default;
 
 std::string StreamDecoder::push(TokenId token) {
   if (token >= tokenizer_->vocab_size()) return {};
-  const std::string_view bytes = tokenizer_->bytes_of(token);
+  tokenizer_->impl_->check_id(token, "token");
   if (skip_special_tokens_ && tokenizer_->is_special(token)) return {};
-  pending_ += bytes;
-  std::string text;
-  pending_.erase(0, append_repaired(pending_, false, text));
-  return text;
+  return tokenizer_->impl_->detokenizer.push(*state_, token);
 }
 
-std::string StreamDecoder::finish() {
-  std::string text;
-  append_repaired(pending_, true, text);
-  pending_.clear();
-  return text;
-}
+std::string StreamDecoder::finish() { return tokenizer_->impl_->detokenizer.finish(*state_); }
 
 }  // namespace clusterfusion

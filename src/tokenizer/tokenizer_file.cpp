@@ -8,6 +8,7 @@
 #include "base/fail.hpp"
 #include "io/json.hpp"
 #include "tokenizer/byte_alphabet.hpp"
+#include "tokenizer/pipeline_file.hpp"
 
 namespace clusterfusion {
 namespace {
@@ -24,17 +25,6 @@ const Element& element_at(const JsonObject& object, const JsonValue& parent, con
   fail(ErrorKind::malformed, "{} has no key \"{}\"", parent.where(), key);
 }
 
-bool boolean_or(const JsonObject& object, std::string_view key, bool absent) {
-  const std::optional<JsonValue> value = object.find_non_null(key);
-  return value ? value->boolean() : absent;
-}
-
-[[noreturn]] void refuse(const JsonValue& value, std::string_view found,
-                         std::string_view supported) {
-  fail(ErrorKind::unsupported, "{} is {}, which is not supported; supported: {}", value.where(),
-       quote(found), supported);
-}
-
 // Reads the parts of a tokenizer.json one after the other into a TokenizerFile.
 class Reader {
  public:
@@ -43,18 +33,16 @@ class Reader {
   void read() {
     check_version();
     // "truncation" and "padding" are left over from training; transformers resets them too.
+    read_pipeline();
     read_model();
     read_added_tokens();
-    if (const auto normalizer = top_.find_non_null("normalizer")) read_normalizer(*normalizer);
-    read_pre_tokenizer();
-    read_decoder();
     if (const auto processor = top_.find_non_null("post_processor")) read_processor(*processor);
   }
 
  private:
   void check_version() const {
     const std::optional<JsonValue> version = top_.find_non_null("version");
-    if (version && version->string() != "1.0") refuse(*version, version->string(), "\"1.0\"");
+    if (version && version->string() != "1.0") refuse_value(*version, version->string(), "\"1.0\"");
   }
 
   // --- model ---
@@ -65,15 +53,19 @@ class Reader {
     check_model_type(model, value);
     check_model_options(model);
     read_vocabulary(JsonObject(model.at("vocab")), model.at("vocab").where());
-    check_alphabet(model);
+    if (file_.is_byte_level()) {
+      check_alphabet(model);
+    } else {
+      read_character_tokens(model);
+    }
     read_merges(element_at(model, value, "merges"), model.at("merges").where());
-    file_.ignore_merges = boolean_or(model, "ignore_merges", false);
+    file_.ignore_merges = flag_or(model, "ignore_merges", false);
   }
 
   // Files of old versions of tokenizers name no type; those with merges are BPE.
   static void check_model_type(const JsonObject& model, const JsonValue& value) {
     if (const std::optional<JsonValue> type = model.find("type")) {
-      if (type->string() != "BPE") refuse(*type, type->string(), "\"BPE\"");
+      if (type->string() != "BPE") refuse_value(*type, type->string(), "\"BPE\"");
       return;
     }
     require(
@@ -91,12 +83,7 @@ class Reader {
     }
     for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
       const auto affix = model.find_non_null(key);
-      if (affix && !affix->string().empty()) refuse(*affix, affix->string(), "null or \"\"");
-    }
-    const auto fallback = model.find_non_null("byte_fallback");
-    if (fallback && fallback->boolean()) {
-      fail(ErrorKind::unsupported, "{} is not supported: set it to null or false",
-           fallback->where());
+      if (affix && !affix->string().empty()) refuse_value(*affix, affix->string(), "null or \"\"");
     }
   }
 
@@ -126,18 +113,33 @@ class Reader {
          value.where(), id, quote(file_.vocabulary[id]), size - 1);
   }
 
-  // Without an unk_token tokenizers leaves out bytes that the vocabulary does not know; with one it
-  // puts that in their place. Byte-level trainers write the whole alphabet, so such files are
-  // refused.
+  // What becomes of characters that are no token.
+  void read_character_tokens(const JsonObject& model) {
+    CharacterTokens characters;
+    characters.byte_fallback = flag_or(model, "byte_fallback", false);
+    characters.fuse_unk = flag_or(model, "fuse_unk", false);
+    if (const auto unk_token = model.find_non_null("unk_token")) {
+      characters.unk = file_.ids.find(unk_token->string());
+      if (!characters.unk) unk_token->fail_expected("a token of the vocabulary");
+    }
+    file_.characters = characters;
+  }
+
+  // Without an unk_token tokenizers leaves out bytes that the vocabulary does not know; with one,
+  // or with byte_fallback, it puts that in their place. Byte-level trainers write the whole
+  // alphabet, so such files are refused.
   void check_alphabet(const JsonObject& model) const {
     const std::optional<JsonValue> unk_token = model.find_non_null("unk_token");
-    if (!unk_token) return;
+    const std::optional<JsonValue> fallback = model.find_non_null("byte_fallback");
+    const bool falls_back = fallback && fallback->boolean();
+    if (!unk_token && !falls_back) return;
+    const JsonValue& cause = unk_token ? *unk_token : *fallback;
     for (int byte = 0; byte < 256; ++byte) {
       if (file_.ids.find(spell_byte(static_cast<unsigned char>(byte)))) continue;
       fail(ErrorKind::unsupported,
            "{} is {}, but the vocabulary has no token for the byte 0x{:02X}; supported: null, or a "
            "vocabulary with a token for each of the 256 bytes",
-           unk_token->where(), quote(unk_token->string()), byte);
+           cause.where(), unk_token ? quote(unk_token->string()) : "true", byte);
     }
   }
 
@@ -232,45 +234,25 @@ class Reader {
 
   // --- normalizer, pre-tokenizer, decoder, post-processor ---
 
-  void read_normalizer(const JsonValue& value) {
-    const JsonObject normalizer(value);
-    const JsonValue type = normalizer.at("type");
-    if (type.string() == "NFC") {
-      file_.normalize_nfc = true;
-    } else if (type.string() == "Sequence") {
-      for (const JsonValue& part : normalizer.at("normalizers").array()) read_normalizer(part);
-    } else {
-      refuse(type, type.string(), "null, \"NFC\" or a \"Sequence\" of it");
+  void read_pipeline() {
+    if (const auto normalizer = top_.find_non_null("normalizer")) {
+      file_.normalizer = read_normalizer(*normalizer);
     }
-  }
-
-  // The settings of the ByteLevel that `value` is, alone or as the only member of a Sequence.
-  static JsonObject byte_level(const JsonValue& value, std::string_view sequence_key) {
-    const JsonObject object(value);
-    const JsonValue type = object.at("type");
-    if (type.string() == "ByteLevel") return object;
-    if (type.string() == "Sequence") {
-      const std::vector<JsonValue> parts = object.at(sequence_key).array();
-      if (parts.size() == 1) return byte_level(parts[0], sequence_key);
+    if (const auto pre_tokenizer = top_.find_non_null("pre_tokenizer")) {
+      file_.pre_tokenizer = read_pre_tokenizer(*pre_tokenizer);
     }
-    refuse(type, type.string(), "\"ByteLevel\" or a \"Sequence\" of one");
+    const std::optional<JsonValue> decoder = top_.find_non_null("decoder");
+    require(decoder.has_value(), ErrorKind::unsupported,
+            "{}: \"decoder\" is null or missing, which is not supported; supported: "
+            "\"ByteLevel\", or a \"Sequence\" for text that is not byte-level",
+            root_.where());
+    file_.decoder = read_decoder(*decoder);
+    require(file_.decoder.is_byte_level == file_.is_byte_level(), ErrorKind::unsupported,
+            "{}: \"pre_tokenizer\" {} \"ByteLevel\" and \"decoder\" {}, which is not supported; "
+            "supported: both or neither",
+            root_.where(), file_.is_byte_level() ? "ends with" : "is without",
+            file_.decoder.is_byte_level ? "has it" : "has not");
   }
-
-  JsonValue required_part(const char* key) const {
-    const std::optional<JsonValue> part = top_.find_non_null(key);
-    require(part.has_value(), ErrorKind::unsupported,
-            "{}: \"{}\" is null or missing, which is not supported; supported: \"ByteLevel\"",
-            root_.where(), key);
-    return *part;
-  }
-
-  void read_pre_tokenizer() {
-    const JsonObject settings = byte_level(required_part("pre_tokenizer"), "pretokenizers");
-    file_.add_prefix_space = settings.at("add_prefix_space").boolean();
-    file_.split_words = boolean_or(settings, "use_regex", true);
-  }
-
-  void read_decoder() const { byte_level(required_part("decoder"), "decoders"); }
 
   void read_processor(const JsonValue& value) {
     const JsonObject processor(value);
@@ -283,8 +265,8 @@ class Reader {
               "{}: a second TemplateProcessing is not supported; supported: one", value.where());
       read_template(processor);
     } else {
-      refuse(type, type.string(),
-             "null, \"ByteLevel\", \"TemplateProcessing\" or a \"Sequence\" of them");
+      refuse_value(type, type.string(),
+                   "null, \"ByteLevel\", \"TemplateProcessing\" or a \"Sequence\" of them");
     }
   }
 
@@ -295,7 +277,7 @@ class Reader {
       const JsonObject piece(value);
       if (const auto sequence = piece.find("Sequence")) {
         const JsonValue id = JsonObject(*sequence).at("id");
-        if (id.string() != "A") refuse(id, id.string(), "\"A\"");
+        if (id.string() != "A") refuse_value(id, id.string(), "\"A\"");
         file_.post_processing.push_back({true, {}});
       } else if (const auto special = piece.find("SpecialToken")) {
         const JsonValue id = JsonObject(*special).at("id");
@@ -322,6 +304,19 @@ class Reader {
 };
 
 }  // namespace
+
+bool TokenizerFile::adds_prefix_space() const noexcept {
+  for (const NormalizerStep& step : normalizer) {
+    if (std::holds_alternative<Prepend>(step)) return true;
+  }
+  for (const PreTokenizerStep& step : pre_tokenizer.steps()) {
+    const auto* byte_level = std::get_if<ByteLevel>(&step);
+    const auto* metaspace = std::get_if<Metaspace>(&step);
+    if (byte_level && byte_level->add_prefix_space) return true;
+    if (metaspace && metaspace->prefix != Metaspace::Prefix::never) return true;
+  }
+  return false;
+}
 
 std::unique_ptr<const TokenizerFile> read_tokenizer_file(std::string_view json,
                                                          const std::string& name) {

@@ -1,7 +1,8 @@
-// What a tokenizer.json says, checked and reduced to what byte-level BPE needs.
+// What a tokenizer.json says, checked.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -9,6 +10,9 @@
 #include "clusterfusion/model.hpp"
 #include "tokenizer/added_tokens.hpp"
 #include "tokenizer/bpe.hpp"
+#include "tokenizer/detokenizer.hpp"
+#include "tokenizer/normalizer.hpp"
+#include "tokenizer/pre_tokenizer.hpp"
 #include "tokenizer/string_table.hpp"
 
 namespace clusterfusion {
@@ -29,11 +33,16 @@ struct TokenizerFile {
   std::size_t model_vocabulary_size = 0;  // how many of them the model knows
   std::vector<Merge> merges;
   bool ignore_merges = false;
-  bool normalize_nfc = false;
-  bool add_prefix_space = false;
-  bool split_words = true;  // "use_regex"
+  std::optional<CharacterTokens> characters;  // of a model that is not byte-level
+  std::vector<NormalizerStep> normalizer;
+  PreTokenizer pre_tokenizer;
+  DecoderSpec decoder;
   std::vector<AddedToken> added_tokens;
   std::vector<TemplatePiece> post_processing;  // empty: the text's tokens alone
+
+  bool is_byte_level() const noexcept { return pre_tokenizer.is_byte_level(); }
+  // Whether a space, however it is spelled, is put before a text.
+  bool adds_prefix_space() const noexcept;
 };
 
 // Reads the text of a tokenizer.json; `name` stands for the file in messages.

@@ -31,14 +31,15 @@ class UnicodeProperties {
     return (bits_[c] & kNormalizationBase) != 0;
   }
 
-  // Below this no code point is sensitive.
-  static constexpr char32_t kFirstSensitive = 0x300;
+  // NFKC decomposes `c` where NFC does not.
+  bool is_compatibility(char32_t c) const noexcept { return (bits_[c] & kCompatibility) != 0; }
 
  private:
   static constexpr std::uint8_t kClassMask = 3;
   static constexpr std::uint8_t kWord = 4;
   static constexpr std::uint8_t kNormalizationSensitive = 8;
   static constexpr std::uint8_t kNormalizationBase = 16;
+  static constexpr std::uint8_t kCompatibility = 32;
 
   UnicodeProperties();
 

@@ -54,7 +54,7 @@ def options_in_help(command: str) -> dict[str, str]:
 
 @needs_bash
 def test_commands(script):
-    assert set(complete(script, "")) == {*COMMANDS, "serve", "-h", "--help", "--version"}
+    assert set(complete(script, "")) == {*COMMANDS, "serve", "chat", "-h", "--help", "--version"}
     assert complete(script, "gen") == ["generate"]
     assert complete(script, "--v") == ["--version"]
     assert complete(script, "nothing") == []

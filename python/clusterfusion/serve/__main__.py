@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterfusion import Engine
+from clusterfusion._command_line import about, number
 
 _LONGEST_SECONDS = 365 * 24 * 3600
 _EXAMPLE = """\
@@ -60,15 +61,10 @@ def _serve(options: argparse.Namespace) -> int:
         return 1
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    logging.info("%s", _about(engine))
+    logging.info("%s", about(engine))
     logging.info("serving %s on http://%s:%d", app.state.service.model_names[0], shown, port)
     Server(app, settings).run(sockets=[listener])
     return 0
-
-
-def _about(engine: Engine) -> str:
-    info = engine.info
-    return f"device: {info.device}, {info.device_description} ({info.device_reason})"
 
 
 def _engine(options: argparse.Namespace) -> Engine:
@@ -121,15 +117,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", metavar="MODEL", help="checkpoint folder, or name on the hub")
     add("--host", type=_address, default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    add("--port", type=_number(int, 0, 65535), default=8000, help="0 for any free one (8000)")
+    add("--port", type=number(int, 0, 65535), default=8000, help="0 for any free one (8000)")
     add("--served-model-name", action="append", metavar="NAME", help="what requests may call it")
     add("--chat-template", type=Path, metavar="FILE", help="Jinja template, instead of the model's")
 
     engine = parser.add_argument_group("engine").add_argument
     engine("--revision", help="of a name on the hub (main)")
     engine("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(auto)")
-    engine("--threads", type=_number(int, 0), default=0, help="CPU threads; 0 for one a core (0)")
-    engine("--context", type=_number(int, 1), help="longest context in tokens (the model's)")
+    engine("--threads", type=number(int, 0), default=0, help="CPU threads; 0 for one a core (0)")
+    engine("--context", type=number(int, 1), help="longest context in tokens (the model's)")
     engine("--kv-dtype", choices=["float32", "float16", "bfloat16"], help="type of the KV cache")
     engine(
         "--mode",
@@ -137,24 +133,24 @@ def _parser() -> argparse.ArgumentParser:
         choices=["latency", "throughput"],
         help="what a GPU is to be quick at (throughput)",
     )
-    engine("--max-sequences", type=_number(int, 1), default=256, help="texts at once (256)")
-    engine("--kv-bytes", type=_number(int, 0), default=0, help="for keys and values (what is left)")
+    engine("--max-sequences", type=number(int, 1), default=256, help="texts at once (256)")
+    engine("--kv-bytes", type=number(int, 0), default=0, help="for keys and values (what is left)")
     engine("--no-prefix-cache", action="store_true", help="share nothing between prompts")
     engine("--draft", help="who proposes tokens: none, ngram, or a smaller model (none)")
-    engine("--draft-tokens", type=_number(int, 1), default=8, help="proposed in one step (8)")
+    engine("--draft-tokens", type=number(int, 1), default=8, help="proposed in one step (8)")
 
     limits = parser.add_argument_group("limits").add_argument
-    limits("--max-waiting", type=_number(int, 0), default=2048, help="texts in the queue (2048)")
-    limits("--timeout", type=_number(float, 0), default=0, help="seconds a request; 0: any (0)")
-    limits("--body-timeout", type=_number(float, 0.1), default=30, help="s for it to arrive (30)")
-    limits("--stall-timeout", type=_number(float, 0.1), default=30, help="s without reading (30)")
+    limits("--max-waiting", type=number(int, 0), default=2048, help="texts in the queue (2048)")
+    limits("--timeout", type=number(float, 0), default=0, help="seconds a request; 0: any (0)")
+    limits("--body-timeout", type=number(float, 0.1), default=30, help="s for it to arrive (30)")
+    limits("--stall-timeout", type=number(float, 0.1), default=30, help="s without reading (30)")
     limits(
         "--grace",
-        type=_number(float, 0, _LONGEST_SECONDS),
+        type=number(float, 0, _LONGEST_SECONDS),
         default=30,
         help="seconds at the end (30)",
     )
-    limits("--max-body-bytes", type=_number(int, 1), default=8 << 20, help="of a request (8 MiB)")
+    limits("--max-body-bytes", type=number(int, 1), default=8 << 20, help="of a request (8 MiB)")
     limits("--strict", action="store_true", help="refuse fields that are not known")
 
     access = parser.add_argument_group("access and logs").add_argument
@@ -169,18 +165,6 @@ def _address(text: str) -> str:
     if not text:  # which the system would take for all of its addresses
         raise argparse.ArgumentTypeError("expected an address, found ''; 0.0.0.0 is for all")
     return text
-
-
-def _number(kind: type[int] | type[float], least: float, most: float = float("inf")) -> Any:
-    def parse(text: str) -> int | float:
-        value = kind(text)
-        if not least <= value <= most:
-            limits = f"{least} or more" if most == float("inf") else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"expected {limits}, found {text}")
-        return value
-
-    parse.__name__ = "integer" if kind is int else "number"
-    return parse
 
 
 if __name__ == "__main__":

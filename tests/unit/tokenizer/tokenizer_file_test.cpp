@@ -45,10 +45,11 @@ const std::vector<Refusal> kRefusals = {
     {"NoMerges", [](Json& json) { json["model"].erase("merges"); }, ErrorKind::malformed,
      "f.json: \"model\" has no key \"merges\""},
     {"NoPreTokenizer", [](Json& json) { json.erase("pre_tokenizer"); }, ErrorKind::unsupported,
-     "f.json: \"pre_tokenizer\" is null or missing, which is not supported; supported: "
-     "\"ByteLevel\""},
+     "f.json: \"pre_tokenizer\" is without \"ByteLevel\" and \"decoder\" has it, which is not "
+     "supported; supported: both or neither"},
     {"NoDecoder", [](Json& json) { json["decoder"] = nullptr; }, ErrorKind::unsupported,
-     "f.json: \"decoder\" is null or missing, which is not supported; supported: \"ByteLevel\""},
+     "f.json: \"decoder\" is null or missing, which is not supported; supported: \"ByteLevel\", or "
+     "a \"Sequence\" for text that is not byte-level"},
     {"NoPrefixSpace", [](Json& json) { json["pre_tokenizer"].erase("add_prefix_space"); },
      ErrorKind::malformed, "f.json: \"pre_tokenizer\" has no key \"add_prefix_space\""},
     {"Version", [](Json& json) { json["version"] = "2.0"; }, ErrorKind::unsupported,
@@ -67,21 +68,73 @@ const std::vector<Refusal> kRefusals = {
     {"Normalizer", [](Json& json) { json["normalizer"]["type"] = "Lowercase"; },
      ErrorKind::unsupported,
      "f.json: \"normalizer\": \"type\" is \"Lowercase\", which is not supported; supported: null, "
-     "\"NFC\" or a \"Sequence\" of it"},
-    {"PreTokenizer", [](Json& json) { json["pre_tokenizer"]["type"] = "Metaspace"; },
+     "\"NFC\", \"NFKC\", \"Prepend\", \"Replace\", \"Strip\" or a \"Sequence\" of them"},
+    {"PreTokenizer", [](Json& json) { json["pre_tokenizer"]["type"] = "BertPreTokenizer"; },
      ErrorKind::unsupported,
-     "f.json: \"pre_tokenizer\": \"type\" is \"Metaspace\", which is not supported; supported: "
-     "\"ByteLevel\" or a \"Sequence\" of one"},
-    {"PreTokenizerSequence",
+     "f.json: \"pre_tokenizer\": \"type\" is \"BertPreTokenizer\", which is not supported; "
+     "supported: null, \"ByteLevel\", \"Split\", \"Metaspace\", \"Digits\", \"Punctuation\", "
+     "\"WhitespaceSplit\" or a \"Sequence\" of them"},
+    {"BehindByteLevel",
      [](Json& json) {
-       json["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", Json::array()}};
+       const Json byte_level = json["pre_tokenizer"];
+       const Json digits = {{"type", "Digits"}, {"individual_digits", true}};
+       json["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", {byte_level, digits}}};
      },
      ErrorKind::unsupported,
-     "f.json: \"pre_tokenizer\": \"type\" is \"Sequence\", which is not supported; supported: "
-     "\"ByteLevel\" or a \"Sequence\" of one"},
+     "f.json: \"pre_tokenizer\": \"pretokenizers\"[1] stands behind a \"ByteLevel\", which is not "
+     "supported; supported: \"ByteLevel\" as the last"},
+    {"SplitBehavior",
+     [](Json& json) {
+       json["pre_tokenizer"] = {
+           {"type", "Split"}, {"pattern", {{"String", "a"}}}, {"behavior", "Merged"}};
+     },
+     ErrorKind::unsupported,
+     "f.json: \"pre_tokenizer\": \"behavior\" is \"Merged\", which is not supported; supported: "
+     "\"Isolated\", \"Removed\", \"Contiguous\", \"MergedWithPrevious\" or \"MergedWithNext\""},
+    {"SplitPattern",
+     [](Json& json) {
+       json["pre_tokenizer"] = {
+           {"type", "Split"}, {"pattern", {{"Glob", "a"}}}, {"behavior", "Isolated"}};
+     },
+     ErrorKind::malformed,
+     "f.json: \"pre_tokenizer\": \"pattern\" must be an object with the key \"String\" or "
+     "\"Regex\", found {\"Glob\":\"a\"}"},
+    {"SplitRegex",
+     [](Json& json) {
+       json["pre_tokenizer"] = {
+           {"type", "Split"}, {"pattern", {{"Regex", "a(?<n>b)"}}}, {"behavior", "Isolated"}};
+     },
+     ErrorKind::unsupported,
+     "f.json: \"pre_tokenizer\": \"pattern\": \"Regex\" is \"a(?<n>b)\", which is not supported: "
+     "at "
+     "byte 3 there is a group of a kind that is not known here; supported: what Oniguruma and "
+     "PCRE2 "
+     "have in common, without captures by name or number"},
+    {"DecoderOrder",
+     [](Json& json) {
+       json["pre_tokenizer"] = nullptr;
+       json["decoder"] = {
+           {"type", "Sequence"},
+           {"decoders",
+            {{{"type", "Fuse"}},
+             {{"type", "Replace"}, {"pattern", {{"String", "_"}}}, {"content", " "}}}}};
+     },
+     ErrorKind::unsupported,
+     "f.json: \"decoder\": \"decoders\"[1]: \"Replace\" behind what stands before it is not "
+     "supported; supported: \"ByteLevel\" alone, or \"Replace\", \"Metaspace\" and \"Strip\", then "
+     "\"ByteFallback\", then \"Fuse\", then \"Strip\""},
+    {"UnknownTokenOfNoVocabulary",
+     [](Json& json) {
+       json["pre_tokenizer"] = nullptr;
+       json["decoder"] = {{"type", "Fuse"}};
+       json["model"]["unk_token"] = "?";
+     },
+     ErrorKind::malformed,
+     "f.json: \"model\": \"unk_token\" must be a token of the vocabulary, found \"?\""},
     {"Decoder", [](Json& json) { json["decoder"]["type"] = "WordPiece"; }, ErrorKind::unsupported,
      "f.json: \"decoder\": \"type\" is \"WordPiece\", which is not supported; supported: "
-     "\"ByteLevel\" or a \"Sequence\" of one"},
+     "\"ByteLevel\", \"Replace\", \"Metaspace\", \"Strip\", \"ByteFallback\", \"Fuse\" or a "
+     "\"Sequence\" of them"},
     {"PostProcessor", [](Json& json) { json["post_processor"]["type"] = "BertProcessing"; },
      ErrorKind::unsupported,
      "f.json: \"post_processor\": \"type\" is \"BertProcessing\", which is not supported; "
@@ -98,7 +151,8 @@ const std::vector<Refusal> kRefusals = {
      "null or \"\""},
     {"ByteFallback", [](Json& json) { json["model"]["byte_fallback"] = true; },
      ErrorKind::unsupported,
-     "f.json: \"model\": \"byte_fallback\" is not supported: set it to null or false"},
+     "f.json: \"model\": \"byte_fallback\" is true, but the vocabulary has no token for the byte "
+     "0x00; supported: null, or a vocabulary with a token for each of the 256 bytes"},
     {"UnknownToken", [](Json& json) { json["model"]["unk_token"] = "a"; }, ErrorKind::unsupported,
      "f.json: \"model\": \"unk_token\" is \"a\", but the vocabulary has no token for the byte "
      "0x00; "

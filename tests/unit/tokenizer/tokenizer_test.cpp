@@ -145,6 +145,56 @@ TEST(StreamDecoder, HoldsBackUnfinishedCharacters) {
   EXPECT_EQ(decoder.finish(), "");
 }
 
+// Llama 2's kind: 0 "<unk>", 1 "▁", 2 "a", 3 "▁a", 4 and 5 the bytes of "é".
+nlohmann::json character_tokenizer() {
+  nlohmann::json json = small_tokenizer();
+  const nlohmann::json vocab = {{"<unk>", 0}, {"▁", 1},      {"a", 2},
+                                {"▁a", 3},    {"<0xC3>", 4}, {"<0xA9>", 5}};
+  const nlohmann::json replace = {
+      {"type", "Replace"}, {"pattern", {{"String", "▁"}}}, {"content", " "}};
+  const nlohmann::json strip = {{"type", "Strip"}, {"content", " "}, {"start", 1}, {"stop", 0}};
+  json["added_tokens"] = nlohmann::json::array();
+  json["normalizer"] = {{"type", "Replace"}, {"pattern", {{"String", " "}}}, {"content", "▁"}};
+  json["pre_tokenizer"] = nullptr;
+  json["decoder"] = {
+      {"type", "Sequence"},
+      {"decoders", {replace, {{"type", "ByteFallback"}}, {{"type", "Fuse"}}, strip}}};
+  json["model"] = {{"type", "BPE"},         {"unk_token", "<unk>"}, {"fuse_unk", true},
+                   {"byte_fallback", true}, {"vocab", vocab},       {"merges", {"▁ a"}}};
+  return json;
+}
+
+TEST(Tokenizer, FallsBackToBytesAndToTheUnknownToken) {
+  const auto tokenizer = parse(character_tokenizer());
+  EXPECT_THAT(tokenizer->encode(" aa\u00E9zz\u00E9"), ElementsAre(3, 2, 4, 5, 4, 5, 0));
+  EXPECT_EQ(tokenizer->decode(std::vector<TokenId>{3, 3, 4, 5, 2}), "a a\u00E9a");
+}
+
+// One broken byte makes U+FFFD of each byte of its run, as in tokenizers.
+TEST(StreamDecoder, HoldsBackRunsOfBytes) {
+  StreamDecoder decoder(parse(character_tokenizer()));
+  EXPECT_EQ(decoder.push(3), "a");
+  EXPECT_EQ(decoder.push(4), "");
+  EXPECT_EQ(decoder.push(5), "");
+  EXPECT_EQ(decoder.push(3), "\u00E9 a");
+  EXPECT_EQ(decoder.push(4), "");
+  EXPECT_EQ(decoder.push(5), "");
+  EXPECT_EQ(decoder.push(5), "");
+  EXPECT_EQ(decoder.push(2), "\uFFFD\uFFFD\uFFFDa");
+  EXPECT_EQ(decoder.push(4), "");
+  EXPECT_EQ(decoder.finish(), "\uFFFD");
+}
+
+TEST(StreamDecoder, LeavesOutTheSpaceAtTheBeginningOfATextAlone) {
+  StreamDecoder begins(parse(character_tokenizer()));
+  EXPECT_EQ(begins.push(1), "");
+  EXPECT_EQ(begins.push(3), " a");
+  StreamDecoder continues(parse(character_tokenizer()), true, true);
+  begins = continues;
+  EXPECT_EQ(begins.push(3), " a");
+  EXPECT_EQ(continues.push(3), " a");
+}
+
 TEST(StreamDecoder, EqualsDecodeOnRandomTokens) {
   if (!std::filesystem::exists(kGptNeoX)) GTEST_SKIP() << kGptNeoX << " is missing";
   const auto tokenizer = Tokenizer::open(kGptNeoX);

@@ -4,6 +4,8 @@
 //   tokenizer_tool FILE tokens     strings -> ids, without
 //   tokenizer_tool FILE decode     ids -> strings, special tokens left out
 //   tokenizer_tool FILE all        ids -> strings, special tokens kept
+//   tokenizer_tool FILE stream     as decode, token by token
+//   tokenizer_tool FILE stream-all as all, token by token
 //   tokenizer_tool FILE time N     strings -> N times the CPU seconds of encoding them all, as
 //   float64
 //
@@ -53,6 +55,14 @@ std::optional<List> read_list() {
   return list;
 }
 
+std::string streamed(const std::shared_ptr<const Tokenizer>& tokenizer,
+                     const std::vector<TokenId>& tokens, bool skip_special_tokens) {
+  clusterfusion::StreamDecoder decoder(tokenizer, skip_special_tokens);
+  std::string text;
+  for (const TokenId token : tokens) text += decoder.push(token);
+  return text + decoder.finish();
+}
+
 double seconds_to_encode(const Tokenizer& tokenizer, const std::vector<std::string>& texts) {
   const std::clock_t start = std::clock();
   std::size_t tokens = 0;
@@ -80,10 +90,15 @@ int run(const std::string& file, std::string_view mode, int repeats) {
     while (const auto tokens = read_list<std::vector<TokenId>>()) {
       write_list(tokenizer->decode(*tokens, mode == "decode"));
     }
+  } else if (mode == "stream" || mode == "stream-all") {
+    while (const auto tokens = read_list<std::vector<TokenId>>()) {
+      write_list(streamed(tokenizer, *tokens, mode == "stream"));
+    }
   } else if (mode == "time" && repeats > 0) {
     time_encoding(*tokenizer, repeats);
   } else {
-    throw std::runtime_error("MODE must be encode, tokens, decode, all or time N");
+    throw std::runtime_error(
+        "MODE must be encode, tokens, decode, all, stream, stream-all or time N");
   }
   return 0;
 }
@@ -92,7 +107,8 @@ int run(const std::string& file, std::string_view mode, int repeats) {
 
 int main(int argc, char** argv) {
   if (argc < 3) {
-    std::fputs("usage: tokenizer_tool FILE encode|tokens|decode|all|time [N]\n", stderr);
+    std::fputs("usage: tokenizer_tool FILE encode|tokens|decode|all|stream|stream-all|time [N]\n",
+               stderr);
     return 2;
   }
   try {
