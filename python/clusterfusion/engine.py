@@ -371,7 +371,8 @@ class Engine:
         """Saves keys and values of a prompt's beginning to a file: a long prompt is read once.
 
         Whole pages of 64 tokens are saved. The prompt is read as :meth:`generate` reads it, unless
-        the prefix cache has it already. The file appears whole or not at all, in the place of one that was there.
+        the prefix cache has it already. The file appears whole or not at all, in the place of one
+        that was there.
 
         Args:
             prompt: A text or token ids.
