@@ -291,9 +291,10 @@ class Engine {
 
   // Saves keys and values of a prompt's beginning to a file, so that a long prompt is read once:
   // whole pages of 64 positions. Reads the prompt as start() does, unless the prefix cache has it.
-  // The file appears whole or not at all, in the place of what was there. Returns for how many tokens it stands.
-  // Errors: invalid_argument (a prompt too short to save, no prefix cache, interventions),
-  // out_of_range (a token), out_of_memory, and not_found, permission_denied or io of the file.
+  // The file appears whole or not at all, in the place of what was there. Returns for how many
+  // tokens it stands. Errors: invalid_argument (a prompt too short to save, no prefix cache,
+  // interventions), out_of_range (a token), out_of_memory, and not_found, permission_denied or io
+  // of the file.
   virtual std::int64_t save_prompt_cache(std::span<const TokenId> prompt,
                                          const std::filesystem::path& file) = 0;
   // Puts them into the prefix cache, where all texts that begin with their tokens find them until

@@ -152,6 +152,14 @@ PrefillOutput output_of_piece(const PrefillOutput& output, std::int64_t hidden_s
   return piece;
 }
 
+std::int64_t kv_pages_in(std::int64_t bytes, std::int64_t page_bytes) {
+  require(bytes >= page_bytes, ErrorKind::invalid_argument,
+          "kv_bytes is {}, and a page of the KV cache, {} positions, takes {}; give at least that, "
+          "or 0 for most of the memory that is left",
+          bytes, kKvPagePositions, page_bytes);
+  return bytes / page_bytes;
+}
+
 std::int64_t longest_context(const ModelConfig& config, std::int64_t wanted) {
   require(wanted >= 0 && wanted <= config.max_positions, ErrorKind::invalid_argument,
           "max_positions must be 0 (the model's {}) to {}, but is {}", config.max_positions,

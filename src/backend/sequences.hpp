@@ -186,6 +186,9 @@ void prefill_in_pieces(BackendSequence& sequence, std::span<const TokenId> token
   }
 }
 
+// Whole pages in the KV cache's bytes. Errors: invalid_argument if there is none.
+std::int64_t kv_pages_in(std::int64_t bytes, std::int64_t page_bytes);
+
 // The longest context of a sequence, from BackendOptions::max_positions. Errors: invalid_argument.
 std::int64_t longest_context(const ModelConfig& config, std::int64_t wanted);
 

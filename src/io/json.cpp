@@ -28,6 +28,36 @@ std::string printable(std::string_view text) {
 
 constexpr std::string_view kByteOrderMark = "\xEF\xBB\xBF";
 
+bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// The same document with its longest integers as floating-point numbers: simdjson reads no integer
+// beyond 64 bits, and transformers writes 10^30 for a tokenizer without a limit.
+std::string with_long_integers_as_floats(std::string_view text) {
+  constexpr std::size_t kDigits = 18;  // that always fit
+  std::string result;
+  bool in_string = false;
+  for (std::size_t i = 0; i < text.size();) {
+    if (in_string || !is_digit(text[i])) {
+      if (text[i] == '"') in_string = !in_string;
+      const std::size_t count = in_string && text[i] == '\\' ? 2 : 1;
+      result += text.substr(i, count);
+      i += count;
+      continue;
+    }
+    // A whole number, with the digits of its fraction and exponent.
+    const std::size_t begin = i;
+    while (i < text.size() && is_digit(text[i])) ++i;
+    const bool is_long = i - begin > kDigits;
+    const bool goes_on = i < text.size() && (text[i] == '.' || text[i] == 'e' || text[i] == 'E');
+    while (goes_on && i < text.size() &&
+           std::string_view("0123456789.eE+-").find(text[i]) != std::string_view::npos)
+      ++i;
+    result += text.substr(begin, i - begin);
+    if (is_long && !goes_on) result += "e0";
+  }
+  return result;
+}
+
 // As PowerShell writes text.
 bool is_utf16(std::string_view text) {
   return text.starts_with("\xFF\xFE") || text.starts_with("\xFE\xFF");
@@ -158,8 +188,12 @@ JsonValue JsonObject::value_of(const Member& member) const {
 
 JsonDocument::JsonDocument(std::string_view text, std::string file) : file_(std::move(file)) {
   if (text.starts_with(kByteOrderMark)) text.remove_prefix(kByteOrderMark.size());
-  const simdjson::padded_string padded(text);
-  const simdjson::error_code error = parser_.parse(padded).get(root_);
+  simdjson::error_code error = parser_.parse(simdjson::padded_string(text)).get(root_);
+  if (error) {
+    const std::string readable = with_long_integers_as_floats(text);
+    if (readable.size() != text.size())
+      error = parser_.parse(simdjson::padded_string(readable)).get(root_);
+  }
   if (error) fail_broken(text, file_, error);
 }
 

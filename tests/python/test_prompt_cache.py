@@ -93,8 +93,9 @@ def test_what_does_not_fit_is_refused(folder, tmp_path):
     other = checkpoint(tmp_path / "other", 6)
     with pytest.raises(ValueError, match=r"expected keys and values of the model in .*found those"):
         Engine(other).load_prompt_cache(file)
-    with pytest.raises(ValueError, match=r'of type "float16".*found "float32"'):
-        Engine(folder, kv_dtype="float16").load_prompt_cache(file)
+    if engine.info.device == "cpu":  # a GPU has one type for them
+        with pytest.raises(ValueError, match=r'of type "float16".*found "float32"'):
+            Engine(folder, kv_dtype="float16").load_prompt_cache(file)
     with pytest.raises(ValueError, match="of its 128 tokens, token 0 is"):
         engine.load_prompt_cache(file, prompt_of(130, 2))
     with pytest.raises(ValueError, match="ends after 100 of them"):

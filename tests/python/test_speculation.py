@@ -54,10 +54,13 @@ def test_a_draft_changes_no_text(demo_model, draft):
         streamed = drafted.stream(PROMPT, **options)
         assert "".join(event.text for event in streamed) == alone.text
         assert alone.statistics.draft_steps == 0
-        assert alone.statistics.decode_steps == len(alone.tokens) - 1
+        # A burst may go on behind the end of a text.
+        assert alone.statistics.decode_steps >= len(alone.tokens) - 1
         statistics = text.statistics
         assert statistics.draft_accepted <= statistics.draft_proposed
-        assert statistics.draft_steps <= statistics.decode_steps < len(text.tokens)
+        assert statistics.draft_steps <= statistics.decode_steps
+        if text.finish_reason == "token_limit":
+            assert statistics.decode_steps < len(text.tokens)
 
 
 def test_other_tokens_are_refused_by_name(demo_model, stranger):

@@ -58,11 +58,7 @@ std::int64_t kv_pages(std::int64_t bytes, std::int64_t max_positions, std::int64
   if (bytes == 0) {
     return std::max(available_memory() / 2 / page_bytes, kv_pages_of(max_positions));
   }
-  require(bytes >= page_bytes, ErrorKind::invalid_argument,
-          "kv_bytes is {}, and a page of the KV cache, {} positions, takes {}; give at least that, "
-          "or 0 for half of the memory that is left",
-          bytes, kKvPagePositions, page_bytes);
-  return bytes / page_bytes;
+  return kv_pages_in(bytes, page_bytes);
 }
 
 class CpuBackend final : public Backend {

@@ -391,11 +391,7 @@ class CudaBackend final : public Backend {
       check(cudaMemGetInfo(&free, &total), "asking for free memory");
       return static_cast<std::int64_t>(free) / 10 * 9 / page_bytes;
     }
-    require(bytes >= page_bytes, ErrorKind::invalid_argument,
-            "kv_bytes: expected at least {}, one page of {} positions, or 0 for nine tenths of the "
-            "memory that is left; found {}",
-            page_bytes, kKvPagePositions, bytes);
-    return bytes / page_bytes;
+    return kv_pages_in(bytes, page_bytes);
   }
 
   // Replaces a page that others have too by a copy.

@@ -27,6 +27,23 @@ TEST(JsonDocument, ReadsEveryKindOfValue) {
   EXPECT_EQ(root.members().size(), 6U);
 }
 
+// As transformers writes the length limit of a tokenizer that has none.
+TEST(JsonDocument, ReadsIntegersOfAnyLength) {
+  const JsonDocument document(
+      R"({"n": 1000000000000000019884624838656, "m": -9223372036854775809, "s": "12345678901234567890\\\"",
+          "f": 12345678901234567890.5e-3, "l": [99999999999999999999], "i": 7})",
+      "file");
+  const JsonObject root(document.root());
+  EXPECT_EQ(root.at("n").number({0, 1e31}), 1e30);
+  EXPECT_EQ(root.at("m").number({-1e20, 0}), -9223372036854775809.0);
+  EXPECT_EQ(root.at("s").string(), "12345678901234567890\\\"");
+  EXPECT_EQ(root.at("f").number(), 12345678901234567.8905);
+  EXPECT_EQ(root.at("l").array()[0].number(), 1e20);
+  EXPECT_EQ(root.at("i").integer(), 7);
+  expect_error(ErrorKind::malformed, {"file: \"n\" must be an integer"},
+               [&] { root.at("n").integer(); });
+}
+
 TEST(JsonDocument, SaysWhereJsonIsBroken) {
   const auto parse = [](std::string_view text) { JsonDocument(text, "dir/config.json"); };
   expect_error(ErrorKind::malformed, {"dir/config.json", "line 3, column 7"},

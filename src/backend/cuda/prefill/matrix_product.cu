@@ -65,13 +65,13 @@ struct Candidate {
     if (stages() < 2) return 1e300;
     constexpr double kProductsPerCycle = 1860, kBytesPerCycle = 58, kLatency = 2000, kFixed = 5000;
     // A chain of sums has to wait for each before the next.
-    constexpr double kChain = Shape::kParts == 1 ? 340 : 410;
+    const double chain = product.rows <= kFewRows ? 250 : Shape::kParts == 1 ? 340 : 410;
     const double multiplying = static_cast<double>(Shape::kRows) * Shape::kColumns *
                                products::kStepColumns / kProductsPerCycle;
     const double copying = static_cast<double>(stage_bytes()) / kBytesPerCycle;
     const std::int64_t waves = tiles_of(blocks(), static_cast<int>(machine.multiprocessors));
     return static_cast<double>(waves) * static_cast<double>(steps()) *
-               std::max({multiplying, copying, kChain, kLatency / static_cast<double>(stages())}) +
+               std::max({multiplying, copying, chain, kLatency / static_cast<double>(stages())}) +
            kFixed + Shape::kRows * Shape::kColumns / 12.0;
   }
 };
