@@ -133,7 +133,7 @@ def gpu_tables(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def prefill_table() -> str:
     """Prompts on the GPU beside transformers."""
-    result = load("prefill_h100.json")
+    result = load("prefill_h200.json")
     if result is None:
         return ""
     (ours,) = (m["prompts"] for m in result["models"] if m["model"] == COMPARED)
@@ -143,7 +143,7 @@ def prefill_table() -> str:
         return f"{row['ms']:.2f} ({row['low']:.2f} to {row['high']:.2f})" if row else NOT_MEASURED
 
     lines = [
-        [f"{COMPARED} on H100, ms to the first token", *(f"{r['tokens']} tokens" for r in ours)],
+        [f"{COMPARED} on H200, ms to the first token", *(f"{r['tokens']} tokens" for r in ours)],
         ["**ClusterFusion**", *(cell(row) for row in ours)],
         ["transformers", *(cell(theirs.get(row["tokens"])) for row in ours)],
     ]
