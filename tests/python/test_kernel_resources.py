@@ -133,6 +133,15 @@ def test_products_of_more_rows_spill_nothing(nvcc, tmp_path):
 
 
 @pytest.mark.parametrize("arch", DECODE_SPILLS)
+def test_products_of_prompts_spill_nothing(nvcc, tmp_path, arch):
+    source = (CUDA / "prefill" / "matrix_product.cu").relative_to(ROOT / "src")
+    (tmp_path / "instance.cu").write_text(f'#include "{source}"\n')
+    spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
+    assert spilled
+    assert not any(spilled)
+
+
+@pytest.mark.parametrize("arch", DECODE_SPILLS)
 def test_plain_layer_kernels_spill_nothing(nvcc, tmp_path, arch):
     (tmp_path / "instance.cu").write_text(f'#include "{PLAIN_LAYER.relative_to(ROOT / "src")}"\n')
     spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)

@@ -129,6 +129,7 @@ TEST(Scheduler, StreamsDoNotStallForPromptsOfOthers) {
     SCOPED_TRACE(any_pieces);
     GatedEngine gated([&](FakeState& state) {
       state.info.any_pieces = any_pieces;
+      state.info.decodes_as_prefills = any_pieces;
       state.info.prefill_chunk = any_pieces ? 512 : 8;
       state.info.decode_ahead = 16;
       state.step_seconds = 0.010;
@@ -157,6 +158,7 @@ TEST(Scheduler, StreamsDoNotStallForPromptsOfOthers) {
 void pack(FakeState& state) {
   state.info.packs_prompts = true;
   state.info.any_pieces = true;
+  state.info.decodes_as_prefills = true;
   state.info.prefill_chunk = 64;
 }
 
@@ -244,6 +246,7 @@ TEST(Scheduler, PreemptsTheYoungestAndComputesItAgain) {
     GatedEngine gated(
         [&](FakeState& state) {
           state.info.any_pieces = any_pieces;
+          state.info.decodes_as_prefills = any_pieces;
           state.info.kv_pages = 5;
           state.info.decode_ahead = 4;
         },
@@ -339,6 +342,7 @@ TEST(Scheduler, OtherCallsComeBetweenBursts) {
 TEST(PrefixHits, OfWholePagesWhereAnyPiecesHaveTheSameBits) {
   GatedEngine gated([](FakeState& state) {
     state.info.any_pieces = true;
+    state.info.decodes_as_prefills = true;
     state.info.prefill_chunk = 512;
     state.info.prefix_granularity = 64;
   });
@@ -369,6 +373,25 @@ TEST(PrefixHits, OfWholePagesWhereAnyPiecesHaveTheSameBits) {
   EXPECT_EQ(statistics.kv_pages_in_use, statistics.kv_pages_cached);
 }
 
+TEST(PrefixHits, OfPromptsAloneWhereDecodingGivesOtherBits) {
+  GatedEngine gated([](FakeState& state) {
+    state.info.any_pieces = true;
+    state.info.prefill_chunk = 512;
+    state.info.prefix_granularity = 64;
+  });
+  gated.go();
+  GenerateRequest request = request_of(1, 130, 70);
+  const GenerateResult first = gated.engine().generate(request);
+  EXPECT_EQ(first.tokens, alone(request));
+  EXPECT_EQ(gated.engine().generate(request).statistics.prefix_hit_tokens, 128);
+  request.prompt_tokens.insert(request.prompt_tokens.end(), first.tokens.begin(),
+                               first.tokens.end());
+  const GenerateResult longer = gated.engine().generate(request);
+  EXPECT_EQ(longer.tokens, alone(request));
+  EXPECT_EQ(longer.statistics.prefix_hit_tokens, 128);
+  EXPECT_THAT(gated.state().prefill_sizes, ElementsAre(130, 2, 72));
+}
+
 TEST(PrefixHits, OfWholePiecesElsewhere) {
   GatedEngine gated([](FakeState& state) {
     state.info.prefill_chunk = 128;
@@ -391,6 +414,7 @@ TEST(PrefixHits, OfWholePiecesElsewhere) {
 TEST(PrefixHits, NoneWithoutTheOptionOrTheMemory) {
   const auto set = [](FakeState& state) {
     state.info.any_pieces = true;
+    state.info.decodes_as_prefills = true;
     state.info.prefill_chunk = 512;
     state.info.prefix_granularity = 64;
     state.info.kv_pages = 5;
@@ -414,6 +438,7 @@ TEST(Samples, ShareOnePromptAndEqualRequestsOfTheirSeeds) {
     SCOPED_TRACE(any_pieces);
     GatedEngine gated([&](FakeState& state) {
       state.info.any_pieces = any_pieces;
+      state.info.decodes_as_prefills = any_pieces;
       state.info.prefill_chunk = 100;
     });
     gated.go();
@@ -446,6 +471,7 @@ TEST(Samples, MoreThanThereArePlacesOrPages) {
         [&](FakeState& state) {
           state.info.kv_pages = kv_pages;
           state.info.any_pieces = true;
+          state.info.decodes_as_prefills = true;
           state.info.prefix_granularity = 64;
         },
         {.max_sequences = 3});
@@ -481,6 +507,7 @@ std::vector<SteeringVector> some_steering(const Engine& engine, float value) {
 TEST(Scheduler, PagesOfSteeredTextsStayOutOfTheCache) {
   GatedEngine gated([](FakeState& state) {
     state.info.any_pieces = true;
+    state.info.decodes_as_prefills = true;
     state.info.prefix_granularity = kKvPagePositions;
     state.info.prefill_chunk = 64;
   });
@@ -520,6 +547,7 @@ TEST(Scheduler, SamplesOfASteeredPromptShareItsPages) {
 TEST(Scheduler, PreemptedTextsKeepTheirInterventions) {
   GatedEngine gated([](FakeState& state) {
     state.info.any_pieces = true;
+    state.info.decodes_as_prefills = true;
     state.info.prefill_chunk = 64;
     state.info.kv_pages = 4;
   });

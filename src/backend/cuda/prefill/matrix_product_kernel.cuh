@@ -155,11 +155,20 @@ class Producer {
   }
 
  private:
+  // Multicast is what sm_90a is made for; elsewhere each block brings all shares for itself.
   __device__ __forceinline__ void copy_input(int stage, TilePlace at, int step) const {
+    const std::uint32_t input = stages_ + stage * p.stage_bytes, full = full_ + 8 * stage;
+    const int share_bytes = p.share_rows * kRowBytes, column = step * kStepColumns;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
     const auto share = static_cast<int>(cluster_rank());
-    const std::uint32_t target = stages_ + stage * p.stage_bytes + share * p.share_rows * kRowBytes;
-    const int column = step * kStepColumns, row = at.row + share * p.share_rows;
-    tensor_copy_to_blocks(target, p.x, column, row, full_ + 8 * stage, (1 << Shape::kCluster) - 1);
+    tensor_copy_to_blocks(input + share * share_bytes, p.x, column, at.row + share * p.share_rows,
+                          full, (1 << Shape::kCluster) - 1);
+#else
+#pragma unroll
+    for (int share = 0; share < Shape::kCluster; ++share)
+      tensor_copy_to_shared(input + share * share_bytes, p.x, column, at.row + share * p.share_rows,
+                            full);
+#endif
   }
   __device__ __forceinline__ void copy_weights(int stage, TilePlace at, int step) const {
     tensor_copy_to_shared(stages_ + stage * p.stage_bytes + p.input_bytes, p.weight,
@@ -517,7 +526,8 @@ __device__ __forceinline__ void prepare_ring(Ring& ring, int stages) {
 }
 
 template <typename T, typename Shape, ProductUnit kUnit>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kGroups == 2 ? 1 : 2)
+__global__ void __launch_bounds__(Shape::kThreads,
+                                  Shape::kGroups == 2 || Shape::kColumns >= 128 ? 1 : 2)
     multiply(const __grid_constant__ ProductParams p) {
 // Warpgroups multiply on sm_90a alone.
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
