@@ -32,6 +32,9 @@ class Reader {
 
   void read() {
     check_version();
+    // What another kind of tokenizer has elsewhere is nobody's business.
+    const JsonValue model = top_.at("model");
+    check_model_type(JsonObject(model), model);
     // "truncation" and "padding" are left over from training; transformers resets them too.
     read_pipeline();
     read_model();
@@ -50,7 +53,6 @@ class Reader {
   void read_model() {
     const JsonValue value = top_.at("model");
     const JsonObject model(value);
-    check_model_type(model, value);
     check_model_options(model);
     read_vocabulary(JsonObject(model.at("vocab")), model.at("vocab").where());
     if (file_.is_byte_level()) {
