@@ -18,10 +18,11 @@
 // first; then the youngest active sequence is preempted: its pages go, its tokens stay. The last
 // one is never preempted, so that somebody always comes to an end.
 //
-// Recomputing gives the same text bit for bit. Where any pieces have the same bits
-// (BackendInfo::any_pieces) the prompt and the tokens behind it are prefilled together. Elsewhere
-// the prompt is prefilled in its own pieces, and the tokens are decoded again, as they were the
-// first time: they depend on the request alone, so they come out the same, which is checked.
+// Recomputing gives the same text bit for bit. Where decoding gives the bits of prefilling
+// (BackendInfo::decodes_as_prefills) the prompt and the tokens behind it are prefilled together.
+// Elsewhere the prompt is prefilled in its own pieces, and the tokens are decoded again, as they
+// were the first time: they depend on the request alone, so they come out the same, which is
+// checked.
 //
 // Errors. One that concerns a single sequence (non_finite, invalid_argument) ends its caller's
 // sequences and no others': a batch that fails is tried again one by one. Others end all that took
