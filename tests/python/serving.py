@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from serve_load import Process
 
 
 @dataclass
@@ -66,15 +67,10 @@ class Served:
         names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
         return sum(value for name, value in self.figures().items() if name.startswith(names))
 
-    def memory(self) -> int:
-        """Bytes that the process has resident."""
-        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        return pages * 4096
-
-    def num_sockets(self) -> int:
-        folder = Path(f"/proc/{self.process.pid}/fd")
-        links = [path.readlink() for path in folder.iterdir()]
-        return sum(str(link).startswith("socket:") for link in links)
+    @property
+    def resources(self) -> Process:
+        """What the process takes."""
+        return Process(self.process.pid, self.port)
 
 
 @contextlib.contextmanager

@@ -142,7 +142,7 @@ def test_a_reader_that_stalls_is_cut(served):
         post = served.client.post
         for answer in pool.map(lambda _: post("/v1/completions", content=body), range(2)):
             assert answer.text.endswith("data: [DONE]\n\n")
-    before = served.memory()
+    before = served.resources.memory()
     connections = [raw_connection(served.port, receive_buffer=4096) for _ in range(2)]
     for number, connection in enumerate(connections):
         data = request_bytes("/v1/completions", body)
@@ -153,7 +153,7 @@ def test_a_reader_that_stalls_is_cut(served):
             assert not read_all(connection).endswith(b"0\r\n\r\n")
         connection.close()
     assert served.running() == 0
-    assert served.memory() - before < 60 << 20
+    assert served.resources.memory() - before < 60 << 20
 
 
 def test_a_slow_reader_gets_its_text(served, demo_model):
@@ -224,10 +224,10 @@ def test_a_request_that_never_ends_is_cut(served, sent):
 
 
 def test_idle_connections_do_not_stay(served):
-    before = served.num_sockets()
+    before = served.resources.num_sockets()
     connections = [raw_connection(served.port) for _ in range(50)]
-    wait_for(lambda: served.num_sockets() >= before + 50)
-    wait_for(lambda: served.num_sockets() <= before + 1)
+    wait_for(lambda: served.resources.num_sockets() >= before + 50)
+    wait_for(lambda: served.resources.num_sockets() <= before + 1)
     for connection in connections:
         connection.close()
 
