@@ -4,6 +4,10 @@ import os
 import signal
 from pathlib import Path
 
+# Before anything imports NumPy, for the processes that tests start as well: on the small matrices
+# of the float64 models, the threads of its BLAS spend most of their time on waiting.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import clusterfusion
 import pytest
 

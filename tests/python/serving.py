@@ -16,6 +16,9 @@ from typing import Any
 import httpx
 from serve_load import Process
 
+# For what must come, but may take its time on a busy machine.
+PATIENCE_SECONDS = 300
+
 
 @dataclass
 class Served:
@@ -27,7 +30,7 @@ class Served:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=120)
+        self.client = httpx.Client(base_url=self.url, timeout=PATIENCE_SECONDS)
 
     @property
     def url(self) -> str:
@@ -88,7 +91,7 @@ def serving(model: Path, folder: Path, *options: object) -> Iterator[Served]:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(60)
+                process.wait(PATIENCE_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
         print(log.read_text()[-4000:])
@@ -109,12 +112,15 @@ def _port(process: subprocess.Popen, log: Path) -> int:
 
 def _accepts(port: int) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=10).status_code == 200
+        return (
+            httpx.get(f"http://127.0.0.1:{port}/health", timeout=PATIENCE_SECONDS).status_code
+            == 200
+        )
     except httpx.TransportError:
         return False
 
 
-def wait_for(find: Any, seconds: float = 60) -> Any:
+def wait_for(find: Any, seconds: float = PATIENCE_SECONDS) -> Any:
     """Calls `find` until it gives something true."""
     end = time.monotonic() + seconds
     while not (found := find()):
@@ -128,7 +134,7 @@ def raw_connection(port: int, receive_buffer: int | None = None) -> socket.socke
     connection = socket.socket()
     if receive_buffer is not None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    connection.settimeout(60)
+    connection.settimeout(PATIENCE_SECONDS)
     connection.connect(("127.0.0.1", port))
     return connection
 

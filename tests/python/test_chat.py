@@ -189,12 +189,16 @@ def test_in_a_terminal(folder):
     """Typed lines, a cancelled answer, and the end by Ctrl-C where there is no answer."""
     long = str(2**14)
     edit(folder / "config.json", max_position_embeddings=2**15)
+    edit(folder / "config.json", eos_token_id=None)
+    edit(folder / "tokenizer_config.json", eos_token="")
     edit(folder / "generation_config.json", eos_token_id=None, do_sample=True, temperature=2.0)
     environment = {"CLUSTERFUSION_HUB_PYTHON": sys.executable, "PYTHONPATH": ""}
-    terminal = Terminal(["chat", "MODEL", "-n", long, "--statistics"], folder, environment)
+    terminal = Terminal(
+        ["chat", "MODEL", "-n", long, "--seed", "1", "--statistics"], folder, environment
+    )
     terminal.wait_for(rb"Ctrl-D ends\.\r\n> $")
     terminal.press(b"Hello\r")
-    terminal.wait_for(rb"> Hello\r\n[^>]{40}")
+    terminal.wait_for(rb"> Hello\r\n(?s:.{40})")
     terminal.press(b"\x03")
     terminal.wait_for(rb"\(cancelled\), .*\r\n> $")
     terminal.press(b"/help\r")

@@ -872,7 +872,8 @@ def test_gil_is_released(engine):
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     try:
-        assert calls_seen_here()
+        # On a busy machine this thread may have got no core while the other one worked.
+        assert any(calls_seen_here() for _ in range(20))
     finally:
         sys.setswitchinterval(interval)
 
@@ -978,8 +979,8 @@ def test_keyboard_interrupt(long_engine, alarm):
         lambda: long_engine.generate(tokens, max_new_tokens=0, prompt_logprobs=0),
     ]
     for call in calls:
-        interrupted_after(0.05)
         with pytest.raises(KeyboardInterrupt):
+            interrupted_after(0.05)
             call()
         assert len(long_engine.generate([3], max_new_tokens=5, ignore_eos=True).tokens) == 5
 
@@ -994,8 +995,8 @@ def test_finish_reasons_of_texts_that_did_not_end(long_engine, alarm):
 
     prompt = [i % 300 for i in range(150_000)]
     stream = long_engine.stream([[3], prompt], max_new_tokens=9, ignore_eos=True)
-    interrupted_after(0.05)
     with pytest.raises(KeyboardInterrupt):
+        interrupted_after(0.05)
         list(stream)
     assert [result.finish_reason for result in stream.results] == ["cancelled"] * 2
     assert next(stream, None) is None

@@ -12,8 +12,9 @@ from serve_soak import SERVER_OPTIONS, expected_texts, soak
 from serving import raw_connection, serving, wait_for
 
 CLIENTS = 1000
-# A minute; benchmarks/results/serving_soak_cpu.json is of ten.
-SECONDS = float(os.environ.get("CLUSTERFUSION_SOAK_SECONDS", 60))
+# Or longer, until each client has been answered twice; benchmarks/results/serving_soak_cpu.json is
+# of ten minutes.
+SECONDS = float(os.environ.get("CLUSTERFUSION_SOAK_SECONDS", 20))
 
 
 def test_a_thousand_clients(demo_model, tmp_path):
@@ -23,11 +24,11 @@ def test_a_thousand_clients(demo_model, tmp_path):
         process = Process(server.process.pid, server.port)
         seen = asyncio.run(soak(process, expected, CLIENTS, SECONDS))
         assert seen.wrong == [] and seen.failed == []
-        assert min(map(len, seen.seconds)) >= 1, "a client was never answered"
+        assert min(map(len, seen.seconds)) >= 2, "a client was not answered twice"
         assert set(seen.bad) == {"left early", "sent garbage", "said nothing"}
         assert seen.unfairness <= 2
         assert seen.growth < 30 << 20
-        wait_for(lambda: server.running() == 0, 10)
+        wait_for(lambda: server.running() == 0)
         assert seen.sockets_after <= seen.sockets_before
         for connection in half_open:
             connection.close()

@@ -26,7 +26,13 @@ from test_tokenizer import (
     reference_ids,
 )
 from tokenizer_kinds import KINDS, with_awkward_tokens
-from tokenizer_texts import canonical_pairs, code_points, generated_bytes, generated_texts
+from tokenizer_texts import (
+    canonical_pairs,
+    code_points,
+    generated_bytes,
+    generated_texts,
+    has_no_meaning,
+)
 from tokenizers import Tokenizer
 
 NUM_TEXTS = int(os.environ.get("CLUSTERFUSION_TOKENIZER_TEXTS", "3000"))
@@ -348,7 +354,9 @@ def check_every_code_point(path: Path, between: str) -> None:
 
 def test_nfkc_of_every_code_point(tmp_path: Path) -> None:
     path = write(tmp_path, {**json.loads(kind("qwen")), "normalizer": {"type": "NFKC"}})
-    contexts = [f"a{c}\u0301\u3099か{c}" for c in code_points()]
+    contexts = [
+        f"a{c}\u0301" if has_no_meaning(c) else f"a{c}\u0301\u3099か{c}" for c in code_points()
+    ]
     texts = ["".join(contexts[at : at + 64]) for at in range(0, len(contexts), 64)]
     texts += [first + second + "ﾞ" for first, second in canonical_pairs()]
     check_encoding(path, [text.encode() for text in texts], special=(False,))

@@ -4,6 +4,7 @@
 
 import random
 import unicodedata
+from collections.abc import Callable
 
 WORDS = (
     "the of and Tokenizer ClusterFusion naïve Ångström Straße ПРИВЕТ мир 東京 テスト 한국어 שלום"
@@ -29,6 +30,11 @@ def code_points() -> list[str]:
     return [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 
 
+def has_no_meaning(char: str) -> bool:
+    """As seven code points in eight: not assigned, or for private use, so that all are alike."""
+    return unicodedata.category(char) in ("Cn", "Co")
+
+
 def canonical_pairs() -> list[tuple[str, str]]:
     """The pairs of characters that canonical composition joins, without Hangul."""
     pairs = []
@@ -46,10 +52,13 @@ def _any_code_point(rng: random.Random) -> str:
     return chr(code) if not 0xD800 <= code < 0xE000 else "\ufffd"
 
 
-def _piece(rng: random.Random, added_tokens: list[str]) -> str:
+def _kinds(rng: random.Random, added_tokens: list[str]) -> list[Callable[[], str]]:
+    """What makes a piece of each kind."""
+    words = WORDS.split()
+    joined = ["", *UNNORMALIZED]
     kinds = [
-        lambda: rng.choice(WORDS.split()),
-        lambda: " " + rng.choice(WORDS.split()),
+        lambda: rng.choice(words),
+        lambda: " " + rng.choice(words),
         lambda: rng.choice(CONTRACTIONS),
         lambda: rng.choice(SPACES) * rng.choice((1, 1, 2, 3)),
         lambda: " " * rng.randint(1, 40),
@@ -57,7 +66,7 @@ def _piece(rng: random.Random, added_tokens: list[str]) -> str:
         lambda: "".join(rng.choices(MARKS, k=rng.randint(1, 4))),
         lambda: rng.choice("aeinoszAΩяが한") + "".join(rng.choices(MARKS, k=rng.randint(1, 3))),
         lambda: rng.choice(EMOJI),
-        lambda: rng.choice(UNNORMALIZED) + rng.choice(["", *UNNORMALIZED]),
+        lambda: rng.choice(UNNORMALIZED) + rng.choice(joined),
         lambda: "".join(rng.choices(PUNCTUATION, k=rng.randint(1, 4))),
         lambda: "".join(rng.choices(NUMBERS, k=rng.randint(1, 5))),
         lambda: _any_code_point(rng),
@@ -67,15 +76,14 @@ def _piece(rng: random.Random, added_tokens: list[str]) -> str:
     if added_tokens:
         kinds += [lambda: rng.choice(added_tokens)] * 3
         kinds += [lambda: rng.choice(" \n\u3000") + rng.choice(added_tokens) + rng.choice(" a_é")]
-    return rng.choice(kinds)()
+    return kinds
 
 
 def generated_texts(count: int, seed: int, added_tokens: list[str]) -> list[str]:
     """Texts of one to a dozen pieces, each of another kind."""
     rng = random.Random(seed)
-    return [
-        "".join(_piece(rng, added_tokens) for _ in range(rng.randint(1, 12))) for _ in range(count)
-    ]
+    kinds = _kinds(rng, added_tokens)
+    return ["".join([rng.choice(kinds)() for _ in range(rng.randint(1, 12))]) for _ in range(count)]
 
 
 def _broken(rng: random.Random, text: bytes) -> bytes:
