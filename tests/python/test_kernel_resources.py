@@ -64,7 +64,8 @@ def spilled_bytes(nvcc: list[str], source: Path, arch: str) -> list[int]:
     target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
     includes = ["-I", str(ROOT / "include"), "-I", str(ROOT / "src")]
     done = subprocess.run(
-        [*nvcc, *flags, *target, *includes, "-c", source.name, "-o", "kernels.o"],
+        # -cubin leaves out the host's code; ccache takes it for a compilation only beside -c.
+        [*nvcc, *flags, *target, *includes, "-c", "-cubin", source.name, "-o", "kernels.cubin"],
         cwd=source.parent,
         capture_output=True,
         text=True,
