@@ -28,7 +28,7 @@ from checkpoints import write_random_checkpoint
 from reference_model import ReferenceModel, log_softmax
 from tokenizers import Tokenizer
 
-TIMEOUT = 120
+TIMEOUT = 300
 PROMPT = "It was the best of times"
 MODEL_COMMANDS = ["generate", "score", "perplexity", "tokenize", "info", "bench"]
 COMMANDS = [*MODEL_COMMANDS, "completion"]

@@ -95,7 +95,7 @@ class Client:
 
     def run(self, command: list[str], **environment: str) -> subprocess.CompletedProcess:
         process = self.start(command, **environment)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     def python(self, code: str, **environment: str) -> str:
@@ -352,7 +352,7 @@ def test_interrupted(hub, client, files, tmp_path):
     process = client.start(
         [sys.executable, "-c", f"import clusterfusion; clusterfusion.Engine({NAME!r})"]
     )
-    assert hub.is_half_sent.wait(60)
+    assert hub.is_half_sent.wait(300)
     process.kill()
     process.communicate()
     hub.hold.set()
@@ -368,10 +368,10 @@ def test_ctrl_c(hub, client):
     process = client.start(
         [sys.executable, "-c", f"import clusterfusion; clusterfusion.Engine({NAME!r})"]
     )
-    assert hub.is_half_sent.wait(60)
+    assert hub.is_half_sent.wait(300)
     process.send_signal(signal.SIGINT)
     hub.hold.set()
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "KeyboardInterrupt" in err
 

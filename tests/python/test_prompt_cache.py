@@ -226,6 +226,6 @@ def test_ctrl_c_while_a_prompt_is_read_leaves_no_file(tmp_path):
     while not list(tmp_path.glob("prompt.cache.*.part")) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert (process.returncode, out) == (130, "")
     assert os.listdir(tmp_path) == ["slow"]

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
-from serving import raw_connection, request_bytes, serving
+from serving import PATIENCE_SECONDS, raw_connection, request_bytes, serving, wait_for
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 HUGE = 10**400
@@ -149,7 +149,7 @@ def served(demo_model, tmp_path_factory):
         yield server
         after = server.complete(prompt="It was", max_tokens=10, temperature=0)["choices"]
         assert before == after
-        assert server.running() == 0
+        wait_for(lambda: server.running() == 0)
 
 
 def refused(answer, field: str | None) -> None:
@@ -375,7 +375,7 @@ def test_schemathesis(demo_model, tmp_path):
                     suppress_health_check=list(HealthCheck),
                 )
                 def check(case):
-                    case.call_and_validate(excluded_checks=but, timeout=60)
+                    case.call_and_validate(excluded_checks=but, timeout=PATIENCE_SECONDS)
 
                 try:
                     check()

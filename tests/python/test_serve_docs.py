@@ -39,7 +39,7 @@ def test_curl(served, expected):
     (block,) = blocks("sh")
     command = block.replace(ADDRESS, served.url)
     output = subprocess.run(
-        ["bash", "-ec", command], capture_output=True, text=True, timeout=60, check=True
+        ["bash", "-ec", command], capture_output=True, text=True, timeout=300, check=True
     ).stdout
     whole, end = json.JSONDecoder().raw_decode(output)
     assert whole["choices"][0]["text"] == expected

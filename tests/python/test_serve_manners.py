@@ -156,7 +156,7 @@ def test_a_reader_that_stalls_is_cut(served):
         with contextlib.suppress(ConnectionError):
             assert not read_all(connection).endswith(b"0\r\n\r\n")
         connection.close()
-    assert served.running() == 0
+    wait_for(lambda: served.running() == 0)
     assert served.resources.memory() - before < 60 << 20
 
 

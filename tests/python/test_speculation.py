@@ -85,7 +85,7 @@ def test_impossible_options(demo_model, options, error, message):
 
 def generate(*arguments: object) -> subprocess.CompletedProcess:
     command = [PROGRAM, "generate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.skipif(PROGRAM is None, reason="no program: set CLUSTERFUSION_BIN")
@@ -128,5 +128,5 @@ def test_page_about_speculation(demo_model, monkeypatch, capsys):
     (command,) = re.findall(r"^\$ clusterfusion (.*)$", page, re.MULTILINE)
     if PROGRAM is None:
         pytest.skip("no program: set CLUSTERFUSION_BIN")
-    run = subprocess.run(f"{PROGRAM} {command}", shell=True, capture_output=True, timeout=120)
+    run = subprocess.run(f"{PROGRAM} {command}", shell=True, capture_output=True, timeout=300)
     assert run.returncode == 0, run.stderr
