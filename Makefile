@@ -73,10 +73,13 @@ wheel:  ## dist/*.whl: the package and the program, for other machines
 	  --exclude libtvm_ffi.so --strip build/unrepaired/*.whl
 .PHONY: wheel
 
+# Two files at once, each by one process, which starts a file's servers once. One GPU is for one.
+PYTEST_OPTIONS ?= $(if $(GPU),,-n 2 --dist loadfile)
+
 python-test: build python-package  ## Python tests, on the installed package and the built program
 	$(call stage,Python tests,6 minutes)
 	CLUSTERFUSION_BIN=$(CURDIR)/$(BIN)/clusterfusion CLUSTERFUSION_BUILD_DIR=$(CURDIR)/build/release \
-	  $(PYTHON) -m pytest
+	  $(PYTHON) -m pytest $(PYTEST_OPTIONS)
 
 # Apart, since Ray is half a gigabyte and its processes are slow to start. Once it is installed,
 # `make test` runs these tests as well.
