@@ -55,6 +55,9 @@ unit: build  ## C++ tests
 # CPU only, to save the time: the release build has compiled the CUDA code already.
 PACKAGE_OPTIONS ?= -Ccmake.define.CLUSTERFUSION_CUDA=OFF -Ccmake.define.CLUSTERFUSION_WERROR=ON
 
+# Build folders are relative to the project for ccache, so that they share what is equal in them.
+export CCACHE_BASEDIR := $(CURDIR)
+
 # Python would set LC_CTYPE for the compiler, and ccache takes that for another compilation.
 python-package wheel: export PYTHONCOERCECLOCALE := 0
 

@@ -18,7 +18,7 @@ std::vector<std::int64_t> to_vector(const ffi::Array<std::int64_t>& numbers) {
 }
 
 // The same memory as a tensor of tvm-ffi, which keeps it alive.
-ffi::Tensor to_tensor(std::shared_ptr<const DLTensor> values) {
+ffi::Tensor shared_tensor(std::shared_ptr<const DLTensor> values) {
   struct Owner {
     std::shared_ptr<const DLTensor> values;
     void AllocData(DLTensor* tensor) { tensor->data = values->data; }
@@ -41,7 +41,7 @@ ffi::Array<ffi::Any> engine_hidden_states(EngineRef engine, ffi::TensorView toke
   ffi::Array<ffi::Any> results;
   for (NamedActivation& activation : engine->engine->hidden_states(tokens_of(tokens), options)) {
     results.push_back(ffi::Array<ffi::Any>{ffi::String(activation.name),
-                                           to_tensor(std::move(activation.values))});
+                                           shared_tensor(std::move(activation.values))});
   }
   return results;
 }

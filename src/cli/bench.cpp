@@ -24,7 +24,7 @@ namespace {
 constexpr std::int64_t kDefaultContexts[] = {16, 128, 1024, 2047};
 constexpr std::int64_t kDefaultTokensOnCpu = 32, kDefaultTokensOnGpu = 256;
 
-struct Settings {
+struct BenchSettings {
   EngineSettings engine;
   ReportSettings report;
   std::string contexts;
@@ -59,7 +59,7 @@ Spread spread_of(std::vector<double> values) {
 }
 
 // The contexts that were asked for, or the usual ones as far as this model goes.
-std::vector<std::int64_t> contexts_of(const Settings& settings, std::int64_t max_positions) {
+std::vector<std::int64_t> contexts_of(const BenchSettings& settings, std::int64_t max_positions) {
   // A step must fit behind the prompt.
   const std::int64_t longest = max_positions - 1;
   require(longest >= 1, ErrorKind::invalid_argument,
@@ -82,7 +82,7 @@ std::vector<std::int64_t> contexts_of(const Settings& settings, std::int64_t max
   return contexts;
 }
 
-std::int64_t num_tokens_of(const Settings& settings, const EngineInfo& info) {
+std::int64_t num_tokens_of(const BenchSettings& settings, const EngineInfo& info) {
   if (settings.num_tokens > 0) return settings.num_tokens;
   return info.device == "cpu" ? kDefaultTokensOnCpu : kDefaultTokensOnGpu;
 }
@@ -95,7 +95,7 @@ std::vector<TokenId> random_prompt(const Model& model, std::uint64_t seed, std::
   return prompt;
 }
 
-ContextResult measure(Engine& engine, const Settings& settings, std::int64_t context,
+ContextResult measure(Engine& engine, const BenchSettings& settings, std::int64_t context,
                       double ceiling, const std::function<void()>& on_repeat) {
   const std::vector<TokenId> prompt = random_prompt(engine.model(), settings.seed, context);
   const std::int64_t num_tokens = num_tokens_of(settings, engine.info());
@@ -132,12 +132,12 @@ std::string table_row(const ContextResult& result) {
                      100 * result.ceiling_share);
 }
 
-Json to_json(const Spread& spread) {
+Json spread_json(const Spread& spread) {
   return {{"median", spread.median}, {"min", spread.min}, {"max", spread.max}};
 }
 
-Json to_json(const Engine& engine, const Settings& settings, double ceiling,
-             const std::vector<ContextResult>& results) {
+Json bench_json(const Engine& engine, const BenchSettings& settings, double ceiling,
+                const std::vector<ContextResult>& results) {
   const EngineInfo info = engine.info();
   Json json = {{"model", engine.model().folder().string()},
                {"dtype", clusterfusion::name_of(engine.model().config().dtype)},
@@ -153,16 +153,16 @@ Json to_json(const Engine& engine, const Settings& settings, double ceiling,
   for (const ContextResult& result : results) {
     json["contexts"].push_back(
         {{"context", result.context},
-         {"prefill_tokens_per_second", to_json(result.prefill_tokens_per_second)},
-         {"seconds_per_token", to_json(result.seconds_per_token)},
-         {"bytes_per_second", to_json(result.bytes_per_second)},
+         {"prefill_tokens_per_second", spread_json(result.prefill_tokens_per_second)},
+         {"seconds_per_token", spread_json(result.seconds_per_token)},
+         {"bytes_per_second", spread_json(result.bytes_per_second)},
          {"ceiling_share", result.ceiling_share}});
   }
   return json;
 }
 
 // Of a step at the first context.
-void write_timeline(Engine& engine, const Settings& settings, std::int64_t context,
+void write_timeline(Engine& engine, const BenchSettings& settings, std::int64_t context,
                     OutputFile& file) {
   const std::vector<TimelineEvent> events =
       engine.record_timeline(random_prompt(engine.model(), settings.seed, context));
@@ -171,7 +171,7 @@ void write_timeline(Engine& engine, const Settings& settings, std::int64_t conte
                                        context, engine.info().device_description)));
 }
 
-ExitCode run(const Settings& settings) {
+ExitCode run(const BenchSettings& settings) {
   std::optional<OutputFile> timeline;
   if (!settings.timeline.empty()) timeline.emplace(settings.timeline, "--timeline");
   const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
@@ -190,7 +190,7 @@ ExitCode run(const Settings& settings) {
     }
   }
   if (settings.report.json) {
-    write_output(to_line(to_json(*engine, settings, ceiling, results)));
+    write_output(to_line(bench_json(*engine, settings, ceiling, results)));
     return kDone;
   }
   write_output(table_head(*engine, ceiling));
@@ -201,7 +201,7 @@ ExitCode run(const Settings& settings) {
 }  // namespace
 
 void add_bench_command(CLI::App& app, Command& selected) {
-  const auto settings = std::make_shared<Settings>();
+  const auto settings = std::make_shared<BenchSettings>();
   CLI::App& command = *add_command(
       app, selected, "bench", "Measure prefill and decode speed over contexts.", settings, &run,
       "For each context a prompt of that many random tokens is prefilled and --tokens more are\n"

@@ -8,17 +8,17 @@
 namespace clusterfusion::cli {
 namespace {
 
-struct Settings {
+struct DescribeSettings {
   CLI::App* app = nullptr;
   std::string shell;
 };
 
-ExitCode complete(const Settings& settings) {
+ExitCode complete(const DescribeSettings& settings) {
   write_output((settings.shell == "bash" ? bash_completion : zsh_completion)(*settings.app));
   return kDone;
 }
 
-ExitCode describe(const Settings& settings) {
+ExitCode describe(const DescribeSettings& settings) {
   write_output(man_page(*settings.app, CLUSTERFUSION_VERSION));
   return kDone;
 }
@@ -26,7 +26,7 @@ ExitCode describe(const Settings& settings) {
 }  // namespace
 
 void add_completion_command(CLI::App& app, Command& selected) {
-  const auto settings = std::make_shared<Settings>();
+  const auto settings = std::make_shared<DescribeSettings>();
   settings->app = &app;
   CLI::App& command = *add_command(
       app, selected, "completion", "Print a script that completes command lines in a shell.",
@@ -43,7 +43,7 @@ void add_completion_command(CLI::App& app, Command& selected) {
 
 // Not in --help: the build asks for it.
 void add_man_page_command(CLI::App& app, Command& selected) {
-  const auto settings = std::make_shared<Settings>();
+  const auto settings = std::make_shared<DescribeSettings>();
   settings->app = &app;
   add_command(app, selected, "man-page", "Print the manual page.", settings, &describe, "",
               "clusterfusion man-page | man --local-file -")

@@ -31,7 +31,7 @@ namespace {
 // after each generation without asking.
 constexpr std::int64_t kQuickCeilingBytes = std::int64_t{64} << 20;
 
-struct Settings {
+struct GenerateSettings {
   EngineSettings engine;
   ReportSettings report;
   TextSource prompt;
@@ -92,7 +92,7 @@ void drop_final_newline(std::string& text) {
 }
 
 // Reads and checks all that can be known before the model is opened.
-GenerateRequest make_request(const Settings& settings) {
+GenerateRequest make_request(const GenerateSettings& settings) {
   GenerateRequest request = settings.request;
   request.sampling.logit_bias = parse_logit_bias(settings.logit_bias);
   request.sampling.validate();
@@ -126,7 +126,7 @@ GenerateRequest make_request(const Settings& settings) {
 // Writes the events of one generation to standard output as they come.
 class EventWriter {
  public:
-  EventWriter(const Settings& settings, const Tokenizer* tokenizer)
+  EventWriter(const GenerateSettings& settings, const Tokenizer* tokenizer)
       : settings_(settings), tokenizer_(tokenizer) {
     if (settings.report.json) progress_.emplace("generating", "tokens", settings.report.quiet);
   }
@@ -204,7 +204,7 @@ class EventWriter {
     return json;
   }
 
-  const Settings& settings_;
+  const GenerateSettings& settings_;
   const Tokenizer* const tokenizer_;
   std::optional<ProgressBar> progress_;
   std::int64_t num_tokens_ = 0;
@@ -228,7 +228,7 @@ void write_in_order(Generation& generation, std::int32_t samples, EventWriter& w
 
 // Adds the read ceiling to the statistics if it is asked for, or costs next to nothing. Whoever
 // pressed Ctrl-C does not want to wait for it.
-void add_read_ceiling(Engine& engine, const Settings& settings, GenerateResult& result) {
+void add_read_ceiling(Engine& engine, const GenerateSettings& settings, GenerateResult& result) {
   Statistics& statistics = result.statistics;
   const bool quick = engine.model().bytes_per_token() <= kQuickCeilingBytes;
   const bool wanted = settings.ceiling && result.finish_reason != FinishReason::cancelled;
@@ -238,18 +238,19 @@ void add_read_ceiling(Engine& engine, const Settings& settings, GenerateResult& 
 }
 
 // The request with the checkpoint's own defaults where the command line says nothing.
-GenerateRequest with_generation_config(const Settings& settings, const Model& model,
+GenerateRequest with_generation_config(const GenerateSettings& settings, const Model& model,
                                        const GenerateRequest& given) {
   GenerateRequest request = given;
   apply_generation_config(model.generation_config(), request);
-  for (const Settings::Override& override : settings.overrides) {
+  for (const GenerateSettings::Override& override : settings.overrides) {
     if (override.option->count() > 0) override.copy(given, request);
   }
   return request;
 }
 
 // Loads the beginning of the prompt from the file, or reads the prompt and makes the file.
-void use_prompt_cache(Engine& engine, const Settings& settings, const GenerateRequest& request) {
+void use_prompt_cache(Engine& engine, const GenerateSettings& settings,
+                      const GenerateRequest& request) {
   const std::vector<TokenId> prompt =
       request.prompt_tokens.empty()
           ? engine.tokenizer().encode(request.prompt, request.add_special_tokens)
@@ -264,7 +265,7 @@ void use_prompt_cache(Engine& engine, const Settings& settings, const GenerateRe
                            exists ? "loaded from" : "saved to", settings.prompt_cache));
 }
 
-ExitCode run(const Settings& settings) {
+ExitCode run(const GenerateSettings& settings) {
   GenerateRequest request = make_request(settings);
   EngineSettings engine_settings = settings.engine;
   bool is_reading_prompt = false;
@@ -311,7 +312,7 @@ ExitCode run(const Settings& settings) {
 
 // An option that sets `member` of the sampling parameters.
 template <typename T>
-void add_sampling(CLI::App& app, Settings& settings, const std::string& names,
+void add_sampling(CLI::App& app, GenerateSettings& settings, const std::string& names,
                   T SamplingParams::*member, const std::string& description) {
   const CLI::Option* option =
       add_number(app, names, settings.request.sampling.*member, description)->capture_default_str();
@@ -321,7 +322,7 @@ void add_sampling(CLI::App& app, Settings& settings, const std::string& names,
        }});
 }
 
-void add_sampling_options(CLI::App& app, Settings& settings) {
+void add_sampling_options(CLI::App& app, GenerateSettings& settings) {
   add_sampling(app, settings, "--temperature", &SamplingParams::temperature,
                "0: always the likeliest token");
   add_sampling(app, settings, "--top-k", &SamplingParams::top_k,
@@ -354,7 +355,7 @@ void add_sampling_options(CLI::App& app, Settings& settings) {
                "take from the folder's generation_config.json what no option says");
 }
 
-void add_stop_options(CLI::App& app, Settings& settings) {
+void add_stop_options(CLI::App& app, GenerateSettings& settings) {
   const CLI::Option* max_new_tokens =
       add_number(app, "-n,--max-new-tokens", settings.request.max_new_tokens, "tokens to generate",
                  std::int64_t{0})
@@ -381,7 +382,7 @@ void add_stop_options(CLI::App& app, Settings& settings) {
 }  // namespace
 
 void add_generate_command(CLI::App& app, Command& selected) {
-  const auto settings = std::make_shared<Settings>();
+  const auto settings = std::make_shared<GenerateSettings>();
   CLI::App& command = *add_command(
       app, selected, "generate", "Continue a prompt, streaming the text as it comes.", settings,
       &run,

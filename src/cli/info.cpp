@@ -13,7 +13,7 @@
 namespace clusterfusion::cli {
 namespace {
 
-struct Settings {
+struct InfoSettings {
   EngineSettings engine;
   ReportSettings report;
   bool check = false;
@@ -123,7 +123,7 @@ std::string engine_text(const Engine& engine) {
       format_count(info.max_positions, "position"));
 }
 
-ExitCode run(const Settings& settings) {
+ExitCode run(const InfoSettings& settings) {
   const std::unique_ptr<Engine> engine = open_engine(settings.engine, settings.report);
   if (settings.check) {
     const std::optional<std::string> finding = engine->model().find_non_finite();
@@ -139,7 +139,7 @@ ExitCode run(const Settings& settings) {
 }  // namespace
 
 void add_info_command(CLI::App& app, Command& selected) {
-  const auto settings = std::make_shared<Settings>();
+  const auto settings = std::make_shared<InfoSettings>();
   CLI::App& command = *add_command(
       app, selected, "info", "Describe a checkpoint and the device that runs it.", settings, &run,
       "Keys of --json: model (shape, dtype, num_parameters, total_bytes, "

@@ -20,7 +20,7 @@
 namespace clusterfusion::cli {
 namespace {
 
-struct Settings {
+struct PerplexitySettings {
   EngineSettings engine;
   ReportSettings report;
   TextSource source;
@@ -42,7 +42,7 @@ Json result_json(const PerplexityResult& result) {
           {"total_tokens", result.total_tokens},   {"seconds", result.seconds}};
 }
 
-PerplexityResult measure(Engine& engine, const Settings& settings) {
+PerplexityResult measure(Engine& engine, const PerplexitySettings& settings) {
   const std::string text = read_text(settings.source);
   warn_if_not_utf8(text, name_of(settings.source), settings.report.quiet);
   const InterruptScope interrupt;
@@ -68,7 +68,7 @@ const std::map<std::string, PerplexityMethod> kMethods{
     {"each-token", PerplexityMethod::each_token},
     {"transformers-docs", PerplexityMethod::transformers_docs}};
 
-ExitCode run(const Settings& settings) {
+ExitCode run(const PerplexitySettings& settings) {
   EngineSettings engine_settings = settings.engine;
   engine_settings.options.interrupted = signal_noted;
   const std::unique_ptr<Engine> engine = open_engine(engine_settings, settings.report);
@@ -80,7 +80,7 @@ ExitCode run(const Settings& settings) {
 }  // namespace
 
 void add_perplexity_command(CLI::App& app, Command& selected) {
-  const auto settings = std::make_shared<Settings>();
+  const auto settings = std::make_shared<PerplexitySettings>();
   CLI::App& command = *add_command(
       app, selected, "perplexity", "Measure how well the model predicts a text.", settings, &run,
       "Windows of --context tokens move on by --stride. Each token but the first of the text is\n"

@@ -19,7 +19,7 @@
 namespace clusterfusion::cli {
 namespace {
 
-struct Settings {
+struct ScoreSettings {
   EngineSettings engine;
   ReportSettings report;
   TextSource source;
@@ -50,7 +50,7 @@ void print_table(const ScoreResult& score, const Tokenizer& tokenizer) {
                            format_count(scored, "scored token")));
 }
 
-ExitCode run(const Settings& settings) {
+ExitCode run(const ScoreSettings& settings) {
   require(settings.num_top == 0 || (settings.pairs && settings.report.json),
           ErrorKind::invalid_argument, "--top needs a place to show them: add --pairs and --json");
   require(!settings.pairs || !settings.no_special_tokens, ErrorKind::invalid_argument,
@@ -78,7 +78,7 @@ ExitCode run(const Settings& settings) {
 }  // namespace
 
 void add_score_command(CLI::App& app, Command& selected) {
-  const auto settings = std::make_shared<Settings>();
+  const auto settings = std::make_shared<ScoreSettings>();
   CLI::App& command = *add_command(
       app, selected, "score", "Print the log-probability of each token of a text.", settings, &run,
       "Log-probabilities are natural logarithms; the first token has none.\n"

@@ -18,7 +18,7 @@
 namespace clusterfusion::cli {
 namespace {
 
-struct Settings {
+struct TokenizeSettings {
   ModelName model;
   ReportSettings report;
   TextSource source;
@@ -43,7 +43,8 @@ std::string piece_table(const std::vector<TokenId>& tokens, const Tokenizer& tok
   return table;
 }
 
-void run_encode(const Settings& settings, const Tokenizer& tokenizer, const std::string& text) {
+void run_encode(const TokenizeSettings& settings, const Tokenizer& tokenizer,
+                const std::string& text) {
   const std::vector<TokenId> tokens = encode(tokenizer, text, !settings.no_special_tokens,
                                              name_of(settings.source), settings.report.quiet);
   if (settings.report.json) {
@@ -69,7 +70,8 @@ void warn_of_unknown(const std::vector<TokenId>& tokens, const Tokenizer& tokeni
                   *first, first - tokens.begin()));
 }
 
-void run_decode(const Settings& settings, const Tokenizer& tokenizer, const std::string& list) {
+void run_decode(const TokenizeSettings& settings, const Tokenizer& tokenizer,
+                const std::string& list) {
   const auto ids = parse_integer_list(list, 0, std::numeric_limits<TokenId>::max(),
                                       "token ids from " + name_of(settings.source));
   const std::vector<TokenId> tokens(ids.begin(), ids.end());
@@ -84,7 +86,7 @@ void run_decode(const Settings& settings, const Tokenizer& tokenizer, const std:
   if (stdout_is_terminal()) write_output("\n");
 }
 
-ExitCode run(const Settings& settings) {
+ExitCode run(const TokenizeSettings& settings) {
   const std::string text = read_text(settings.source);
   const std::shared_ptr<const Tokenizer> tokenizer = Tokenizer::open(
       find_or_download(settings.model, CheckpointFiles::tokenizer, settings.report.quiet));
@@ -96,7 +98,7 @@ ExitCode run(const Settings& settings) {
 }  // namespace
 
 void add_tokenize_command(CLI::App& app, Command& selected) {
-  const auto settings = std::make_shared<Settings>();
+  const auto settings = std::make_shared<TokenizeSettings>();
   CLI::App& command = *add_command(
       app, selected, "tokenize", "Turn text into token ids, or token ids into text.", settings,
       &run,

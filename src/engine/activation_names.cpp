@@ -10,7 +10,7 @@
 namespace clusterfusion {
 namespace {
 
-struct Pattern {
+struct NamePattern {
   std::string name;  // "*" stands for a layer
   ActivationKind kind;
   // Of transformers' tuple: an entry more than there are layers, and the last one is what the final
@@ -30,7 +30,7 @@ std::string parent_of(std::string_view module) {
 
 // TransformerLens' hooks (HookedTransformer.hook_dict); transformers' tuple of hidden states; the
 // modules of the model's class in transformers, of which the output is meant.
-std::vector<Pattern> patterns_of(const ModelConfig& config) {
+std::vector<NamePattern> patterns_of(const ModelConfig& config) {
   const TensorNames& names = family_of(config).names;
   const auto module_of = [&](LayerTensor weight) { return names.layer[index_of(weight) / 2]; };
   const std::string_view attention_out = module_of(LayerTensor::attention_out_weight);
@@ -53,9 +53,9 @@ std::vector<Pattern> patterns_of(const ModelConfig& config) {
 }
 constexpr std::string_view kAnyBlock = "blocks.*.";
 
-std::string known_names(const std::vector<Pattern>& patterns) {
+std::string known_names(const std::vector<NamePattern>& patterns) {
   std::string list;
-  for (const Pattern& pattern : patterns) {
+  for (const NamePattern& pattern : patterns) {
     if (!list.empty()) list += ", ";
     list += pattern.name;
   }
@@ -63,7 +63,7 @@ std::string known_names(const std::vector<Pattern>& patterns) {
 }
 
 // What stands in `name` for the "*" of `pattern`: itself, or a number; nothing if it does not fit.
-std::optional<std::string_view> match(const Pattern& pattern, std::string_view name) {
+std::optional<std::string_view> match(const NamePattern& pattern, std::string_view name) {
   const std::size_t star = pattern.name.find('*');
   if (star == std::string::npos) {
     if (name != pattern.name) return std::nullopt;
@@ -84,13 +84,13 @@ std::optional<std::string_view> match(const Pattern& pattern, std::string_view n
   return middle;
 }
 
-ActivationSite site_of(const Pattern& pattern, std::int64_t layer, std::int64_t num_layers) {
+ActivationSite site_of(const NamePattern& pattern, std::int64_t layer, std::int64_t num_layers) {
   if (!pattern.has_layer() || layer == num_layers) return {ActivationKind::final_norm, 0};
   return {pattern.kind, layer};
 }
 
 // A number as it stands in a name. Python's way of counting from the end is known for the tuple.
-std::int64_t layer_of(const Pattern& pattern, std::string_view number, std::string_view name,
+std::int64_t layer_of(const NamePattern& pattern, std::string_view number, std::string_view name,
                       std::int64_t num_layers) {
   const std::int64_t entries = pattern.entries(num_layers);
   std::int64_t layer = 0;
@@ -107,13 +107,13 @@ std::string with_number(std::string_view name, std::int64_t layer) {
 }
 
 struct Matched {
-  const Pattern* pattern;
+  const NamePattern* pattern;
   std::string name;
   std::string_view layer;  // in `name` of the caller: "*", a number, or nothing
 };
 
-Matched find_pattern(const std::vector<Pattern>& patterns, const std::string& name) {
-  for (const Pattern& pattern : patterns) {
+Matched find_pattern(const std::vector<NamePattern>& patterns, const std::string& name) {
+  for (const NamePattern& pattern : patterns) {
     if (const auto layer = match(pattern, name)) return {&pattern, name, *layer};
     if (pattern.name.starts_with(kAnyBlock) && pattern.name.substr(kAnyBlock.size()) == name)
       return {&pattern, pattern.name, "*"};
@@ -142,7 +142,7 @@ void append_layers(const Matched& found, const HiddenStatesOptions& options,
 }  // namespace
 
 std::vector<NamedSite> sites_of(const HiddenStatesOptions& options, const ModelConfig& config) {
-  const std::vector<Pattern> patterns = patterns_of(config);
+  const std::vector<NamePattern> patterns = patterns_of(config);
   const std::int64_t num_layers = config.num_layers;
   require(!options.at.empty(), ErrorKind::invalid_argument,
           "at: expected at least one name of {}, found none", known_names(patterns));

@@ -5,17 +5,14 @@
 #include <utility>
 
 namespace clusterfusion {
-namespace {
-
-struct Entry {
-  std::shared_ptr<Generation> generation;
-  bool wants_events = false;
-};
-
-}  // namespace
 
 // The scheduler's thread knows this alone, and may do so a moment longer than the feed lives.
 struct GenerationFeed::Shared {
+  struct Entry {
+    std::shared_ptr<Generation> generation;
+    bool wants_events = false;
+  };
+
   void add(Key key) {
     const std::lock_guard lock(mutex);
     if (ready.empty() && wake) wake();
@@ -59,7 +56,7 @@ GenerationFeed::Key GenerationFeed::start(std::vector<GenerateRequest> requests,
       });
   {
     const std::lock_guard lock(shared_->entries_mutex);
-    shared_->entries.emplace(key, Entry{std::move(generation), wants_events});
+    shared_->entries.emplace(key, Shared::Entry{std::move(generation), wants_events});
   }
   shared_->add(key);  // what came before the entry was there
   return key;
@@ -82,7 +79,7 @@ std::vector<GenerationFeed::News> GenerationFeed::take() {
   for (const Key key : ready) {
     const auto found = shared_->entries.find(key);
     if (found == shared_->entries.end()) continue;
-    Entry& entry = found->second;
+    Shared::Entry& entry = found->second;
     News news{.key = key, .events = {}, .has_ended = false, .generation = {}, .error = {}};
     try {
       news.events = entry.generation->take();

@@ -7,20 +7,20 @@ namespace {
 
 using PageTokens = std::vector<TokenId>;
 
-struct PageHash {
-  std::size_t operator()(const PageTokens& tokens) const noexcept {
-    std::uint64_t hash = 14695981039346656037u;  // FNV-1a
-    for (const TokenId token : tokens) {
-      hash = (hash ^ static_cast<std::uint32_t>(token)) * 1099511628211u;
-    }
-    return static_cast<std::size_t>(hash);
-  }
-};
-
 }  // namespace
 
 class PrefixCache::Entry {
  public:
+  struct PageHash {
+    std::size_t operator()(const PageTokens& tokens) const noexcept {
+      std::uint64_t hash = 14695981039346656037u;  // FNV-1a
+      for (const TokenId token : tokens) {
+        hash = (hash ^ static_cast<std::uint32_t>(token)) * 1099511628211u;
+      }
+      return static_cast<std::size_t>(hash);
+    }
+  };
+
   Entry* parent = nullptr;
   const PageTokens* tokens = nullptr;  // the key among the parent's children
   KvPageId page{};

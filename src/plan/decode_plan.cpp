@@ -25,7 +25,7 @@ constexpr std::int32_t kMaxIterations = 10;
 constexpr std::int64_t kMinSumSlots = 2048;
 constexpr std::int64_t kMaxSumSlots = 8192;
 // Of the ring: one is filled while another is read.
-constexpr std::int32_t kMinStages = 2;
+constexpr std::int32_t kMinDecodeStages = 2;
 
 // The cut with the fewest segments (fewest sums) that holds at most `max_iterations` fragments.
 std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int32_t max_iterations,
@@ -177,10 +177,10 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
           unstreamed);
   DecodePlan plan = draft_plan(config, limits);
   const std::int64_t fixed = fixed_bytes(config);
-  require(plan.stages >= kMinStages, ErrorKind::unsupported,
+  require(plan.stages >= kMinDecodeStages, ErrorKind::unsupported,
           "the streaming decode kernel needs {} bytes of shared memory a block for hidden size {}, "
           "the device has {}; run this model on the CPU (device \"cpu\")",
-          fixed + plan.sum_slots * 4 + kMinStages * plan.stage_bytes, config.hidden_size,
+          fixed + plan.sum_slots * 4 + kMinDecodeStages * plan.stage_bytes, config.hidden_size,
           limits.shared_bytes_per_block);
   const std::int64_t left =
       (limits.shared_bytes_per_block - fixed - plan.stages * plan.stage_bytes) / 128 * 32;
@@ -197,7 +197,7 @@ KvPlan make_page_plan(const ModelConfig& config) {
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {
   return unstreamed_because(config).empty() && can_cut(config.hidden_size) &&
          can_cut(config.intermediate_size) && can_attend(config.head_dim) &&
-         draft_plan(config, limits).stages >= kMinStages;
+         draft_plan(config, limits).stages >= kMinDecodeStages;
 }
 
 std::string unstreamed_because(const ModelConfig& config, const DeviceLimits& limits) {

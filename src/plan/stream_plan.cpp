@@ -14,7 +14,7 @@ constexpr std::int64_t kPartColumns = 2560;
 constexpr std::int64_t kWidePartColumns = 5120;
 constexpr std::int64_t kMaxPieceColumns =
     std::int64_t{kConsumerWarps} * kMaxPieceIterations * kStepColumns;
-constexpr std::int32_t kMinStages = 4;
+constexpr std::int32_t kMinStreamStages = 4;
 
 // The fewest equal shares of `steps`, at most `most` each.
 std::int64_t shares(std::int64_t steps, std::int64_t most) {
@@ -109,10 +109,11 @@ StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
   const std::int64_t room = limits.shared_bytes_per_block - fixed;
   memory.stages =
       static_cast<std::int32_t>(std::min<std::int64_t>(kMaxStages, room / plan.stage_bytes));
-  require(memory.stages >= kMinStages, ErrorKind::unsupported,
+  require(memory.stages >= kMinStreamStages, ErrorKind::unsupported,
           "the streaming kernel needs {} bytes of shared memory a block for hidden size {}, the "
           "device has {}; run this model on the CPU (device \"cpu\")",
-          fixed + kMinStages * plan.stage_bytes, config.hidden_size, limits.shared_bytes_per_block);
+          fixed + kMinStreamStages * plan.stage_bytes, config.hidden_size,
+          limits.shared_bytes_per_block);
   memory.shared_bytes = fixed + memory.stages * plan.stage_bytes;
   return memory;
 }

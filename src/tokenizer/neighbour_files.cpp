@@ -14,7 +14,7 @@
 namespace clusterfusion {
 namespace {
 
-constexpr std::size_t kMaxFileBytes = 64 << 20;
+constexpr std::size_t kMaxNeighbourBytes = 64 << 20;
 constexpr std::string_view kSpecialTokens[] = {"bos_token", "eos_token", "unk_token", "sep_token",
                                                "pad_token", "cls_token", "mask_token"};
 constexpr std::string_view kSpecialTokenLists[] = {"additional_special_tokens",
@@ -134,7 +134,7 @@ void read_if_there(const std::filesystem::path& path, std::vector<std::string>& 
                    const Compare& compare) {
   if (!is_there(path)) return;
   try {
-    const JsonDocument document(read_file(path, kMaxFileBytes), path.string());
+    const JsonDocument document(read_file(path, kMaxNeighbourBytes), path.string());
     compare(document.root());
   } catch (const Error& error) {
     warnings.push_back(fmt::format("{}; the file is not used", error.what()));

@@ -78,16 +78,6 @@ class SymbolTable {
   std::vector<Symbols> members_;  // of each set
 };
 
-struct MatchDataDeleter {
-  void operator()(pcre2_match_data* data) const { pcre2_match_data_free(data); }
-};
-struct MatchContextDeleter {
-  void operator()(pcre2_match_context* context) const { pcre2_match_context_free(context); }
-};
-struct JitStackDeleter {
-  void operator()(pcre2_jit_stack* stack) const { pcre2_jit_stack_free(stack); }
-};
-
 }  // namespace
 
 struct Regex::Compiled {
@@ -171,6 +161,16 @@ class Regex::Search {
          "expression does not backtrack so much",
          regex_.where_, text_.size(), reinterpret_cast<const char*>(message));
   }
+
+  struct MatchDataDeleter {
+    void operator()(pcre2_match_data* data) const { pcre2_match_data_free(data); }
+  };
+  struct MatchContextDeleter {
+    void operator()(pcre2_match_context* context) const { pcre2_match_context_free(context); }
+  };
+  struct JitStackDeleter {
+    void operator()(pcre2_jit_stack* stack) const { pcre2_jit_stack_free(stack); }
+  };
 
   const Regex& regex_;
   const Symbols& text_;

@@ -22,7 +22,7 @@
 namespace clusterfusion {
 namespace {
 
-constexpr std::size_t kMaxFileBytes = std::size_t{1} << 30;
+constexpr std::size_t kMaxTokenizerBytes = std::size_t{1} << 30;
 constexpr std::size_t kMaxTextBytes = std::numeric_limits<std::int32_t>::max();
 
 // Tokens of the model's vocabulary that its merges can make out of text; the others come from added
@@ -171,7 +171,7 @@ std::shared_ptr<const Tokenizer> Tokenizer::open(const std::filesystem::path& na
   const bool is_folder = std::filesystem::is_directory(path);
   const std::filesystem::path file = is_folder ? path / "tokenizer.json" : path;
   if (is_folder && !is_there(file)) fail_no_tokenizer(path);
-  auto impl = std::make_unique<Impl>(read_file(file, kMaxFileBytes), file.string());
+  auto impl = std::make_unique<Impl>(read_file(file, kMaxTokenizerBytes), file.string());
   if (is_folder) impl->warnings = unmet_settings(path, *impl->file);
   return std::shared_ptr<const Tokenizer>(new Tokenizer(std::move(impl)));
 }

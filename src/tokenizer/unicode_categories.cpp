@@ -12,7 +12,7 @@ struct CategoryRange {
   std::uint8_t bits;
 };
 
-constexpr CategoryRange kRanges[] = {
+constexpr CategoryRange kCategoryRanges[] = {
 #include "tokenizer/unicode_categories.inc"
 };
 
@@ -26,7 +26,7 @@ constexpr std::array<std::string_view, 29> kCategories = {
 template <typename Condition>
 CodePointSet ranges_where(const Condition& condition) {
   std::vector<CodePointSet::Range> ranges;
-  for (const CategoryRange& range : kRanges) {
+  for (const CategoryRange& range : kCategoryRanges) {
     if (condition(range.bits)) ranges.push_back({range.first, range.last});
   }
   return CodePointSet(std::move(ranges));

@@ -11,14 +11,14 @@ struct PropertyRange {
   std::uint8_t bits;
 };
 
-constexpr PropertyRange kRanges[] = {
+constexpr PropertyRange kPropertyRanges[] = {
 #include "tokenizer/unicode_table.inc"
 };
 
 }  // namespace
 
 UnicodeProperties::UnicodeProperties() {
-  for (const PropertyRange& range : kRanges) {
+  for (const PropertyRange& range : kPropertyRanges) {
     std::fill(bits_ + range.first, bits_ + range.last + 1, range.bits);
   }
 }

@@ -23,7 +23,7 @@ namespace {
 // Weights of one task of a product.
 constexpr std::int64_t kTaskBytes = 256 << 10;
 // Keys and values fewer than this are not worth waking the other threads.
-constexpr std::int64_t kSerialValues = 32 << 10;
+constexpr std::int64_t kSerialLayerValues = 32 << 10;
 
 // Float32 values whose padding up to a multiple of kLanes is zero, as multiply() wants them.
 using Row = std::vector<float>;
@@ -187,7 +187,7 @@ void attend_all(const LayerTask& in, Row& qkv, Row& out) {
     attend_head(in, head, qkv.data() + head * 3 * shape.head_dim,
                 out.data() + head * shape.head_dim);
   };
-  if ((in.position + 1) * shape.hidden_size >= kSerialValues) {
+  if ((in.position + 1) * shape.hidden_size >= kSerialLayerValues) {
     return run_tasks(shape.num_heads, one_head);
   }
   for (std::int64_t head = 0; head < shape.num_heads; ++head) one_head(head);

@@ -20,7 +20,7 @@ class OutputFileTest : public ::testing::Test {
     text << std::ifstream(path).rdbuf();
     return text.str();
   }
-  const clusterfusion::testing::TemporaryFolder temporary_;
+  const clusterfusion::test::TemporaryFolder temporary_;
   const std::filesystem::path folder_ = temporary_.path();
 };
 

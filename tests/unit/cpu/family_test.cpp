@@ -54,8 +54,8 @@ TEST(GroupedFamily, DecodesWhatItPrefills) {
 TEST(GroupedFamily, RefusesHeadsThatDoNotDivide) {
   nlohmann::json json = grouped_config();
   json["num_key_value_heads"] = 3;
-  testing::expect_error(ErrorKind::malformed, {"num_key_value_heads", "divisor", "8", "3"},
-                        [&] { open_grouped_model(json); });
+  test::expect_error(ErrorKind::malformed, {"num_key_value_heads", "divisor", "8", "3"},
+                     [&] { open_grouped_model(json); });
 }
 
 // Norm, residual form, MLP, biases and groups in every combination.

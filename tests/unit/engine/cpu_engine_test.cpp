@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <limits>
-#include <random>
 #include <thread>
 #include <vector>
 
@@ -23,13 +22,6 @@ std::unique_ptr<Engine> cpu_engine(const std::shared_ptr<const Model>& model, in
   BackendOptions options;
   options.threads = threads;
   return make_engine(model, byte_tokenizer(), make_cpu_backend(model, options), "a test");
-}
-
-std::vector<TokenId> random_tokens(std::size_t count, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<TokenId> tokens(count);
-  for (TokenId& token : tokens) token = static_cast<TokenId>(random() % kVocabSize);
-  return tokens;
 }
 
 GenerateRequest random_request(unsigned seed) {

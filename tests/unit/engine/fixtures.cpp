@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <nlohmann/json.hpp>
+#include <random>
 
 #include "engine/make_engine.hpp"
 #include "support/random_model.hpp"
@@ -89,6 +90,13 @@ std::shared_ptr<const Tokenizer> byte_tokenizer() {
 std::vector<TokenId> bytes_to_tokens(std::string_view text) {
   std::vector<TokenId> tokens;
   for (const char c : text) tokens.push_back(1 + static_cast<unsigned char>(c));
+  return tokens;
+}
+
+std::vector<TokenId> random_tokens(std::size_t count, unsigned seed) {
+  std::mt19937 random(seed);
+  std::vector<TokenId> tokens(count);
+  for (TokenId& token : tokens) token = static_cast<TokenId>(random() % kVocabSize);
   return tokens;
 }
 

@@ -32,6 +32,9 @@ std::string with_added_token(const std::string& json, int id, const std::string&
 // One token for each byte.
 std::vector<TokenId> bytes_to_tokens(std::string_view text);
 
+// Any of kVocabSize tokens.
+std::vector<TokenId> random_tokens(std::size_t count, unsigned seed);
+
 // A model of kVocabSize tokens without layers to speak of; end-of-text is kEndOfText.
 std::shared_ptr<const Model> tiny_model();
 

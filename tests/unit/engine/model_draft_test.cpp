@@ -14,7 +14,7 @@ using namespace test;
 using testing::AllOf;
 using testing::HasSubstr;
 
-std::shared_ptr<const Model> model_of(std::int64_t vocab_size) {
+std::shared_ptr<const Model> model_of_width(std::int64_t vocab_size) {
   ModelConfig config = small_config();
   config.vocab_size = vocab_size;
   config.num_layers = 1;
@@ -24,12 +24,13 @@ std::shared_ptr<const Model> model_of(std::int64_t vocab_size) {
 TEST(SameVocabulary, MayBePaddedToOtherWidths) {
   const auto tokenizer = Tokenizer::parse(tokenizer_json(100), "target's");
   const auto drafts = Tokenizer::parse(tokenizer_json(100), "draft's");
-  EXPECT_NO_THROW(
-      require_same_vocabulary(*model_of(104), tokenizer.get(), *model_of(128), drafts.get()));
+  EXPECT_NO_THROW(require_same_vocabulary(*model_of_width(104), tokenizer.get(),
+                                          *model_of_width(128), drafts.get()));
   const auto more = Tokenizer::parse(tokenizer_json(120), "draft's");
+  EXPECT_NO_THROW(require_same_vocabulary(*model_of_width(104), tokenizer.get(),
+                                          *model_of_width(128), more.get()));
   EXPECT_NO_THROW(
-      require_same_vocabulary(*model_of(104), tokenizer.get(), *model_of(128), more.get()));
-  EXPECT_NO_THROW(require_same_vocabulary(*model_of(104), nullptr, *model_of(104), nullptr));
+      require_same_vocabulary(*model_of_width(104), nullptr, *model_of_width(104), nullptr));
 }
 
 TEST(SameVocabulary, TellsTheFirstTokenThatDiffers) {
@@ -39,7 +40,7 @@ TEST(SameVocabulary, TellsTheFirstTokenThatDiffers) {
       AllOf(HasSubstr("does not fit"), HasSubstr("token 0 is \"<|endoftext|>\" in the draft "
                                                  "and \"t0\" in the model")),
       [&] {
-        require_same_vocabulary(*model_of(104), tokenizer.get(), *model_of(320),
+        require_same_vocabulary(*model_of_width(104), tokenizer.get(), *model_of_width(320),
                                 byte_tokenizer().get());
       });
 }
@@ -47,10 +48,11 @@ TEST(SameVocabulary, TellsTheFirstTokenThatDiffers) {
 TEST(SameVocabulary, WantsTokenizersThatCanBeCompared) {
   const auto tokenizer = Tokenizer::parse(tokenizer_json(100), "target's");
   expect_error(ErrorKind::invalid_argument, HasSubstr("only"), [&] {
-    require_same_vocabulary(*model_of(104), tokenizer.get(), *model_of(104), nullptr);
+    require_same_vocabulary(*model_of_width(104), tokenizer.get(), *model_of_width(104), nullptr);
   });
-  expect_error(ErrorKind::invalid_argument, HasSubstr("104 and 105"),
-               [&] { require_same_vocabulary(*model_of(105), nullptr, *model_of(104), nullptr); });
+  expect_error(ErrorKind::invalid_argument, HasSubstr("104 and 105"), [&] {
+    require_same_vocabulary(*model_of_width(105), nullptr, *model_of_width(104), nullptr);
+  });
 }
 
 }  // namespace

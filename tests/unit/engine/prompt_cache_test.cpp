@@ -15,13 +15,13 @@ namespace clusterfusion {
 namespace {
 
 using namespace test;
-using clusterfusion::testing::TemporaryFolder;
+using clusterfusion::test::TemporaryFolder;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 constexpr std::size_t kMostBytes = 64 << 20;
 
-std::shared_ptr<const Model> model_of(std::uint64_t seed) {
+std::shared_ptr<const Model> seeded_model(std::uint64_t seed) {
   ModelConfig config = small_config();
   config.vocab_size = kVocabSize;
   config.max_positions = 1024;
@@ -38,7 +38,7 @@ struct Setting {
 };
 
 std::unique_ptr<Engine> engine_with(const Setting& setting = {}) {
-  const std::shared_ptr<const Model> model = model_of(setting.seed);
+  const std::shared_ptr<const Model> model = seeded_model(setting.seed);
   BackendOptions options{.threads = 1, .kv_dtype = setting.kv_dtype};
   options.kv_bytes = setting.kv_pages * make_cpu_backend(model, options)->info().page_bytes();
   return make_engine(model, byte_tokenizer(), make_cpu_backend(model, options), "a test", {},
@@ -147,8 +147,7 @@ TEST(PromptCache, RefusesWhatDoesNotFit) {
   expect_error(ErrorKind::not_found, HasSubstr("nothing"),
                [&] { engine->load_prompt_cache(folder.path() / "nothing"); });
   expect_error(ErrorKind::malformed, HasSubstr("--prompt-cache"), [&] {
-    engine->load_prompt_cache(
-        folder.write("weights", clusterfusion::testing::safetensors_head("{}")));
+    engine->load_prompt_cache(folder.write("weights", clusterfusion::test::safetensors_head("{}")));
   });
 }
 
@@ -212,11 +211,11 @@ TEST(PromptCache, DamagedFilesGiveNoWrongText) {
 }
 
 TEST(Fingerprint, SeesEveryWeight) {
-  const auto model = model_of(1);
+  const auto model = seeded_model(1);
   const std::string before = fingerprint_of(*model);
   EXPECT_EQ(before.size(), 16u);
-  EXPECT_EQ(fingerprint_of(*model_of(1)), before);
-  EXPECT_NE(fingerprint_of(*model_of(2)), before);
+  EXPECT_EQ(fingerprint_of(*seeded_model(1)), before);
+  EXPECT_NE(fingerprint_of(*seeded_model(2)), before);
   std::mt19937 random(2);
   const auto expect_seen = [&](const DLTensor& tensor) {
     if (tensor.data == nullptr) return;

@@ -155,7 +155,7 @@ TEST(Scheduler, StreamsDoNotStallForPromptsOfOthers) {
 }
 
 // As a device that computes pieces of several prompts in one pass.
-void pack(FakeState& state) {
+void share_passes(FakeState& state) {
   state.info.packs_prompts = true;
   state.info.any_pieces = true;
   state.info.decodes_as_prefills = true;
@@ -163,7 +163,7 @@ void pack(FakeState& state) {
 }
 
 TEST(Scheduler, PromptsSharePasses) {
-  GatedEngine gated(pack);
+  GatedEngine gated(share_passes);
   std::vector<GenerateRequest> requests;
   for (int i = 0; i < 30; ++i) {
     requests.push_back(request_of(i, static_cast<std::size_t>(1 + i * 7 % 20), 3));
@@ -191,7 +191,7 @@ TEST(Scheduler, PromptsSharePasses) {
 
 TEST(Scheduler, AnErrorInASharedPassEndsItsCallerAlone) {
   const Script hashed = hashed_logits();
-  GatedEngine gated(pack, {}, [&](std::span<const TokenId> tokens) {
+  GatedEngine gated(share_passes, {}, [&](std::span<const TokenId> tokens) {
     std::vector<float> logits = hashed(tokens);
     if (tokens[0] == 66) logits[7] = std::numeric_limits<float>::quiet_NaN();
     return logits;

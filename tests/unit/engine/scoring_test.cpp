@@ -5,7 +5,6 @@
 #include <cmath>
 #include <functional>
 #include <numeric>
-#include <random>
 #include <utility>
 #include <vector>
 
@@ -17,13 +16,6 @@ namespace {
 using namespace test;
 using testing::HasSubstr;
 using testing::IsEmpty;
-
-std::vector<TokenId> random_tokens(std::size_t count, unsigned seed) {
-  std::mt19937 random(seed);
-  std::vector<TokenId> tokens(count);
-  for (TokenId& token : tokens) token = static_cast<TokenId>(random() % kVocabSize);
-  return tokens;
-}
 
 // -log softmax(script(context))[next].
 double negative_log_likelihood(std::span<const TokenId> context, TokenId next) {
@@ -328,14 +320,14 @@ TEST(Loglikelihood, ReportsProgressAndCanBeCancelled) {
 }
 
 // As a device that computes pieces of several texts in one pass.
-void pack(FakeState& state) {
+void share_prompt_passes(FakeState& state) {
   state.info.packs_prompts = true;
   state.info.prefill_chunk = 512;
 }
 
 TEST(Scoring, TextsSharePasses) {
   const FakeEngine plain = fake_engine(hashed_logits());
-  const FakeEngine packed = fake_engine(hashed_logits(), pack);
+  const FakeEngine packed = fake_engine(hashed_logits(), share_prompt_passes);
   std::vector<std::vector<TokenId>> texts;
   std::vector<LoglikelihoodRequest> requests;
   for (unsigned i = 0; i < 60; ++i) {

@@ -17,7 +17,7 @@
 
 #include "clusterfusion/error.hpp"
 
-namespace clusterfusion::testing {
+namespace clusterfusion::test {
 
 // A new folder, removed with all that is in it.
 class TemporaryFolder {
@@ -84,4 +84,4 @@ void expect_error(ErrorKind kind, const std::vector<std::string>& words, const A
   }
 }
 
-}  // namespace clusterfusion::testing
+}  // namespace clusterfusion::test

@@ -9,9 +9,9 @@
 namespace clusterfusion {
 namespace {
 
-using testing::expect_error;
-using testing::safetensors_file;
-using testing::TemporaryFolder;
+using test::expect_error;
+using test::safetensors_file;
+using test::TemporaryFolder;
 
 const std::string kCommit = "0123456789abcdef0123456789abcdef01234567";
 const std::string kOther = "89abcdef0123456789abcdef0123456789abcdef";

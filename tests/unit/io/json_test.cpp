@@ -7,7 +7,7 @@
 namespace clusterfusion {
 namespace {
 
-using testing::expect_error;
+using test::expect_error;
 
 TEST(JsonDocument, ReadsEveryKindOfValue) {
   const JsonDocument document(

@@ -6,8 +6,8 @@
 namespace clusterfusion {
 namespace {
 
-using testing::expect_error;
-using testing::TemporaryFolder;
+using test::expect_error;
+using test::TemporaryFolder;
 
 void write(NewFile& file, std::string_view text) { file.write(std::as_bytes(std::span(text))); }
 

@@ -8,11 +8,11 @@
 namespace clusterfusion {
 namespace {
 
-namespace pickled = testing::pickled;
+namespace pickled = test::pickled;
 using Kind = PickleValue::Kind;
-using testing::expect_error;
-using testing::join;
-using testing::little;
+using test::expect_error;
+using test::join;
+using test::little;
 
 constexpr std::array<std::string_view, 1> kAllowed{"collections.OrderedDict"};
 

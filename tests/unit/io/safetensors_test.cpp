@@ -11,9 +11,9 @@
 namespace clusterfusion {
 namespace {
 
-using testing::expect_error;
-using testing::safetensors_file;
-using testing::safetensors_head;
+using test::expect_error;
+using test::safetensors_file;
+using test::safetensors_head;
 
 std::vector<TensorEntry> parse(std::string_view file) {
   return parse_safetensors(std::as_bytes(std::span(file)), "m.safetensors");

@@ -7,10 +7,10 @@
 namespace clusterfusion {
 namespace {
 
-using testing::expect_error;
-using testing::safetensors_file;
-using testing::TemporaryFolder;
-using testing::torch_file;
+using test::expect_error;
+using test::safetensors_file;
+using test::TemporaryFolder;
+using test::torch_file;
 
 constexpr const char* kIndex = "model.safetensors.index.json";
 

@@ -9,11 +9,11 @@
 namespace clusterfusion {
 namespace {
 
-namespace pickled = testing::pickled;
-using testing::expect_error;
-using testing::torch_parts;
-using testing::zip_file;
-using testing::ZipPart;
+namespace pickled = test::pickled;
+using test::expect_error;
+using test::torch_parts;
+using test::zip_file;
+using test::ZipPart;
 
 std::vector<TensorEntry> parse(const std::string& file) {
   return parse_torch_file(std::as_bytes(std::span(file)), "m.bin");
@@ -101,7 +101,7 @@ std::string file_of(const std::string& tensor) {
 }
 std::string half_storage() { return pickled::storage("HalfStorage", "0", 6); }
 
-void expect_malformed(std::vector<std::string> words, const std::string& file) {
+void expect_malformed_file(std::vector<std::string> words, const std::string& file) {
   words.push_back("m.bin");
   expect_error(ErrorKind::malformed, words, [&] { parse(file); });
 }
@@ -128,8 +128,8 @@ TEST(TorchFile, PlacesTensorsInTheirStorage) {
 TEST(TorchFile, RefusesTensorsThatLeadOutOfTheirStorage) {
   const auto expect_out = [](std::int64_t offset, const std::vector<std::int64_t>& size,
                              const std::vector<std::int64_t>& stride) {
-    expect_malformed({"\"w\"", "lead out of its storage of 6"},
-                     file_of(pickled::tensor(half_storage(), offset, size, stride)));
+    expect_malformed_file({"\"w\"", "lead out of its storage of 6"},
+                          file_of(pickled::tensor(half_storage(), offset, size, stride)));
   };
   expect_out(0, {7}, {1});
   expect_out(1, {2, 3}, {3, 1});
@@ -144,27 +144,29 @@ TEST(TorchFile, RefusesTensorsThatLeadOutOfTheirStorage) {
 }
 
 TEST(TorchFile, RefusesNegativeNumbers) {
-  expect_malformed({"offset", "-1"}, file_of(pickled::tensor(half_storage(), -1, {1}, {1})));
-  expect_malformed({"size", "-2"}, file_of(pickled::tensor(half_storage(), 0, {-2}, {1})));
-  expect_malformed({"stride", "-3"}, file_of(pickled::tensor(half_storage(), 5, {2}, {-3})));
-  expect_malformed({"elements", "-6"},
-                   file_of(pickled::tensor(pickled::storage("HalfStorage", "0", -6), 0, {1}, {1})));
+  expect_malformed_file({"offset", "-1"}, file_of(pickled::tensor(half_storage(), -1, {1}, {1})));
+  expect_malformed_file({"size", "-2"}, file_of(pickled::tensor(half_storage(), 0, {-2}, {1})));
+  expect_malformed_file({"stride", "-3"}, file_of(pickled::tensor(half_storage(), 5, {2}, {-3})));
+  expect_malformed_file(
+      {"elements", "-6"},
+      file_of(pickled::tensor(pickled::storage("HalfStorage", "0", -6), 0, {1}, {1})));
 }
 
 TEST(TorchFile, RefusesCallsOfAnotherForm) {
   const std::string rebuild = pickled::global("torch._utils", "_rebuild_tensor_v2");
   const std::string parameter = pickled::global("torch._utils", "_rebuild_parameter");
   const std::string tensor = pickled::tensor(half_storage(), 0, {6}, {1});
-  expect_malformed({"\"w\"", "0 arguments"}, file_of(pickled::call(rebuild, ")")));
-  expect_malformed({"\"w\"", "1 arguments"}, file_of(pickled::call(parameter, tensor + "\x85")));
-  expect_malformed({"\"w\"", "differ in length"},
-                   file_of(pickled::tensor(half_storage(), 0, {6}, {1, 1})));
-  expect_malformed({"\"w\"", "at most 64"},
-                   file_of(pickled::tensor(half_storage(), 0, std::vector<std::int64_t>(65, 1),
-                                           std::vector<std::int64_t>(65, 1))));
-  expect_malformed(
+  expect_malformed_file({"\"w\"", "0 arguments"}, file_of(pickled::call(rebuild, ")")));
+  expect_malformed_file({"\"w\"", "1 arguments"},
+                        file_of(pickled::call(parameter, tensor + "\x85")));
+  expect_malformed_file({"\"w\"", "differ in length"},
+                        file_of(pickled::tensor(half_storage(), 0, {6}, {1, 1})));
+  expect_malformed_file({"\"w\"", "at most 64"},
+                        file_of(pickled::tensor(half_storage(), 0, std::vector<std::int64_t>(65, 1),
+                                                std::vector<std::int64_t>(65, 1))));
+  expect_malformed_file(
       {"\"w\"", "size must be a tuple", "None"},
-      file_of(pickled::call(rebuild, testing::join({"(", half_storage(), "K\x01NNNNt"}))));
+      file_of(pickled::call(rebuild, test::join({"(", half_storage(), "K\x01NNNNt"}))));
   const auto expect_unsupported = [](std::vector<std::string> words, const std::string& value) {
     expect_error(ErrorKind::unsupported, words, [&] { parse(file_of(value)); });
   };
@@ -180,7 +182,7 @@ TEST(TorchFile, RefusesCallsOfAnotherForm) {
 TEST(TorchFile, RefusesStoragesThatAreNotThere) {
   const auto expect_storage = [](std::vector<std::string> words, const std::string& storage) {
     words.push_back("\"w\"");
-    expect_malformed(words, file_of(pickled::tensor(storage, 0, {1}, {1})));
+    expect_malformed_file(words, file_of(pickled::tensor(storage, 0, {1}, {1})));
   };
   expect_storage({"archive/data/1", "not in the file"}, pickled::storage("HalfStorage", "1", 6));
   expect_storage({"not in the file"}, pickled::storage("HalfStorage", "../version", 1));
@@ -200,17 +202,19 @@ TEST(TorchFile, RefusesStoragesThatAreNotThere) {
 TEST(TorchFile, RefusesTwoTensorsOfOneName) {
   const std::string tensor = pickled::tensor(half_storage(), 0, {6}, {1});
   const std::string dict = pickled::entries("}", {{"a", tensor}, {"b", tensor}, {"a", tensor}});
-  expect_malformed({"two tensors", "\"a\""},
-                   zip_file(torch_parts(pickled::file(dict), {std::string(12, 'x')})));
+  expect_malformed_file({"two tensors", "\"a\""},
+                        zip_file(torch_parts(pickled::file(dict), {std::string(12, 'x')})));
 }
 
 TEST(TorchFile, RefusesOtherArchives) {
   const std::string empty = pickled::file("}");
-  expect_malformed({"FOLDER/data.pkl"}, zip_file({{"model.txt", "x"}}));
-  expect_malformed({"FOLDER/data.pkl"}, zip_file({{"data.pkl", empty}, {"version", "3\n"}}));
-  expect_malformed({"FOLDER/data.pkl"}, zip_file({{"a/b/data.pkl", empty}, {"a/b/version", "3"}}));
-  expect_malformed({"two state dicts"}, zip_file({{"a/data.pkl", empty}, {"b/data.pkl", empty}}));
-  expect_malformed({"a/version"}, zip_file({{"a/data.pkl", empty}}));
+  expect_malformed_file({"FOLDER/data.pkl"}, zip_file({{"model.txt", "x"}}));
+  expect_malformed_file({"FOLDER/data.pkl"}, zip_file({{"data.pkl", empty}, {"version", "3\n"}}));
+  expect_malformed_file({"FOLDER/data.pkl"},
+                        zip_file({{"a/b/data.pkl", empty}, {"a/b/version", "3"}}));
+  expect_malformed_file({"two state dicts"},
+                        zip_file({{"a/data.pkl", empty}, {"b/data.pkl", empty}}));
+  expect_malformed_file({"a/version"}, zip_file({{"a/data.pkl", empty}}));
   const auto expect_unsupported = [](std::vector<std::string> words, const std::string& file) {
     words.push_back("m.bin");
     expect_error(ErrorKind::unsupported, words, [&] { parse(file); });

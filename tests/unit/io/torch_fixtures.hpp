@@ -12,7 +12,7 @@
 
 #include "io/file_fixtures.hpp"
 
-namespace clusterfusion::testing {
+namespace clusterfusion::test {
 
 inline std::string little(std::uint64_t value, int bytes) {
   std::string text;
@@ -197,4 +197,4 @@ inline std::string torch_file(
       options);
 }
 
-}  // namespace clusterfusion::testing
+}  // namespace clusterfusion::test

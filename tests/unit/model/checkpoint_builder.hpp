@@ -9,7 +9,7 @@
 
 #include "io/file_fixtures.hpp"
 
-namespace clusterfusion::testing {
+namespace clusterfusion::test {
 
 // Two layers, hidden 8, two heads, intermediate 12, vocabulary 16; all tensors F16, each with bytes
 // of its own.
@@ -83,4 +83,4 @@ struct CheckpointBuilder {
   }
 };
 
-}  // namespace clusterfusion::testing
+}  // namespace clusterfusion::test

@@ -11,11 +11,11 @@
 namespace clusterfusion {
 namespace {
 
-using testing::CheckpointBuilder;
-using testing::expect_error;
-using testing::safetensors_file;
-using testing::TemporaryFolder;
-using testing::torch_file;
+using test::CheckpointBuilder;
+using test::expect_error;
+using test::safetensors_file;
+using test::TemporaryFolder;
+using test::torch_file;
 
 // Opens a good checkpoint after `bend`.
 void expect_refused(ErrorKind kind, const std::vector<std::string>& words,

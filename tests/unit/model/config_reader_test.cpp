@@ -10,7 +10,7 @@
 namespace clusterfusion {
 namespace {
 
-using testing::expect_error;
+using test::expect_error;
 
 const nlohmann::json kSizes = {{"model_type", "gpt_neox"}, {"vocab_size", 64},
                                {"hidden_size", 32},        {"num_hidden_layers", 1},

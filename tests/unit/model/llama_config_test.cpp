@@ -9,12 +9,12 @@
 namespace clusterfusion {
 namespace {
 
-using testing::expect_error;
+using test::expect_error;
 
 constexpr const char* kTypes[] = {"llama", "mistral", "qwen2", "qwen3"};
 
-nlohmann::json with(const std::string& type,
-                    const nlohmann::json& changes = nlohmann::json::object()) {
+nlohmann::json llama_like(const std::string& type,
+                          const nlohmann::json& changes = nlohmann::json::object()) {
   nlohmann::json config = {{"model_type", type},       {"vocab_size", 64},
                            {"hidden_size", 48},        {"num_hidden_layers", 2},
                            {"num_attention_heads", 6}, {"num_key_value_heads", 2},
@@ -24,22 +24,22 @@ nlohmann::json with(const std::string& type,
   return config;
 }
 
-ModelConfig parse(const nlohmann::json& config) {
+ModelConfig parse_llama_like(const nlohmann::json& config) {
   return parse_config(config.dump(), "config.json");
 }
 
 void expect_unsupported(std::vector<std::string> words, const nlohmann::json& json) {
   words.push_back("config.json");
-  expect_error(ErrorKind::unsupported, words, [&] { parse(json); });
+  expect_error(ErrorKind::unsupported, words, [&] { parse_llama_like(json); });
 }
 void expect_malformed(const std::vector<std::string>& words, const nlohmann::json& json) {
-  expect_error(ErrorKind::malformed, words, [&] { parse(json); });
+  expect_error(ErrorKind::malformed, words, [&] { parse_llama_like(json); });
 }
 
 TEST(LlamaConfig, ReadsWhatAllHaveInCommon) {
   for (const char* type : kTypes) {
     SCOPED_TRACE(type);
-    const ModelConfig config = parse(with(type, {{"head_dim", 16}}));
+    const ModelConfig config = parse_llama_like(llama_like(type, {{"head_dim", 16}}));
     EXPECT_EQ(config.model_type, type);
     EXPECT_EQ(config.num_heads, 6);
     EXPECT_EQ(config.num_kv_heads, 2);
@@ -67,7 +67,7 @@ TEST(LlamaConfig, ReadsBiasesOfTheFamiliesThatHaveTheChoice) {
   const nlohmann::json biases = {{"attention_bias", true}, {"mlp_bias", true}};
   for (const char* type : kTypes) {
     const std::string name = type;
-    const ModelConfig config = parse(with(type, biases));
+    const ModelConfig config = parse_llama_like(llama_like(type, biases));
     EXPECT_EQ(config.attention_bias, name != "mistral");
     EXPECT_EQ(config.attention_out_bias, name != "qwen2");
     EXPECT_EQ(config.mlp_bias, name == "llama");
@@ -76,9 +76,9 @@ TEST(LlamaConfig, ReadsBiasesOfTheFamiliesThatHaveTheChoice) {
 
 TEST(LlamaConfig, KnowsWhatAMissingKeyMeans) {
   const auto without = [](const char* type, std::vector<const char*> keys) {
-    nlohmann::json config = with(type, {{"num_attention_heads", 32}, {"hidden_size", 64}});
+    nlohmann::json config = llama_like(type, {{"num_attention_heads", 32}, {"hidden_size", 64}});
     for (const char* key : keys) config.erase(key);
-    return parse(config);
+    return parse_llama_like(config);
   };
   const std::vector<const char*> keys = {"num_key_value_heads", "max_position_embeddings",
                                          "rope_theta"};
@@ -95,8 +95,9 @@ TEST(LlamaConfig, KnowsWhatAMissingKeyMeans) {
   EXPECT_EQ(without("llama", keys).bos_token, 1);
   EXPECT_TRUE(without("qwen2", keys).eos_tokens.empty());
   EXPECT_FALSE(without("qwen3", keys).bos_token.has_value());
-  EXPECT_EQ(parse(with("mistral", {{"num_key_value_heads", nullptr}})).num_kv_heads, 6);
-  nlohmann::json heads = with("mistral");
+  EXPECT_EQ(
+      parse_llama_like(llama_like("mistral", {{"num_key_value_heads", nullptr}})).num_kv_heads, 6);
+  nlohmann::json heads = llama_like("mistral");
   heads.erase("num_key_value_heads");
   expect_malformed({"num_attention_heads", "a multiple of 8", "num_key_value_heads", "found 6"},
                    heads);
@@ -104,15 +105,16 @@ TEST(LlamaConfig, KnowsWhatAMissingKeyMeans) {
 
 TEST(LlamaConfig, RefusesHeadsThatCannotBe) {
   expect_malformed({"num_key_value_heads", "a divisor of \"num_attention_heads\" 6", "found 4"},
-                   with("llama", {{"num_key_value_heads", 4}}));
+                   llama_like("llama", {{"num_key_value_heads", 4}}));
   expect_malformed({"num_attention_heads", "a divisor of \"hidden_size\" 50"},
-                   with("llama", {{"hidden_size", 50}}));
-  EXPECT_EQ(parse(with("llama", {{"hidden_size", 50}, {"head_dim", 8}})).head_dim, 8);
-  expect_unsupported({"7 values", "even"}, with("llama", {{"head_dim", 7}}));
+                   llama_like("llama", {{"hidden_size", 50}}));
+  EXPECT_EQ(parse_llama_like(llama_like("llama", {{"hidden_size", 50}, {"head_dim", 8}})).head_dim,
+            8);
+  expect_unsupported({"7 values", "even"}, llama_like("llama", {{"head_dim", 7}}));
   expect_malformed({"num_attention_heads", "at most 1, because heads have 16777216"},
-                   with("llama", {{"head_dim", 1 << 24}}));
+                   llama_like("llama", {{"head_dim", 1 << 24}}));
   expect_unsupported({"partial_rotary_factor", "4 of 8"},
-                     with("llama", {{"partial_rotary_factor", 0.5}}));
+                     llama_like("llama", {{"partial_rotary_factor", 0.5}}));
 }
 
 // Both spellings, by `type` or `rope_type`.
@@ -125,7 +127,7 @@ TEST(LlamaConfig, ReadsRopeScalings) {
     for (const char* name : {"rope_type", "type"}) {
       const auto scaling = [&](const char* kind, nlohmann::json others) {
         others[name] = kind;
-        return parse(with("llama", {{key, others}}));
+        return parse_llama_like(llama_like("llama", {{key, others}}));
       };
       EXPECT_EQ(scaling("default", {}).rope_scaling.kind, RopeKind::plain);
       const ModelConfig linear = scaling("linear", {{"factor", 4}});
@@ -154,7 +156,7 @@ TEST(LlamaConfig, ReadsRopeScalings) {
 
 TEST(LlamaConfig, RefusesRopeScalingsByName) {
   const auto scaled = [](const nlohmann::json& rope) {
-    return with("llama", {{"rope_scaling", rope}});
+    return llama_like("llama", {{"rope_scaling", rope}});
   };
   for (const char* type : {"dynamic", "longrope", "su", "mrope", "proportional"}) {
     expect_unsupported({"RoPE scaling", type, "\"llama3\" or \"yarn\""},
@@ -162,7 +164,7 @@ TEST(LlamaConfig, RefusesRopeScalingsByName) {
   }
   expect_unsupported(
       {"full_attention"},
-      with("qwen3", {{"rope_parameters", {{"full_attention", {{"rope_theta", 1}}}}}}));
+      llama_like("qwen3", {{"rope_parameters", {{"full_attention", {{"rope_theta", 1}}}}}}));
   expect_malformed({"rope_scaling", "factor"}, scaled({{"type", "linear"}}));
   expect_malformed({"\"factor\"", "from 1"}, scaled({{"type", "linear"}, {"factor", 0.5}}));
   expect_malformed({"low_freq_factor"}, scaled({{"rope_type", "llama3"}, {"factor", 8.0}}));
@@ -180,19 +182,19 @@ TEST(LlamaConfig, RefusesRopeScalingsByName) {
 TEST(LlamaConfig, EndsContextsWhereTheAttentionWouldSlide) {
   const auto expect_context = [](const nlohmann::json& json, std::int64_t longest,
                                  std::int64_t window) {
-    const ModelConfig config = parse(json);
+    const ModelConfig config = parse_llama_like(json);
     EXPECT_EQ(config.max_positions, longest) << json;
     EXPECT_EQ(config.sliding_window, window) << json;
   };
-  expect_context(with("mistral", {{"sliding_window", 300}}), 300, 300);
-  expect_context(with("mistral", {{"sliding_window", nullptr}}), 1000, 0);
-  expect_context(with("mistral", {{"sliding_window", 1000}}), 1000, 0);
-  expect_context(with("mistral"), 1000, 0);  // 4096 by default
-  expect_context(with("llama", {{"sliding_window", 300}}), 1000, 0);
+  expect_context(llama_like("mistral", {{"sliding_window", 300}}), 300, 300);
+  expect_context(llama_like("mistral", {{"sliding_window", nullptr}}), 1000, 0);
+  expect_context(llama_like("mistral", {{"sliding_window", 1000}}), 1000, 0);
+  expect_context(llama_like("mistral"), 1000, 0);  // 4096 by default
+  expect_context(llama_like("llama", {{"sliding_window", 300}}), 1000, 0);
   for (const char* type : {"qwen2", "qwen3"}) {
     const auto of_qwen = [&](nlohmann::json changes) {
       changes["sliding_window"] = 300;
-      return with(type, changes);
+      return llama_like(type, changes);
     };
     expect_context(of_qwen({}), 1000, 0);
     expect_context(of_qwen({{"use_sliding_window", true}}), 1000, 0);  // from layer 28 on
@@ -213,14 +215,15 @@ TEST(LlamaConfig, EndsContextsWhereTheAttentionWouldSlide) {
 TEST(LlamaConfig, RefusesRelativesByName) {
   for (const char* type :
        {"mixtral", "qwen2_moe", "qwen3_moe", "qwen2_vl", "mllama", "llama4", "gemma2", "phi3"}) {
-    expect_unsupported({std::string("\"") + type + "\"", "\"llama\"", "\"qwen3\""}, with(type));
+    expect_unsupported({std::string("\"") + type + "\"", "\"llama\"", "\"qwen3\""},
+                       llama_like(type));
   }
   expect_unsupported({"LlamaForSequenceClassification", "LlamaForCausalLM"},
-                     with("llama", {{"architectures", {"LlamaForSequenceClassification"}}}));
+                     llama_like("llama", {{"architectures", {"LlamaForSequenceClassification"}}}));
   expect_unsupported({"MistralForCausalLM", "LlamaForCausalLM"},
-                     with("llama", {{"architectures", {"MistralForCausalLM"}}}));
+                     llama_like("llama", {{"architectures", {"MistralForCausalLM"}}}));
   expect_unsupported({"quantization_config"},
-                     with("qwen2", {{"quantization_config", {{"bits", 4}}}}));
+                     llama_like("qwen2", {{"quantization_config", {{"bits", 4}}}}));
 }
 
 }  // namespace

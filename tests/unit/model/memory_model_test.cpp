@@ -13,8 +13,8 @@
 namespace clusterfusion {
 namespace {
 
-using testing::CheckpointBuilder;
-using testing::RawTensor;
+using test::CheckpointBuilder;
+using test::RawTensor;
 
 DLDataType type_of(const std::string& dtype) {
   if (dtype == "BF16") return {kDLBfloat, 16, 1};

@@ -16,8 +16,8 @@
 namespace clusterfusion {
 namespace {
 
-using testing::CheckpointBuilder;
-using testing::TemporaryFolder;
+using test::CheckpointBuilder;
+using test::TemporaryFolder;
 
 std::string bytes_of(const DLTensor& tensor) {
   return {reinterpret_cast<const char*>(data_of(tensor)),
@@ -217,7 +217,7 @@ TEST(Model, CopiesWhatIsMisalignedInATorchFile) {
   const auto expected = named_views(*aligned);
   const TemporaryFolder other;
   builder.write_config(other);
-  const std::string file = testing::torch_file(builder.tensors, {.alignment = 1});
+  const std::string file = test::torch_file(builder.tensors, {.alignment = 1});
   ASSERT_EQ(file.find(builder.at("gpt_neox.embed_in.weight").data) % 2, 1U);
   other.write("pytorch_model.bin", file);
   const auto model = Model::open(other.path());
@@ -296,14 +296,14 @@ TEST(Model, OpensALargeCheckpointWithoutReadingIt) {
     header[name] = {{"dtype", "F16"}, {"shape", shape}, {"data_offsets", {end, end + bytes}}};
     end += bytes;
   };
-  for (const testing::RawTensor& tensor : builder.tensors) {
+  for (const test::RawTensor& tensor : builder.tensors) {
     place(tensor.name, tensor.shape, static_cast<std::int64_t>(tensor.data.size()));
   }
   place("gpt_neox.embed_in.weight", {kVocab, 8}, kVocab * 16);
   place("embed_out.weight", {kVocab, 8}, kVocab * 16);
   std::string text = header.dump();
   text.append(8 - text.size() % 8, ' ');
-  const std::string head = testing::safetensors_head(text);
+  const std::string head = test::safetensors_head(text);
   folder.write("config.json", builder.config.dump());
   const std::filesystem::path path = folder.write("model.safetensors", head);
   std::filesystem::resize_file(path, head.size() + static_cast<std::size_t>(end));

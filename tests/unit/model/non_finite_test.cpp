@@ -16,8 +16,8 @@
 namespace clusterfusion {
 namespace {
 
-using testing::CheckpointBuilder;
-using testing::TemporaryFolder;
+using test::CheckpointBuilder;
+using test::TemporaryFolder;
 
 template <typename Bits>
 std::optional<NonFinite> search(const std::vector<Bits>& values, DType dtype) {

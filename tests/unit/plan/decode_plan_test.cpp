@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "chips.hpp"
 #include "clusterfusion/error.hpp"
 
 namespace clusterfusion::plan {
@@ -37,10 +38,6 @@ constexpr Shape kShapes[] = {
     {"demo", 256, 8, 4, 4096},
     {"odd", 96, 3, 6, 301},
 };
-
-// Hopper's shared memory, and that of the RTX Blackwell chips.
-constexpr DeviceLimits kHopper{132, 227 * 1024};
-constexpr DeviceLimits kBlackwell{170, 99 * 1024};
 
 ModelConfig config_of(const Shape& shape) {
   ModelConfig config;

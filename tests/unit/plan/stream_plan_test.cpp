@@ -7,13 +7,12 @@
 #include <string>
 #include <vector>
 
+#include "chips.hpp"
 #include "clusterfusion/error.hpp"
 #include "plan/decode_plan.hpp"
 
 namespace clusterfusion::plan {
 namespace {
-
-constexpr DeviceLimits kHopper{132, 232448};
 
 struct Size {
   const char* name;

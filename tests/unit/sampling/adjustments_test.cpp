@@ -13,13 +13,12 @@
 
 #include "clusterfusion/error.hpp"
 #include "sampling/sampler.hpp"
+#include "special_values.hpp"
 
 namespace clusterfusion {
 namespace {
 
 using testing::HasSubstr;
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 std::vector<float> adjusted(const std::vector<float>& logits, const std::vector<TokenId>& tokens,
                             const SamplingParams& params) {

@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <limits>
 #include <random>
 #include <set>
 #include <vector>
@@ -10,14 +9,12 @@
 #include "clusterfusion/error.hpp"
 #include "sampling/philox.hpp"
 #include "sampling/sampler.hpp"
+#include "special_values.hpp"
 
 namespace clusterfusion {
 namespace {
 
 using testing::HasSubstr;
-
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 std::vector<float> random_logits(std::mt19937& random, int vocab, float spread) {
   std::normal_distribution<float> normal;

@@ -12,12 +12,12 @@
 #include <random>
 #include <vector>
 
+#include "special_values.hpp"
+
 namespace clusterfusion {
 namespace {
 
 using testing::ElementsAre;
-
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 std::vector<Candidate> filter(const std::vector<float>& logits, const SamplingParams& params) {
   std::vector<Candidate> kept =

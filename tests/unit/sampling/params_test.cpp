@@ -7,12 +7,10 @@
 
 #include "clusterfusion/error.hpp"
 #include "clusterfusion/sampling.hpp"
+#include "special_values.hpp"
 
 namespace clusterfusion {
 namespace {
-
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-constexpr float kInf = std::numeric_limits<float>::infinity();
 
 struct BadValue {
   std::string name;

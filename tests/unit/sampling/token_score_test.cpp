@@ -10,11 +10,11 @@
 #include <vector>
 
 #include "sampling/weight.hpp"
+#include "special_values.hpp"
 
 namespace clusterfusion {
 namespace {
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 

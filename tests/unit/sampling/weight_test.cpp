@@ -8,6 +8,8 @@
 #include <limits>
 #include <random>
 
+#include "special_values.hpp"
+
 namespace clusterfusion {
 namespace {
 
@@ -38,7 +40,6 @@ TEST(Weight, IsNearlyAlwaysTheNearestInteger) {
 }
 
 TEST(Weight, Ends) {
-  constexpr float kInf = std::numeric_limits<float>::infinity();
   constexpr float kTiny = std::numeric_limits<float>::denorm_min();
   constexpr std::uint64_t kOne = std::uint64_t{1} << 40;
   EXPECT_EQ(weight_of(0.0f), kOne);

@@ -17,7 +17,7 @@ namespace clusterfusion::test {
 // The tensors of `model` under the names of its family.
 inline std::string safetensors_of(const Model& model) {
   const TensorNames& names = family_of(model.config()).names;
-  std::vector<testing::RawTensor> tensors;
+  std::vector<test::RawTensor> tensors;
   const auto add = [&](const std::string& name, const DLTensor& tensor) {
     if (!is_present(tensor)) return;
     static const std::map<DType, std::string> kDTypes = {
@@ -43,7 +43,7 @@ inline std::string safetensors_of(const Model& model) {
   if (!model.config().tied_embeddings) {
     add(std::string(names.lm_head[0]) + ".weight", weights.lm_head);
   }
-  return testing::safetensors_file(tensors);
+  return test::safetensors_file(tensors);
 }
 
 // Eight query heads of 16 share two heads of keys and values.
@@ -66,7 +66,7 @@ inline std::shared_ptr<const Model> open_grouped_model(const nlohmann::json& jso
   grouped_family();
   ModelConfig config = parse_config(json.dump(), "config.json");
   config.dtype = dtype;
-  const testing::TemporaryFolder folder;
+  const test::TemporaryFolder folder;
   folder.write("config.json", json.dump());
   folder.write("model.safetensors", safetensors_of(*make_random_model(config)));
   return Model::open(folder.path());
