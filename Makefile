@@ -27,7 +27,7 @@ stage = @echo "== $(1) (about $(2) on two cores, less what ccache has)" >&2
 
 generate:  ## build the program and the library, and stream text from the demo model
 	@tools/install_dependencies.sh build
-	$(call stage,building in build/release,2 minutes; with a GPU and CUDA 13 4 minutes)
+	$(call stage,building in build/release,1 minute; with a GPU and CUDA 13 10 minutes)
 	@cmake $(CONFIGURE_PROGRAM) $(CMAKE_ARGS) >&2
 	@cmake --build --preset program -j $(JOBS) >&2
 	@$(BIN)/clusterfusion generate models/demo --echo --prompt="$$GENERATE_PROMPT" $(GENERATE_OPTIONS)
@@ -44,7 +44,7 @@ deps:
 .PHONY: deps
 
 build: deps  ## all targets; with a CUDA toolkit the CUDA targets too
-	$(call stage,the release build with its tests,4 minutes; with CUDA 13 6 minutes)
+	$(call stage,the release build with its tests,2 minutes; with CUDA 13 10 minutes)
 	cmake --preset release $(CMAKE_ARGS)
 	cmake --build --preset release -j $(JOBS)
 
@@ -62,13 +62,13 @@ export CCACHE_BASEDIR := $(CURDIR)
 python-package wheel: export PYTHONCOERCECLOCALE := 0
 
 python-package: deps  ## the Python package, into .venv
-	$(call stage,the Python package,2 minutes)
+	$(call stage,the Python package,1 minute)
 	$(PYTHON) -m pip install --quiet --no-build-isolation $(PACKAGE_OPTIONS) .
 
 # With the CUDA code where there is a toolkit. libtvm_ffi.so comes with apache-tvm-ffi.
 wheel:  ## dist/*.whl: the package and the program, for other machines
 	@tools/install_dependencies.sh wheel
-	$(call stage,the wheel,2 minutes; with CUDA 13 4 minutes)
+	$(call stage,the wheel,1 minute; with CUDA 13 10 minutes)
 	@rm -rf build/unrepaired && mkdir -p build/unrepaired dist
 	@$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/unrepaired \
 	  $(WHEEL_OPTIONS) .
@@ -93,17 +93,17 @@ ray-test: python-package  ## the server on several replicas, by Ray Serve, which
 .PHONY: ray-test
 
 asan-build: deps
-	$(call stage,the build with AddressSanitizer and UndefinedBehaviorSanitizer,6 minutes)
+	$(call stage,the build with AddressSanitizer and UndefinedBehaviorSanitizer,3 minutes)
 	cmake --preset asan
 	cmake --build --preset asan -j $(JOBS)
 .PHONY: asan-build
 
 asan: asan-build  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(call stage,C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer,3 minutes)
+	$(call stage,C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer,2 minutes)
 	ctest --preset asan
 
 tsan: deps  ## C++ tests under ThreadSanitizer
-	$(call stage,ThreadSanitizer: build and C++ tests,6 minutes)
+	$(call stage,ThreadSanitizer: build and C++ tests,3 minutes)
 	cmake --preset tsan
 	cmake --build --preset tsan -j $(JOBS)
 	ctest --preset tsan

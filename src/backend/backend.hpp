@@ -74,17 +74,9 @@ struct BackendInfo {
   // Pages that all sequences and holders together should have at most. The scheduler keeps to it;
   // the backend itself gives more as long as there is memory.
   std::int64_t kv_pages = 0;
-  // Whether prefill_together() computes all in one pass, and not one after the other.
-  bool packs_prompts = false;
-  // Whether prefilling in any pieces gives the same bits. If not, a prompt's pieces are those of
-  // prefill_chunk.
-  bool any_pieces = false;
   // Whether decoding gives the same bits as prefilling. If not, what was decoded is computed again
   // by decoding.
   bool decodes_as_prefills = false;
-  // A prompt's first n x prefix_granularity positions have the same bits in every prompt that
-  // begins with their tokens; a multiple of kKvPagePositions. 0: that is not known of any.
-  std::int64_t prefix_granularity = 0;
   // What the bits of keys and values depend on besides model, tokens and kv_dtype: on the CPU
   // nothing ("cpu"), elsewhere the chip, the mode and the libraries.
   std::string arithmetic = {};
@@ -169,14 +161,16 @@ class Backend {
   // Chooses the token behind the sequence's, as prefill() does from these logits: float32 [vocab].
   virtual SampledToken sample(SequenceId sequence, std::span<const float> logits) = 0;
 
-  // Appends tokens (at least one) to a sequence and computes what `output` asks for.
+  // Appends tokens (at least one) to a sequence and computes what `output` asks for. A token has
+  // the same bits in whichever pieces its text is prefilled.
   // Errors: out_of_range (token id, with its index), invalid_argument (context full),
   // non_finite (the logits of an asked-for position are not finite: says layer or tensor if known).
   virtual void prefill(SequenceId sequence, std::span<const TokenId> tokens,
                        const PrefillOutput& output) = 0;
 
-  // The same for pieces of different sequences, at most info().prefill_chunk tokens in all; each
-  // has the bits that it has alone. What is thrown, for any of them, leaves all as they were.
+  // The same for pieces of different sequences in one pass, at most info().prefill_chunk tokens in
+  // all; each has the bits that it has alone. What is thrown, for any of them, leaves all as they
+  // were.
   virtual void prefill_together(std::span<const PrefillPart> parts);
 
   // Decodes `steps` tokens (1 .. info().decode_ahead) for each of a batch of different sequences.

@@ -65,13 +65,6 @@ void PrefixCache::add(Chain& chain, std::span<const TokenId> tokens, KvPageId pa
   chain.push_back(&entry);
 }
 
-void PrefixCache::cut(Chain& chain, std::size_t count) {
-  while (chain.size() > count) {
-    unpin(*chain.back());
-    chain.pop_back();
-  }
-}
-
 void PrefixCache::pin(const Chain& chain) {
   for (Entry* entry : chain) pin(*entry);
 }

@@ -39,8 +39,6 @@ class PrefixCache {
   void add(Chain& chain, std::span<const TokenId> tokens, KvPageId page);
   static KvPageId page_of(const Entry& entry) noexcept;
 
-  // Unpins and leaves out the entries from `count` on.
-  void cut(Chain& chain, std::size_t count);
   void pin(const Chain& chain);
   void unpin(const Chain& chain);
 

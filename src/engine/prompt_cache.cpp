@@ -84,11 +84,11 @@ std::int64_t PromptCache::positions_to_save(std::span<const TokenId> prompt) con
   const BackendInfo& info = backend_.info();
   check_tokens(prompt, backend_.model().config().vocab_size, "prompt");
   const std::int64_t usable = std::min(std::ssize(prompt), info.max_positions - 1);
-  const std::int64_t positions = usable / info.prefix_granularity * info.prefix_granularity;
+  const std::int64_t positions = usable / kKvPagePositions * kKvPagePositions;
   require(positions > 0, ErrorKind::invalid_argument,
           "the prompt has {} tokens, and on this device ({}) keys and values are saved of whole "
           "pieces of {} tokens: there is nothing to save; such a prompt is read quickly without",
-          prompt.size(), info.device, info.prefix_granularity);
+          prompt.size(), info.device, kKvPagePositions);
   return positions;
 }
 

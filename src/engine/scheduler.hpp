@@ -77,9 +77,7 @@ class Scheduler {
 
   // scheduler_saved_pages.cpp: pages of the prefix cache that are saved to files and come from
   // there. From any thread: each call takes a turn of the backend, as the scheduler's rounds do.
-  bool has_prefix_cache() const noexcept {
-    return options_.prefix_cache && info().prefix_granularity > 0;
-  }
+  bool has_prefix_cache() const noexcept { return options_.prefix_cache; }
   // The first pages of `tokens` that are in the cache; none of them is evicted before
   // unpin_pages().
   PrefixCache::Chain pin_pages(std::span<const TokenId> tokens);

@@ -122,19 +122,12 @@ void Scheduler::note_admission(Sequence& sequence, std::int64_t cached_positions
 // logits.
 PrefixCache::Chain Scheduler::find_prefix(const Sequence& sequence) {
   if (!uses_cache(sequence) || sequence.wants_scores()) return {};
-  const std::int64_t pages = info().prefix_granularity / kKvPagePositions;
-  const std::int64_t most = (std::ssize(sequence.fed) - 1) / info().prefix_granularity * pages;
-  PrefixCache::Chain chain = cache_.find(sequence.fed, most);
-  cache_.cut(chain,
-             chain.size() / static_cast<std::size_t>(pages) * static_cast<std::size_t>(pages));
-  return chain;
+  return cache_.find(sequence.fed, (std::ssize(sequence.fed) - 1) / kKvPagePositions);
 }
 
 // Its pages are those of any text with the same tokens. What interventions have changed is not.
 bool Scheduler::uses_cache(const Sequence& sequence) const {
-  if (!options_.prefix_cache || info().prefix_granularity == 0) return false;
-  if (sequence.interventions != nullptr) return false;
-  return info().any_pieces || piece_of(sequence, false) == info().prefill_chunk;
+  return options_.prefix_cache && sequence.interventions == nullptr;
 }
 
 std::int64_t Scheduler::free_pages(Backend& backend) const {
@@ -214,12 +207,11 @@ void Scheduler::deactivate(Backend& backend, Sequence& sequence) {
 // Puts full pages into the prefix cache whose bits other texts would have as well.
 void Scheduler::publish_pages(Backend& backend, Sequence& sequence) {
   if (!uses_cache(sequence)) return;
-  const std::int64_t granularity = info().prefix_granularity;
   // What was decoded may have other bits than what is prefilled.
   const std::int64_t positions =
       info().decodes_as_prefills ? sequence.length
                                  : std::min(sequence.length, std::ssize(sequence.request.prompt));
-  const std::int64_t pages = positions / granularity * granularity / kKvPagePositions;
+  const std::int64_t pages = positions / kKvPagePositions;
   while (std::ssize(sequence.chain) < pages) {
     const std::int64_t page = std::ssize(sequence.chain);
     std::vector<TokenId> tokens;

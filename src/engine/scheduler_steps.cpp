@@ -51,25 +51,18 @@ bool Scheduler::disturbs_others(const Sequence& sequence) const {
 std::int64_t Scheduler::piece_of(const Sequence& sequence, bool beside_streams) const {
   const std::optional<ScoreDetail>& detail = sequence.request.prompt_detail;
   const std::int64_t most = detail ? scored_piece(info(), *detail) : info().prefill_chunk;
-  return beside_streams && info().any_pieces ? clock_.piece_tokens(info().least_piece, most) : most;
+  return beside_streams ? clock_.piece_tokens(info().least_piece, most) : most;
 }
 
 // Of the first, and of those behind it as far as they fit into the same pass.
 std::vector<Scheduler::Piece> Scheduler::next_pieces(const Members& waiting,
                                                      bool beside_streams) const {
   std::vector<Piece> pieces;
-  std::int64_t room = beside_streams && info().any_pieces
-                          ? clock_.piece_tokens(info().least_piece, info().prefill_chunk)
-                          : info().prefill_chunk;
+  std::int64_t room = beside_streams ? clock_.piece_tokens(info().least_piece, info().prefill_chunk)
+                                     : info().prefill_chunk;
   for (Sequence* const sequence : waiting) {
-    const std::int64_t most = piece_of(*sequence, beside_streams);
     const std::int64_t left = std::ssize(sequence->fed) - sequence->length;
-    std::int64_t count = std::min(left, most - (info().any_pieces ? 0 : sequence->length % most));
-    if (!pieces.empty()) {
-      if (!info().packs_prompts) break;
-      count = info().any_pieces ? std::min(count, room) : count;
-      if (count > room) continue;
-    }
+    const std::int64_t count = std::min({left, piece_of(*sequence, beside_streams), room});
     if (count == 0) break;
     pieces.push_back({.sequence = sequence, .count = count});
     room -= count;

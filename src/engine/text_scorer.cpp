@@ -8,9 +8,7 @@ namespace {
 
 // Pages of the texts that are under way, at most, but for one that needs more alone: twice what a
 // pass fills, for texts that leave much of their last page empty.
-std::int64_t most_pages(const BackendInfo& info) {
-  return info.packs_prompts ? 2 * kv_pages_of(info.prefill_chunk) : 1;
-}
+std::int64_t most_pages(const BackendInfo& info) { return 2 * kv_pages_of(info.prefill_chunk); }
 
 }  // namespace
 

@@ -59,7 +59,7 @@ TEST_P(SavedPages, GoOnInAnotherBackend) {
     BackendOptions options;
     options.mode = GetParam();
     const auto first = make_cuda_backend(model, options);
-    const std::int64_t whole = first->info().prefix_granularity;
+    const std::int64_t whole = kKvPagePositions;
     ASSERT_GT(whole, 0);
     const auto tokens = random_tokens(config.vocab_size, static_cast<int>(whole) + 37, 3);
     const auto beginning = std::span(tokens).first(static_cast<std::size_t>(whole));

@@ -80,11 +80,8 @@ class CpuBackend final : public Backend {
     info_.max_positions = longest_context(config_, options.max_positions);
     info_.prefill_chunk = transformer_.max_rows();
     info_.kv_pages = kv_pages(options.kv_bytes, info_.max_positions, pool_.page_bytes());
-    info_.packs_prompts = true;
     info_.verify_rows = static_cast<std::int32_t>(std::min(transformer_.max_rows(), kLogitRows));
-    info_.any_pieces = true;
     info_.decodes_as_prefills = true;
-    info_.prefix_granularity = kKvPagePositions;
     info_.arithmetic = "cpu";
   }
 

@@ -117,9 +117,6 @@ class CudaBackend final : public Backend {
     if (!unstreamed_.empty()) info_.device += fmt::format(", {} ({})", path(), unstreamed_);
     if (decodes_rows()) info_.verify_rows = static_cast<std::int32_t>(max_rows());
     info_.kv_pages = kv_pages(options.kv_bytes);
-    info_.packs_prompts = true;
-    info_.any_pieces = true;
-    info_.prefix_granularity = kKvPagePositions;
     info_.arithmetic = fmt::format("{}, {} SMs, mode {}", properties_.name,
                                    properties_.multiProcessorCount, name_of(mode_));
   }

@@ -61,12 +61,13 @@ TEST(PrefixCache, EvictsWhatWasUsedLongestAgoFromItsEnd) {
 
 TEST(PrefixCache, PinnedChainsStay) {
   PrefixCache cache;
-  auto long_one = add_all(cache, text_of({1, 2, 3}), 10);
+  const auto long_one = add_all(cache, text_of({1, 2, 3}), 10);
   cache.unpin(add_all(cache, text_of({1, 2, 4}), 20));
   cache.unpin(add_all(cache, text_of({7}), 30));
   EXPECT_EQ(evict_all(cache), (std::vector<int>{22, 30}));
-  cache.cut(long_one, 1);
-  EXPECT_EQ(long_one.size(), 1u);
+  const auto beginning = cache.find(text_of({1}), 1);
+  EXPECT_EQ(beginning.size(), 1u);
+  cache.unpin(long_one);
   EXPECT_EQ(evict_all(cache), (std::vector<int>{12, 11}));
   EXPECT_EQ(cache.num_pages(), 1);
 }

@@ -125,45 +125,36 @@ TEST(Scheduler, BurstsAreShortEnoughForNewRequests) {
 
 // Between two decode() calls there is one step, and at most one step's worth of a prompt.
 TEST(Scheduler, StreamsDoNotStallForPromptsOfOthers) {
-  for (const bool any_pieces : {true, false}) {
-    SCOPED_TRACE(any_pieces);
-    GatedEngine gated([&](FakeState& state) {
-      state.info.any_pieces = any_pieces;
-      state.info.decodes_as_prefills = any_pieces;
-      state.info.prefill_chunk = any_pieces ? 512 : 8;
-      state.info.decode_ahead = 16;
-      state.step_seconds = 0.010;
-      state.prefill_token_seconds = 0.001;
-    });
-    const auto stream = gated.start({request_of(1, 2, 300)});
-    std::unique_ptr<Generation> other;
-    gated.go();
-    for (int i = 0; i < 50; ++i) stream->next();
-    other = gated.start({request_of(2, 1000, 2), request_of(3, 500, 2)});
-    finish(*stream);
-    finish(*other);
-    const auto& times = gated.state().decode_times;
-    const auto& steps = gated.state().burst_steps;
-    for (std::size_t i = 1; i < times.size() && i < 150; ++i) {
-      // The first piece of all is of a size that nothing is known of.
-      const double slack = any_pieces ? 0.016 : 1e-9;
-      EXPECT_LE(times[i] - times[i - 1], steps[i - 1] * 0.010 + 0.010 + slack) << i;
-    }
-    EXPECT_EQ(stream->results()[0].tokens, alone(request_of(1, 2, 300)));
-    EXPECT_EQ(other->results()[1].tokens, alone(request_of(3, 500, 2)));
+  GatedEngine gated([](FakeState& state) {
+    state.info.prefill_chunk = 512;
+    state.info.decode_ahead = 16;
+    state.step_seconds = 0.010;
+    state.prefill_token_seconds = 0.001;
+  });
+  const auto stream = gated.start({request_of(1, 2, 300)});
+  std::unique_ptr<Generation> other;
+  gated.go();
+  for (int i = 0; i < 50; ++i) stream->next();
+  other = gated.start({request_of(2, 1000, 2), request_of(3, 500, 2)});
+  finish(*stream);
+  finish(*other);
+  const auto& times = gated.state().decode_times;
+  const auto& steps = gated.state().burst_steps;
+  for (std::size_t i = 1; i < times.size() && i < 150; ++i) {
+    // The first piece of all is of a size that nothing is known of.
+    EXPECT_LE(times[i] - times[i - 1], steps[i - 1] * 0.010 + 0.010 + 0.016) << i;
   }
+  EXPECT_EQ(stream->results()[0].tokens, alone(request_of(1, 2, 300)));
+  EXPECT_EQ(other->results()[1].tokens, alone(request_of(3, 500, 2)));
 }
 
-// As a device that computes pieces of several prompts in one pass.
-void share_passes(FakeState& state) {
-  state.info.packs_prompts = true;
-  state.info.any_pieces = true;
+void use_passes_of_64(FakeState& state) {
   state.info.decodes_as_prefills = true;
   state.info.prefill_chunk = 64;
 }
 
 TEST(Scheduler, PromptsSharePasses) {
-  GatedEngine gated(share_passes);
+  GatedEngine gated(use_passes_of_64);
   std::vector<GenerateRequest> requests;
   for (int i = 0; i < 30; ++i) {
     requests.push_back(request_of(i, static_cast<std::size_t>(1 + i * 7 % 20), 3));
@@ -191,7 +182,7 @@ TEST(Scheduler, PromptsSharePasses) {
 
 TEST(Scheduler, AnErrorInASharedPassEndsItsCallerAlone) {
   const Script hashed = hashed_logits();
-  GatedEngine gated(share_passes, {}, [&](std::span<const TokenId> tokens) {
+  GatedEngine gated(use_passes_of_64, {}, [&](std::span<const TokenId> tokens) {
     std::vector<float> logits = hashed(tokens);
     if (tokens[0] == 66) logits[7] = std::numeric_limits<float>::quiet_NaN();
     return logits;
@@ -241,12 +232,11 @@ TEST(Scheduler, CallersTakeTurnsWithPiecesOfPrompts) {
 }
 
 TEST(Scheduler, PreemptsTheYoungestAndComputesItAgain) {
-  for (const bool any_pieces : {true, false}) {
-    SCOPED_TRACE(any_pieces);
+  for (const bool decodes_as_prefills : {true, false}) {
+    SCOPED_TRACE(decodes_as_prefills);
     GatedEngine gated(
         [&](FakeState& state) {
-          state.info.any_pieces = any_pieces;
-          state.info.decodes_as_prefills = any_pieces;
+          state.info.decodes_as_prefills = decodes_as_prefills;
           state.info.kv_pages = 5;
           state.info.decode_ahead = 4;
         },
@@ -266,11 +256,11 @@ TEST(Scheduler, PreemptsTheYoungestAndComputesItAgain) {
     EXPECT_GT(results[2].statistics.preemptions, 0);
     EXPECT_EQ(gated.engine().serving_statistics().preemptions,
               results[1].statistics.preemptions + results[2].statistics.preemptions);
-    const auto& pieces = gated.state().prefill_sizes;
-    if (!any_pieces) {
-      // The prompt again, in the same pieces, and no more.
-      EXPECT_EQ(pieces.size() % 3, 0u);
-      for (std::size_t i = 0; i < pieces.size(); ++i) EXPECT_EQ(pieces[i], i % 3 == 2 ? 2 : 4);
+    if (!decodes_as_prefills) {
+      // Each prompt again, and no more.
+      const auto& pieces = gated.state().prefill_sizes;
+      EXPECT_EQ(std::accumulate(pieces.begin(), pieces.end(), std::int64_t{0}),
+                10 * (3 + gated.engine().serving_statistics().preemptions));
     }
     EXPECT_THAT(gated.state().live, IsEmpty());
     EXPECT_EQ(gated.engine().serving_statistics().kv_pages_in_use, 0);
@@ -339,12 +329,10 @@ TEST(Scheduler, OtherCallsComeBetweenBursts) {
   finish(*endless);
 }
 
-TEST(PrefixHits, OfWholePagesWhereAnyPiecesHaveTheSameBits) {
+TEST(PrefixHits, OfWholePages) {
   GatedEngine gated([](FakeState& state) {
-    state.info.any_pieces = true;
     state.info.decodes_as_prefills = true;
     state.info.prefill_chunk = 512;
-    state.info.prefix_granularity = 64;
   });
   gated.go();
   GenerateRequest request = request_of(1, 130, 70);
@@ -374,11 +362,7 @@ TEST(PrefixHits, OfWholePagesWhereAnyPiecesHaveTheSameBits) {
 }
 
 TEST(PrefixHits, OfPromptsAloneWhereDecodingGivesOtherBits) {
-  GatedEngine gated([](FakeState& state) {
-    state.info.any_pieces = true;
-    state.info.prefill_chunk = 512;
-    state.info.prefix_granularity = 64;
-  });
+  GatedEngine gated([](FakeState& state) { state.info.prefill_chunk = 512; });
   gated.go();
   GenerateRequest request = request_of(1, 130, 70);
   const GenerateResult first = gated.engine().generate(request);
@@ -392,31 +376,10 @@ TEST(PrefixHits, OfPromptsAloneWhereDecodingGivesOtherBits) {
   EXPECT_THAT(gated.state().prefill_sizes, ElementsAre(130, 2, 72));
 }
 
-TEST(PrefixHits, OfWholePiecesElsewhere) {
-  GatedEngine gated([](FakeState& state) {
-    state.info.prefill_chunk = 128;
-    state.info.prefix_granularity = 128;
-  });
-  gated.go();
-  GenerateRequest request = request_of(1, 300, 100);
-  const GenerateResult first = gated.engine().generate(request);
-  EXPECT_EQ(first.tokens, alone(request));
-  EXPECT_EQ(gated.engine().generate(request).statistics.prefix_hit_tokens, 256);
-  request.prompt_tokens.insert(request.prompt_tokens.end(), first.tokens.begin(),
-                               first.tokens.end());
-  EXPECT_EQ(gated.engine().generate(request).statistics.prefix_hit_tokens, 256)
-      << "what was decoded has other bits";
-  request.prompt_tokens.resize(256);
-  EXPECT_EQ(gated.engine().generate(request).statistics.prefix_hit_tokens, 128);
-  EXPECT_THAT(gated.state().prefill_sizes, ElementsAre(128, 128, 44, 44, 128, 16, 128));
-}
-
 TEST(PrefixHits, NoneWithoutTheOptionOrTheMemory) {
   const auto set = [](FakeState& state) {
-    state.info.any_pieces = true;
     state.info.decodes_as_prefills = true;
     state.info.prefill_chunk = 512;
-    state.info.prefix_granularity = 64;
     state.info.kv_pages = 5;
   };
   GatedEngine off(set, {.prefix_cache = false});
@@ -434,11 +397,10 @@ TEST(PrefixHits, NoneWithoutTheOptionOrTheMemory) {
 }
 
 TEST(Samples, ShareOnePromptAndEqualRequestsOfTheirSeeds) {
-  for (const bool any_pieces : {true, false}) {
-    SCOPED_TRACE(any_pieces);
+  for (const bool decodes_as_prefills : {true, false}) {
+    SCOPED_TRACE(decodes_as_prefills);
     GatedEngine gated([&](FakeState& state) {
-      state.info.any_pieces = any_pieces;
-      state.info.decodes_as_prefills = any_pieces;
+      state.info.decodes_as_prefills = decodes_as_prefills;
       state.info.prefill_chunk = 100;
     });
     gated.go();
@@ -461,7 +423,8 @@ TEST(Samples, ShareOnePromptAndEqualRequestsOfTheirSeeds) {
     }
     EXPECT_EQ(results[5].tokens, alone(other));
     EXPECT_NE(results[0].tokens, results[1].tokens);
-    EXPECT_EQ(gated.engine().serving_statistics().kv_pages_in_use, 0);
+    const ServingStatistics statistics = gated.engine().serving_statistics();
+    EXPECT_EQ(statistics.kv_pages_in_use, statistics.kv_pages_cached);
   }
 }
 
@@ -470,9 +433,7 @@ TEST(Samples, MoreThanThereArePlacesOrPages) {
     GatedEngine gated(
         [&](FakeState& state) {
           state.info.kv_pages = kv_pages;
-          state.info.any_pieces = true;
           state.info.decodes_as_prefills = true;
-          state.info.prefix_granularity = 64;
         },
         {.max_sequences = 3});
     gated.go();
@@ -506,9 +467,7 @@ std::vector<SteeringVector> some_steering(const Engine& engine, float value) {
 // The fake checks that no page goes from one to the other.
 TEST(Scheduler, PagesOfSteeredTextsStayOutOfTheCache) {
   GatedEngine gated([](FakeState& state) {
-    state.info.any_pieces = true;
     state.info.decodes_as_prefills = true;
-    state.info.prefix_granularity = kKvPagePositions;
     state.info.prefill_chunk = 64;
   });
   gated.go();
@@ -546,7 +505,6 @@ TEST(Scheduler, SamplesOfASteeredPromptShareItsPages) {
 // Steering that changes while texts run, and memory that runs out.
 TEST(Scheduler, PreemptedTextsKeepTheirInterventions) {
   GatedEngine gated([](FakeState& state) {
-    state.info.any_pieces = true;
     state.info.decodes_as_prefills = true;
     state.info.prefill_chunk = 64;
     state.info.kv_pages = 4;

@@ -319,15 +319,11 @@ TEST(Loglikelihood, ReportsProgressAndCanBeCancelled) {
   EXPECT_THAT(fake.engine->loglikelihood({}, {}), IsEmpty());
 }
 
-// As a device that computes pieces of several texts in one pass.
-void share_prompt_passes(FakeState& state) {
-  state.info.packs_prompts = true;
-  state.info.prefill_chunk = 512;
-}
+void use_passes_of_512(FakeState& state) { state.info.prefill_chunk = 512; }
 
 TEST(Scoring, TextsSharePasses) {
   const FakeEngine plain = fake_engine(hashed_logits());
-  const FakeEngine packed = fake_engine(hashed_logits(), share_prompt_passes);
+  const FakeEngine packed = fake_engine(hashed_logits(), use_passes_of_512);
   std::vector<std::vector<TokenId>> texts;
   std::vector<LoglikelihoodRequest> requests;
   for (unsigned i = 0; i < 60; ++i) {
