@@ -14,6 +14,34 @@ def about(engine: Engine) -> str:
     return f"device: {info.device}, {info.device_description} ({info.device_reason})"
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> Any:
+    """Adds the options that `open_engine` takes; returns what adds more to the same group."""
+    engine = parser.add_argument_group("engine").add_argument
+    engine("--revision", help="of a name on the hub (main)")
+    engine("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(auto)")
+    engine("--threads", type=number(int, 0), default=0, help="CPU threads; 0 for one a core (0)")
+    engine("--context", type=number(int, 1), help="longest context in tokens (the model's)")
+    engine("--kv-dtype", choices=["float32", "float16", "bfloat16"], help="type of the KV cache")
+    engine("--draft", help="who proposes tokens: none, ngram, or a smaller model (none)")
+    engine("--draft-tokens", type=number(int, 1), default=8, help="proposed in one step (8)")
+    return engine
+
+
+def open_engine(options: argparse.Namespace, **more: Any) -> Engine:
+    """The engine of the model that the options name; `more` are arguments of `Engine`."""
+    return Engine(
+        options.model,
+        options.device,
+        threads=options.threads,
+        context=options.context,
+        kv_dtype=options.kv_dtype,
+        draft=options.draft,
+        draft_tokens=options.draft_tokens,
+        revision=options.revision,
+        **more,
+    )
+
+
 def number(kind: type[int] | type[float], least: float, most: float = float("inf")) -> Any:
     """A type of argparse: numbers from `least` to `most`."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterfusion import Engine
-from clusterfusion._command_line import about, number
+from clusterfusion._command_line import about, add_engine_options, number, open_engine
 
 _EXAMPLE = """\
 Sampling is as the model's generation_config.json says where no option says otherwise, and greedy
@@ -90,16 +90,7 @@ def _engine(options: argparse.Namespace) -> Engine:
         warnings.showwarning = lambda message, *_, **__: print(
             f"warning: {message}", file=sys.stderr
         )
-        return Engine(
-            options.model,
-            options.device,
-            threads=options.threads,
-            context=options.context,
-            kv_dtype=options.kv_dtype,
-            draft=options.draft,
-            draft_tokens=options.draft_tokens,
-            revision=options.revision,
-        )
+        return open_engine(options)
 
 
 _SAMPLING = (
@@ -150,14 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     sampling("--seed", type=number(int, 0, 2**64 - 1), help="of the first answer (any)")
     sampling("--stop", action="append", metavar="TEXT", help="ends an answer; may be repeated")
 
-    engine = parser.add_argument_group("engine").add_argument
-    engine("--revision", help="of a name on the hub (main)")
-    engine("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(auto)")
-    engine("--threads", type=number(int, 0), default=0, help="CPU threads; 0 for one a core (0)")
-    engine("--context", type=number(int, 1), help="longest context in tokens (the model's)")
-    engine("--kv-dtype", choices=["float32", "float16", "bfloat16"], help="type of the KV cache")
-    engine("--draft", help="who proposes tokens: none, ngram, or a smaller model (none)")
-    engine("--draft-tokens", type=number(int, 1), default=8, help="proposed in one step (8)")
+    add_engine_options(parser)
     return parser
 
 

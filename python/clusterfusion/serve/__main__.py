@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterfusion import Engine
-from clusterfusion._command_line import about, number
+from clusterfusion._command_line import about, add_engine_options, number, open_engine
 
 _LONGEST_SECONDS = 365 * 24 * 3600
 _EXAMPLE = """\
@@ -70,19 +70,12 @@ def _serve(options: argparse.Namespace) -> int:
 def _engine(options: argparse.Namespace) -> Engine:
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        return Engine(
-            options.model,
-            options.device,
-            threads=options.threads,
-            context=options.context,
-            kv_dtype=options.kv_dtype,
+        return open_engine(
+            options,
             mode=options.mode,
             max_sequences=options.max_sequences,
             kv_bytes=options.kv_bytes,
             prefix_cache=not options.no_prefix_cache,
-            draft=options.draft,
-            draft_tokens=options.draft_tokens,
-            revision=options.revision,
         )
 
 
@@ -121,12 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--served-model-name", action="append", metavar="NAME", help="what requests may call it")
     add("--chat-template", type=Path, metavar="FILE", help="Jinja template, instead of the model's")
 
-    engine = parser.add_argument_group("engine").add_argument
-    engine("--revision", help="of a name on the hub (main)")
-    engine("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(auto)")
-    engine("--threads", type=number(int, 0), default=0, help="CPU threads; 0 for one a core (0)")
-    engine("--context", type=number(int, 1), help="longest context in tokens (the model's)")
-    engine("--kv-dtype", choices=["float32", "float16", "bfloat16"], help="type of the KV cache")
+    engine = add_engine_options(parser)
     engine(
         "--mode",
         default="throughput",
@@ -136,8 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     engine("--max-sequences", type=number(int, 1), default=256, help="texts at once (256)")
     engine("--kv-bytes", type=number(int, 0), default=0, help="for keys and values (what is left)")
     engine("--no-prefix-cache", action="store_true", help="share nothing between prompts")
-    engine("--draft", help="who proposes tokens: none, ngram, or a smaller model (none)")
-    engine("--draft-tokens", type=number(int, 1), default=8, help="proposed in one step (8)")
 
     limits = parser.add_argument_group("limits").add_argument
     limits("--max-waiting", type=number(int, 0), default=2048, help="texts in the queue (2048)")
