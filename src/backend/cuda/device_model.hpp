@@ -1,5 +1,6 @@
 // A checkpoint's weights on the device, in the checkpoint's own layout and 16-bit type, streamed
-// there from the mapped files.
+// there from the mapped files. Separate matrices of queries, keys and values become one on the way,
+// with its rows by KV head.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +32,7 @@ struct DeviceModelOptions {
   std::function<void(std::int64_t done, std::int64_t total)> progress = {};
 };
 
-// A layer's tensors, by LayerTensor; null where the layer has none.
+// A layer's tensors, by LayerTensor, of plan::with_gathered_qkv(); null where the layer has none.
 struct DeviceLayer {
   std::array<const char*, kNumLayerTensors> tensors{};
 
