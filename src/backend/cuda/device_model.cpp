@@ -165,10 +165,10 @@ DeviceLayer place_layer(Arena& arena, const ModelConfig& config, const LayerWeig
   return result;
 }
 
-std::vector<float2> rotary_turns(const ModelConfig& config) {
-  const plan::RotaryTable table(config);
+std::vector<float2> rotary_turns(const LayerSpec& spec, std::int64_t positions) {
+  const plan::RotaryTable table(spec);
   std::vector<float2> turns;
-  for (std::int64_t position = 0; position < config.max_positions; ++position)
+  for (std::int64_t position = 0; position < positions; ++position)
     for (std::size_t pair = 0; pair < table.pairs(); ++pair) {
       const auto [cos, sin] = table.turn(position, pair);
       turns.push_back({cos, sin});
@@ -217,11 +217,13 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
           "{}: the GPU backend streams float16 or bfloat16 weights, these are float32; convert the "
           "checkpoint (model.half().save_pretrained(...)) or use device \"cpu\"",
           model.folder().string());
+  const std::vector<float2> turns = rotary_turns(config, options.positions);
+  const auto turns_bytes = static_cast<std::int64_t>(turns.size() * sizeof(float2));
   Arena arena(config.dtype);
   layers_.resize(config.num_layers);
   for (const bool placing : {false, true}) {
     if (placing) {
-      check_fit(arena.used(), options);
+      check_fit(arena.used() + turns_bytes, options);
       weights_ = DeviceMemory(arena.used(), "the weights");
       arena.begin_placing(weights_.as<>());
     }
@@ -239,7 +241,7 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
     final_norm_bias_ = arena.narrow(weights.final_norm_bias);
   }
   copy_parts(model, arena, weights_.as<>(), options);
-  rotary_ = to_device(rotary_turns(config), "the rotary tables");
+  rotary_ = to_device(turns, "the rotary tables");
 }
 
 }  // namespace clusterfusion::cuda

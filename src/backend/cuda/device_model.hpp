@@ -26,7 +26,8 @@ constexpr std::int64_t workspace_bytes(std::int64_t device_bytes) {
 }
 
 struct DeviceModelOptions {
-  // For the check that one sequence fits beside the weights: its length, and a KV page's size.
+  // Of the longest sequence. The rotary table has as many, and such a sequence must fit beside the
+  // weights, with pages of this size.
   std::int64_t positions = 0;
   std::int64_t kv_page_bytes = 0;
   std::function<void(std::int64_t done, std::int64_t total)> progress = {};
