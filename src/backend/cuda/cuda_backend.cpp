@@ -74,8 +74,8 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
 }
 
 // The model as it will lie on the device. Errors: unsupported (a layer that nothing here computes).
-ModelConfig config_on_device(const ModelConfig& config) {
-  const std::string uncomputed = plan::uncomputed_because(config);
+ModelConfig config_on_device(const ModelConfig& config, plan::Untried untried) {
+  const std::string uncomputed = plan::uncomputed_because(config, untried);
   require(
       uncomputed.empty(), ErrorKind::unsupported,
       "models of type {} do not run on a GPU yet, because nothing there computes {}; use device "
@@ -96,9 +96,10 @@ plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp&
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(std::shared_ptr<const Model> model, const BackendOptions& options)
+  CudaBackend(std::shared_ptr<const Model> model, const BackendOptions& options,
+              plan::Untried untried)
       : model_(std::move(model)),
-        config_(config_on_device(model_->config())),
+        config_(config_on_device(model_->config(), untried)),
         properties_(device_properties()),
         plan_(decode_plan_of(config_, properties_)),
         unstreamed_(plan::unstreamed_because(config_, limits_of(properties_))),
@@ -990,11 +991,11 @@ std::string cuda_unavailable_reason() {
 }
 
 std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,
-                                           const BackendOptions& options) {
+                                           const BackendOptions& options, plan::Untried untried) {
   const std::string reason = cuda_unavailable_reason();
   require(reason.empty(), ErrorKind::unsupported, "device \"cuda\": {}; use device \"cpu\"",
           reason);
-  return std::make_unique<cuda::CudaBackend>(std::move(model), options);
+  return std::make_unique<cuda::CudaBackend>(std::move(model), options, untried);
 }
 
 }  // namespace clusterfusion
