@@ -137,19 +137,22 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
 }  // namespace
 
 std::string unstreamed_because(const LayerSpec& spec) {
-  if (const std::string uncomputed = uncomputed_because(spec); !uncomputed.empty())
-    return uncomputed;
   if (spec.kv_heads() != spec.num_heads) return "grouped heads";
   if (spec.attention_size() != spec.hidden_size) return "heads not as wide as the hidden size";
   if (spec.norm != NormKind::layer_norm) return "RMSNorm";
   if (spec.gated_mlp) return "a gated MLP";
+  if (spec.qk_norm) return "norms of queries and keys";
   return "";
 }
 
-std::string uncomputed_because(const LayerSpec& spec) {
-  if (spec.qkv_layout == QkvLayout::separate)
+std::string uncomputed_because(const LayerSpec& spec, Untried untried) {
+  const bool refuses = untried == Untried::refuse;
+  if (refuses && spec.qkv_layout == QkvLayout::separate)
     return "separate matrices of queries, keys and values";
-  if (spec.qk_norm) return "norms of queries and keys";
+  if (refuses && spec.qk_norm) return "norms of queries and keys";
+  // Rows of activations and weights begin at multiples of 16 bytes.
+  if (spec.hidden_size % 8 != 0) return "a hidden size that is no multiple of 8";
+  if (spec.intermediate_size % 8 != 0) return "an MLP whose size is no multiple of 8";
   return "";
 }
 

@@ -16,6 +16,8 @@
 #include "base/tensor_view.hpp"
 #include "clusterfusion/error.hpp"
 #include "gpu_fixture.hpp"
+#include "support/gathered_model.hpp"
+#include "support/grouped_checkpoint.hpp"
 #include "support/random_model.hpp"
 
 namespace clusterfusion::test {
@@ -121,7 +123,9 @@ void expect_same(const Model& model, const DeviceModel& device) {
   expect_matrix(device.embedding(), weights.embedding, "embedding");
   expect_matrix(device.lm_head(), weights.lm_head, "lm_head");
   expect_norm(device.final_norm_weight(), weights.final_norm_weight, config.dtype, "final.weight");
-  expect_norm(device.final_norm_bias(), weights.final_norm_bias, config.dtype, "final.bias");
+  ASSERT_EQ(device.final_norm_bias() != nullptr, is_present(weights.final_norm_bias));
+  if (is_present(weights.final_norm_bias))
+    expect_norm(device.final_norm_bias(), weights.final_norm_bias, config.dtype, "final.bias");
 }
 
 TEST_F(Loading, BringsEveryByteOfRandomModels) {
@@ -165,6 +169,24 @@ TEST_F(Loading, BringsEveryByteOfMappedFiles) {
   }
 }
 
+// Of a random model, and of the same one in a mapped file.
+TEST_F(Loading, GathersLlamasMatrices) {
+  for (const DType vector_dtype : {DType::float32, DType::bfloat16}) {
+    for (const bool large : {false, true}) {
+      ModelConfig config = small_llama_config();
+      config.hidden_size = large ? 1024 : 96;
+      if (large) config.head_dim = config.rotary_dim = 128;
+      config.tied_embeddings = !large;
+      const auto model = make_random_model(config, {.seed = 4, .vector_dtype = vector_dtype});
+      const DeviceModel device(*model, {.positions = 64, .kv_page_bytes = 1 << 20});
+      expect_same(GatheredModel(model), device);
+    }
+  }
+  const auto model = open_qwen2_model();
+  const DeviceModel device(*model, {.positions = 64, .kv_page_bytes = 1 << 20});
+  expect_same(GatheredModel(model), device);
+}
+
 // As wide as a Pythia model, with fewer layers.
 std::shared_ptr<const Model> wide_model(std::int64_t hidden, std::int64_t heads) {
   ModelConfig config = small_config();
@@ -180,40 +202,65 @@ std::shared_ptr<const Model> wide_model(std::int64_t hidden, std::int64_t heads)
   return make_random_model(config);
 }
 
-TEST_F(Loading, TakesWeightsKvCacheAndAtMostTheWorkspace) {
-  for (const auto& [hidden, heads] : {std::pair{2560, 32}, std::pair{5120, 40}}) {
-    SCOPED_TRACE("hidden size " + std::to_string(hidden));
-    const auto model = wide_model(hidden, heads);
-    const std::int64_t before = free_bytes();
-    const auto start = std::chrono::steady_clock::now();
-    const auto backend = make_cuda_backend(model, {});
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    const SequenceId id = backend->create_sequence({});
-    backend->reserve(id, 2048);
-    // Everything that is allocated as late as at its first use.
-    std::vector<TokenId> prompt(2000);
-    for (std::size_t i = 0; i < prompt.size(); ++i)
-      prompt[i] = static_cast<TokenId>(i * 7919 % 50000);
-    SampledToken sampled;
-    PrefillOutput output;
-    output.sampled = &sampled;
-    for (std::span<const TokenId> rest = prompt; !rest.empty();) {
-      const std::size_t count = std::min<std::size_t>(backend->info().prefill_chunk, rest.size());
-      backend->prefill(id, rest.first(count), output);
-      rest = rest.subspan(count);
-    }
-    std::vector<SampledToken> next(backend->info().decode_ahead);
-    backend->decode({&id, 1}, {&sampled.token, 1}, backend->info().decode_ahead, next, {});
-    const std::int64_t taken = before - free_bytes();
-    const std::int64_t cache = 2048 * backend->info().kv_bytes_per_position;
-    const std::int64_t rest = taken - model->total_bytes() - cache;
-    std::printf(
-        "hidden size %d: opened in %.3f s, %.2f GB/s; takes %.1f MB: weights %.1f, KV cache "
-        "%.1f, all else %.1f\n",
-        static_cast<int>(hidden), seconds.count(), model->total_bytes() * 1e-9 / seconds.count(),
-        taken * 1e-6, model->total_bytes() * 1e-6, cache * 1e-6, rest * 1e-6);
-    EXPECT_LE(rest, cuda::workspace_bytes(total_bytes()));
+// As wide as Llama-3.2-1B, with its context and vocabulary, and one layer.
+std::shared_ptr<const Model> wide_llama_model() {
+  ModelConfig config = small_llama_config();
+  config.qk_norm = config.attention_bias = false;
+  config.hidden_size = 2048;
+  config.num_heads = 32;
+  config.num_kv_heads = 8;
+  config.head_dim = config.rotary_dim = 64;
+  config.intermediate_size = 8192;
+  config.num_layers = 1;
+  config.vocab_size = 128256;
+  config.max_positions = 131072;
+  return make_random_model(config);
+}
+
+// Of what is there besides weights, rotary table and KV cache.
+void expect_at_most_the_workspace(const std::shared_ptr<const Model>& model) {
+  const ModelConfig& config = model->config();
+  SCOPED_TRACE("hidden size " + std::to_string(config.hidden_size));
+  const std::int64_t before = free_bytes();
+  const auto start = std::chrono::steady_clock::now();
+  const auto backend = make_cuda_backend(model, {}, plan::Untried::compute);
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  const SequenceId id = backend->create_sequence({});
+  backend->reserve(id, 2048);
+  // Everything that is allocated as late as at its first use.
+  std::vector<TokenId> prompt(2000);
+  for (std::size_t i = 0; i < prompt.size(); ++i)
+    prompt[i] = static_cast<TokenId>(i * 7919 % 50000);
+  SampledToken sampled;
+  PrefillOutput output;
+  output.sampled = &sampled;
+  for (std::span<const TokenId> rest = prompt; !rest.empty();) {
+    const std::size_t count = std::min<std::size_t>(backend->info().prefill_chunk, rest.size());
+    backend->prefill(id, rest.first(count), output);
+    rest = rest.subspan(count);
   }
+  std::vector<SampledToken> next(backend->info().decode_ahead);
+  backend->decode({&id, 1}, {&sampled.token, 1}, backend->info().decode_ahead, next, {});
+  const std::int64_t taken = before - free_bytes();
+  const std::int64_t cache = 2048 * backend->info().kv_bytes_per_position;
+  const std::int64_t turns = config.max_positions * config.rotary_dim / 2 * 8;
+  const std::int64_t rest = taken - model->total_bytes() - turns - cache;
+  std::printf(
+      "hidden size %d: opened in %.3f s, %.2f GB/s; takes %.1f MB: weights %.1f, KV cache "
+      "%.1f, all else %.1f\n",
+      static_cast<int>(config.hidden_size), seconds.count(),
+      model->total_bytes() * 1e-9 / seconds.count(), taken * 1e-6, model->total_bytes() * 1e-6,
+      cache * 1e-6, rest * 1e-6);
+  EXPECT_LE(rest, cuda::workspace_bytes(total_bytes()));
+}
+
+TEST_F(Loading, TakesWeightsKvCacheAndAtMostTheWorkspace) {
+  for (const auto& [hidden, heads] : {std::pair{2560, 32}, std::pair{5120, 40}})
+    expect_at_most_the_workspace(wide_model(hidden, heads));
+}
+
+TEST_F(Loading, TakesOfALlamaModelAtMostTheWorkspace) {
+  expect_at_most_the_workspace(wide_llama_model());
 }
 
 TEST_F(Loading, SaysWhatIsNeededBeforeItCopies) {
@@ -229,11 +276,11 @@ TEST_F(Loading, SaysWhatIsNeededBeforeItCopies) {
     FAIL() << "no error";
   } catch (const Error& error) {
     EXPECT_EQ(error.kind(), ErrorKind::out_of_memory);
-    EXPECT_THAT(error.what(),
-                testing::MatchesRegex("the model does not fit into the GPU's memory: .* GB of "
-                                      "weights, 0.* GB of workspace and .* GB of KV cache for one "
-                                      "sequence of 2048 positions make .* GB, and 0.* of .* GB are "
-                                      "free; close other programs on this GPU, .*"));
+    EXPECT_THAT(error.what(), ::testing::MatchesRegex(
+                                  "the model does not fit into the GPU's memory: .* GB of "
+                                  "weights, 0.* GB of workspace and .* GB of KV cache for one "
+                                  "sequence of 2048 positions make .* GB, and 0.* of .* GB are "
+                                  "free; close other programs on this GPU, .*"));
     std::printf("%s\n", error.what());
   }
   EXPECT_FALSE(copied);
@@ -247,7 +294,8 @@ TEST_F(Loading, EndsWhereItsProgressThrows) {
   options.load_progress = [](std::int64_t done, std::int64_t total) {
     if (done > total / 2) throw Error(ErrorKind::invalid_argument, "enough");
   };
-  EXPECT_THAT([&] { make_cuda_backend(model, options); }, testing::ThrowsMessage<Error>("enough"));
+  EXPECT_THAT([&] { make_cuda_backend(model, options); },
+              ::testing::ThrowsMessage<Error>("enough"));
   EXPECT_GE(free_bytes(), before - kDriverBytes) << "everything was given back";
 }
 

@@ -24,6 +24,7 @@
 #include "backend/sequences.hpp"
 #include "base/fail.hpp"
 #include "plan/decode_plan.hpp"
+#include "plan/qkv_rows.hpp"
 #include "sampling/adjustments.hpp"
 #include "sampling/sampler.hpp"
 
@@ -72,15 +73,20 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
   return longest_context(config, options.max_positions);
 }
 
-// The decode kernel's plan; without stages for a model that it does not take. Errors:
-// unsupported (head size, a layer that nothing here computes).
-plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
-  const std::string uncomputed = plan::uncomputed_because(config);
+// The model as it will lie on the device. Errors: unsupported (a layer that nothing here computes).
+ModelConfig config_on_device(const ModelConfig& config, plan::Untried untried) {
+  const std::string uncomputed = plan::uncomputed_because(config, untried);
   require(
       uncomputed.empty(), ErrorKind::unsupported,
       "models of type {} do not run on a GPU yet, because nothing there computes {}; use device "
       "\"cpu\"",
       config.model_type, uncomputed);
+  return plan::with_gathered_qkv(config);
+}
+
+// The decode kernel's plan; without stages for a model that it does not take. Errors:
+// unsupported (head size).
+plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
   if (plan::unstreamed_because(config, limits_of(properties)).empty())
     return plan::make_decode_plan(config, limits_of(properties));
   plan::DecodePlan plan;
@@ -90,24 +96,25 @@ plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp&
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(std::shared_ptr<const Model> model, const BackendOptions& options)
+  CudaBackend(std::shared_ptr<const Model> model, const BackendOptions& options,
+              plan::Untried untried)
       : model_(std::move(model)),
+        config_(config_on_device(model_->config(), untried)),
         properties_(device_properties()),
-        plan_(decode_plan_of(model_->config(), properties_)),
-        unstreamed_(plan::unstreamed_because(model_->config(), limits_of(properties_))),
-        max_positions_(checked_context(model_->config(), options)),
+        plan_(decode_plan_of(config_, properties_)),
+        unstreamed_(plan::unstreamed_because(config_, limits_of(properties_))),
+        max_positions_(checked_context(config_, options)),
         mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
         pool_(plan_.kv.page_bytes),
-        prefill_(model_->config(), weights_, plan_.kv, max_positions_,
+        prefill_(config_, weights_, plan_.kv, max_positions_,
                  prefill_budget(static_cast<std::int64_t>(properties_.totalGlobalMem))),
-        interventions_(model_->config(), weights_),
-        sampler_(model_->config().vocab_size, kDecodeAhead),
-        sequences_(model_->config(), info_) {
-    const ModelConfig& config = model_->config();
+        interventions_(config_, weights_),
+        sampler_(config_.vocab_size, kDecodeAhead),
+        sequences_(config_, info_) {
     info_.name = "cuda";
     info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
-    info_.kv_dtype = config.dtype;
+    info_.kv_dtype = config_.dtype;
     info_.kv_bytes_per_position = plan_.kv.page_bytes / kKvPagePositions;
     info_.max_positions = max_positions_;
     info_.prefill_chunk = prefill_.max_tokens();
@@ -210,7 +217,7 @@ class CudaBackend final : public Backend {
     Sequence& sequence = find(id);
     sequences_.check.prefill(id, sequence, tokens, output);
     grow(sequence, sequence.length + std::ssize(tokens));
-    prefill_in_pieces(sequence, tokens, prefill_.max_tokens(), output, model_->config().hidden_size,
+    prefill_in_pieces(sequence, tokens, prefill_.max_tokens(), output, config_.hidden_size,
                       [&](std::span<const TokenId> piece, const PrefillOutput& its_output) {
                         const PrefillPart part{id, piece, its_output};
                         prefill_pass({&part, 1});
@@ -297,8 +304,7 @@ class CudaBackend final : public Backend {
     const auto sms = static_cast<std::size_t>(properties_.multiProcessorCount);
     const bool of_rows = stream_decoder_.has_value();
     constexpr static std::size_t kFirst = 0;
-    std::vector<std::uint64_t> times(sms * (model_->config().num_layers + 1) *
-                                     timeline_points(of_rows));
+    std::vector<std::uint64_t> times(sms * (config_.num_layers + 1) * timeline_points(of_rows));
     const auto bytes = static_cast<std::int64_t>(times.size() * sizeof(times[0]));
     const DeviceMemory memory(bytes, "the timeline");
     check(cudaMemsetAsync(memory.as<>(), 0, bytes, stream_), "clearing the timeline");
@@ -320,7 +326,7 @@ class CudaBackend final : public Backend {
     check(cudaMemcpy(times.data(), memory.as<>(), bytes, cudaMemcpyDeviceToHost),
           "fetching the timeline");
     return timeline_events(times, properties_.multiProcessorCount,
-                           static_cast<std::int32_t>(model_->config().num_layers), of_rows);
+                           static_cast<std::int32_t>(config_.num_layers), of_rows);
   }
 
   double measure_read_ceiling() override {
@@ -336,15 +342,14 @@ class CudaBackend final : public Backend {
   }
 
   void prepare() {
-    const ModelConfig& config = model_->config();
     check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "creating a stream");
-    host_logits_.resize(config.vocab_size);
+    host_logits_.resize(config_.vocab_size);
     prepare_rows();
     if (!streams()) return;
-    const int fragments = fragments_needed(config, plan_);
-    kernel_ = find_decode_kernel(config.dtype, fragments, static_cast<int>(config.head_dim));
+    const int fragments = fragments_needed(config_, plan_);
+    kernel_ = find_decode_kernel(config_.dtype, fragments, static_cast<int>(config_.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
-    params_ = stream_params(config, plan_, properties_.multiProcessorCount,
+    params_ = stream_params(config_, plan_, properties_.multiProcessorCount,
                             fragments <= kMaxPackedFragments);
     read_more_late(params_);
     allocate_scratch();
@@ -352,16 +357,15 @@ class CudaBackend final : public Backend {
   }
 
   void prepare_rows() {
-    const ModelConfig& config = model_->config();
     if (streams()) {
       if (mode_ != DecodeMode::throughput ||
-          !StreamDecoder::supports(config, plan_.kv, properties_))
+          !StreamDecoder::supports(config_, plan_.kv, properties_))
         return;
-      stream_decoder_.emplace(config, plan_.kv, weights_, properties_, max_positions_,
+      stream_decoder_.emplace(config_, plan_.kv, weights_, properties_, max_positions_,
                               kDecodeAhead);
     }
-    if (GemmDecoder::supports(config, properties_))
-      gemm_decoder_.emplace(config, plan_.kv, weights_, properties_.multiProcessorCount,
+    if (GemmDecoder::supports(config_, properties_))
+      gemm_decoder_.emplace(config_, plan_.kv, weights_, properties_.multiProcessorCount,
                             max_positions_, kDecodeAhead);
   }
   // Whether a step takes several rows.
@@ -402,14 +406,13 @@ class CudaBackend final : public Backend {
   }
 
   void allocate_scratch() {
-    const ModelConfig& config = model_->config();
-    const std::int64_t phases = num_phases(config.num_layers, config.parallel_residual);
+    const std::int64_t phases = num_phases(config_.num_layers, config_.parallel_residual);
     counters_ = DeviceMemory((kDecodeAhead * phases + 1) * 4, "counters");
     params_.tickets = counters_.as<std::uint32_t>();
     params_.arrivals = params_.tickets + kDecodeAhead * phases;
     lamport_ = DeviceMemory(std::int64_t{kLamportSets} * params_.layout.bytes, "Lamport buffers");
     params_.lamport = lamport_.as<>();
-    logits_ = DeviceMemory(kDecodeAhead * config.vocab_size * 4, "logits");
+    logits_ = DeviceMemory(kDecodeAhead * config_.vocab_size * 4, "logits");
     tokens_ = DeviceMemory(kDecodeAhead * 4 * 2, "tokens");
     const std::int64_t pages = info_.max_positions / kKvPagePositions + 1;
     page_table_ = DeviceMemory(pages * sizeof(char*), "the page table");
@@ -453,7 +456,7 @@ class CudaBackend final : public Backend {
 
   // What samplers choose from comes to the host.
   void prefill_pass(std::span<const PrefillPart> parts) {
-    const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
+    const auto vocab = static_cast<std::size_t>(config_.vocab_size);
     std::size_t choosing = 0;
     for (const PrefillPart& part : parts)
       choosing += part.output.sampled != nullptr && part.output.last_logits.empty();
@@ -501,7 +504,7 @@ class CudaBackend final : public Backend {
   }
 
   std::int32_t drawable_vocab_size(const SamplingParams& sampling) const {
-    const std::int64_t all = model_->config().vocab_size;
+    const std::int64_t all = config_.vocab_size;
     const std::int64_t wanted = sampling.drawable_vocab_size;
     return static_cast<std::int32_t>(wanted > 0 ? std::min(wanted, all) : all);
   }
@@ -533,7 +536,7 @@ class CudaBackend final : public Backend {
 
   // Room for the logits of one row.
   std::span<float> vocab_logits() {
-    return std::span(host_logits_).first(static_cast<std::size_t>(model_->config().vocab_size));
+    return std::span(host_logits_).first(static_cast<std::size_t>(config_.vocab_size));
   }
   void copy_logits(std::int64_t row, std::span<float> to) {
     check(cudaMemcpy(to.data(), logits_.as<float>() + row * static_cast<std::int64_t>(to.size()),
@@ -624,7 +627,7 @@ class CudaBackend final : public Backend {
     decoder.intervene(interventions_.at_step(sequence.interventions, sequence.length, stream_));
   }
   void fetch_row_logits(const RowDecoder& decoder, const DecodeCall& call) {
-    const auto vocab = static_cast<std::size_t>(model_->config().vocab_size);
+    const auto vocab = static_cast<std::size_t>(config_.vocab_size);
     for (std::size_t row = 0; row < call.count() && !call.logits.empty(); ++row)
       check(cudaMemcpy(call.logits.data() + call.rows[row] * vocab, decoder.logits(row),
                        vocab * sizeof(float), cudaMemcpyDeviceToHost),
@@ -670,7 +673,7 @@ class CudaBackend final : public Backend {
   void enqueue_with_samplers(RowDecoder& decoder, const DecodeCall& call,
                              std::vector<DecodeRow> rows, std::span<const std::size_t> filtered) {
     while (row_samplers_.size() < filtered.size())
-      row_samplers_.emplace_back(model_->config().vocab_size, kDecodeAhead);
+      row_samplers_.emplace_back(config_.vocab_size, kDecodeAhead);
     for (std::size_t i = 0; i < filtered.size(); ++i) {
       const Sequence& sequence = find(call.sequence(filtered[i]));
       const std::span<const TokenId> before = sequence.sampler.tokens();
@@ -791,7 +794,7 @@ class CudaBackend final : public Backend {
   void enqueue_samplers(RowDecoder& decoder, const Proposal& proposal, const VerifiedRows& rows) {
     const Sequence& sequence = find(proposal.sequence);
     while (row_samplers_.size() < *rows.first_sampler + proposal.tokens.size())
-      row_samplers_.emplace_back(model_->config().vocab_size, kDecodeAhead);
+      row_samplers_.emplace_back(config_.vocab_size, kDecodeAhead);
     const std::span<const TokenId> before = sequence.sampler.tokens();
     std::vector<TokenId> tokens(before.begin(), before.end());
     for (std::size_t i = 0; i < proposal.tokens.size(); ++i) {
@@ -855,7 +858,7 @@ class CudaBackend final : public Backend {
                          std::int32_t steps, std::span<SampledToken> sampled,
                          std::span<float> logits) {
     const std::size_t batch = sequences.size();
-    const std::int64_t vocab = model_->config().vocab_size;
+    const std::int64_t vocab = config_.vocab_size;
     for (std::size_t b = 0; b < batch; ++b) {
       Sequence& sequence = find(sequences[b]);
       const std::span<float> wanted = logits.empty() ? logits : logits.subspan(b * vocab, vocab);
@@ -933,6 +936,7 @@ class CudaBackend final : public Backend {
   }
 
   std::shared_ptr<const Model> model_;
+  const ModelConfig config_;
   cudaDeviceProp properties_;
   plan::DecodePlan plan_;
   std::string unstreamed_;  // why the decode kernel does not take the model, if so
@@ -984,11 +988,11 @@ std::string cuda_unavailable_reason() {
 }
 
 std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,
-                                           const BackendOptions& options) {
+                                           const BackendOptions& options, plan::Untried untried) {
   const std::string reason = cuda_unavailable_reason();
   require(reason.empty(), ErrorKind::unsupported, "device \"cuda\": {}; use device \"cpu\"",
           reason);
-  return std::make_unique<cuda::CudaBackend>(std::move(model), options);
+  return std::make_unique<cuda::CudaBackend>(std::move(model), options, untried);
 }
 
 }  // namespace clusterfusion

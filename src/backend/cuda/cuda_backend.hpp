@@ -5,6 +5,7 @@
 #include <string>
 
 #include "backend/backend.hpp"
+#include "plan/decode_plan.hpp"
 
 namespace clusterfusion {
 
@@ -13,8 +14,10 @@ namespace clusterfusion {
 // throws.
 std::string cuda_unavailable_reason();
 
-// Errors: unsupported (no usable device; a model that the kernels do not cover), out_of_memory.
+// `untried` is for tests. Errors: unsupported (no usable device; a model that the kernels do not
+// cover), out_of_memory.
 std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,
-                                           const BackendOptions& options);
+                                           const BackendOptions& options,
+                                           plan::Untried untried = plan::Untried::refuse);
 
 }  // namespace clusterfusion

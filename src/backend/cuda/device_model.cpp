@@ -4,8 +4,10 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
+#include <span>
 #include <vector>
 
 #include "backend/cuda/check.hpp"
@@ -13,8 +15,11 @@
 #include "backend/load/device_memory_need.hpp"
 #include "backend/load/upload.hpp"
 #include "base/fail.hpp"
+#include "base/round_up.hpp"
 #include "base/tensor_view.hpp"
 #include "base/thread_pool.hpp"
+#include "model/layer_tensors.hpp"
+#include "plan/qkv_rows.hpp"
 #include "plan/rotary_table.hpp"
 
 namespace clusterfusion::cuda {
@@ -38,6 +43,14 @@ float element(const DLTensor& tensor, std::int64_t index) {
   return reinterpret_cast<const float*>(data)[index];
 }
 
+// Elements of a tensor that follow each other.
+struct Slice {
+  const DLTensor& tensor;
+  std::int64_t first, count;
+};
+
+Slice whole(const DLTensor& tensor) { return {tensor, 0, num_elements(tensor)}; }
+
 // Lays tensors out one after another: first counts, then notes what goes where.
 class Arena {
  public:
@@ -50,24 +63,41 @@ class Arena {
   std::int64_t used() const noexcept { return used_; }
   const std::vector<UploadPart>& parts() const noexcept { return parts_; }
 
-  // In the type of the layers' matrices; null if absent.
+  // In the type of the layers' matrices, without gaps.
+  const char* narrow(std::span<const Slice> slices) {
+    const char* result = next();
+    for (const Slice& slice : slices) {
+      const DLTensor& tensor = slice.tensor;
+      if (dtype_of(tensor) == dtype_)
+        append(data_of(tensor) + slice.first * size_of(dtype_), slice.count * size_of(dtype_));
+      else
+        append_converted<std::uint16_t>(
+            slice.count, [&](std::int64_t i) { return rounded(element(tensor, slice.first + i)); });
+    }
+    align();
+    return result;
+  }
+  // Null if absent.
   const char* narrow(const DLTensor& tensor) {
-    if (!is_present(tensor)) return nullptr;
-    if (dtype_of(tensor) == dtype_) return place(data_of(tensor), num_bytes(tensor));
-    return place_converted<std::uint16_t>(
-        num_elements(tensor), [&](std::int64_t i) { return rounded(element(tensor, i)); });
+    return is_present(tensor) ? narrow(std::array{whole(tensor)}) : nullptr;
   }
 
-  // In float32; null if absent.
-  const char* wide(const DLTensor& tensor) {
-    if (!is_present(tensor)) return nullptr;
-    return place_converted<float>(num_elements(tensor),
-                                  [&](std::int64_t i) { return element(tensor, i); });
+  // In float32, without gaps.
+  const char* wide(std::span<const Slice> slices) {
+    const char* result = next();
+    for (const Slice& slice : slices)
+      append_converted<float>(
+          slice.count, [&](std::int64_t i) { return element(slice.tensor, slice.first + i); });
+    align();
+    return result;
   }
 
   // In float32.
   const char* zeros(std::int64_t count) {
-    return place_converted<float>(count, [](std::int64_t) { return 0.0f; });
+    const char* result = next();
+    append_converted<float>(count, [](std::int64_t) { return 0.0f; });
+    align();
+    return result;
   }
 
  private:
@@ -84,23 +114,23 @@ class Arena {
   }
 
   template <typename T, typename ValueAt>
-  const char* place_converted(std::int64_t count, ValueAt value_at) {
+  void append_converted(std::int64_t count, ValueAt value_at) {
     const auto bytes = count * static_cast<std::int64_t>(sizeof(T));
-    if (!base_) return place(nullptr, bytes);
+    if (!base_) return append(nullptr, bytes);
     std::vector<std::byte>& converted = converted_.emplace_back(bytes);
     for (std::int64_t i = 0; i < count; ++i) {
       const T value = value_at(i);
       std::memcpy(&converted[i * sizeof(T)], &value, sizeof(T));
     }
-    return place(converted.data(), bytes);
+    append(converted.data(), bytes);
   }
 
-  const char* place(const std::byte* source, std::int64_t bytes) {
-    const char* result = base_ ? base_ + used_ : nullptr;
+  const char* next() const { return base_ ? base_ + used_ : nullptr; }
+  void append(const std::byte* source, std::int64_t bytes) {
     if (base_) parts_.push_back({source, bytes, used_});
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return result;
+    used_ += bytes;
   }
+  void align() { used_ = round_up(used_, kAlignment); }
 
   DType dtype_;
   char* base_ = nullptr;
@@ -115,20 +145,30 @@ bool is_wide(LayerTensor tensor) {
          tensor != LayerTensor::post_norm_bias;
 }
 
-DeviceLayer place_layer(Arena& arena, const LayerWeights& layer) {
+// Where a tensor on the device lies in the checkpoint.
+std::vector<Slice> slices_of(LayerTensor tensor, const LayerSpec& spec, const LayerWeights& layer) {
+  const bool is_qkv_bias = tensor == LayerTensor::qkv_bias;
+  if (tensor != LayerTensor::qkv_weight && !is_qkv_bias) return {whole(layer[tensor])};
+  const std::int64_t width = is_qkv_bias ? 1 : spec.hidden_size;
+  std::vector<Slice> slices;
+  for (const auto& [weight, first, count] : plan::qkv_rows(spec))
+    slices.push_back({layer[is_qkv_bias ? bias_of(weight) : weight], first * width, count * width});
+  return slices;
+}
+
+DeviceLayer place_layer(Arena& arena, const ModelConfig& config, const LayerWeights& layer) {
   DeviceLayer result;
-  for (std::size_t i = 0; i < kNumLayerTensors; ++i) {
-    const DLTensor& tensor = layer.tensors[i];
-    const bool wide = is_wide(static_cast<LayerTensor>(i));
-    result.tensors[i] = wide ? arena.wide(tensor) : arena.narrow(tensor);
+  for (const auto& [tensor, shape] : layer_tensors(plan::with_gathered_qkv(config))) {
+    const std::vector<Slice> slices = slices_of(tensor, config, layer);
+    result.tensors[index_of(tensor)] = is_wide(tensor) ? arena.wide(slices) : arena.narrow(slices);
   }
   return result;
 }
 
-std::vector<float2> rotary_turns(const ModelConfig& config) {
-  const plan::RotaryTable table(config);
+std::vector<float2> rotary_turns(const LayerSpec& spec, std::int64_t positions) {
+  const plan::RotaryTable table(spec);
   std::vector<float2> turns;
-  for (std::int64_t position = 0; position < config.max_positions; ++position)
+  for (std::int64_t position = 0; position < positions; ++position)
     for (std::size_t pair = 0; pair < table.pairs(); ++pair) {
       const auto [cos, sin] = table.turn(position, pair);
       turns.push_back({cos, sin});
@@ -177,18 +217,21 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
           "{}: the GPU backend streams float16 or bfloat16 weights, these are float32; convert the "
           "checkpoint (model.half().save_pretrained(...)) or use device \"cpu\"",
           model.folder().string());
+  const std::vector<float2> turns = rotary_turns(config, options.positions);
+  const auto turns_bytes = static_cast<std::int64_t>(turns.size() * sizeof(float2));
   Arena arena(config.dtype);
   layers_.resize(config.num_layers);
   for (const bool placing : {false, true}) {
     if (placing) {
-      check_fit(arena.used(), options);
+      check_fit(arena.used() + turns_bytes, options);
       weights_ = DeviceMemory(arena.used(), "the weights");
       arena.begin_placing(weights_.as<>());
     }
     for (std::int64_t i = 0; i < config.num_layers; ++i) {
-      layers_[i] = place_layer(arena, weights.layers[i]);
+      layers_[i] = place_layer(arena, config, weights.layers[i]);
       const DLTensor& bias = weights.layers[i][LayerTensor::mlp_down_bias];
-      const char* place = is_present(bias) ? arena.wide(bias) : arena.zeros(config.hidden_size);
+      const char* place =
+          is_present(bias) ? arena.wide(std::array{whole(bias)}) : arena.zeros(config.hidden_size);
       if (i == 0) steered_biases_ = const_cast<char*>(place);  // into weights_, which is ours
     }
     embedding_ = arena.narrow(weights.embedding);
@@ -198,7 +241,7 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
     final_norm_bias_ = arena.narrow(weights.final_norm_bias);
   }
   copy_parts(model, arena, weights_.as<>(), options);
-  rotary_ = to_device(rotary_turns(config), "the rotary tables");
+  rotary_ = to_device(turns, "the rotary tables");
 }
 
 }  // namespace clusterfusion::cuda

@@ -1,5 +1,6 @@
 // A checkpoint's weights on the device, in the checkpoint's own layout and 16-bit type, streamed
-// there from the mapped files.
+// there from the mapped files. Separate matrices of queries, keys and values become one on the way,
+// with its rows by KV head.
 #pragma once
 
 #include <algorithm>
@@ -25,13 +26,14 @@ constexpr std::int64_t workspace_bytes(std::int64_t device_bytes) {
 }
 
 struct DeviceModelOptions {
-  // For the check that one sequence fits beside the weights: its length, and a KV page's size.
+  // Of the longest sequence. The rotary table has as many, and such a sequence must fit beside the
+  // weights, with pages of this size.
   std::int64_t positions = 0;
   std::int64_t kv_page_bytes = 0;
   std::function<void(std::int64_t done, std::int64_t total)> progress = {};
 };
 
-// A layer's tensors, by LayerTensor; null where the layer has none.
+// A layer's tensors, by LayerTensor, of plan::with_gathered_qkv(); null where the layer has none.
 struct DeviceLayer {
   std::array<const char*, kNumLayerTensors> tensors{};
 

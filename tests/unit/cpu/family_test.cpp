@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "sequences.hpp"
+#include "support/gathered_model.hpp"
 #include "support/grouped_checkpoint.hpp"
 #include "support/reference_model.hpp"
 
@@ -113,6 +114,20 @@ TEST(LlamaLayout, NormsOfQueriesAndKeysBesideOneMatrix) {
   const auto backend = make_cpu_backend(model, {});
   EXPECT_LE(relative_error(all_logits(*backend, config, tokens), reference_logits(*model, tokens)),
             kBound);
+}
+
+// As a GPU has it: what reads one matrix gets the same numbers out of it.
+TEST(LlamaLayout, OneGatheredMatrixGivesTheSameBits) {
+  for (const std::int64_t kv_heads : {1, 3, 9}) {
+    ModelConfig config = small_llama_config();
+    config.num_kv_heads = kv_heads;
+    config.qk_norm = kv_heads != 3;
+    const auto model = make_random_model(config);
+    const auto tokens = random_tokens(config, 70, 9);
+    const auto gathered = std::make_shared<GatheredModel>(model);
+    const auto want = all_logits(*make_cpu_backend(model, {}), config, tokens);
+    EXPECT_EQ(all_logits(*make_cpu_backend(gathered, {}), config, tokens), want) << kv_heads;
+  }
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// A checkpoint of the test-only family, with random weights, written to disk.
+// Checkpoints with random weights, written to disk: of the test-only family, and of Qwen2.
 #pragma once
 
 #include <map>
@@ -61,15 +61,33 @@ inline nlohmann::json grouped_config() {
 }
 
 // Opened from a folder that is gone again: what is mapped stays.
-inline std::shared_ptr<const Model> open_grouped_model(const nlohmann::json& json,
-                                                       DType dtype = DType::float16) {
-  grouped_family();
+inline std::shared_ptr<const Model> open_random_model(const nlohmann::json& json, DType dtype) {
   ModelConfig config = parse_config(json.dump(), "config.json");
   config.dtype = dtype;
   const test::TemporaryFolder folder;
   folder.write("config.json", json.dump());
   folder.write("model.safetensors", safetensors_of(*make_random_model(config)));
   return Model::open(folder.path());
+}
+
+inline std::shared_ptr<const Model> open_grouped_model(const nlohmann::json& json,
+                                                       DType dtype = DType::float16) {
+  grouped_family();
+  return open_random_model(json, dtype);
+}
+
+// Separate matrices of queries, keys and values, with biases.
+inline std::shared_ptr<const Model> open_qwen2_model() {
+  return open_random_model({{"architectures", {"Qwen2ForCausalLM"}},
+                            {"model_type", "qwen2"},
+                            {"vocab_size", 301},
+                            {"hidden_size", 96},
+                            {"num_hidden_layers", 3},
+                            {"num_attention_heads", 6},
+                            {"num_key_value_heads", 2},
+                            {"intermediate_size", 320},
+                            {"tie_word_embeddings", true}},
+                           DType::bfloat16);
 }
 
 }  // namespace clusterfusion::test

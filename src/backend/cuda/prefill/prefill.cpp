@@ -240,7 +240,9 @@ void Prefill::run_step(const plan::Step& step, const DeviceLayer& layer, const L
   const RotaryParams rotary{lane.wide, weights_.rotary(),
                             static_cast<std::int32_t>(config_.rotary_dim), input_.rows(),
                             static_cast<std::int32_t>(rows_)};
-  launch_rotary(config_.dtype, rotary, attention_, lane.stream);
+  const HeadNorms norms{layer[LayerTensor::query_norm_weight], layer[LayerTensor::key_norm_weight],
+                        static_cast<float>(config_.layer_norm_eps)};
+  launch_rotary(config_.dtype, rotary, norms, attention_, lane.stream);
   launch_attention(attention_kernel_, attention_, lane.stream);
   if (hooks_ != nullptr) hooks_->at_heads(layer_, heads_, lane.stream);
 }

@@ -143,8 +143,35 @@ __device__ __forceinline__ char* cached_key(const PromptCache& cache, PromptRow 
          (slot >> cache.log2_block) * cache.block_bytes + in_block * head_dim * 2;
 }
 
+// A head behind its RMSNorm. Each thread sums up the squares by itself, in one order.
+template <typename T>
+class NormedHead {
+ public:
+  __device__ __forceinline__ NormedHead(const float* vector, const void* weight, float eps,
+                                        int head_dim)
+      : vector_(vector), weight_(static_cast<const T*>(weight)) {
+    float4 squares = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int dim = 0; dim < head_dim; dim += 4) {
+      const float4 x = *reinterpret_cast<const float4*>(vector + dim);
+      squares = make_float4(fmaf(x.x, x.x, squares.x), fmaf(x.y, x.y, squares.y),
+                            fmaf(x.z, x.z, squares.z), fmaf(x.w, x.w, squares.w));
+    }
+    const float sum = (squares.x + squares.y) + (squares.z + squares.w);
+    scale_ = rsqrtf(sum / static_cast<float>(head_dim) + eps);
+  }
+  __device__ __forceinline__ float operator[](int dim) const {
+    return vector_[dim] * scale_ * static_cast<float>(weight_[dim]);
+  }
+
+ private:
+  const float* vector_;
+  const T* weight_;
+  float scale_;
+};
+
 // Element `dim` of a head after the rotation: transformers' rotate_half on its first `rotary_dim`.
-__device__ __forceinline__ float rotated(const float* head, int dim, const float2* angles,
+template <typename Head>
+__device__ __forceinline__ float rotated(const Head& head, int dim, const float2* angles,
                                          int half) {
   if (dim >= 2 * half) return head[dim];
   const bool low = dim < half;
@@ -155,9 +182,9 @@ __device__ __forceinline__ float rotated(const float* head, int dim, const float
 
 // A thread takes 4 neighbouring elements; blockIdx.y is the row. Attention comes next and may wait
 // on the multiprocessors already.
-template <typename T>
+template <typename T, bool kHasNorms>
 __global__ void __launch_bounds__(kThreads)
-    rotate_and_store(const RotaryParams r, const AttentionParams p) {
+    rotate_and_store(const RotaryParams r, const AttentionParams p, const HeadNorms norms) {
   const PromptRow place = r.rows[blockIdx.y];
   start_dependents();
   wait_for_dependencies();
@@ -173,12 +200,19 @@ __global__ void __launch_bounds__(kThreads)
   const float* vector = r.qkv + static_cast<std::int64_t>(row) * width + (column - dim);
   float4 value = *reinterpret_cast<const float4*>(vector + dim);
   if (place.position < 0) return;
-  if (part <= group && dim < r.rotary_dim) {
+  if (part <= group && (kHasNorms || dim < r.rotary_dim)) {
     const int half = r.rotary_dim / 2;
     const float2* angles = r.rotary + static_cast<std::int64_t>(place.position) * half;
-    value =
-        make_float4(rotated(vector, dim, angles, half), rotated(vector, dim + 1, angles, half),
-                    rotated(vector, dim + 2, angles, half), rotated(vector, dim + 3, angles, half));
+    const auto rotate_four = [&](const auto& head) {
+      return make_float4(rotated(head, dim, angles, half), rotated(head, dim + 1, angles, half),
+                         rotated(head, dim + 2, angles, half),
+                         rotated(head, dim + 3, angles, half));
+    };
+    if constexpr (kHasNorms)
+      value = rotate_four(
+          NormedHead<T>(vector, part < group ? norms.query : norms.key, norms.eps, p.head_dim));
+    else
+      value = rotate_four(vector);
   }
   char* target;
   if (part < group) {
@@ -244,13 +278,16 @@ void launch_norm(const NormParams& params, const NormOutput& first, const NormOu
   });
 }
 
-void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
-                   cudaStream_t stream) {
+void launch_rotary(DType dtype, const RotaryParams& rotary, const HeadNorms& norms,
+                   const AttentionParams& attention, cudaStream_t stream) {
   const std::int32_t group = attention.heads_per_kv_head;
   const std::int32_t width = attention.num_heads / group * (group + 2) * attention.head_dim;
   const dim3 grid(blocks_for(width / 4), static_cast<unsigned>(rotary.count));
   with_type(dtype, "starting the rotation", [&](auto type) {
-    launch_dependent(rotate_and_store<decltype(type)>, grid, stream, rotary, attention);
+    using T = decltype(type);
+    const auto kernel =
+        norms.query == nullptr ? rotate_and_store<T, false> : rotate_and_store<T, true>;
+    launch_dependent(kernel, grid, stream, rotary, attention, norms);
   });
 }
 

@@ -53,9 +53,17 @@ struct RotaryParams {
   std::int32_t count;  // of rows
 };
 
-// Rotates queries and keys; puts the queries into attention.query, keys and values into its cache.
-void launch_rotary(DType dtype, const RotaryParams& rotary, const AttentionParams& attention,
-                   cudaStream_t stream);
+// Of LayerSpec::qk_norm: weights [head_dim] in the weights' type. Null: queries and keys have none.
+struct HeadNorms {
+  const void* query = nullptr;
+  const void* key = nullptr;
+  float eps = 0.0f;
+};
+
+// Normalises queries and keys, if there are norms, and rotates them; puts the queries into
+// attention.query, keys and values into its cache.
+void launch_rotary(DType dtype, const RotaryParams& rotary, const HeadNorms& norms,
+                   const AttentionParams& attention, cudaStream_t stream);
 
 struct RowScore {
   float target_logprob;     // of the row's target; 0 if it has none
