@@ -1,6 +1,7 @@
-// One GPT-NeoX decoder layer, or a part of it, for one new token on the caller's own tensors.
+// One decoder layer, or a part of it, for one new token on the caller's own tensors.
 //
-// The layer is the one with the parallel residual, as in Pythia:
+// Unless LayerOptions say otherwise, the layer is GPT-NeoX's, with the parallel residual, as in
+// Pythia:
 //   output = input + attention(layer_norm(input)) + mlp(post_layer_norm(input))
 //
 // Tensors have the shapes below; further leading dimensions of 1 are allowed for what is one row.
@@ -13,7 +14,7 @@
 //   invalid_argument  shape, layout, alignment, device, overlap, a full cache, an option
 //   wrong_type        dtype; a tensor that is not there
 //   unsupported       a device that this build does not run on; on a GPU, caches of more than 2^30
-//                     positions for a shape that is not streamed
+//                     positions for a shape that is not streamed, and options marked "CPU"
 //
 // They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0. There
 // they only enqueue work on `stream`; docs/layer-calls.md says what holds for streams and captures.
@@ -40,6 +41,12 @@ struct Position {
 
 struct LayerOptions {
   std::int64_t num_heads = 0;  // divides hidden
+  // Heads of keys and values, each shared by as many query heads: divides num_heads. Nothing: as
+  // many as num_heads. Fewer: CPU.
+  std::optional<std::int64_t> num_kv_heads;
+  // Rows of weight_qkv and bias_qkv: for each head of keys and values its queries, its key and its
+  // value; or else all queries, then all keys, then all values (CPU).
+  bool qkv_weight_interleaved = true;
   // Values of a head that are rotated: even, 0 to head_dim. Nothing: as many as cos and sin have,
   // which must then be fewer than head_dim.
   std::optional<std::int64_t> rotary_dim;
@@ -54,15 +61,16 @@ struct ExpectedSizes {
 };
 
 // What attention and the first half of the MLP read and write. max_seq_len is the caches' first
-// dimension, head_dim is hidden / num_heads.
+// dimension, head_dim is hidden / num_heads, kv_size is num_kv_heads head_dim: without grouped
+// heads it is hidden.
 struct LayerTensors {
   DLTensor input{};           // [1, hidden]
-  DLTensor weight_qkv{};      // [3 hidden, hidden]: rows are q, k, v of head 0, then of head 1, ...
-  DLTensor bias_qkv{};        // [3 hidden]; may be absent (null data)
+  DLTensor weight_qkv{};      // [hidden + 2 kv_size, hidden]: see qkv_weight_interleaved
+  DLTensor bias_qkv{};        // [hidden + 2 kv_size]; may be absent (null data)
   DLTensor weight_o{};        // [hidden, hidden]
   DLTensor bias_o{};          // [hidden]; may be absent
-  DLTensor k_cache{};         // [max_seq_len, hidden]: keys after RoPE; the new row is written
-  DLTensor v_cache{};         // [max_seq_len, hidden]: the new row is written
+  DLTensor k_cache{};         // [max_seq_len, kv_size]: keys after RoPE; the new row is written
+  DLTensor v_cache{};         // [max_seq_len, kv_size]: the new row is written
   DLTensor ln_weight{};       // [hidden]
   DLTensor ln_bias{};         // [hidden]
   DLTensor cos{};             // float32 [rotary_dim], or [head_dim] with 1 past rotary_dim
@@ -77,8 +85,8 @@ struct LayerTensors {
 struct AttentionMlpUpResults {
   DLTensor attn_output{};       // [1, hidden]: with bias, without residual
   DLTensor mlp_intermediate{};  // [intermediate]: after the activation
-  DLTensor k_new{};             // [1, num_heads, head_dim]: after RoPE
-  DLTensor v_new{};             // [1, num_heads, head_dim]
+  DLTensor k_new{};             // [1, num_kv_heads, head_dim]: after RoPE
+  DLTensor v_new{};             // [1, num_kv_heads, head_dim]
 };
 
 struct MlpDownTensors {
@@ -91,8 +99,8 @@ struct MlpDownTensors {
 
 struct DecoderLayerResults {
   DLTensor output{};  // [1, hidden]
-  DLTensor k_new{};   // [1, num_heads, head_dim]: after RoPE
-  DLTensor v_new{};   // [1, num_heads, head_dim]
+  DLTensor k_new{};   // [1, num_kv_heads, head_dim]: after RoPE
+  DLTensor v_new{};   // [1, num_kv_heads, head_dim]
 };
 
 // `stream`: a cudaStream_t; null is the default stream. Without meaning on the CPU.

@@ -36,6 +36,8 @@ class LayerCall(NamedTuple):
     results: tuple[str, ...]
     # New results from an allocator, the tensors and the settings.
     allocate: Callable[[Allocate, Sequence[Tensor], Sequence[Any]], tuple[Tensor, ...]]
+    # Of the last settings, which an operator of torch may be called without.
+    defaults: tuple[Any, ...] = ()
 
 
 POSITION = "current_seq_len"
@@ -61,6 +63,8 @@ _LAYER_TENSORS = (
 )
 _LAYER_SETTINGS = (POSITION, "num_heads", "rotary_dim", "layer_norm_eps", "activation")
 _SIZES = ("hidden_size", "intermediate_size")
+# What only the general calls take, with what it is to the others.
+_MORE_SETTINGS: dict[str, Any] = {"num_kv_heads": None, "qkv_weight_interleaved": True}
 
 
 def _head_dim(hidden_size: int, num_heads: int) -> int:
@@ -102,6 +106,40 @@ def _decoder_layer_results(
     )
 
 
+def _key_value_results(
+    allocate: Allocate, tensors: Sequence[Tensor], more: dict[str, Any], num_heads: int
+) -> tuple[Tensor, Tensor]:
+    num_kv_heads = num_heads if more["num_kv_heads"] is None else more["num_kv_heads"]
+    head_dim = _head_dim(tensors[0].shape[-1], num_heads)
+    return allocate(1, num_kv_heads, head_dim), allocate(1, num_kv_heads, head_dim)
+
+
+def _more_settings(settings: Sequence[Any]) -> dict[str, Any]:
+    """Those of a general call, which come last."""
+    return dict(zip(_MORE_SETTINGS, settings[-len(_MORE_SETTINGS) :], strict=True))
+
+
+def _general_attention_mlp_up_results(
+    allocate: Allocate, tensors: Sequence[Tensor], settings: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    more = _more_settings(settings)
+    return (
+        allocate(1, tensors[0].shape[-1]),
+        allocate(tensors[13].shape[0]),
+        *_key_value_results(allocate, tensors, more, settings[1]),
+    )
+
+
+def _general_decoder_layer_results(
+    allocate: Allocate, tensors: Sequence[Tensor], settings: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    more = _more_settings(settings)
+    return (
+        allocate(*tensors[0].shape),
+        *_key_value_results(allocate, tensors, more, settings[1]),
+    )
+
+
 ATTENTION_MLP_UP = LayerCall(
     "attention_mlp_up",
     _native.ops_attention_mlp_up,
@@ -125,6 +163,19 @@ DECODER_LAYER = LayerCall(
     (*_LAYER_SETTINGS, "split", *_SIZES),
     ("output", "k_new", "v_new"),
     _decoder_layer_results,
+)
+# The same with all options. They are apart because each argument takes time, in every call.
+GENERAL_ATTENTION_MLP_UP = ATTENTION_MLP_UP._replace(
+    native=_native.ops_general_attention_mlp_up,
+    settings=(*ATTENTION_MLP_UP.settings, *_MORE_SETTINGS),
+    allocate=_general_attention_mlp_up_results,
+    defaults=tuple(_MORE_SETTINGS.values()),
+)
+GENERAL_DECODER_LAYER = DECODER_LAYER._replace(
+    native=_native.ops_general_decoder_layer,
+    settings=(*DECODER_LAYER.settings, *_MORE_SETTINGS),
+    allocate=_general_decoder_layer_results,
+    defaults=tuple(_MORE_SETTINGS.values()),
 )
 GRAPH_CONTEXT = LayerCall(
     "check_graph_context",

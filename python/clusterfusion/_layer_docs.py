@@ -16,13 +16,12 @@ _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 _ARGUMENTS = {
     "input": "[1, {hidden}] or [1, 1, {hidden}]; the residual stream.",
-    "weight_qkv": "[{qkv}, {hidden}]; rows are query, key and value of head 0, then of head 1, "
-    "..., as GPT-NeoX checkpoints have them.",
+    "weight_qkv": "[{qkv}, {hidden}]; {qkv_rows}",
     "bias_qkv": "[{qkv}]{or_none}.",
     "weight_o": "[{hidden}, {hidden}].",
     "bias_o": "[{hidden}]{or_none}.",
-    "k_cache": "[max_seq_len, {hidden}]; keys after the rotary embedding.",
-    "v_cache": "[max_seq_len, {hidden}].",
+    "k_cache": "[max_seq_len, {kv_size}]; keys after the rotary embedding.",
+    "v_cache": "[max_seq_len, {kv_size}].",
     "ln_weight": "[{hidden}]; of the LayerNorm before attention.",
     "ln_bias": "[{hidden}].",
     "cos": "float32 [{rotary_dim}], or [{head_dim}] or [1, {head_dim}] with 1 past {rotary_dim}; "
@@ -42,6 +41,13 @@ _ARGUMENTS = {
     "GPU is read when the kernel runs and cannot be checked: outside that range all results are "
     "NaN, and the caches stay as they are.",
     "num_heads": "Divides hidden; head_dim is hidden / num_heads.",
+    "num_kv_heads": "Heads of keys and values, a divisor of `num_heads`: each belongs to as many "
+    "query heads that follow each other. None: as many as `num_heads`. kv_size is num_kv_heads * "
+    "head_dim.",
+    "qkv_weight_interleaved": "Whether rows of `weight_qkv` and `bias_qkv` are, for each head of "
+    "keys and values, its queries, its key and its value; or else all queries, then all keys, then "
+    "all values, as `torch.cat` of three projections gives them. (The name is that of NVIDIA's "
+    "Transformer Engine.)",
     "rotary_dim": "How many values of a head are rotated. None: as many as `cos` has, if these are "
     "fewer than head_dim.",
     "layer_norm_eps": "Of both LayerNorms.",

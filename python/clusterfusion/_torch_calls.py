@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from clusterfusion._layer_calls import (
-    ATTENTION_MLP_UP,
     CACHES,
-    DECODER_LAYER,
     FRAMEWORKS,
+    GENERAL_ATTENTION_MLP_UP,
+    GENERAL_DECODER_LAYER,
     MLP_DOWN,
     OPTIONAL,
     POSITION,
@@ -34,6 +34,8 @@ _SETTING_TYPES = {
     "split": "bool",
     "hidden_size": "SymInt",
     "intermediate_size": "SymInt",
+    "num_kv_heads": "SymInt?",
+    "qkv_weight_interleaved": "bool",
 }
 
 
@@ -124,11 +126,13 @@ def _schema(call: LayerCall) -> str:
         if name in CACHES:
             kind = f"Tensor({name}!)"
         parameters.append(f"{kind} {name}")
-    for name in call.settings:
+    first_default = len(call.settings) - len(call.defaults)
+    for index, name in enumerate(call.settings):
         if name == POSITION:
             parameters += [f"SymInt {POSITION}", "Tensor? position"]
-        else:
-            parameters.append(f"{_SETTING_TYPES[name]} {name}")
+            continue
+        default = f"={call.defaults[index - first_default]}" if index >= first_default else ""
+        parameters.append(f"{_SETTING_TYPES[name]} {name}{default}")
     results = ", ".join("Tensor" for _ in call.results)
     return f"({', '.join(parameters)}) -> {results if len(call.results) == 1 else f'({results})'}"
 
@@ -136,13 +140,14 @@ def _schema(call: LayerCall) -> str:
 def _split_arguments(
     call: LayerCall, arguments: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Tensors and settings of a call from those of the operator."""
+    """Tensors and settings of a call from those of the operator, whose last may be left out."""
     count = len(call.tensors)
     tensors, settings = arguments[:count], arguments[count:]
     if call.settings[0] == POSITION:
         number, position, *rest = settings
         settings = (number if position is None else position, *rest)
-    return tensors, settings
+    missing = len(call.settings) - len(settings)
+    return tensors, (*settings, *call.defaults[len(call.defaults) - missing :])
 
 
 def _register(call: LayerCall) -> None:
@@ -166,7 +171,7 @@ def _register(call: LayerCall) -> None:
     operator.register_fake(fake)
 
 
-for _call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER):
+for _call in (GENERAL_ATTENTION_MLP_UP, MLP_DOWN, GENERAL_DECODER_LAYER):
     _register(_call)
 
 FRAMEWORKS[torch.Tensor] = FRAMEWORKS[torch.nn.Parameter] = _run

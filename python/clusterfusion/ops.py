@@ -27,6 +27,8 @@ from collections.abc import Sequence
 from clusterfusion._layer_calls import (
     ATTENTION_MLP_UP,
     DECODER_LAYER,
+    GENERAL_ATTENTION_MLP_UP,
+    GENERAL_DECODER_LAYER,
     HAS_TORCH,
     MLP_DOWN,
     Tensor,
@@ -42,7 +44,9 @@ __all__ = ["attention_mlp_up", "decoder_layer", "mlp_down"]
 # What help() calls the sizes that the tensors have.
 _SYMBOLS = {
     "hidden": "hidden",
-    "qkv": "3 hidden",
+    "qkv": "hidden + 2 kv_size",
+    "qkv_rows": "without grouped heads [3 hidden, hidden]; rows as `qkv_weight_interleaved` says.",
+    "kv_size": "kv_size",
     "intermediate": "intermediate",
     "head_dim": "head_dim",
     "rotary_dim": "rotary_dim",
@@ -71,6 +75,8 @@ def attention_mlp_up(
     current_seq_len: int | Tensor,
     *,
     num_heads: int,
+    num_kv_heads: int | None = None,
+    qkv_weight_interleaved: bool = True,
     rotary_dim: int | None = None,
     layer_norm_eps: float = 1e-5,
     activation: str = "gelu",
@@ -82,30 +88,17 @@ def attention_mlp_up(
 
     Returns:
         attn_output [1, hidden] (with bias, without residual), mlp_intermediate [intermediate]
-        (after the activation), k_new and v_new [1, num_heads, head_dim] (what the caches got).
+        (after the activation), k_new and v_new [1, num_kv_heads, head_dim] (what the caches got).
     """
-    return make_call(
-        ATTENTION_MLP_UP,
-        (
-            input,
-            weight_qkv,
-            bias_qkv,
-            weight_o,
-            bias_o,
-            k_cache,
-            v_cache,
-            ln_weight,
-            ln_bias,
-            cos,
-            sin,
-            post_ln_weight,
-            post_ln_bias,
-            mlp_up_weight,
-            mlp_up_bias,
-        ),
-        (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, 0, 0),
-        out,
-    )
+    tensors = (
+        input, weight_qkv, bias_qkv, weight_o, bias_o, k_cache, v_cache, ln_weight, ln_bias,
+        cos, sin, post_ln_weight, post_ln_bias, mlp_up_weight, mlp_up_bias,
+    )  # fmt: skip
+    settings = (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, 0, 0)
+    if num_kv_heads is None and qkv_weight_interleaved is True:
+        return make_call(ATTENTION_MLP_UP, tensors, settings, out)
+    more = (num_kv_heads, qkv_weight_interleaved)
+    return make_call(GENERAL_ATTENTION_MLP_UP, tensors, (*settings, *more), out)
 
 
 @documented(_SYMBOLS, out="The result to write to, instead of a new one.")
@@ -160,6 +153,8 @@ def decoder_layer(
     current_seq_len: int | Tensor,
     *,
     num_heads: int,
+    num_kv_heads: int | None = None,
+    qkv_weight_interleaved: bool = True,
     rotary_dim: int | None = None,
     layer_norm_eps: float = 1e-5,
     activation: str = "gelu",
@@ -169,30 +164,16 @@ def decoder_layer(
     """Computes a whole decoder layer for one new token.
 
     Returns:
-        output (the layer's, in the shape of `input`), k_new and v_new [1, num_heads, head_dim]
+        output (the layer's, in the shape of `input`), k_new and v_new [1, num_kv_heads, head_dim]
         (what the caches got).
     """
-    return make_call(
-        DECODER_LAYER,
-        (
-            input,
-            weight_qkv,
-            bias_qkv,
-            weight_o,
-            bias_o,
-            k_cache,
-            v_cache,
-            ln_weight,
-            ln_bias,
-            cos,
-            sin,
-            post_ln_weight,
-            post_ln_bias,
-            mlp_up_weight,
-            mlp_up_bias,
-            mlp_down_weight,
-            mlp_down_bias,
-        ),
-        (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, split, 0, 0),
-        out,
-    )
+    tensors = (
+        input, weight_qkv, bias_qkv, weight_o, bias_o, k_cache, v_cache, ln_weight, ln_bias,
+        cos, sin, post_ln_weight, post_ln_bias, mlp_up_weight, mlp_up_bias,
+        mlp_down_weight, mlp_down_bias,
+    )  # fmt: skip
+    settings = (current_seq_len, num_heads, rotary_dim, layer_norm_eps, activation, split, 0, 0)
+    if num_kv_heads is None and qkv_weight_interleaved is True:
+        return make_call(DECODER_LAYER, tensors, settings, out)
+    more = (num_kv_heads, qkv_weight_interleaved)
+    return make_call(GENERAL_DECODER_LAYER, tensors, (*settings, *more), out)

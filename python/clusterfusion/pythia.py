@@ -84,6 +84,9 @@ def _name_and_document(prefix: str, sizes: LayerSizes, calls: LayerCalls) -> Non
         "prefix": prefix,
         "hidden": sizes.hidden_size,
         "qkv": 3 * sizes.hidden_size,
+        "qkv_rows": "rows are query, key and value of head 0, then of head 1, ..., as GPT-NeoX "
+        "checkpoints have them.",
+        "kv_size": sizes.hidden_size,
         "intermediate": sizes.intermediate_size,
         "num_heads": sizes.num_heads,
         "head_dim": sizes.hidden_size // sizes.num_heads,

@@ -1,5 +1,6 @@
 // The arguments of the layer calls, in the order in which Python passes them: tensors in the order
-// of the Python function, position, options, expected sizes; then results.
+// of the Python function, position, options, expected sizes; in the general calls the options that
+// most calls leave out; then results.
 //
 // A reader takes one argument after the other by name: tensor(), position(), integer(),
 // optional_integer(), number(), boolean(), activation().
@@ -54,6 +55,13 @@ void read(Reader& in, ops::LayerOptions& options) {
   options.rotary_dim = in.optional_integer("rotary_dim");
   options.layer_norm_eps = in.number("layer_norm_eps");
   options.activation = in.activation("activation");
+}
+
+// What only the general calls have. They take longer, which the others are spared.
+template <typename Reader>
+void read_more(Reader& in, ops::LayerOptions& options) {
+  options.num_kv_heads = in.optional_integer("num_kv_heads");
+  options.qkv_weight_interleaved = in.boolean("qkv_weight_interleaved");
 }
 
 template <typename Reader>

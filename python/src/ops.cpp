@@ -116,10 +116,13 @@ void* stream_of(const DLTensor& tensor) {
 
 // Each call without results only checks.
 
-void ops_attention_mlp_up(ffi::PackedArgs packed) {
+enum class Options { usual, all };  // that are passed
+
+void attention_mlp_up_of(ffi::PackedArgs packed, Options passed) {
   Arguments in(packed);
   AttentionMlpUpArguments given;
   read(in, given);
+  if (passed == Options::all) read_more(in, given.options);
   if (in.at_end()) {
     return static_cast<void>(check(given.tensors, given.options, given.expected, nullptr));
   }
@@ -127,6 +130,12 @@ void ops_attention_mlp_up(ffi::PackedArgs packed) {
   read(in, results);
   attention_mlp_up(given.tensors, given.options, results, stream_of(given.tensors.input),
                    given.expected);
+}
+
+void ops_attention_mlp_up(ffi::PackedArgs packed) { attention_mlp_up_of(packed, Options::usual); }
+
+void ops_general_attention_mlp_up(ffi::PackedArgs packed) {
+  attention_mlp_up_of(packed, Options::all);
 }
 
 void ops_mlp_down(ffi::PackedArgs packed) {
@@ -138,10 +147,11 @@ void ops_mlp_down(ffi::PackedArgs packed) {
            given.expected);
 }
 
-void ops_decoder_layer(ffi::PackedArgs packed) {
+void decoder_layer_of(ffi::PackedArgs packed, Options passed) {
   Arguments in(packed);
   DecoderLayerArguments given;
   read(in, given);
+  if (passed == Options::all) read_more(in, given.options);
   if (in.at_end()) {
     return static_cast<void>(check(given.tensors, given.mlp_down_weight, given.mlp_down_bias,
                                    given.options, given.expected, nullptr));
@@ -151,6 +161,10 @@ void ops_decoder_layer(ffi::PackedArgs packed) {
   decoder_layer(given.tensors, given.mlp_down_weight, given.mlp_down_bias, given.options, results,
                 given.variant, stream_of(given.tensors.input), given.expected);
 }
+
+void ops_decoder_layer(ffi::PackedArgs packed) { decoder_layer_of(packed, Options::usual); }
+
+void ops_general_decoder_layer(ffi::PackedArgs packed) { decoder_layer_of(packed, Options::all); }
 
 void ops_check_graph_context(ffi::PackedArgs packed) {
   Arguments in(packed);
@@ -191,6 +205,8 @@ CLUSTERFUSION_EXPORT(ops_as_bfloat16)
 CLUSTERFUSION_EXPORT_PACKED(ops_attention_mlp_up)
 CLUSTERFUSION_EXPORT_PACKED(ops_mlp_down)
 CLUSTERFUSION_EXPORT_PACKED(ops_decoder_layer)
+CLUSTERFUSION_EXPORT_PACKED(ops_general_attention_mlp_up)
+CLUSTERFUSION_EXPORT_PACKED(ops_general_decoder_layer)
 CLUSTERFUSION_EXPORT_PACKED(ops_check_graph_context)
 
 }  // namespace clusterfusion::python

@@ -272,6 +272,14 @@ TEST(LayerChecks, RefusesImpossibleOptions) {
                        HasSubstr(std::to_string(heads))),
                  [&] { layer.run_decoder_layer(); });
   }
+  for (const std::int64_t heads : {0, -1, 3, 8}) {
+    LayerFixture layer;
+    layer.options.num_kv_heads = heads;
+    expect_error(ErrorKind::invalid_argument,
+                 AllOf(StartsWith("num_kv_heads: expected a divisor of num_heads (4)"),
+                       HasSubstr(std::to_string(heads))),
+                 [&] { layer.run_decoder_layer(); });
+  }
   for (const double eps : {-1e-5, std::nan(""), std::numeric_limits<double>::infinity()}) {
     LayerFixture layer;
     layer.options.layer_norm_eps = eps;
@@ -365,8 +373,31 @@ TEST(LayerChecks, LeavesAPositionOnTheGpuUnread) {
                                   {}, &layer.layer);
   EXPECT_EQ(checked.device.device_type, kDLCUDA);
   EXPECT_EQ(checked.device.device_id, 1);
-  EXPECT_EQ(checked.task.device_position, position.data);
-  EXPECT_EQ(checked.task.shape.max_positions, layer.sizes.max_positions);
+  EXPECT_EQ(checked.work.positions, position.data);
+  EXPECT_EQ(checked.work.cache.page_size, layer.sizes.max_positions);
+}
+
+// Options that only the CPU computes, one by one, on tensors that are said to be on a GPU.
+TEST(LayerChecks, NamesWhatGpusDoNotComputeYet) {
+  const auto expect_named = [](const char* option, LayerFixture& layer) {
+    for (const Argument& argument : arguments()) argument.of(layer).device = {kDLCUDA, 1};
+    layer.attention.attn_output.device = layer.attention.mlp_intermediate.device = {kDLCUDA, 1};
+    layer.attention.k_new.device = layer.attention.v_new.device = {kDLCUDA, 1};
+    const auto message = AllOf(StartsWith(std::string(option) + ": expected "), HasSubstr("CPU"));
+    expect_error(ErrorKind::unsupported, message, [&] { layer.run_decoder_layer(); });
+    expect_error(ErrorKind::unsupported, message, [&] { layer.run_attention_mlp_up(); });
+  };
+  {
+    LayerSizes sizes;
+    sizes.num_kv_heads = 2;
+    LayerFixture layer(sizes);
+    expect_named("num_kv_heads", layer);
+  }
+  {
+    LayerFixture layer;
+    layer.options.qkv_weight_interleaved = false;
+    expect_named("qkv_weight_interleaved", layer);
+  }
 }
 
 TEST(LayerChecks, RefusesOtherDevices) {

@@ -1,0 +1,49 @@
+#include "ops/gpu_task.hpp"
+
+#include "base/fail.hpp"
+
+namespace clusterfusion::ops {
+namespace {
+
+void refuse_if(bool is_unknown, const char* option, const char* expected) {
+  require(!is_unknown, ErrorKind::unsupported,
+          "{}: expected {}, because the kernels of GPUs know nothing else yet; move the tensors to "
+          "the CPU, which computes it",
+          option, expected);
+}
+
+void require_known(const LayerWork& work) {
+  const LayerSpec& spec = work.spec;
+  refuse_if(spec.kv_heads() != spec.num_heads, "num_kv_heads", "as many as num_heads");
+  refuse_if(spec.qkv_layout != QkvLayout::by_kv_head, "qkv_weight_interleaved", "True");
+}
+
+}  // namespace
+
+LayerTask gpu_task(const LayerWork& work) {
+  if (work.part != plan::Part::mlp_down) require_known(work);
+  const LayerSpec& spec = work.spec;
+  LayerTask task;
+  task.part = work.part;
+  task.shape = {work.dtype,    spec.hidden_size, spec.intermediate_size, spec.num_heads,
+                spec.head_dim, spec.rotary_dim,  work.cache.page_size};
+  task.activation = spec.activation;
+  task.layer_norm_eps = static_cast<float>(spec.layer_norm_eps);
+  task.split = work.split;
+  task.weights = work.weights;
+  task.input = work.input;
+  task.k_cache = work.k_cache;
+  task.v_cache = work.v_cache;
+  task.cos = work.cos;
+  task.sin = work.sin;
+  task.position = work.position;
+  task.device_position = work.positions;
+  task.k_new = work.k_new;
+  task.v_new = work.v_new;
+  task.attn_output = work.attn_output;
+  task.mlp_intermediate = work.mlp_intermediate;
+  task.output = work.output;
+  return task;
+}
+
+}  // namespace clusterfusion::ops
