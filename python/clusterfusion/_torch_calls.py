@@ -18,6 +18,7 @@ from clusterfusion._layer_calls import (
     GENERAL_DECODER_LAYER,
     MLP_DOWN,
     OPTIONAL,
+    OTHER_POSITION,
     POSITION,
     SUBCLASSES,
     LayerCall,
@@ -34,8 +35,15 @@ _SETTING_TYPES = {
     "split": "bool",
     "hidden_size": "SymInt",
     "intermediate_size": "SymInt",
+    "block_table": "Tensor?",
     "num_kv_heads": "SymInt?",
+    "head_dim": "SymInt?",
     "qkv_weight_interleaved": "bool",
+    "norm": "str",
+    "gated": "bool",
+    "parallel_residual": "bool",
+    "q_norm_weight": "Tensor?",
+    "k_norm_weight": "Tensor?",
 }
 
 
@@ -47,7 +55,8 @@ def _run(
 ) -> tuple[torch.Tensor, ...]:
     if torch.compiler.is_dynamo_compiling():
         return _dispatch(call, tensors, settings, out)
-    if torch.is_grad_enabled() and _wants_gradient(tensors):
+    values = (*tensors, *settings) if call.defaults else tensors
+    if torch.is_grad_enabled() and _wants_gradient(values):
         check(call, tensors, settings)  # whose errors say more than the dispatcher's
         return _dispatch(call, tensors, settings, out)
     return _run_native(call, tensors, settings, out)
@@ -87,6 +96,9 @@ def _dispatch(
         _check_out_tensors(call, tensors, settings, out)
     if call.settings[0] == POSITION:
         position, *rest = settings
+        if OTHER_POSITION in call.settings:
+            other = rest.pop(call.settings.index(OTHER_POSITION) - 1)
+            position = _one_position(position, other)
         if isinstance(position, torch.Tensor):
             settings = (0, position, *rest)
         else:
@@ -99,6 +111,18 @@ def _dispatch(
     for destination, result in zip(out, results, strict=True):
         destination.copy_(result.view(destination.shape))
     return out
+
+
+def _one_position(position: Any, other: Any) -> Any:
+    """What was given under one of two names: operators of torch have one."""
+    if other is None:
+        return position
+    if position is not None:
+        raise TypeError(
+            f"{OTHER_POSITION}: expected None beside {POSITION}, which says the same, found "
+            f"{type(other).__name__}"
+        )
+    return other
 
 
 def _check_out_tensors(
@@ -130,8 +154,13 @@ def _schema(call: LayerCall) -> str:
     for index, name in enumerate(call.settings):
         if name == POSITION:
             parameters += [f"SymInt {POSITION}", "Tensor? position"]
+        if name in (POSITION, OTHER_POSITION):
             continue
-        default = f"={call.defaults[index - first_default]}" if index >= first_default else ""
+        default = ""
+        if index >= first_default:
+            default = "=" + str(call.defaults[index - first_default])
+            if _SETTING_TYPES[name] == "str":
+                default = f'="{call.defaults[index - first_default]}"'
         parameters.append(f"{_SETTING_TYPES[name]} {name}{default}")
     results = ", ".join("Tensor" for _ in call.results)
     return f"({', '.join(parameters)}) -> {results if len(call.results) == 1 else f'({results})'}"
@@ -146,8 +175,11 @@ def _split_arguments(
     if call.settings[0] == POSITION:
         number, position, *rest = settings
         settings = (number if position is None else position, *rest)
-    missing = len(call.settings) - len(settings)
-    return tensors, (*settings, *call.defaults[len(call.defaults) - missing :])
+        if OTHER_POSITION in call.settings:
+            index = call.settings.index(OTHER_POSITION)
+            settings = (*settings[:index], None, *settings[index:])
+    given = len(settings) - len(call.settings) + len(call.defaults)
+    return tensors, (*settings, *call.defaults[given:])
 
 
 def _register(call: LayerCall) -> None:

@@ -4,6 +4,7 @@
 
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
+#include "ops/strided.hpp"
 #include "ops/tensor_checker.hpp"
 
 namespace clusterfusion::ops {
@@ -24,18 +25,70 @@ std::int64_t last_size(const DLTensor& tensor) {
   return tensor.ndim >= 1 ? tensor.shape[tensor.ndim - 1] : 0;
 }
 
+bool is_paged(const LayerTensors& tensors) {
+  return is_present(tensors.block_table) || tensors.block_table.ndim > 0;
+}
+
+// How many rows a tensor has, of which there may be several. What they are is yet to be checked.
+Dimension count_rows(const DLTensor& tensor, const char* name) {
+  const std::int64_t rows = tensor.ndim >= 2 ? tensor.shape[tensor.ndim - 2] : 1;
+  if (rows < 1 || rows > kMaxLayerRows) {
+    fail(ErrorKind::invalid_argument, "{}: expected 1 to {} rows, found shape {}", name,
+         kMaxLayerRows, shape_text(tensor));
+  }
+  return {rows, rows == 1 ? "1" : "rows"};
+}
+
+// The rows of a layer's input.
+Dimension check_input(TensorChecker& checker, const LayerTensors& tensors, LayerWork& work) {
+  const DLTensor& input = tensors.input;
+  const Dimension hidden{checker.hidden_size(), "hidden"};
+  Dimension rows{1, "1"};
+  if (is_paged(tensors)) {
+    rows = count_rows(input, "input");
+  } else if (input.ndim == 2 && input.shape[0] > 1 && input.shape[1] == hidden.size) {
+    fail(ErrorKind::invalid_argument,
+         "input: expected shape [1, {}] (1, hidden), because several rows need a block_table, "
+         "found {}",
+         hidden.size, shape_text(input));
+  }
+  work.rows = rows.size;
+  work.input = checker.read(input, "input", {rows, hidden}, Leading::ones);
+  return rows;
+}
+
 void check_heads(const LayerOptions& options, LayerSpec& spec) {
-  require(options.num_heads >= 1 && spec.hidden_size % options.num_heads == 0,
+  constexpr std::int64_t kMost = 65536;  // so that no size overflows
+  const std::int64_t heads = options.num_heads;
+  if (options.head_dim) {
+    require(heads >= 1 && heads <= kMost, ErrorKind::invalid_argument,
+            "num_heads: expected 1 to {}, found {}", kMost, heads);
+    require(*options.head_dim >= 1 && *options.head_dim <= kMost, ErrorKind::invalid_argument,
+            "head_dim: expected 1 to {}, found {}", kMost, *options.head_dim);
+  } else {
+    require(heads >= 1 && spec.hidden_size % heads == 0, ErrorKind::invalid_argument,
+            "num_heads: expected a divisor of the hidden size {}, found {}", spec.hidden_size,
+            heads);
+  }
+  spec.num_heads = heads;
+  spec.head_dim = options.head_dim ? *options.head_dim : spec.hidden_size / heads;
+  spec.num_kv_heads = options.num_kv_heads.value_or(heads);
+  require(spec.num_kv_heads >= 1 && heads % spec.num_kv_heads == 0, ErrorKind::invalid_argument,
+          "num_kv_heads: expected a divisor of num_heads ({}), found {}", heads, spec.num_kv_heads);
+}
+
+// The options that need no tensors.
+void check_options(const LayerOptions& options, LayerSpec& spec) {
+  check_heads(options, spec);
+  require(std::isfinite(options.layer_norm_eps) && options.layer_norm_eps >= 0,
           ErrorKind::invalid_argument,
-          "num_heads: expected a divisor of the hidden size {}, found {}", spec.hidden_size,
-          options.num_heads);
-  spec.num_heads = options.num_heads;
-  spec.head_dim = spec.hidden_size / options.num_heads;
-  spec.num_kv_heads = options.num_kv_heads.value_or(spec.num_heads);
-  require(spec.num_kv_heads >= 1 && spec.num_heads % spec.num_kv_heads == 0,
-          ErrorKind::invalid_argument,
-          "num_kv_heads: expected a divisor of num_heads ({}), found {}", spec.num_heads,
-          spec.num_kv_heads);
+          "layer_norm_eps: expected a finite number of at least 0, found {}",
+          options.layer_norm_eps);
+  spec.layer_norm_eps = options.layer_norm_eps;
+  spec.activation = options.activation;
+  spec.norm = options.norm;
+  spec.gated_mlp = options.gated;
+  spec.parallel_residual = options.parallel_residual;
   if (!options.qkv_weight_interleaved) spec.qkv_layout = QkvLayout::separate;
 }
 
@@ -59,31 +112,48 @@ void check_rotary(TensorChecker& checker, const LayerTensors& tensors, const Lay
   }
   work.spec.rotary_dim = rotary_dim;
   const std::int64_t given = found == head_dim ? head_dim : rotary_dim;
-  const char* meaning = given == head_dim ? "head_dim" : "rotary_dim";
-  work.cos = checker.read_float32(tensors.cos, "cos", {{given, meaning}});
-  work.sin = checker.read_float32(tensors.sin, "sin", {{given, meaning}});
+  work.rotary_stride = given;
+  const Dimension values{given, given == head_dim ? "head_dim" : "rotary_dim"};
+  const auto read = [&](const DLTensor& tensor, const char* name) {
+    if (work.rows == 1) return checker.read_float32(tensor, name, {values});
+    return checker.read_float32(tensor, name, {{work.rows, "rows"}, values});
+  };
+  work.cos = read(tensors.cos, "cos");
+  work.sin = read(tensors.sin, "sin");
 }
 
+void require_position(const LayerWork& work, std::int64_t value, const char* name) {
+  const std::int64_t most = work.max_pages * work.cache.page_size;
+  if (work.block_table != nullptr) {
+    return require(value >= 0 && value < most, ErrorKind::invalid_argument,
+                   "{}: expected 0 to {}, because block_table has {} pages of {} positions for "
+                   "each row, found {}",
+                   name, most - 1, work.max_pages, work.cache.page_size, value);
+  }
+  require(value != most, ErrorKind::invalid_argument,
+          "{}: expected 0 to {}, found {}: the caches of {} positions are full", name, most - 1,
+          value, most);
+  require(value >= 0 && value < most, ErrorKind::invalid_argument,
+          "{}: expected 0 to {}, because the caches have {} positions, found {}", name, most - 1,
+          most, value);
+}
+
+// A tensor's positions are left to those who do the work, but for the one that this looks at.
 void check_position(TensorChecker& checker, const Position& position, LayerWork& work) {
-  constexpr const char* kName = "current_seq_len";
   std::int64_t value = position.value;
   if (is_present(position.tensor)) {
-    const bool scalar = position.tensor.ndim == 0;
-    const std::int32_t* where = scalar ? checker.read_int32(position.tensor, kName, {})
-                                       : checker.read_int32(position.tensor, kName, {{1, "1"}});
-    if (checker.device().device_type != kDLCPU) {
+    const DLTensor& tensor = position.tensor;
+    const Dimension rows{work.rows, work.rows == 1 ? "1" : "rows"};
+    const bool is_scalar = tensor.ndim == 0 && work.rows == 1;
+    const std::int32_t* where = is_scalar ? checker.read_int32(tensor, position.name, {})
+                                          : checker.read_int32(tensor, position.name, {rows});
+    if (checker.device().device_type != kDLCPU || work.block_table != nullptr) {
       work.positions = where;
       return;
     }
     value = *where;
   }
-  const std::int64_t rows = work.cache.page_size;
-  require(value != rows, ErrorKind::invalid_argument,
-          "{}: expected 0 to {}, found {}: the caches of {} positions are full", kName, rows - 1,
-          value, rows);
-  require(value >= 0 && value < rows, ErrorKind::invalid_argument,
-          "{}: expected 0 to {}, because the caches have {} positions, found {}", kName, rows - 1,
-          rows, value);
+  require_position(work, value, position.name);
   work.position = value;
 }
 
@@ -106,6 +176,55 @@ std::int64_t check_caches(TensorChecker& checker, const LayerTensors& tensors, c
   work.k_cache = checker.write(tensors.k_cache, "k_cache", {positions, row});
   work.v_cache = checker.write(tensors.v_cache, "v_cache", {positions, row});
   return positions.size;
+}
+
+void require_same_strides(const DLTensor& k_cache, const DLTensor& v_cache) {
+  for (int axis = 0; axis < k_cache.ndim; ++axis) {
+    const std::int64_t expected = stride_of(k_cache, axis), found = stride_of(v_cache, axis);
+    require(k_cache.shape[axis] == 1 || found == expected, ErrorKind::invalid_argument,
+            "v_cache: expected the strides of k_cache, which are {} along dimension {}, found {}",
+            expected, axis, found);
+  }
+}
+
+// Of pages, and the table of them.
+void check_pages(TensorChecker& checker, const LayerTensors& tensors, LayerWork& work) {
+  const LayerSpec& spec = work.spec;
+  const DLTensor& keys = tensors.k_cache;
+  CacheLayout& cache = work.cache;
+  if (is_present(keys)) {  // or the checker says what is missing
+    if (keys.ndim != 4 || keys.shape[0] < 1) {
+      fail(ErrorKind::invalid_argument,
+           "k_cache: expected shape [pages, page_size, {}, {}] (pages, page_size, num_kv_heads, "
+           "head_dim) with a block_table, found {}",
+           spec.kv_heads(), spec.head_dim, shape_text(keys));
+    }
+    cache.pages = keys.shape[0];
+    cache.page_size = keys.shape[1];
+    require(cache.page_size == 16 || cache.page_size == 32 || cache.page_size == 64,
+            ErrorKind::invalid_argument,
+            "k_cache: expected pages of 16, 32 or 64 positions, found shape {}", shape_text(keys));
+  }
+  const Shape shape{{cache.pages, "pages"},
+                    {cache.page_size, "page_size"},
+                    {spec.kv_heads(), "num_kv_heads"},
+                    {spec.head_dim, "head_dim"}};
+  work.k_cache = checker.write_nested(keys, "k_cache", shape);
+  work.v_cache = checker.write_nested(tensors.v_cache, "v_cache", shape);
+  require_same_strides(keys, tensors.v_cache);
+  cache.page_stride = stride_of(keys, 0);
+  cache.position_stride = stride_of(keys, 1);
+  cache.head_stride = stride_of(keys, 2);
+
+  const DLTensor& table = tensors.block_table;
+  if (table.ndim != 2 || table.shape[1] < 1) {
+    fail(ErrorKind::invalid_argument, "block_table: expected shape [{}, max_pages], found {}",
+         work.rows, shape_text(table));
+  }
+  work.max_pages = table.shape[1];
+  work.block_table = checker.read_int32_rows(table, "block_table",
+                                             {{work.rows, "rows"}, {work.max_pages, "max_pages"}});
+  work.block_table_stride = stride_of(table, 0);
 }
 
 Dimension intermediate_of(const DLTensor& mlp_up_weight, const Dimension& hidden,
@@ -139,22 +258,62 @@ void check_qkv(TensorChecker& checker, const LayerTensors& t, LayerWork& work) {
   set(value_weight, spec.attention_size() + spec.kv_size());
 }
 
+void check_norm(TensorChecker& checker, const DLTensor& weight, const char* weight_name,
+                const DLTensor& bias, const char* bias_name, LayerTensor tensor, LayerWork& work) {
+  const Dimension hidden{work.spec.hidden_size, "hidden"};
+  work.weights[index_of(tensor)] = checker.read(weight, weight_name, {hidden});
+  if (work.spec.norm == NormKind::layer_norm) {
+    work.weights[index_of(bias_of(tensor))] = checker.read(bias, bias_name, {hidden});
+    return;
+  }
+  require(!is_present(bias), ErrorKind::invalid_argument,
+          "{}: expected None, because an RMSNorm has no bias, found a tensor", bias_name);
+}
+
+// A gated one has the gate's rows first.
+void check_mlp_up(TensorChecker& checker, const LayerTensors& t, LayerWork& work) {
+  const LayerSpec& spec = work.spec;
+  const Dimension hidden{spec.hidden_size, "hidden"};
+  const Dimension rows = spec.gated_mlp ? Dimension{2 * spec.intermediate_size, "2 intermediate"}
+                                        : Dimension{spec.intermediate_size, "intermediate"};
+  const void* weight = checker.read(t.mlp_up_weight, "mlp_up_weight", {rows, hidden});
+  const void* bias =
+      is_present(t.mlp_up_bias) ? checker.read(t.mlp_up_bias, "mlp_up_bias", {rows}) : nullptr;
+  const auto set = [&](LayerTensor tensor, std::int64_t row) {
+    work.weights[index_of(tensor)] = rows_from(weight, work.dtype, row, hidden.size);
+    work.weights[index_of(bias_of(tensor))] = rows_from(bias, work.dtype, row, 1);
+  };
+  if (spec.gated_mlp) set(LayerTensor::mlp_gate_weight, 0);
+  set(LayerTensor::mlp_up_weight, spec.gated_mlp ? spec.intermediate_size : 0);
+}
+
+void check_head_norms(TensorChecker& checker, const LayerTensors& t, LayerWork& work) {
+  work.spec.qk_norm = is_present(t.q_norm_weight) || is_present(t.k_norm_weight);
+  if (!work.spec.qk_norm) return;
+  const Dimension head_dim{work.spec.head_dim, "head_dim"};
+  work.weights[index_of(LayerTensor::query_norm_weight)] =
+      checker.read(t.q_norm_weight, "q_norm_weight", {head_dim});
+  work.weights[index_of(LayerTensor::key_norm_weight)] =
+      checker.read(t.k_norm_weight, "k_norm_weight", {head_dim});
+}
+
 void check_weights(TensorChecker& checker, const LayerTensors& t, LayerWork& work) {
   using enum LayerTensor;
-  const Dimension hidden{work.spec.hidden_size, "hidden"};
-  const Dimension intermediate{work.spec.intermediate_size, "intermediate"};
-  const auto check = [&](LayerTensor tensor, const DLTensor& given, const char* name, Shape shape) {
-    work.weights[index_of(tensor)] = checker.read(given, name, shape);
-  };
+  const LayerSpec& spec = work.spec;
+  const Dimension hidden{spec.hidden_size, "hidden"};
+  const bool is_square = spec.attention_size() == spec.hidden_size;
+  const Dimension heads{spec.attention_size(), is_square ? "hidden" : "num_heads head_dim"};
   check_qkv(checker, t, work);
-  check(attention_out_weight, t.weight_o, "weight_o", {hidden, hidden});
-  if (is_present(t.bias_o)) check(attention_out_bias, t.bias_o, "bias_o", {hidden});
-  check(input_norm_weight, t.ln_weight, "ln_weight", {hidden});
-  check(input_norm_bias, t.ln_bias, "ln_bias", {hidden});
-  check(post_norm_weight, t.post_ln_weight, "post_ln_weight", {hidden});
-  check(post_norm_bias, t.post_ln_bias, "post_ln_bias", {hidden});
-  check(mlp_up_weight, t.mlp_up_weight, "mlp_up_weight", {intermediate, hidden});
-  check(mlp_up_bias, t.mlp_up_bias, "mlp_up_bias", {intermediate});
+  work.weights[index_of(attention_out_weight)] =
+      checker.read(t.weight_o, "weight_o", {hidden, heads});
+  if (is_present(t.bias_o)) {
+    work.weights[index_of(attention_out_bias)] = checker.read(t.bias_o, "bias_o", {hidden});
+  }
+  check_norm(checker, t.ln_weight, "ln_weight", t.ln_bias, "ln_bias", input_norm_weight, work);
+  check_norm(checker, t.post_ln_weight, "post_ln_weight", t.post_ln_bias, "post_ln_bias",
+             post_norm_weight, work);
+  check_mlp_up(checker, t, work);
+  check_head_norms(checker, t, work);
 }
 
 void check_mlp_down(TensorChecker& checker, const DLTensor& weight, const DLTensor& bias,
@@ -163,6 +322,7 @@ void check_mlp_down(TensorChecker& checker, const DLTensor& weight, const DLTens
   const Dimension intermediate{work.spec.intermediate_size, "intermediate"};
   work.weights[index_of(LayerTensor::mlp_down_weight)] =
       checker.read(weight, "mlp_down_weight", {hidden, intermediate});
+  if (!is_present(bias)) return;
   work.weights[index_of(LayerTensor::mlp_down_bias)] =
       checker.read(bias, "mlp_down_bias", {hidden});
 }
@@ -173,27 +333,37 @@ LayerWork check_inputs(TensorChecker& checker, const LayerTensors& tensors,
   work.dtype = checker.dtype();
   work.spec.hidden_size = checker.hidden_size();
   const Dimension hidden{checker.hidden_size(), "hidden"};
-  work.input = checker.read(tensors.input, "input", {{1, "1"}, hidden}, Leading::ones);
-  check_heads(options, work.spec);
-  require(std::isfinite(options.layer_norm_eps) && options.layer_norm_eps >= 0,
-          ErrorKind::invalid_argument,
-          "layer_norm_eps: expected a finite number of at least 0, found {}",
-          options.layer_norm_eps);
-  work.spec.layer_norm_eps = options.layer_norm_eps;
-  work.spec.activation = options.activation;
-  work.spec.intermediate_size = intermediate_of(tensors.mlp_up_weight, hidden, expected).size;
+  check_input(checker, tensors, work);
+  check_options(options, work.spec);
+  const Dimension up = intermediate_of(tensors.mlp_up_weight, hidden, expected);
+  work.spec.intermediate_size = options.gated ? up.size / 2 : up.size;
+  if (options.gated && up.size % 2 != 0) {
+    fail(ErrorKind::invalid_argument,
+         "mlp_up_weight: expected an even number of rows, those of the gate and as many others, "
+         "because gated is True, found shape {}",
+         shape_text(tensors.mlp_up_weight));
+  }
   check_weights(checker, tensors, work);
-  work.cache.page_size = check_caches(checker, tensors, kv_size_of(work.spec), work);
-  work.cache.position_stride = work.spec.kv_size();
-  work.cache.head_stride = work.spec.head_dim;
+  if (is_paged(tensors)) {
+    check_pages(checker, tensors, work);
+  } else {
+    work.cache.page_size = check_caches(checker, tensors, kv_size_of(work.spec), work);
+    work.cache.position_stride = work.spec.kv_size();
+    work.cache.head_stride = work.spec.head_dim;
+  }
   check_rotary(checker, tensors, options, work);
   return work;
 }
 
+Dimension rows_of_results(const LayerWork& work) {
+  return {work.rows, work.rows == 1 ? "1" : "rows"};
+}
+
 void check_new_key_value(TensorChecker& checker, const DLTensor& k_new, const DLTensor& v_new,
                          LayerWork& work) {
-  const Shape shape{
-      {1, "1"}, {work.spec.kv_heads(), "num_kv_heads"}, {work.spec.head_dim, "head_dim"}};
+  const Shape shape{rows_of_results(work),
+                    {work.spec.kv_heads(), "num_kv_heads"},
+                    {work.spec.head_dim, "head_dim"}};
   work.k_new = checker.write(k_new, "k_new", shape);
   work.v_new = checker.write(v_new, "v_new", shape);
 }
@@ -208,11 +378,15 @@ Checked check(const LayerTensors& tensors, const LayerOptions& options,
   check_position(checker, tensors.current_seq_len, work);
   if (results != nullptr) {
     const LayerSpec& spec = work.spec;
-    work.attn_output = checker.write(results->attn_output, "attn_output",
-                                     {{1, "1"}, {spec.hidden_size, "hidden"}}, Leading::ones);
+    work.attn_output =
+        checker.write(results->attn_output, "attn_output",
+                      {rows_of_results(work), {spec.hidden_size, "hidden"}}, Leading::ones);
+    const Dimension intermediate{spec.intermediate_size, "intermediate"};
     work.mlp_intermediate =
-        checker.write(results->mlp_intermediate, "mlp_intermediate",
-                      {{spec.intermediate_size, "intermediate"}}, Leading::ones);
+        work.rows == 1 ? checker.write(results->mlp_intermediate, "mlp_intermediate",
+                                       {intermediate}, Leading::ones)
+                       : checker.write(results->mlp_intermediate, "mlp_intermediate",
+                                       {rows_of_results(work), intermediate}, Leading::ones);
     check_new_key_value(checker, results->k_new, results->v_new, work);
   }
   checker.require_no_overlap();
@@ -231,20 +405,23 @@ Checked check(const MlpDownTensors& tensors, const ExpectedSizes& expected,
   work.dtype = checker.dtype();
   work.spec.hidden_size = hidden.size;
   work.spec.intermediate_size = intermediate.size;
-  work.input =
-      checker.read(tensors.hidden_states, "hidden_states", {{1, "1"}, hidden}, Leading::ones);
+  const Dimension rows = count_rows(tensors.hidden_states, "hidden_states");
+  work.rows = rows.size;
+  work.input = checker.read(tensors.hidden_states, "hidden_states", {rows, hidden}, Leading::ones);
   // Only read; what the other half gives there, it writes.
   work.attn_output = const_cast<void*>(
-      checker.read(tensors.attn_output, "attn_output", {{1, "1"}, hidden}, Leading::ones));
+      checker.read(tensors.attn_output, "attn_output", {rows, hidden}, Leading::ones));
+  const DLTensor& up = tensors.mlp_intermediate;
   work.mlp_intermediate = const_cast<void*>(
-      checker.read(tensors.mlp_intermediate, "mlp_intermediate", {intermediate}, Leading::ones));
+      rows.size == 1 ? checker.read(up, "mlp_intermediate", {intermediate}, Leading::ones)
+                     : checker.read(up, "mlp_intermediate", {rows, intermediate}, Leading::ones));
   if (intermediate.size < 1) {
     fail(ErrorKind::invalid_argument, "mlp_intermediate: expected shape [intermediate], found {}",
          shape_text(tensors.mlp_intermediate));
   }
   check_mlp_down(checker, tensors.mlp_down_weight, tensors.mlp_down_bias, work);
   if (output != nullptr) {
-    work.output = checker.write(*output, "output", {{1, "1"}, hidden}, Leading::ones);
+    work.output = checker.write(*output, "output", {rows, hidden}, Leading::ones);
   }
   checker.require_no_overlap();
   return {work, checker.device()};
@@ -259,7 +436,8 @@ Checked check(const LayerTensors& tensors, const DLTensor& mlp_down_weight,
   check_mlp_down(checker, mlp_down_weight, mlp_down_bias, work);
   check_position(checker, tensors.current_seq_len, work);
   if (results != nullptr) {
-    work.output = checker.write(results->output, "output", {{1, "1"}, hidden}, Leading::ones);
+    work.output =
+        checker.write(results->output, "output", {rows_of_results(work), hidden}, Leading::ones);
     check_new_key_value(checker, results->k_new, results->v_new, work);
   }
   checker.require_no_overlap();

@@ -8,7 +8,7 @@ before attention sees them, because the cache holds them so; all rows store thei
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,14 @@ class Kind:
     qkv_weight_interleaved: bool = True
     layer_norm_eps: float = 1e-5
     activation: str = "gelu"
+    head_dim: int | None = None
+    norm: str = "layer"
+    gated: bool = False
+    parallel_residual: bool = True
 
     @property
     def size_of_head(self) -> int:
-        return self.hidden // self.num_heads
+        return self.head_dim or self.hidden // self.num_heads
 
     @property
     def group(self) -> int:
@@ -48,13 +52,17 @@ class Kind:
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of a call."""
-        names = ("num_heads", "num_kv_heads", "qkv_weight_interleaved", "rotary_dim")
-        return {name: getattr(self, name) for name in (*names, "layer_norm_eps", "activation")}
+        return {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in ("hidden", "intermediate")
+        }
 
 
 def shapes_of(kind: Kind, rows: int) -> dict[str, tuple[int, ...]]:
     """The tensors of decoder_layer by name, in the order of its arguments, without caches."""
     hidden, inner = kind.hidden, kind.intermediate
+    up = 2 * inner if kind.gated else inner
     return {
         "input": (rows, hidden),
         "weight_qkv": (kind.q_size + 2 * kind.kv_size, hidden),
@@ -69,8 +77,8 @@ def shapes_of(kind: Kind, rows: int) -> dict[str, tuple[int, ...]]:
         "sin": (rows, kind.rotary_dim),
         "post_ln_weight": (hidden,),
         "post_ln_bias": (hidden,),
-        "mlp_up_weight": (inner, hidden),
-        "mlp_up_bias": (inner,),
+        "mlp_up_weight": (up, hidden),
+        "mlp_up_bias": (up,),
         "mlp_down_weight": (hidden, inner),
         "mlp_down_bias": (hidden,),
     }
@@ -93,6 +101,8 @@ def random_layer(kind: Kind, dtype: Any, rows: int = 1, seed: int = 0) -> Arrays
         return values.astype(np.float32).astype(dtype)
 
     shapes = shapes_of(kind, rows)
+    if kind.norm == "rms":
+        shapes |= {"ln_bias": (), "post_ln_bias": ()}
     return {name: draw(name, shape) if shape else None for name, shape in shapes.items()}
 
 
@@ -106,10 +116,16 @@ class ReferenceRows:
     """A layer's results for rows, each a float64 array with a row first."""
 
     def __init__(
-        self, arrays: Arrays, kind: Kind, positions: list[int], table: np.ndarray | None = None
+        self,
+        arrays: Arrays,
+        kind: Kind,
+        positions: list[int],
+        table: np.ndarray | None = None,
+        head_norms: tuple[np.ndarray, np.ndarray] | None = None,
     ):
         """Of caches [pages, page_size, num_kv_heads, head_dim] by `table`, or of rows without."""
         self.kind = kind
+        self.head_norms = head_norms
         self.dtype = arrays["input"].dtype
         self.wide = {k: None if v is None else v.astype(np.float64) for k, v in arrays.items()}
         heads = (kind.num_kv_heads, kind.size_of_head)
@@ -136,9 +152,15 @@ class ReferenceRows:
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
         weight = self.wide[f"{name}_weight"]
+        if self.kind.norm == "rms":
+            return self.rms_norm(x, weight)
         centred = x - x.mean(-1, keepdims=True)
         scale = np.sqrt((centred**2).mean(-1, keepdims=True) + self.kind.layer_norm_eps)
         return centred / scale * weight + self.wide[f"{name}_bias"]
+
+    def rms_norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        scale = np.sqrt((x**2).mean(-1, keepdims=True) + self.kind.layer_norm_eps)
+        return x / scale * weight.astype(np.float64)
 
     def linear(self, x: np.ndarray, weight: str, bias: str) -> np.ndarray:
         y = x @ self.wide[weight].T
@@ -154,6 +176,8 @@ class ReferenceRows:
         else:
             parts = np.split(qkv, [kind.q_size, kind.q_size + kind.kv_size], axis=1)
         q, k, v = (part.reshape(len(qkv), -1, dim) for part in parts)
+        if self.head_norms is not None:
+            q, k = (self.rms_norm(x, w) for x, w in zip((q, k), self.head_norms, strict=True))
         return self.turn(q), self.turn(k), v
 
     def turn(self, heads: np.ndarray) -> np.ndarray:
@@ -170,7 +194,13 @@ class ReferenceRows:
     def finish(self) -> None:
         """The MLP and the sum of all."""
         x = self.wide["input"]
-        up = self.linear(self.norm(x, "post_ln"), "mlp_up_weight", "mlp_up_bias")
-        self.mlp_intermediate = ACTIVATIONS[self.kind.activation](up)
+        between = x if self.kind.parallel_residual else x + self.attn_output
+        up = self.linear(self.norm(between, "post_ln"), "mlp_up_weight", "mlp_up_bias")
+        activation = ACTIVATIONS[self.kind.activation]
+        if self.kind.gated:
+            gate, up = np.split(up, 2, axis=1)
+            self.mlp_intermediate = activation(gate) * up
+        else:
+            self.mlp_intermediate = activation(up)
         down = self.linear(self.mlp_intermediate, "mlp_down_weight", "mlp_down_bias")
         self.output = x + self.attn_output + down

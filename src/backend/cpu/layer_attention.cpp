@@ -8,6 +8,7 @@
 #include "backend/backend.hpp"
 #include "backend/cpu/narrow.hpp"
 #include "backend/cpu/rotary.hpp"
+#include "base/fail.hpp"
 
 namespace clusterfusion::cpu {
 namespace {
@@ -74,6 +75,22 @@ class HeadPages {
   std::vector<float> storage_;
   std::vector<std::byte*> pages_;
 };
+
+// `positions`: -1 for rows that write nothing.
+void require_own_places(const LayerWork& work, const std::vector<std::int64_t>& positions) {
+  const std::int64_t size = work.cache.page_size;
+  std::vector<std::int64_t> places;
+  for (std::int64_t row = 0; row < work.rows; ++row) {
+    const std::int64_t position = positions[static_cast<std::size_t>(row)];
+    const std::int64_t page = position < 0 ? 0 : page_of(work, row, position);
+    places.push_back(position < 0 ? -1 : page * size + position % size);
+    const auto same = std::find(places.begin(), places.end() - 1, places.back());
+    require(position < 0 || same == places.end() - 1, ErrorKind::invalid_argument,
+            "block_table: expected a place of its own for the new key and value of each row, found "
+            "that rows {} and {} both write to position {} of page {}",
+            same - places.begin(), row, position % size, page);
+  }
+}
 
 class RowsAttention {
  public:
@@ -181,6 +198,7 @@ RowPositions::RowPositions(const LayerWork& work) {
     }
     positions_.push_back(position);
   }
+  if (work.block_table != nullptr) require_own_places(work, positions_);
 }
 
 void attend_rows(const LayerWork& work, const RowPositions& positions, const ProjectedHeads& in,

@@ -13,6 +13,7 @@ namespace clusterfusion::cpu {
 class RowPositions {
  public:
   RowPositions() = default;  // of no rows
+  // Errors: invalid_argument, two rows write to one place.
   explicit RowPositions(const LayerWork& work);
 
   // Nothing is read or written for a row whose position or pages are outside.
