@@ -547,6 +547,35 @@ def test_named_head_dim_is_the_usual_one():
     assert bits(run_layer(arrays, 5, SMALL, head_dim=16)) == bits(run_layer(arrays, 5, SMALL))
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_random_layers(seed):
+    """Any options together, in shapes that are multiples of nothing."""
+    random = np.random.default_rng(seed)
+    num_kv_heads, head_dim = int(random.integers(1, 5)), int(random.integers(2, 40))
+    kind = Kind(
+        hidden=int(random.integers(3, 150)),
+        num_heads=num_kv_heads * int(random.integers(1, 5)),
+        num_kv_heads=num_kv_heads,
+        intermediate=int(random.integers(1, 200)),
+        rotary_dim=2 * int(random.integers(0, head_dim // 2 + 1)),
+        head_dim=head_dim,
+        qkv_weight_interleaved=bool(random.integers(2)),
+        norm=["layer", "rms"][random.integers(2)],
+        gated=bool(random.integers(2)),
+        parallel_residual=bool(random.integers(2)),
+        activation=["gelu", "silu", "relu"][random.integers(3)],
+    )
+    page_size = int(random.choice([16, 32, 64]))
+    positions = random.integers(0, 150, int(random.integers(1, 17))).tolist()
+    more = head_norms(kind, np.float16) if random.integers(2) else {}
+    names = ("bias_qkv", "bias_o", "mlp")
+    kept = tuple(name for name in names if random.integers(2))
+    arrays, table = paged_layer(kind, np.float16, positions, page_size, "cpshd")
+    arrays = without_biases(arrays, kept)
+    expected = ReferenceRows(arrays, kind, positions, table, tuple(more.values()) or None)
+    assert_results(arrays, kind, expected, None, **where(positions, table), **more)
+
+
 # ---- errors ----
 
 
