@@ -36,10 +36,13 @@ class LayerCall(NamedTuple):
     results: tuple[str, ...]
     # New results from an allocator, the tensors and the settings.
     allocate: Callable[[Allocate, Sequence[Tensor], Sequence[Any]], tuple[Tensor, ...]]
+    # Of the last settings, which an operator of torch may be called without.
+    defaults: tuple[Any, ...] = ()
 
 
 POSITION = "current_seq_len"
-OPTIONAL = ("bias_qkv", "bias_o")
+OTHER_POSITION = "positions"  # of a general call, whose first setting is then None
+OPTIONAL = ("bias_qkv", "bias_o", "ln_bias", "post_ln_bias", "mlp_up_bias", "mlp_down_bias")
 CACHES = ("k_cache", "v_cache")
 
 _LAYER_TENSORS = (
@@ -61,6 +64,19 @@ _LAYER_TENSORS = (
 )
 _LAYER_SETTINGS = (POSITION, "num_heads", "rotary_dim", "layer_norm_eps", "activation")
 _SIZES = ("hidden_size", "intermediate_size")
+# What only the general calls take, with what it is to the others.
+_MORE_SETTINGS: dict[str, Any] = {
+    "positions": None,
+    "block_table": None,
+    "num_kv_heads": None,
+    "head_dim": None,
+    "qkv_weight_interleaved": True,
+    "norm": "layer",
+    "gated": False,
+    "parallel_residual": True,
+    "q_norm_weight": None,
+    "k_norm_weight": None,
+}
 
 
 def _head_dim(hidden_size: int, num_heads: int) -> int:
@@ -102,6 +118,48 @@ def _decoder_layer_results(
     )
 
 
+def _more_settings(settings: Sequence[Any]) -> dict[str, Any]:
+    """Those of a general call, which come last."""
+    return dict(zip(_MORE_SETTINGS, settings[-len(_MORE_SETTINGS) :], strict=True))
+
+
+def _key_value_results(
+    allocate: Allocate, tensors: Sequence[Tensor], settings: Sequence[Any]
+) -> tuple[Tensor, Tensor]:
+    more, num_heads = _more_settings(settings), settings[1]
+    rows = 1 if more["block_table"] is None else tensors[0].shape[-2]
+    num_kv_heads = num_heads if more["num_kv_heads"] is None else more["num_kv_heads"]
+    head_dim = more["head_dim"]
+    if head_dim is None:
+        head_dim = _head_dim(tensors[0].shape[-1], num_heads)
+    return allocate(rows, num_kv_heads, head_dim), allocate(rows, num_kv_heads, head_dim)
+
+
+def _general_attention_mlp_up_results(
+    allocate: Allocate, tensors: Sequence[Tensor], settings: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    more = _more_settings(settings)
+    hidden, intermediate = tensors[0].shape[-1], tensors[13].shape[0]
+    if more["gated"]:
+        intermediate //= 2
+    is_paged = more["block_table"] is not None
+    rows = tensors[0].shape[-2] if is_paged else 1
+    return (
+        allocate(rows, hidden),
+        allocate(rows, intermediate) if is_paged else allocate(intermediate),
+        *_key_value_results(allocate, tensors, settings),
+    )
+
+
+def _general_decoder_layer_results(
+    allocate: Allocate, tensors: Sequence[Tensor], settings: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    return (
+        allocate(*tensors[0].shape),
+        *_key_value_results(allocate, tensors, settings),
+    )
+
+
 ATTENTION_MLP_UP = LayerCall(
     "attention_mlp_up",
     _native.ops_attention_mlp_up,
@@ -125,6 +183,19 @@ DECODER_LAYER = LayerCall(
     (*_LAYER_SETTINGS, "split", *_SIZES),
     ("output", "k_new", "v_new"),
     _decoder_layer_results,
+)
+# The same with all options. They are apart because each argument takes time, in every call.
+GENERAL_ATTENTION_MLP_UP = ATTENTION_MLP_UP._replace(
+    native=_native.ops_general_attention_mlp_up,
+    settings=(*ATTENTION_MLP_UP.settings, *_MORE_SETTINGS),
+    allocate=_general_attention_mlp_up_results,
+    defaults=tuple(_MORE_SETTINGS.values()),
+)
+GENERAL_DECODER_LAYER = DECODER_LAYER._replace(
+    native=_native.ops_general_decoder_layer,
+    settings=(*DECODER_LAYER.settings, *_MORE_SETTINGS),
+    allocate=_general_decoder_layer_results,
+    defaults=tuple(_MORE_SETTINGS.values()),
 )
 GRAPH_CONTEXT = LayerCall(
     "check_graph_context",
@@ -236,7 +307,9 @@ def _run_numpy(
     settings: tuple[Any, ...],
     out: Sequence[Tensor] | None,
 ) -> tuple[Tensor, ...]:
-    if call.settings[0] == POSITION:
+    if call.defaults:
+        settings = tuple(_export(*named) for named in zip(call.settings, settings, strict=True))
+    elif call.settings[0] == POSITION:
         settings = (_export(POSITION, settings[0]), *settings[1:])
     exported = [_export(*named) for named in zip(call.tensors, tensors, strict=True)]
     exported_results = None

@@ -15,36 +15,59 @@ from typing import Any, TypeVar
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
 
 _ARGUMENTS = {
-    "input": "[1, {hidden}] or [1, 1, {hidden}]; the residual stream.",
-    "weight_qkv": "[{qkv}, {hidden}]; rows are query, key and value of head 0, then of head 1, "
-    "..., as GPT-NeoX checkpoints have them.",
+    "input": "[{rows}, {hidden}] or [1, {rows}, {hidden}]; the residual stream.",
+    "weight_qkv": "[{qkv}, {hidden}]; {qkv_rows}",
     "bias_qkv": "[{qkv}]{or_none}.",
-    "weight_o": "[{hidden}, {hidden}].",
+    "weight_o": "[{hidden}, {q_size}].",
     "bias_o": "[{hidden}]{or_none}.",
-    "k_cache": "[max_seq_len, {hidden}]; keys after the rotary embedding.",
-    "v_cache": "[max_seq_len, {hidden}].",
-    "ln_weight": "[{hidden}]; of the LayerNorm before attention.",
-    "ln_bias": "[{hidden}].",
+    "k_cache": "[max_seq_len, {kv_size}]{or_pages}; keys after the rotary embedding.",
+    "v_cache": "[max_seq_len, {kv_size}]{or_pages}.",
+    "ln_weight": "[{hidden}]; of the norm before attention.",
+    "ln_bias": "[{hidden}]{or_rms}.",
     "cos": "float32 [{rotary_dim}], or [{head_dim}] or [1, {head_dim}] with 1 past {rotary_dim}; "
     "of the new position.",
     "sin": "float32, as `cos`, with 0 past {rotary_dim}.",
-    "post_ln_weight": "[{hidden}]; of the LayerNorm before the MLP.",
-    "post_ln_bias": "[{hidden}].",
-    "mlp_up_weight": "[{intermediate}, {hidden}].",
-    "mlp_up_bias": "[{intermediate}].",
+    "post_ln_weight": "[{hidden}]; of the norm before the MLP.",
+    "post_ln_bias": "[{hidden}]{or_rms}.",
+    "mlp_up_weight": "[{intermediate}, {hidden}]{or_gated}.",
+    "mlp_up_bias": "[{intermediate}]{or_gated_bias}.",
     "mlp_down_weight": "[{hidden}, {intermediate}].",
-    "mlp_down_bias": "[{hidden}].",
-    "hidden_states": "[1, {hidden}] or [1, 1, {hidden}]; the layer's input.",
-    "attn_output": "[1, {hidden}]; of {attention}.",
-    "mlp_intermediate": "[{intermediate}]; of {attention}.",
+    "mlp_down_bias": "[{hidden}]{or_none}.",
+    "hidden_states": "[{rows}, {hidden}] or [1, {rows}, {hidden}]; the layer's input.",
+    "attn_output": "[{rows}, {hidden}]; of {attention}.",
+    "mlp_intermediate": "[{intermediate}]{or_rows}; of {attention}.",
     "current_seq_len": "Positions that the caches hold, 0 to max_seq_len - 1, which is also the "
     "new token's position: an int, or an int32 tensor of one element on the same device. One on a "
     "GPU is read when the kernel runs and cannot be checked: outside that range all results are "
     "NaN, and the caches stay as they are.",
-    "num_heads": "Divides hidden; head_dim is hidden / num_heads.",
+    "positions": "The same by another name, for a batch: an int for all rows, or an int32 tensor "
+    "[rows] on the same device.",
+    "block_table": "int32 [rows, max_pages]: the pages of each row's sequence, from position 0 on. "
+    "With it there may be 1 to 16 rows, in `input`, `cos` and `sin` and all results, and caches "
+    "are [pages, page_size, num_kv_heads, head_dim], with pages of 16, 32 or 64 positions and the "
+    "same strides, any in which no two elements share memory and the last dimension has no gaps. "
+    "A row whose position in a tensor, or one of whose pages up to it, is outside has NaN in all "
+    "results and writes nothing; entries behind are not looked at. All rows write before any "
+    "reads, so rows may be tokens of one sequence that follow each other; no two may write to one "
+    "place.",
+    "num_heads": "Divides hidden, unless `head_dim` is given.",
+    "head_dim": "Values of a head. None: hidden / num_heads.",
+    "num_kv_heads": "Heads of keys and values, a divisor of `num_heads`: each belongs to as many "
+    "query heads that follow each other. None: as many as `num_heads`.",
+    "qkv_weight_interleaved": "Whether rows of `weight_qkv` and `bias_qkv` are, for each head of "
+    "keys and values, its queries, its key and its value; or else all queries, then all keys, then "
+    "all values, as `torch.cat` of three projections gives them. (The name is that of NVIDIA's "
+    "Transformer Engine.)",
     "rotary_dim": "How many values of a head are rotated. None: as many as `cos` has, if these are "
     "fewer than head_dim.",
-    "layer_norm_eps": "Of both LayerNorms.",
+    "norm": '"layer" for LayerNorm, or "rms" for RMSNorm, x / sqrt(mean of x^2 + eps) * weight.',
+    "layer_norm_eps": "Of both norms, of either kind, and of those of queries and keys.",
+    "gated": "Whether the MLP is down(activation(gate x) * up x), or else down(activation(up x)).",
+    "parallel_residual": "Whether the MLP's norm takes the layer's input; or else input + "
+    "attention, as in Llama.",
+    "q_norm_weight": "[head_dim] of an RMSNorm of each head's query before the rotation, as in "
+    "Qwen3, or None.",
+    "k_norm_weight": "The same of keys; there if `q_norm_weight` is.",
     "activation": 'By the names of `hidden_act` in config.json: "gelu" is the exact one, '
     '"gelu_pytorch_tanh" and "gelu_new" its tanh form; also "quick_gelu", "relu", "relu2", '
     '"silu", "mish", "tanh", "sigmoid", "linear".',

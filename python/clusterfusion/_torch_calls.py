@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from clusterfusion._layer_calls import (
-    ATTENTION_MLP_UP,
     CACHES,
-    DECODER_LAYER,
     FRAMEWORKS,
+    GENERAL_ATTENTION_MLP_UP,
+    GENERAL_DECODER_LAYER,
     MLP_DOWN,
     OPTIONAL,
+    OTHER_POSITION,
     POSITION,
     SUBCLASSES,
     LayerCall,
@@ -34,6 +35,15 @@ _SETTING_TYPES = {
     "split": "bool",
     "hidden_size": "SymInt",
     "intermediate_size": "SymInt",
+    "block_table": "Tensor?",
+    "num_kv_heads": "SymInt?",
+    "head_dim": "SymInt?",
+    "qkv_weight_interleaved": "bool",
+    "norm": "str",
+    "gated": "bool",
+    "parallel_residual": "bool",
+    "q_norm_weight": "Tensor?",
+    "k_norm_weight": "Tensor?",
 }
 
 
@@ -45,7 +55,8 @@ def _run(
 ) -> tuple[torch.Tensor, ...]:
     if torch.compiler.is_dynamo_compiling():
         return _dispatch(call, tensors, settings, out)
-    if torch.is_grad_enabled() and _wants_gradient(tensors):
+    values = (*tensors, *settings) if call.defaults else tensors
+    if torch.is_grad_enabled() and _wants_gradient(values):
         check(call, tensors, settings)  # whose errors say more than the dispatcher's
         return _dispatch(call, tensors, settings, out)
     return _run_native(call, tensors, settings, out)
@@ -85,6 +96,9 @@ def _dispatch(
         _check_out_tensors(call, tensors, settings, out)
     if call.settings[0] == POSITION:
         position, *rest = settings
+        if OTHER_POSITION in call.settings:
+            other = rest.pop(call.settings.index(OTHER_POSITION) - 1)
+            position = _one_position(position, other)
         if isinstance(position, torch.Tensor):
             settings = (0, position, *rest)
         else:
@@ -97,6 +111,18 @@ def _dispatch(
     for destination, result in zip(out, results, strict=True):
         destination.copy_(result.view(destination.shape))
     return out
+
+
+def _one_position(position: Any, other: Any) -> Any:
+    """What was given under one of two names: operators of torch have one."""
+    if other is None:
+        return position
+    if position is not None:
+        raise TypeError(
+            f"{OTHER_POSITION}: expected None beside {POSITION}, which says the same, found "
+            f"{type(other).__name__}"
+        )
+    return other
 
 
 def _check_out_tensors(
@@ -124,11 +150,18 @@ def _schema(call: LayerCall) -> str:
         if name in CACHES:
             kind = f"Tensor({name}!)"
         parameters.append(f"{kind} {name}")
-    for name in call.settings:
+    first_default = len(call.settings) - len(call.defaults)
+    for index, name in enumerate(call.settings):
         if name == POSITION:
             parameters += [f"SymInt {POSITION}", "Tensor? position"]
-        else:
-            parameters.append(f"{_SETTING_TYPES[name]} {name}")
+        if name in (POSITION, OTHER_POSITION):
+            continue
+        default = ""
+        if index >= first_default:
+            default = "=" + str(call.defaults[index - first_default])
+            if _SETTING_TYPES[name] == "str":
+                default = f'="{call.defaults[index - first_default]}"'
+        parameters.append(f"{_SETTING_TYPES[name]} {name}{default}")
     results = ", ".join("Tensor" for _ in call.results)
     return f"({', '.join(parameters)}) -> {results if len(call.results) == 1 else f'({results})'}"
 
@@ -136,13 +169,17 @@ def _schema(call: LayerCall) -> str:
 def _split_arguments(
     call: LayerCall, arguments: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Tensors and settings of a call from those of the operator."""
+    """Tensors and settings of a call from those of the operator, whose last may be left out."""
     count = len(call.tensors)
     tensors, settings = arguments[:count], arguments[count:]
     if call.settings[0] == POSITION:
         number, position, *rest = settings
         settings = (number if position is None else position, *rest)
-    return tensors, settings
+        if OTHER_POSITION in call.settings:
+            index = call.settings.index(OTHER_POSITION)
+            settings = (*settings[:index], None, *settings[index:])
+    given = len(settings) - len(call.settings) + len(call.defaults)
+    return tensors, (*settings, *call.defaults[given:])
 
 
 def _register(call: LayerCall) -> None:
@@ -166,7 +203,7 @@ def _register(call: LayerCall) -> None:
     operator.register_fake(fake)
 
 
-for _call in (ATTENTION_MLP_UP, MLP_DOWN, DECODER_LAYER):
+for _call in (GENERAL_ATTENTION_MLP_UP, MLP_DOWN, GENERAL_DECODER_LAYER):
     _register(_call)
 
 FRAMEWORKS[torch.Tensor] = FRAMEWORKS[torch.nn.Parameter] = _run

@@ -1,8 +1,9 @@
 // The arguments of the layer calls, in the order in which Python passes them: tensors in the order
-// of the Python function, position, options, expected sizes; then results.
+// of the Python function, position, options, expected sizes; in the general calls the options that
+// most calls leave out; then results.
 //
-// A reader takes one argument after the other by name: tensor(), position(), integer(),
-// optional_integer(), number(), boolean(), activation().
+// A reader takes one argument after the other by name: tensor(), position(), other_position(),
+// integer(), optional_integer(), number(), boolean(), activation(), norm().
 #pragma once
 
 #include "clusterfusion/ops.hpp"
@@ -54,6 +55,21 @@ void read(Reader& in, ops::LayerOptions& options) {
   options.rotary_dim = in.optional_integer("rotary_dim");
   options.layer_norm_eps = in.number("layer_norm_eps");
   options.activation = in.activation("activation");
+}
+
+// What only the general calls have. They take longer, which the others are spared.
+template <typename Reader>
+void read_more(Reader& in, ops::LayerTensors& tensors, ops::LayerOptions& options) {
+  in.other_position("positions", tensors.current_seq_len);
+  tensors.block_table = in.tensor("block_table");
+  options.num_kv_heads = in.optional_integer("num_kv_heads");
+  options.head_dim = in.optional_integer("head_dim");
+  options.qkv_weight_interleaved = in.boolean("qkv_weight_interleaved");
+  options.norm = in.norm("norm");
+  options.gated = in.boolean("gated");
+  options.parallel_residual = in.boolean("parallel_residual");
+  tensors.q_norm_weight = in.tensor("q_norm_weight");
+  tensors.k_norm_weight = in.tensor("k_norm_weight");
 }
 
 template <typename Reader>

@@ -39,7 +39,9 @@ std::string type_text(const ffi::AnyView& value) {
 // The arguments of a call, taken one after the other by name. None is a tensor that is not there.
 class Arguments {
  public:
-  explicit Arguments(ffi::PackedArgs packed) : packed_(packed) {}
+  // `general`: the position may come by another name as well.
+  explicit Arguments(ffi::PackedArgs packed, bool general = false)
+      : packed_(packed), general_(general) {}
 
   bool at_end() const { return next_ == packed_.size(); }
 
@@ -52,8 +54,28 @@ class Arguments {
 
   ops::Position position(const char* name) {
     const ffi::AnyView value = next();
-    if (const auto tensor = value.try_cast<DLTensor*>()) return {0, **tensor};
-    return {integer_of(value, name, "an integer or an int32 tensor of one element"), {}};
+    has_position_ = !general_ || value.type_index() != ffi::TypeIndex::kTVMFFINone;
+    if (!has_position_) return {};
+    if (const auto tensor = value.try_cast<DLTensor*>()) return {0, **tensor, name};
+    return {integer_of(value, name, "an integer or an int32 tensor of one element"), {}, name};
+  }
+
+  // Instead of position(), if that was None; one of the two must be there.
+  void other_position(const char* name, ops::Position& position) {
+    const ffi::AnyView value = next();
+    const bool is_there = value.type_index() != ffi::TypeIndex::kTVMFFINone;
+    require(
+        is_there || has_position_, ErrorKind::wrong_type,
+        "current_seq_len: expected an integer or an int32 tensor, or that {} is one, found None",
+        name);
+    require(!is_there || !has_position_, ErrorKind::wrong_type,
+            "{}: expected None beside current_seq_len, which says the same, found {}", name,
+            type_text(value));
+    if (!is_there) return;
+    const auto tensor = value.try_cast<DLTensor*>();
+    position =
+        tensor ? ops::Position{0, **tensor, name}
+               : ops::Position{integer_of(value, name, "an integer or an int32 tensor"), {}, name};
   }
 
   std::int64_t integer(const char* name) { return integer_of(next(), name, "an integer"); }
@@ -77,6 +99,16 @@ class Arguments {
     const ffi::AnyView value = next();
     if (value.type_index() == ffi::TypeIndex::kTVMFFIBool) return value.cast<bool>();
     refuse(value, name, "bool");
+  }
+
+  NormKind norm(const char* name) {
+    const ffi::AnyView value = next();
+    const auto text = value.try_cast<ffi::String>();
+    if (!text) refuse(value, name, "str");
+    const std::string_view kind(text->data(), text->size());
+    require(kind == "layer" || kind == "rms", ErrorKind::invalid_argument,
+            "{}: expected \"layer\" or \"rms\", found \"{}\"", name, kind);
+    return kind == "rms" ? NormKind::rms_norm : NormKind::layer_norm;
   }
 
   Activation activation(const char* name) {
@@ -105,6 +137,8 @@ class Arguments {
   }
 
   ffi::PackedArgs packed_;
+  bool general_;
+  bool has_position_ = false;
   int next_ = 0;
 };
 
@@ -116,10 +150,13 @@ void* stream_of(const DLTensor& tensor) {
 
 // Each call without results only checks.
 
-void ops_attention_mlp_up(ffi::PackedArgs packed) {
-  Arguments in(packed);
+enum class Options { usual, all };  // that are passed
+
+void attention_mlp_up_of(ffi::PackedArgs packed, Options passed) {
+  Arguments in(packed, passed == Options::all);
   AttentionMlpUpArguments given;
   read(in, given);
+  if (passed == Options::all) read_more(in, given.tensors, given.options);
   if (in.at_end()) {
     return static_cast<void>(check(given.tensors, given.options, given.expected, nullptr));
   }
@@ -127,6 +164,12 @@ void ops_attention_mlp_up(ffi::PackedArgs packed) {
   read(in, results);
   attention_mlp_up(given.tensors, given.options, results, stream_of(given.tensors.input),
                    given.expected);
+}
+
+void ops_attention_mlp_up(ffi::PackedArgs packed) { attention_mlp_up_of(packed, Options::usual); }
+
+void ops_general_attention_mlp_up(ffi::PackedArgs packed) {
+  attention_mlp_up_of(packed, Options::all);
 }
 
 void ops_mlp_down(ffi::PackedArgs packed) {
@@ -138,10 +181,11 @@ void ops_mlp_down(ffi::PackedArgs packed) {
            given.expected);
 }
 
-void ops_decoder_layer(ffi::PackedArgs packed) {
-  Arguments in(packed);
+void decoder_layer_of(ffi::PackedArgs packed, Options passed) {
+  Arguments in(packed, passed == Options::all);
   DecoderLayerArguments given;
   read(in, given);
+  if (passed == Options::all) read_more(in, given.tensors, given.options);
   if (in.at_end()) {
     return static_cast<void>(check(given.tensors, given.mlp_down_weight, given.mlp_down_bias,
                                    given.options, given.expected, nullptr));
@@ -151,6 +195,10 @@ void ops_decoder_layer(ffi::PackedArgs packed) {
   decoder_layer(given.tensors, given.mlp_down_weight, given.mlp_down_bias, given.options, results,
                 given.variant, stream_of(given.tensors.input), given.expected);
 }
+
+void ops_decoder_layer(ffi::PackedArgs packed) { decoder_layer_of(packed, Options::usual); }
+
+void ops_general_decoder_layer(ffi::PackedArgs packed) { decoder_layer_of(packed, Options::all); }
 
 void ops_check_graph_context(ffi::PackedArgs packed) {
   Arguments in(packed);
@@ -191,6 +239,8 @@ CLUSTERFUSION_EXPORT(ops_as_bfloat16)
 CLUSTERFUSION_EXPORT_PACKED(ops_attention_mlp_up)
 CLUSTERFUSION_EXPORT_PACKED(ops_mlp_down)
 CLUSTERFUSION_EXPORT_PACKED(ops_decoder_layer)
+CLUSTERFUSION_EXPORT_PACKED(ops_general_attention_mlp_up)
+CLUSTERFUSION_EXPORT_PACKED(ops_general_decoder_layer)
 CLUSTERFUSION_EXPORT_PACKED(ops_check_graph_context)
 
 }  // namespace clusterfusion::python

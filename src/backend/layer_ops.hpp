@@ -31,8 +31,61 @@ struct LayerStream {
   void* stream = nullptr;  // cudaStream_t
 };
 
-// A call: the layer with the parallel residual, or a part of it, for one new token. Pointers are to
-// the first element; those that the part does not need are null.
+// Where keys or values lie in a caller's cache, [pages, page_size, num_kv_heads, head_dim]: strides
+// are in elements, and a head's values lie side by side. A cache that has no pages is one.
+struct CacheLayout {
+  std::int64_t pages = 1;
+  std::int64_t page_size = 0;  // positions
+  std::int64_t page_stride = 0;
+  std::int64_t position_stride = 0;
+  std::int64_t head_stride = 0;
+};
+
+// A call: a layer of any spec, or a part of it, for one new token of each of some rows. Pointers
+// are to the first element; those that the part does not need are null.
+struct LayerWork {
+  plan::Part part = plan::Part::whole;  // or attention_and_mlp_up, or mlp_down
+  LayerSpec spec;
+  DType dtype = DType::float16;  // float16 or bfloat16, of everything but cos, sin and integers
+  std::int64_t rows = 1;
+  bool split = false;  // two launches instead of one, where the whole layer would be one
+
+  // By LayerTensor, with the shapes of layer_tensors(). Biases of matrices may be null.
+  std::array<const void*, kNumLayerTensors> weights{};
+  const void* input = nullptr;  // [rows, hidden]
+  const float* cos = nullptr;   // [rows, rotary_stride]: the first rotary_dim count
+  const float* sin = nullptr;   // likewise
+  std::int64_t rotary_stride = 0;
+
+  void* k_cache = nullptr;  // keys after RoPE
+  void* v_cache = nullptr;
+  CacheLayout cache;  // of both
+  // [rows, max_pages], rows block_table_stride apart: the pages of each row, from position 0 on.
+  // Null: all rows have the one page that there is.
+  const std::int32_t* block_table = nullptr;
+  std::int64_t max_pages = 1;
+  std::int64_t block_table_stride = 0;
+
+  // Positions that the caches hold of each row, which is its new token's number: `position`,
+  // checked, unless `positions` [rows] is given, which nobody has checked, and which lies where the
+  // work runs. A row whose position is outside [0, max_pages * page_size), or one of whose pages up
+  // to it is outside [0, pages), has NaN in all results, and its keys and values are not written.
+  std::int64_t position = 0;
+  const std::int32_t* positions = nullptr;
+
+  void* k_new = nullptr;  // [rows, num_kv_heads, head_dim]: what the caches get
+  void* v_new = nullptr;  // [rows, num_kv_heads, head_dim]
+  // What attention_and_mlp_up gives, and mlp_down takes.
+  void* attn_output = nullptr;       // [rows, hidden]: with bias, without residual
+  void* mlp_intermediate = nullptr;  // [rows, intermediate]: after the activation, and the gate
+  void* output = nullptr;            // [rows, hidden]: of the whole layer and of mlp_down
+
+  constexpr const void* weight(LayerTensor tensor) const { return weights[index_of(tensor)]; }
+};
+
+// What the kernels of GPUs take of LayerWork: the layer with the parallel residual, or a part of
+// it, for one new token. Pointers are to the first element; those that the part does not need are
+// null.
 struct LayerTask {
   plan::Part part = plan::Part::whole;  // or attention_and_mlp_up, or mlp_down
   LayerShape shape;
@@ -65,7 +118,7 @@ struct LayerTask {
 };
 
 namespace cpu {
-void run_layer(const LayerTask& task);
+void run_layer(const LayerWork& work);
 }  // namespace cpu
 
 // In builds with CUDA. Enqueues and returns: no synchronisation, no allocation that a stream

@@ -6,9 +6,9 @@
 
 namespace clusterfusion::ops {
 
-// A task whose arguments hold all that clusterfusion/ops.hpp demands, and where it is to run.
+// Work whose arguments hold all that clusterfusion/ops.hpp demands, and where it is to run.
 struct Checked {
-  LayerTask task;
+  LayerWork work;
   DLDevice device{};
 };
 

@@ -1,13 +1,14 @@
 #include "clusterfusion/ops.hpp"
 
 #include "ops/check.hpp"
+#include "ops/gpu_task.hpp"
 
 namespace clusterfusion::ops {
 namespace {
 
 void run(const Checked& checked, void* stream) {
-  if (checked.device.device_type == kDLCPU) return cpu::run_layer(checked.task);
-  cuda::run_layer(checked.task, {checked.device.device_id, stream});
+  if (checked.device.device_type == kDLCPU) return cpu::run_layer(checked.work);
+  cuda::run_layer(gpu_task(checked.work), {checked.device.device_id, stream});
 }
 
 }  // namespace
@@ -28,7 +29,7 @@ void decoder_layer(const LayerTensors& tensors, const DLTensor& mlp_down_weight,
                    const DecoderLayerResults& results, DecoderLayerVariant variant, void* stream,
                    const ExpectedSizes& expected) {
   Checked checked = check(tensors, mlp_down_weight, mlp_down_bias, options, expected, &results);
-  checked.task.split = variant == DecoderLayerVariant::split;
+  checked.work.split = variant == DecoderLayerVariant::split;
   run(checked, stream);
 }
 

@@ -7,6 +7,7 @@
 
 #include "base/fail.hpp"
 #include "base/tensor_view.hpp"
+#include "ops/strided.hpp"
 
 namespace clusterfusion::ops {
 namespace {
@@ -82,6 +83,18 @@ void require_present(const DLTensor& tensor, const char* name) {
           ErrorKind::wrong_type, "{}: expected a tensor, found none", name);
 }
 
+void require_alignment(const DLTensor& tensor, const char* name, std::uintptr_t alignment) {
+  const std::uintptr_t off = misalignment(data_of(tensor), alignment);
+  require(off == 0, ErrorKind::invalid_argument,
+          "{}: expected an address that is a multiple of {} bytes, found one {} bytes past it; "
+          "pass a copy",
+          name, alignment, off);
+}
+
+std::string strides_text(const DLTensor& tensor) {
+  return fmt::format("[{}]", fmt::join(std::span(tensor.strides, tensor.ndim), ", "));
+}
+
 }  // namespace
 
 std::string shape_text(const DLTensor& tensor) {
@@ -118,12 +131,12 @@ const std::byte* TensorChecker::add(const DLTensor& tensor, const char* name, DL
       count_ == kMaxTensors) {
     require_all(tensor, name, dtype, alignment, shape, leading);
   }
-  spans_[count_++] = {begin, begin + elements * (dtype.bits / 8), name, written};
+  spans_[count_++] = {begin, begin + elements * (dtype.bits / 8), name, written, nullptr};
   return begin;
 }
 
-void TensorChecker::require_all(const DLTensor& tensor, const char* name, DLDataType dtype,
-                                std::uintptr_t alignment, Shape shape, Leading leading) const {
+void TensorChecker::require_kind(const DLTensor& tensor, const char* name, DLDataType dtype,
+                                 Shape shape, Leading leading) const {
   require_present(tensor, name);
   if (!same_device(tensor.device, device_)) {
     fail(ErrorKind::invalid_argument, "{}: expected device {}, as {} has, found {}", name,
@@ -135,17 +148,18 @@ void TensorChecker::require_all(const DLTensor& tensor, const char* name, DLData
          dtype_text(tensor.dtype));
   }
   require_shape(tensor, name, shape, leading);
+}
+
+void TensorChecker::require_all(const DLTensor& tensor, const char* name, DLDataType dtype,
+                                std::uintptr_t alignment, Shape shape, Leading leading) const {
+  require_kind(tensor, name, dtype, shape, leading);
   if (!is_contiguous(tensor)) {
     fail(ErrorKind::invalid_argument,
-         "{}: expected a contiguous row-major tensor, found strides [{}] for shape {}; pass a "
+         "{}: expected a contiguous row-major tensor, found strides {} for shape {}; pass a "
          "contiguous copy",
-         name, fmt::join(std::span(tensor.strides, tensor.ndim), ", "), shape_text(tensor));
+         name, strides_text(tensor), shape_text(tensor));
   }
-  const std::uintptr_t off = misalignment(data_of(tensor), alignment);
-  require(off == 0, ErrorKind::invalid_argument,
-          "{}: expected an address that is a multiple of {} bytes, found one {} bytes past it; "
-          "pass a copy",
-          name, alignment, off);
+  require_alignment(tensor, name, alignment);
   require(count_ < kMaxTensors, ErrorKind::internal, "more than {} tensors in one call",
           kMaxTensors);
 }
@@ -170,13 +184,47 @@ const std::int32_t* TensorChecker::read_int32(const DLTensor& tensor, const char
       add(tensor, name, {kDLInt, 32, 1}, alignof(std::int32_t), shape, Leading::ones, false));
 }
 
+void* TensorChecker::write_nested(const DLTensor& tensor, const char* name, Shape shape) {
+  require_kind(tensor, name, to_dl(dtype_), shape, Leading::none);
+  const std::int64_t extent = nested_extent(tensor);
+  if (extent == 0) {
+    fail(ErrorKind::invalid_argument,
+         "{}: expected a last dimension without gaps, and others of which the inner ones fit "
+         "between two neighbours along an outer one, found strides {} for shape {}",
+         name, strides_text(tensor), shape_text(tensor));
+  }
+  require_alignment(tensor, name, kAlignment);
+  const std::byte* begin = data_of(tensor);
+  spans_[count_++] = {begin, begin + extent * size_of(dtype_), name, true, &tensor};
+  return const_cast<std::byte*>(begin);
+}
+
+const std::int32_t* TensorChecker::read_int32_rows(const DLTensor& tensor, const char* name,
+                                                   Shape shape) {
+  require_kind(tensor, name, {kDLInt, 32, 1}, shape, Leading::none);
+  const std::int64_t rows = tensor.shape[0], columns = tensor.shape[1];
+  const std::int64_t row_stride = rows == 1 ? columns : stride_of(tensor, 0);
+  if (row_stride < 0 || (columns != 1 && stride_of(tensor, 1) != 1)) {
+    fail(ErrorKind::invalid_argument,
+         "{}: expected rows without gaps, found strides {} for shape {}; pass a contiguous copy",
+         name, strides_text(tensor), shape_text(tensor));
+  }
+  require_alignment(tensor, name, alignof(std::int32_t));
+  const std::byte* begin = data_of(tensor);
+  const std::int64_t extent = (rows - 1) * row_stride + columns;
+  spans_[count_++] = {begin, begin + extent * 4, name, false, nullptr};
+  return reinterpret_cast<const std::int32_t*>(begin);
+}
+
 void TensorChecker::require_no_overlap() const {
   const std::span all(spans_.data(), count_);
   for (const Span& written : all) {
     if (!written.written) continue;
     for (const Span& other : all) {
-      const bool apart = written.end <= other.begin || other.end <= written.begin;
-      require(apart || &written == &other, ErrorKind::invalid_argument,
+      if (written.end <= other.begin || other.end <= written.begin) continue;
+      const bool is_between = written.nested != nullptr && other.nested != nullptr &&
+                              !nested_overlap(*written.nested, *other.nested);
+      require(is_between || &written == &other, ErrorKind::invalid_argument,
               "{}: expected memory of its own, because it is written, found that it overlaps {}",
               written.name, other.name);
     }

@@ -48,6 +48,13 @@ class TensorChecker {
   const float* read_float32(const DLTensor& tensor, const char* name, Shape shape);
   const std::int32_t* read_int32(const DLTensor& tensor, const char* name, Shape shape);
 
+  // A 16-bit tensor that is written, of any strides that are nested (ops/strided.hpp). Two such
+  // must have the same shape and strides, and may lie between each other; nothing else may. They
+  // must outlive the checker.
+  void* write_nested(const DLTensor& tensor, const char* name, Shape shape);
+  // int32 [rows, columns] whose rows may lie apart.
+  const std::int32_t* read_int32_rows(const DLTensor& tensor, const char* name, Shape shape);
+
   // Nothing written may overlap anything else.
   void require_no_overlap() const;
 
@@ -57,12 +64,15 @@ class TensorChecker {
     const std::byte* end;
     const char* name;
     bool written;
+    const DLTensor* nested;  // or null, where all memory between begin and end is its
   };
-  static constexpr std::size_t kMaxTensors = 24;
+  static constexpr std::size_t kMaxTensors = 28;
 
   const std::byte* add(const DLTensor& tensor, const char* name, DLDataType dtype,
                        std::uintptr_t alignment, Shape shape, Leading leading, bool written);
 
+  void require_kind(const DLTensor& tensor, const char* name, DLDataType dtype, Shape shape,
+                    Leading leading) const;
   // For a tensor that looks wrong at first sight: says what is wrong with it, if anything is.
   void require_all(const DLTensor& tensor, const char* name, DLDataType dtype,
                    std::uintptr_t alignment, Shape shape, Leading leading) const;

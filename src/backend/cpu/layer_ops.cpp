@@ -1,286 +1,237 @@
 // The fused decoder-layer calls on the CPU: the caller's 16-bit tensors in and out, float32
-// between.
+// between. They walk the program of the layer's spec.
 #include "backend/layer_ops.hpp"
 
 #include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstring>
-#include <functional>
-#include <mutex>
+#include <limits>
 #include <span>
 #include <vector>
 
-#include "backend/backend.hpp"
 #include "backend/cpu/kernels.hpp"
+#include "backend/cpu/layer_attention.hpp"
+#include "backend/cpu/layer_rows.hpp"
 #include "backend/cpu/narrow.hpp"
-#include "backend/cpu/rotary.hpp"
-#include "base/thread_pool.hpp"
 
 namespace clusterfusion::cpu {
 namespace {
 
 // Weights of one task of a product.
 constexpr std::int64_t kTaskBytes = 256 << 10;
-// Keys and values fewer than this are not worth waking the other threads.
-constexpr std::int64_t kSerialLayerValues = 32 << 10;
 
-// Float32 values whose padding up to a multiple of kLanes is zero, as multiply() wants them.
-using Row = std::vector<float>;
-
-Row make_row(std::int64_t count) { return Row(static_cast<std::size_t>(padded(count))); }
-
-Row widened(DType dtype, const void* values, std::int64_t count) {
-  Row row = make_row(count);
-  widen(dtype, static_cast<const std::byte*>(values), count, row.data());
-  return row;
-}
-
-// Runs task(i) for each i in [0, count) on a team of threads that all calls share. A call that
-// finds the team busy computes alone; the results are the same.
-void run_tasks(std::int64_t count, const std::function<void(std::int64_t)>& task) {
-  struct Team {
-    ThreadPool threads{usable_cores()};
-    std::mutex mutex;
-  };
-  // Never destroyed: in a forked process there would be no threads to wait for.
-  static Team& team = *new Team;
-  if (std::unique_lock lock(team.mutex, std::try_to_lock); lock && count > 1) {
-    return team.threads.run(count, [&](std::int64_t i, int) { task(i); });
-  }
-  for (std::int64_t i = 0; i < count; ++i) task(i);
-}
-
-// out = weights in + bias, then the activation.
+// out = weights in + bias, then the epilogue.
 struct Linear {
   Matrix weights;
-  Row bias;  // empty: none
-  const Row& in;
-  Row& out;
+  Rows bias;  // one row; empty: none
+  const Rows& in;
+  Rows& out;
   Activation activation = Activation::identity;
+  const Rows* gate = nullptr;  // what each result is multiplied by, or none
 };
 
-void compute(const Linear& linear, std::int64_t row, std::int64_t row_end) {
+// Products of as many rows, each of which may take up, value by value, what those before it gave.
+using Job = std::vector<Linear>;
+
+void compute(const Linear& linear, std::int64_t rows, std::int64_t begin, std::int64_t end) {
   Product product;
   product.weights = linear.weights;
-  product.in = linear.in.data();
-  product.in_stride = static_cast<std::int64_t>(linear.in.size());
-  product.tokens = 1;
-  product.out = linear.out.data();
-  product.out_stride = static_cast<std::int64_t>(linear.out.size());
-  product.bias = linear.bias.empty() ? nullptr : linear.bias.data();
-  multiply(product, row, row_end);
-  activate(linear.activation, linear.out.data() + row, row_end - row);
+  product.in = linear.in.row(0);
+  product.in_stride = linear.in.stride();
+  product.tokens = rows;
+  product.out = linear.out.row(0);
+  product.out_stride = linear.out.stride();
+  product.bias = linear.bias.empty() ? nullptr : linear.bias.row(0);
+  multiply(product, begin, end);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    float* out = linear.out.row(row);
+    activate(linear.activation, out + begin, end - begin);
+    if (linear.gate == nullptr) continue;
+    const float* gate = linear.gate->row(row);
+    for (std::int64_t i = begin; i < end; ++i) out[i] *= gate[i];
+  }
 }
 
-void compute_all(std::span<const Linear> linears) {
+void compute_all(std::span<const Job> jobs, std::int64_t rows) {
   struct Task {
-    const Linear* linear;
-    std::int64_t row, row_end;
+    const Job* job;
+    std::int64_t begin, end;
   };
   std::vector<Task> tasks;
-  for (const Linear& linear : linears) {
-    const Matrix& weights = linear.weights;
-    const std::int64_t groups = kTaskBytes / (weights.cols * size_of(weights.dtype)) / kRowGroup;
+  for (const Job& job : jobs) {
+    std::int64_t row_bytes = 0;
+    for (const Linear& linear : job) {
+      row_bytes += linear.weights.cols * size_of(linear.weights.dtype);
+    }
+    const std::int64_t groups = kTaskBytes / row_bytes / kRowGroup;
     const std::int64_t step = std::max<std::int64_t>(groups, 1) * kRowGroup;
-    for (std::int64_t row = 0; row < weights.rows; row += step) {
-      tasks.push_back({&linear, row, std::min(row + step, weights.rows)});
+    const std::int64_t end = job[0].weights.rows;
+    for (std::int64_t row = 0; row < end; row += step) {
+      tasks.push_back({&job, row, std::min(row + step, end)});
     }
   }
   run_tasks(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t i) {
     const Task& task = tasks[static_cast<std::size_t>(i)];
-    compute(*task.linear, task.row, task.row_end);
+    for (const Linear& linear : *task.job) compute(linear, rows, task.begin, task.end);
   });
-}
-
-// x cos + rotate_half(x) sin over the first rotary_dim values of a head (transformers'
-// apply_rotary_pos_emb). Every value meets its own cos and sin, as the caller gave them.
-void rotate_by(float* head, const float* cos, const float* sin, std::int64_t rotary_dim) {
-  const std::int64_t half = rotary_dim / 2;
-  for (std::int64_t i = 0; i < half; ++i) {
-    const float low = head[i];
-    const float high = head[half + i];
-    head[i] = low * cos[i] - high * sin[i];
-    head[half + i] = high * cos[half + i] + low * sin[half + i];
-  }
-}
-
-// The element at [row, column] of a 16-bit matrix of `columns`.
-std::byte* at(void* matrix, std::int64_t row, std::int64_t columns, std::int64_t column) {
-  constexpr std::int64_t kBytes = 2;
-  return static_cast<std::byte*>(matrix) + (row * columns + column) * kBytes;
-}
-
-// Rounds a head's new key or value, as it will be read from the cache ever after.
-void store_new(const LayerTask& in, std::int64_t head, const float* values, void* result,
-               void* cache) {
-  const LayerShape& shape = in.shape;
-  std::byte* row = at(cache, in.position, shape.hidden_size, head * shape.head_dim);
-  narrow(shape.dtype, values, shape.head_dim, row);
-  std::memcpy(at(result, head, shape.head_dim, 0), row,
-              static_cast<std::size_t>(shape.head_dim * size_of(shape.dtype)));
-}
-
-// Keys and values of one head, positions 0 to in.position, in the pages that attend() reads.
-class HeadPages {
- public:
-  HeadPages(const LayerTask& in, std::int64_t head)
-      : layout_{DType::float32, in.shape.head_dim, padded(in.shape.head_dim)} {
-    const std::int64_t positions = in.position + 1;
-    const std::int64_t pages = (positions + kKvPagePositions - 1) / kKvPagePositions;
-    storage_.resize(static_cast<std::size_t>(pages * layout_.elements()));
-    for (std::int64_t page = 0; page < pages; ++page) {
-      pages_.push_back(reinterpret_cast<std::byte*>(storage_.data() + page * layout_.elements()));
-    }
-    Row key = make_row(layout_.head_dim);
-    Row value = make_row(layout_.head_dim);
-    for (std::int64_t position = 0; position < positions; ++position) {
-      read(in, in.k_cache, position, head, key);
-      read(in, in.v_cache, position, head, value);
-      store_key_value(layout_, key.data(), value.data(), position % kKvPagePositions,
-                      pages_[static_cast<std::size_t>(position / kKvPagePositions)]);
-    }
-  }
-
-  const KvLayout& layout() const noexcept { return layout_; }
-  const std::byte* const* pages() const noexcept { return pages_.data(); }
-
- private:
-  void read(const LayerTask& in, void* cache, std::int64_t position, std::int64_t head,
-            Row& row) const {
-    widen(in.shape.dtype, at(cache, position, in.shape.hidden_size, head * layout_.head_dim),
-          layout_.head_dim, row.data());
-  }
-
-  KvLayout layout_;
-  Row storage_;
-  std::vector<std::byte*> pages_;
-};
-
-// `qkv`: query, key and value of the head. Writes the head's part of caches, k_new and v_new, and
-// its output.
-void attend_head(const LayerTask& in, std::int64_t head, float* qkv, float* out) {
-  const std::int64_t head_dim = in.shape.head_dim;
-  rotate_by(qkv, in.cos, in.sin, in.shape.rotary_dim);
-  rotate_by(qkv + head_dim, in.cos, in.sin, in.shape.rotary_dim);
-  store_new(in, head, qkv + head_dim, in.k_new, in.k_cache);
-  store_new(in, head, qkv + 2 * head_dim, in.v_new, in.v_cache);
-
-  const HeadPages pages(in, head);
-  AttentionTask task;
-  task.layout = pages.layout();
-  task.pages = pages.pages();
-  task.first_position = in.position;
-  task.queries = 1;
-  task.query = qkv;
-  task.query_stride = head_dim;
-  task.out = out;
-  task.out_stride = head_dim;
-  task.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(head_dim)));
-  Row scratch(static_cast<std::size_t>(attention_scratch(head_dim)));
-  attend(task, scratch.data());
-}
-
-void attend_all(const LayerTask& in, Row& qkv, Row& out) {
-  const LayerShape& shape = in.shape;
-  const auto one_head = [&](std::int64_t head) {
-    attend_head(in, head, qkv.data() + head * 3 * shape.head_dim,
-                out.data() + head * shape.head_dim);
-  };
-  if ((in.position + 1) * shape.hidden_size >= kSerialLayerValues) {
-    return run_tasks(shape.num_heads, one_head);
-  }
-  for (std::int64_t head = 0; head < shape.num_heads; ++head) one_head(head);
 }
 
 // Runs a part of the layer's program. What its steps add to the residual stream stays apart,
 // because the calls hand it on.
 class LayerRun {
  public:
-  explicit LayerRun(const LayerTask& task) : task_(task) {
-    spec_.hidden_size = task.shape.hidden_size;
-    spec_.num_heads = task.shape.num_heads;
-    spec_.head_dim = task.shape.head_dim;
-    spec_.intermediate_size = task.shape.intermediate_size;
-    at(plan::Place::residual) = widened(task.shape.dtype, task.input, spec_.hidden_size);
+  explicit LayerRun(const LayerWork& work) : work_(work), spec_(work.spec) {
+    at(plan::Place::residual) = Rows(work.dtype, work.input, work.rows, spec_.hidden_size);
   }
 
-  Row& at(plan::Place place) { return rows_[static_cast<std::size_t>(place)]; }
-  Row attention, mlp;  // what each half adds
+  Rows& at(plan::Place place) { return places_[static_cast<std::size_t>(place)]; }
+  Rows attention, mlp;  // what each half adds
 
-  void run(plan::Part part) {
-    const plan::LayerProgram program = plan::make_layer_program(spec_, part);
-    for (const std::span<const plan::Step> phase : plan::phases_of(program)) {
+  void run(const RowPositions& positions) {
+    program_ = plan::make_layer_program(spec_, work_.part);
+    for (const std::span<const plan::Step> phase : plan::phases_of(program_)) {
       switch (phase[0].operation) {
         case plan::Operation::norm:
           for (const plan::Step& step : phase) normalize(step);
           break;
         case plan::Operation::product: multiply_all(phase); break;
-        case plan::Operation::attention:
-          at(plan::Place::heads) = make_row(spec_.hidden_size);
-          attend_all(task_, at(plan::Place::qkv), at(plan::Place::heads));
+        case plan::Operation::attention: attend(phase[0], positions);
       }
     }
   }
 
+  // The residual stream with what attention and, if there is any, the MLP add to it. In this order
+  // everywhere, so that halves give what the whole gives but for their rounding.
+  void add_up(std::int64_t row, float* out) const {
+    const float* x = places_[static_cast<std::size_t>(plan::Place::residual)].row(row);
+    for (std::int64_t i = 0; i < spec_.hidden_size; ++i) {
+      out[i] = x[i] + attention.row(row)[i];
+      if (!mlp.empty()) out[i] += mlp.row(row)[i];
+    }
+  }
+
  private:
-  // Empty if absent.
-  Row vector(LayerTensor tensor, std::int64_t count) const {
-    const void* values = task_.weight(tensor);
-    return values == nullptr ? Row() : widened(task_.shape.dtype, values, count);
+  // One row; empty if absent.
+  Rows vector(LayerTensor tensor, std::int64_t count) const {
+    const void* values = work_.weight(tensor);
+    return values == nullptr ? Rows() : Rows(work_.dtype, values, 1, count);
   }
 
   void normalize(const plan::Step& step) {
     const std::int64_t hidden = spec_.hidden_size;
-    Row& out = at(step.output) = make_row(hidden);
-    layer_norm(at(step.input).data(), vector(step.weight, hidden).data(),
-               vector(bias_of(step.weight), hidden).data(), task_.layer_norm_eps, hidden,
-               out.data());
-  }
-
-  void multiply_all(std::span<const plan::Step> phase) {
-    std::vector<Linear> linears;
-    for (const plan::Step& step : phase) {
-      const bool adds = step.epilogue == plan::Epilogue::add_to_output;
-      Row& out = !adds ? at(step.output) : step.of_mlp ? mlp : attention;
-      const std::int64_t rows = plan::width_of(step.output, spec_);
-      out = make_row(rows);
-      const bool activates = step.epilogue == plan::Epilogue::activate;
-      linears.push_back({{static_cast<const std::byte*>(task_.weight(step.weight)),
-                          task_.shape.dtype, rows, plan::width_of(step.input, spec_)},
-                         vector(bias_of(step.weight), rows),
-                         at(step.input),
-                         out,
-                         activates ? task_.activation : Activation::identity});
+    const auto eps = static_cast<float>(spec_.layer_norm_eps);
+    const Rows weight = vector(step.weight, hidden);
+    const Rows bias = vector(bias_of(step.weight), hidden);
+    const bool follows_attention = step.of_mlp && !spec_.parallel_residual;
+    std::vector<float> sum(static_cast<std::size_t>(follows_attention ? hidden : 0));
+    Rows& out = at(step.output) = Rows(work_.rows, hidden);
+    for (std::int64_t row = 0; row < work_.rows; ++row) {
+      const float* x = at(step.input).row(row);
+      if (follows_attention) {
+        add_up(row, sum.data());
+        x = sum.data();
+      }
+      if (spec_.norm == NormKind::rms_norm) {
+        rms_norm(x, weight.row(0), eps, hidden, out.row(row));
+      } else {
+        layer_norm(x, weight.row(0), bias.row(0), eps, hidden, out.row(row));
+      }
     }
-    compute_all(linears);
   }
 
-  const LayerTask& task_;
-  LayerSpec spec_;
-  std::array<Row, plan::kNumPlaces> rows_;
+  // Those that take up another's results belong to its job.
+  void multiply_all(std::span<const plan::Step> phase) {
+    std::vector<Job> jobs;
+    std::vector<const plan::Step*> first_of;  // of each job
+    for (const plan::Step& step : phase) {
+      std::size_t job = 0;
+      while (job < jobs.size() &&
+             !step.waits_for(static_cast<std::size_t>(first_of[job] - program_.data()))) {
+        ++job;
+      }
+      if (job == jobs.size()) {
+        jobs.emplace_back();
+        first_of.push_back(&step);
+      }
+      jobs[job].push_back(linear(step));
+    }
+    compute_all(jobs, work_.rows);
+  }
+
+  Linear linear(const plan::Step& step) {
+    const bool adds = step.epilogue == plan::Epilogue::add_to_output;
+    Rows& out = !adds ? at(step.output) : step.of_mlp ? mlp : attention;
+    const std::int64_t width = plan::width_of(step.output, spec_);
+    out = Rows(work_.rows, width);
+    const bool activates = step.epilogue == plan::Epilogue::activate;
+    return {{static_cast<const std::byte*>(work_.weight(step.weight)), work_.dtype, width,
+             plan::width_of(step.input, spec_)},
+            vector(bias_of(step.weight), width),
+            at(step.input),
+            out,
+            activates ? spec_.activation : Activation::identity,
+            step.epilogue == plan::Epilogue::times_gate ? &at(plan::Place::gate) : nullptr};
+  }
+
+  void attend(const plan::Step& step, const RowPositions& positions) {
+    ProjectedHeads in;
+    if (step.input == plan::Place::qkv) {
+      in.qkv = &at(plan::Place::qkv);
+    } else {
+      in.queries = &at(plan::Place::queries);
+      in.keys = &at(plan::Place::keys);
+      in.values = &at(plan::Place::values);
+    }
+    Rows& out = at(plan::Place::heads) = Rows(work_.rows, spec_.attention_size());
+    attend_rows(work_, positions, in, out);
+  }
+
+  const LayerWork& work_;
+  const LayerSpec& spec_;
+  plan::LayerProgram program_;
+  std::array<Rows, plan::kNumPlaces> places_;
 };
+
+// Rounds a row's values to their place in a result of rows; NaN for all if there is none.
+void give(const LayerWork& work, void* result, std::int64_t row, const float* values,
+          std::int64_t width) {
+  void* to = static_cast<std::byte*>(result) + row * width * size_of(work.dtype);
+  if (values != nullptr) return narrow(work.dtype, values, width, to);
+  const std::vector<float> none(static_cast<std::size_t>(width),
+                                std::numeric_limits<float>::quiet_NaN());
+  narrow(work.dtype, none.data(), width, to);
+}
 
 }  // namespace
 
-void run_layer(const LayerTask& task) {
-  const LayerShape& shape = task.shape;
-  LayerRun layer(task);
-  Row& intermediate = layer.at(plan::Place::mlp);
-  if (task.part == plan::Part::mlp_down) {
-    layer.attention = widened(shape.dtype, task.attn_output, shape.hidden_size);
-    intermediate = widened(shape.dtype, task.mlp_intermediate, shape.intermediate_size);
+void run_layer(const LayerWork& work) {
+  const LayerSpec& spec = work.spec;
+  const bool attends = work.part != plan::Part::mlp_down;
+  const RowPositions positions = attends ? RowPositions(work) : RowPositions();
+  LayerRun layer(work);
+  if (!attends) {
+    layer.attention = Rows(work.dtype, work.attn_output, work.rows, spec.hidden_size);
+    layer.at(plan::Place::mlp) =
+        Rows(work.dtype, work.mlp_intermediate, work.rows, spec.intermediate_size);
   }
-  layer.run(task.part);
-  if (task.part == plan::Part::attention_and_mlp_up) {
-    narrow(shape.dtype, layer.attention.data(), shape.hidden_size, task.attn_output);
-    narrow(shape.dtype, intermediate.data(), shape.intermediate_size, task.mlp_intermediate);
-    return;
+  layer.run(positions);
+  std::vector<float> sum(static_cast<std::size_t>(spec.hidden_size));
+  for (std::int64_t row = 0; row < work.rows; ++row) {
+    const bool is_inside = !attends || positions.is_inside(row);
+    if (!is_inside) {
+      give(work, work.k_new, row, nullptr, spec.kv_size());
+      give(work, work.v_new, row, nullptr, spec.kv_size());
+    }
+    if (work.part == plan::Part::attention_and_mlp_up) {
+      const float* intermediate = layer.at(plan::Place::mlp).row(row);
+      give(work, work.attn_output, row, is_inside ? layer.attention.row(row) : nullptr,
+           spec.hidden_size);
+      give(work, work.mlp_intermediate, row, is_inside ? intermediate : nullptr,
+           spec.intermediate_size);
+    } else {
+      layer.add_up(row, sum.data());
+      give(work, work.output, row, is_inside ? sum.data() : nullptr, spec.hidden_size);
+    }
   }
-  Row& sum = layer.mlp;
-  const Row& x = layer.at(plan::Place::residual);
-  for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += x[i] + layer.attention[i];
-  narrow(shape.dtype, sum.data(), shape.hidden_size, task.output);
 }
 
 }  // namespace clusterfusion::cpu

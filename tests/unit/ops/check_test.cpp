@@ -69,9 +69,9 @@ const std::vector<Argument>& arguments() {
       input("post_ln_weight", &T::post_ln_weight),
       input("post_ln_bias", &T::post_ln_bias),
       input("mlp_up_weight", &T::mlp_up_weight),
-      input("mlp_up_bias", &T::mlp_up_bias),
+      input("mlp_up_bias", &T::mlp_up_bias, true),
       {"mlp_down_weight", &LayerFixture::down_weight},
-      {"mlp_down_bias", &LayerFixture::down_bias},
+      {"mlp_down_bias", &LayerFixture::down_bias, nullptr, nullptr, true},
       result("output", &R::output),
       result("k_new", &R::k_new),
       result("v_new", &R::v_new),
@@ -109,11 +109,15 @@ TEST(LayerChecks, NamesAnAbsentTensor) {
   }
 }
 
-TEST(LayerChecks, LetsAttentionBiasesBeAbsent) {
+TEST(LayerChecks, LetsBiasesOfMatricesBeAbsent) {
   LayerFixture layer;
   layer.tensors.bias_qkv = {};
   layer.tensors.bias_o = {};
+  layer.tensors.mlp_up_bias = {};
+  layer.down_bias = layer.down.mlp_down_bias = {};
   layer.run_decoder_layer();
+  layer.run_attention_mlp_up();
+  layer.run_mlp_down();
 }
 
 TEST(LayerChecks, NamesAWrongDtype) {
@@ -272,6 +276,14 @@ TEST(LayerChecks, RefusesImpossibleOptions) {
                        HasSubstr(std::to_string(heads))),
                  [&] { layer.run_decoder_layer(); });
   }
+  for (const std::int64_t heads : {0, -1, 3, 8}) {
+    LayerFixture layer;
+    layer.options.num_kv_heads = heads;
+    expect_error(ErrorKind::invalid_argument,
+                 AllOf(StartsWith("num_kv_heads: expected a divisor of num_heads (4)"),
+                       HasSubstr(std::to_string(heads))),
+                 [&] { layer.run_decoder_layer(); });
+  }
   for (const double eps : {-1e-5, std::nan(""), std::numeric_limits<double>::infinity()}) {
     LayerFixture layer;
     layer.options.layer_norm_eps = eps;
@@ -330,10 +342,12 @@ TEST(LayerChecks, ChecksMlpDown) {
       {"mlp_down_bias", &T::mlp_down_bias}};
   for (const auto& [name, member] : tensors) {
     LayerFixture layer;
-    layer.down.*member = {};
-    expect_error(ErrorKind::wrong_type, AllOf(StartsWith(name), HasSubstr("found none")),
-                 [&] { layer.run_mlp_down(); });
-    layer.fill_views();
+    if (name != std::string("mlp_down_bias")) {
+      layer.down.*member = {};
+      expect_error(ErrorKind::wrong_type, AllOf(StartsWith(name), HasSubstr("found none")),
+                   [&] { layer.run_mlp_down(); });
+      layer.fill_views();
+    }
     (layer.down.*member).byte_offset = 8;
     expect_error(ErrorKind::invalid_argument, AllOf(StartsWith(name), HasSubstr("8 bytes past")),
                  [&] { layer.run_mlp_down(); });
@@ -365,8 +379,49 @@ TEST(LayerChecks, LeavesAPositionOnTheGpuUnread) {
                                   {}, &layer.layer);
   EXPECT_EQ(checked.device.device_type, kDLCUDA);
   EXPECT_EQ(checked.device.device_id, 1);
-  EXPECT_EQ(checked.task.device_position, position.data);
-  EXPECT_EQ(checked.task.shape.max_positions, layer.sizes.max_positions);
+  EXPECT_EQ(checked.work.positions, position.data);
+  EXPECT_EQ(checked.work.cache.page_size, layer.sizes.max_positions);
+}
+
+// Options that only the CPU computes, one by one, on tensors that are said to be on a GPU.
+TEST(LayerChecks, NamesWhatGpusDoNotComputeYet) {
+  const auto expect_named = [](const char* option, LayerFixture& layer) {
+    for (const Argument& argument : arguments()) argument.of(layer).device = {kDLCUDA, 1};
+    layer.attention.attn_output.device = layer.attention.mlp_intermediate.device = {kDLCUDA, 1};
+    layer.attention.k_new.device = layer.attention.v_new.device = {kDLCUDA, 1};
+    const auto message = AllOf(StartsWith(std::string(option) + ": expected "), HasSubstr("CPU"));
+    expect_error(ErrorKind::unsupported, message, [&] { layer.run_decoder_layer(); });
+    expect_error(ErrorKind::unsupported, message, [&] { layer.run_attention_mlp_up(); });
+  };
+  {
+    LayerSizes sizes;
+    sizes.num_kv_heads = 2;
+    LayerFixture layer(sizes);
+    expect_named("num_kv_heads", layer);
+  }
+  const auto expect_option = [&](const char* option,
+                                 const std::function<void(LayerFixture&)>& choose) {
+    LayerFixture layer;
+    choose(layer);
+    expect_named(option, layer);
+  };
+  expect_option("qkv_weight_interleaved",
+                [](LayerFixture& layer) { layer.options.qkv_weight_interleaved = false; });
+  expect_option("parallel_residual",
+                [](LayerFixture& layer) { layer.options.parallel_residual = false; });
+  expect_option("norm", [](LayerFixture& layer) {
+    layer.options.norm = NormKind::rms_norm;
+    layer.tensors.ln_bias = layer.tensors.post_ln_bias = {};
+  });
+  expect_option("mlp_up_bias", [](LayerFixture& layer) { layer.tensors.mlp_up_bias = {}; });
+}
+
+TEST(LayerChecks, NamesAnAbsentBiasThatGpusNeed) {
+  LayerFixture layer;
+  for (const Argument& argument : arguments()) argument.of(layer).device = {kDLCUDA, 1};
+  layer.down_bias = {};
+  expect_error(ErrorKind::unsupported, StartsWith("mlp_down_bias: expected a tensor"),
+               [&] { layer.run_decoder_layer(); });
 }
 
 TEST(LayerChecks, RefusesOtherDevices) {

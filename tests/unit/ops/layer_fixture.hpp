@@ -90,14 +90,18 @@ struct LayerSizes {
   std::int64_t intermediate = 48;
   std::int64_t rotary_dim = 4;
   std::int64_t max_positions = 8;
+  std::int64_t num_kv_heads = 0;  // 0: as many as num_heads
 
   std::int64_t head_dim() const { return hidden / num_heads; }
+  std::int64_t kv_heads() const { return num_kv_heads == 0 ? num_heads : num_kv_heads; }
+  std::int64_t kv_size() const { return kv_heads() * head_dim(); }
 };
 
 struct LayerFixture {
   explicit LayerFixture(LayerSizes sizes = {}, DType dtype = DType::float16, unsigned seed = 1)
       : sizes(sizes) {
     options.num_heads = sizes.num_heads;
+    if (sizes.num_kv_heads != 0) options.num_kv_heads = sizes.num_kv_heads;
     const DLDataType narrow_type = to_dl(dtype);
     const DLDataType wide = {kDLFloat, 32, 1};
     const std::int64_t h = sizes.hidden;
@@ -116,12 +120,12 @@ struct LayerFixture {
     };
     const float gain = 1.0f / std::sqrt(static_cast<float>(h));
     add("input", narrow_type, {1, h}, 1);
-    add("weight_qkv", narrow_type, {3 * h, h}, gain);
-    add("bias_qkv", narrow_type, {3 * h}, 0.2f);
+    add("weight_qkv", narrow_type, {h + 2 * sizes.kv_size(), h}, gain);
+    add("bias_qkv", narrow_type, {h + 2 * sizes.kv_size()}, 0.2f);
     add("weight_o", narrow_type, {h, h}, gain);
     add("bias_o", narrow_type, {h}, 0.2f);
-    add("k_cache", narrow_type, {sizes.max_positions, h}, 1);
-    add("v_cache", narrow_type, {sizes.max_positions, h}, 1);
+    add("k_cache", narrow_type, {sizes.max_positions, sizes.kv_size()}, 1);
+    add("v_cache", narrow_type, {sizes.max_positions, sizes.kv_size()}, 1);
     add("ln_weight", narrow_type, {h}, 0.2f, 1);
     add("ln_bias", narrow_type, {h}, 0.1f);
     add("cos", wide, {sizes.rotary_dim}, 1);
@@ -135,8 +139,8 @@ struct LayerFixture {
     add("attn_output", narrow_type, {1, h}, 0);
     add("mlp_intermediate", narrow_type, {inner}, 0);
     add("output", narrow_type, {1, h}, 0);
-    add("k_new", narrow_type, {1, sizes.num_heads, sizes.head_dim()}, 0);
-    add("v_new", narrow_type, {1, sizes.num_heads, sizes.head_dim()}, 0);
+    add("k_new", narrow_type, {1, sizes.kv_heads(), sizes.head_dim()}, 0);
+    add("v_new", narrow_type, {1, sizes.kv_heads(), sizes.head_dim()}, 0);
     fill_views();
   }
   LayerFixture(const LayerFixture&) = delete;

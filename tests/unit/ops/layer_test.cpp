@@ -1,8 +1,10 @@
 // The layer calls on the CPU against a float64 layer.
 #include <gtest/gtest.h>
 
+#include <array>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <thread>
 #include <tuple>
 
@@ -92,6 +94,55 @@ TEST(LayerOps, AddsUpTheParts) {
             .output_of(values_of(layer["attn_output"]), values_of(layer["mlp_intermediate"]));
     expect_rounded(layer["output"], expected, dtype, "output");
   }
+}
+
+// Three rows with the same input at the same position, in pages of their own: each has the bits of
+// caches of rows. Enough work for the team of threads.
+TEST(LayerOps, FindsTheSameInPages) {
+  constexpr std::int64_t kRows = 3, kPageSize = 16, kPages = 5;
+  const LayerSizes sizes{512, 8, 256, 16, kPages * kPageSize, 2};
+  LayerFixture layer(sizes);
+  layer.tensors.current_seq_len.value = 70;
+  const DLDataType half = to_dl(DType::float16);
+  const auto row_bytes = static_cast<std::size_t>(sizes.kv_size()) * 2;
+  OwnedTensor both(half, {kRows * kPages, 2, kPageSize, 2, 64}), input(half, {kRows, 512});
+  OwnedTensor output(half, {kRows, 512}), cos({kDLFloat, 32, 1}, {kRows, 16}), sin = cos;
+  OwnedTensor k_new(half, {kRows, 2, 64}), v_new = k_new, table({kDLInt, 32, 1}, {kRows, kPages});
+  for (std::int64_t row = 0; row < kRows; ++row) {
+    for (std::int64_t i = 0; i < 512; ++i) input.set(row * 512 + i, layer["input"].at(i));
+    for (std::int64_t i = 0; i < 16; ++i) {
+      cos.set(row * 16 + i, layer["cos"].at(i));
+      sin.set(row * 16 + i, layer["sin"].at(i));
+    }
+    for (std::int64_t i = 0; i < kPages; ++i) {
+      const std::int64_t page = kRows * kPages - 1 - (row * kPages + i);
+      table.as<std::int32_t>()[row * kPages + i] = static_cast<std::int32_t>(page);
+      const std::size_t bytes = kPageSize * row_bytes, from = static_cast<std::size_t>(i) * bytes;
+      std::byte* to = both.as<std::byte>() + static_cast<std::size_t>(page) * 2 * bytes;
+      std::memcpy(to, layer["k_cache"].bytes().data() + from, bytes);
+      std::memcpy(to + bytes, layer["v_cache"].bytes().data() + from, bytes);
+    }
+  }
+  layer.run_decoder_layer();
+  std::array<std::int64_t, 4> shape{kRows * kPages, kPageSize, 2, 64};
+  std::array<std::int64_t, 4> strides{2 * kPageSize * 128, 128, 64, 1};
+  ops::LayerTensors& tensors = layer.tensors;
+  for (DLTensor* cache : {&tensors.k_cache, &tensors.v_cache}) {
+    *cache = both.view();
+    cache->ndim = 4;
+    cache->shape = shape.data();
+    cache->strides = strides.data();
+  }
+  tensors.v_cache.byte_offset = kPageSize * row_bytes;
+  tensors.input = input.view();
+  tensors.cos = cos.view();
+  tensors.sin = sin.view();
+  tensors.block_table = table.view();
+  layer.layer = {output.view(), k_new.view(), v_new.view()};
+  layer.run_decoder_layer();
+  const std::vector<std::byte>& expected = layer["output"].bytes();
+  for (std::size_t i = 0; i < output.bytes().size(); ++i)
+    ASSERT_EQ(output.bytes()[i], expected[i % expected.size()]) << i;
 }
 
 TEST(LayerOps, GivesTheSameBitsFromSeveralThreads) {
