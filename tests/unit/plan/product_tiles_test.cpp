@@ -7,6 +7,7 @@
 #include <array>
 #include <vector>
 
+#include "chips.hpp"
 #include "plan/decode_plan.hpp"
 #include "plan/stream_plan.hpp"
 
@@ -45,7 +46,6 @@ TEST(CutProducts, MultipliesEveryColumnOnceInSizesThatDoNotStream) {
 }
 
 TEST(UnstreamedBecause, TellsLayersAndSizesThatNoKernelStreams) {
-  constexpr DeviceLimits kHopper{132, 232448};
   EXPECT_EQ(unstreamed_because(config_of(2560, 32, 10240), kHopper), "");
   for (const ModelConfig& config : {config_of(6144, 64, 24576), config_of(2816, 44, 11264)})
     EXPECT_EQ(unstreamed_because(config, kHopper), "sizes that no kernel streams");

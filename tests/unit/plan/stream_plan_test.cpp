@@ -106,6 +106,23 @@ TEST_P(StreamPlanOfSize, FitsForEveryNumberOfRows) {
   }
 }
 
+TEST_P(StreamPlanOfSize, FitsOnEachChipOrIsRefused) {
+  for (const auto& [name, limits] : kChips) {
+    SCOPED_TRACE(name);
+    const bool is_large = limits.shared_bytes_per_block >= kHopper.shared_bytes_per_block;
+    try {
+      const StreamPlan there = make_stream_plan(config, plan.kv, limits);
+      for (const std::int32_t rows : {1, 8, 16, kMaxRows}) {
+        const StreamMemory memory = stream_memory(there, config, limits, rows);
+        EXPECT_LE(memory.shared_bytes, limits.shared_bytes_per_block);
+      }
+    } catch (const Error& error) {
+      EXPECT_EQ(error.kind(), ErrorKind::unsupported);
+      EXPECT_FALSE(is_large) << error.what();
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Sizes, StreamPlanOfSize, testing::ValuesIn(kSizes), [](const auto& info) {
   std::string name = info.param.name;
   std::replace(name.begin(), name.end(), '.', '_');
