@@ -30,7 +30,10 @@ void check_tokens(const ModelConfig& config) {
 void check_config(const ModelConfig& config) {
   check(config.vocab_size > 0 && config.hidden_size > 0 && config.num_layers > 0);
   check(config.intermediate_size > 0 && config.max_positions > 0);
-  check(config.head_dim * config.num_heads == config.hidden_size);
+  check(config.num_heads > 0 && config.kv_heads() > 0 && config.head_dim > 0);
+  check(config.num_heads % config.kv_heads() == 0);
+  check(config.model_type != "gpt_neox" ||
+        config.head_dim * config.num_heads == config.hidden_size);
   check(config.rotary_dim >= 0 && config.rotary_dim <= config.head_dim);
   check(config.rotary_dim % 2 == 0);
   check(std::isfinite(config.rope_theta) && config.rope_theta > 0);

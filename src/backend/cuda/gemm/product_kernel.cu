@@ -24,6 +24,7 @@
 #include "backend/cuda/ptx/tensor_copy.cuh"
 #include "backend/cuda/ptx/wgmma.cuh"
 #include "backend/cuda/sync/lamport_buffer.cuh"
+#include "backend/cuda/sync/ring_place.cuh"
 #include "backend/cuda/with_type.cuh"
 
 namespace clusterfusion::cuda {
@@ -73,16 +74,6 @@ constexpr int kMaxStages = 16;
 // The barriers of the ring.
 struct Ring {
   std::uint64_t full[kMaxStages], empty[kMaxStages];
-};
-// One side's place in it.
-struct Place {
-  int stage = 0;
-  std::uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage < stages) return;
-    stage = 0;
-    parity ^= 1;
-  }
 };
 
 // What a block has to do.
@@ -164,7 +155,7 @@ class Producer {
     for (int stage = 0; stage < t_.stages && !inputs.is_over(); ++stage)
       for (int i = 0; i < kStageSteps; ++i, inputs.advance())
         copy_inputs(stage, i, inputs.column());
-    Place place;
+    RingPlace place;
     while (!inputs.is_over()) {
       mbarrier_wait(t_.empty + 8 * place.stage, place.parity);
       mbarrier_arrive_expect(t_.full + 8 * place.stage, kStageSteps * t_.step_bytes);
@@ -221,7 +212,7 @@ class Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    Place place;
+    RingPlace place;
 #pragma unroll 1
     for (int warp = 0; warp < plan::kConsumerWarps; ++warp) {
       const int stages = stages_of(o_, warp);

@@ -22,6 +22,7 @@
 #include "backend/cuda/ptx/shared_memory.cuh"
 #include "backend/cuda/ptx/tensor_copy.cuh"
 #include "backend/cuda/ptx/wgmma.cuh"
+#include "backend/cuda/sync/ring_place.cuh"
 
 namespace clusterfusion::cuda::products {
 
@@ -77,22 +78,6 @@ struct Ring {
   std::uint64_t turn[2];  // of a group: the other one has seen all its steps
 };
 
-// One side's place in the ring.
-struct Place {
-  int stage = 0;
-  std::uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++stage < stages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-  __device__ __forceinline__ void skip(int steps, int stages) {
-    stage += steps;
-    parity ^= stage / stages % 2;
-    stage %= stages;
-  }
-};
-
 struct TilePlace {
   int row, column;  // the first of each
 };
@@ -139,7 +124,7 @@ class Producer {
     }
     wait_for_dependencies();
     for (int step = 0; step < ahead; ++step) copy_input(step, tiles.place(), step);
-    Place place;
+    RingPlace place;
     for (int step = 0; step < ahead; ++step) place.advance(p.stages);
     for (int step = ahead; !tiles.is_over(); tiles.advance(), step = 0) {
       const TilePlace at = tiles.place();
@@ -300,7 +285,7 @@ class Consumer {
 
   __device__ __forceinline__ void run() {
     wait_for_dependencies();
-    Place place;
+    RingPlace place;
     int turn = 0;
     std::uint32_t turn_parity = 0;
     bool is_first = true;  // of all tiles
@@ -322,7 +307,7 @@ class Consumer {
  private:
   static constexpr int kPartSums = Shape::kColumns / 2;
 
-  __device__ __forceinline__ void multiply(Place& place) {
+  __device__ __forceinline__ void multiply(RingPlace& place) {
 #pragma unroll
     for (int part = 0; part < Shape::kParts; ++part)
 #pragma unroll
@@ -334,7 +319,7 @@ class Consumer {
   }
 
   // The step's products begin when it has arrived, and its stage is free when they have ended.
-  __device__ __forceinline__ void multiply_in_group(Place& place) {
+  __device__ __forceinline__ void multiply_in_group(RingPlace& place) {
     int previous = -1;
 #pragma unroll 1
     for (int step = 0; step < p.steps; ++step) {
@@ -352,7 +337,7 @@ class Consumer {
   }
 
   // The operands of sixteen elements come from shared memory while those before are multiplied.
-  __device__ __forceinline__ void multiply_in_warp(Place& place) {
+  __device__ __forceinline__ void multiply_in_warp(RingPlace& place) {
     Fragments fragments[2];
     wait_for_step(0, place);
     fragments[0].load(*this, place.stage, 0);
@@ -377,7 +362,7 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void wait_for_step(int step, const Place& place) const {
+  __device__ __forceinline__ void wait_for_step(int step, const RingPlace& place) const {
     mbarrier_wait(full_ + 8 * place.stage, place.parity);
     if (step + 1 == p.steps) hand_over();
   }
