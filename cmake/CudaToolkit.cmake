@@ -34,6 +34,21 @@ ${CLUSTERFUSION_CUDA_MINIMUM} or later" PARENT_SCOPE)
   endif()
 endfunction()
 
+# cf_cuda_architectures(ARCHITECTURES): a wheel is for every GPU that the code runs on, a build for
+# the one that is there, and without one for Hopper.
+function(cf_cuda_architectures architectures)
+  set(${architectures} 90a-real PARENT_SCOPE)
+  if(SKBUILD)
+    set(${architectures} 90a-real 120a-real PARENT_SCOPE)
+    return()
+  endif()
+  execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
+    OUTPUT_VARIABLE found ERROR_QUIET)
+  if(found MATCHES "^12\\.0")
+    set(${architectures} 120a-real PARENT_SCOPE)
+  endif()
+endfunction()
+
 if(CLUSTERFUSION_CUDA STREQUAL "AUTO" OR CLUSTERFUSION_CUDA)
   cf_find_nvcc(nvcc obstacle)
   if(NOT obstacle AND NOT CMAKE_CUDA_COMPILER)
@@ -60,8 +75,9 @@ else()
 endif()
 
 if(CLUSTERFUSION_WITH_CUDA)
-  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-    set(CMAKE_CUDA_ARCHITECTURES 90a-real 120a-real)
+  if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
+    cf_cuda_architectures(CMAKE_CUDA_ARCHITECTURES)
+    message(STATUS "CUDA: for ${CMAKE_CUDA_ARCHITECTURES}; CMAKE_CUDA_ARCHITECTURES says for what else")
   endif()
   enable_language(CUDA)
   # Debian 12's CMake sets a property of this target, and CUDA 13 has no such library.
