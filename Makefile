@@ -115,7 +115,7 @@ fuzz: asan-build  ## each fuzzer for FUZZ_SECONDS
 
 lint: deps  ## formatting and lint
 	$(call stage,formatting and lint,10 s)
-	.venv/bin/clang-format --dry-run --Werror $(CPP_FILES)
+	@.venv/bin/clang-format --dry-run --Werror $(CPP_FILES)
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	$(PYTHON) tools/update_readme.py --check

@@ -1,5 +1,5 @@
-// Where a thread is in a ring of stages with two mbarriers each, full and empty. Both sides pass the
-// stages in order; the parity that they wait for changes with each lap.
+// Where a thread is in a ring of stages with two mbarriers each, full and empty. Both sides pass
+// the stages in order; the parity that they wait for changes with each lap.
 #pragma once
 
 #include <cstdint>
