@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # With a CUDA toolkit in /usr/local/cuda and no GPU: `make generate` leaves the CUDA code out, and a
-# build that asks for it finds the toolkit. A part is compiled; all takes four CPU minutes. Run by
+# build that asks for it finds the toolkit. A part is compiled; all takes five CPU minutes. Run by
 # tools/test_bare_machine.sh.
 set -euo pipefail
 make generate GENERATE_OPTIONS="--max-new-tokens 8 --seed 1" >/tmp/text 2>/tmp/log
