@@ -66,6 +66,7 @@ python-package: deps  ## the Python package, into .venv
 	$(PYTHON) -m pip install --quiet --no-build-isolation $(PACKAGE_OPTIONS) .
 
 # With the CUDA code where there is a toolkit. libtvm_ffi.so comes with apache-tvm-ffi.
+wheel: export CUDAARCHS ?= 90a-real;120a-real
 wheel:  ## dist/*.whl: the package and the program, for other machines
 	@tools/install_dependencies.sh wheel
 	$(call stage,the wheel,1 minute; with CUDA 13 10 minutes)

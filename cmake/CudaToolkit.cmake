@@ -34,14 +34,9 @@ ${CLUSTERFUSION_CUDA_MINIMUM} or later" PARENT_SCOPE)
   endif()
 endfunction()
 
-# cf_cuda_architectures(ARCHITECTURES): a wheel is for every GPU that the code runs on, a build for
-# the one that is there, and without one for Hopper.
+# cf_cuda_architectures(ARCHITECTURES): of the GPU that is there, or of Hopper.
 function(cf_cuda_architectures architectures)
   set(${architectures} 90a-real PARENT_SCOPE)
-  if(SKBUILD)
-    set(${architectures} 90a-real 120a-real PARENT_SCOPE)
-    return()
-  endif()
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
     OUTPUT_VARIABLE found ERROR_QUIET)
   if(found MATCHES "^12\\.0")

@@ -27,7 +27,7 @@
 #include "backend/cuda/sync/ring_place.cuh"
 #include "backend/cuda/with_type.cuh"
 
-// Not on Hopper the kernel is empty, and what it is made of is not used.
+// Elsewhere than on Hopper the kernel is empty, and what it is made of is not used.
 #pragma nv_diag_suppress 177
 
 namespace clusterfusion::cuda {
