@@ -112,8 +112,8 @@ TEST(ActivationNames, RefusesWhatIsNotKnown) {
   refused({.at = {"hook_mlp_out"}, .layers = {{12}}}, ErrorKind::out_of_range,
           HasSubstr("expected one in [0, 11]"));
   refused({.at = {}, .layers = {}}, ErrorKind::invalid_argument, HasSubstr("at least one name"));
-  refused({.at = {"hook_mlp_out"}, .layers = {{}}}, ErrorKind::invalid_argument,
-          HasSubstr("at least one"));
+  refused({.at = {"hook_mlp_out"}, .layers = std::vector<std::int64_t>{}},
+          ErrorKind::invalid_argument, HasSubstr("at least one"));
   refused({.at = {"blocks.1.hook_mlp_out"}, .layers = {{1}}}, ErrorKind::invalid_argument,
           HasSubstr("no name has a *"));
 }
