@@ -79,8 +79,7 @@ std::uintptr_t misalignment(const std::byte* address, std::uintptr_t alignment) 
 }
 
 void require_present(const DLTensor& tensor, const char* name) {
-  require(tensor.data != nullptr || (tensor.ndim > 0 && num_elements(tensor) == 0),
-          ErrorKind::wrong_type, "{}: expected a tensor, found none", name);
+  require(is_given(tensor), ErrorKind::wrong_type, "{}: expected a tensor, found none", name);
 }
 
 void require_alignment(const DLTensor& tensor, const char* name, std::uintptr_t alignment) {
@@ -96,6 +95,10 @@ std::string strides_text(const DLTensor& tensor) {
 }
 
 }  // namespace
+
+bool is_given(const DLTensor& tensor) {
+  return tensor.data != nullptr || (tensor.ndim > 0 && num_elements(tensor) == 0);
+}
 
 std::string shape_text(const DLTensor& tensor) {
   return fmt::format("[{}]", fmt::join(std::span(tensor.shape, tensor.ndim), ", "));
