@@ -622,6 +622,15 @@ def test_wrong_option(option, value, kind, message):
     refuse(kind, rf"^{option}: .*{message}", **{option: value})
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_without_dimensions(dtype):
+    arrays = with_caches(SMALL, dtype, 8)
+    for name, array in arrays.items():
+        wrong = arrays | {name: np.zeros((), array.dtype)}
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*shape.*found \[\]"):
+            run_layer(wrong, 5, SMALL)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
