@@ -29,6 +29,11 @@ bool is_paged(const LayerTensors& tensors) { return is_given(tensors.block_table
 
 // How many rows a tensor has, of which there may be several. What they are is yet to be checked.
 Dimension count_rows(const DLTensor& tensor, const char* name) {
+  for (int axis = 0; axis < tensor.ndim - 2; ++axis) {
+    require(tensor.shape[axis] == 1, ErrorKind::invalid_argument,
+            "{}: expected shape [rows, {}], or [1, rows, {}], found {}", name, last_size(tensor),
+            last_size(tensor), shape_text(tensor));
+  }
   const std::int64_t rows = tensor.ndim >= 2 ? tensor.shape[tensor.ndim - 2] : 1;
   if (rows < 1 || rows > kMaxLayerRows) {
     fail(ErrorKind::invalid_argument, "{}: expected 1 to {} rows, found shape {}", name,
@@ -164,6 +169,15 @@ Dimension kv_size_of(const LayerSpec& spec) {
 Dimension qkv_size_of(const LayerSpec& spec) {
   const bool is_triple = spec.qkv_size() == 3 * spec.hidden_size;
   return {spec.qkv_size(), is_triple ? "3 hidden" : "(num_heads + 2 num_kv_heads) head_dim"};
+}
+
+// Pages without their table are a likely slip.
+void require_rows(const DLTensor& k_cache, std::int64_t row_size) {
+  if (k_cache.ndim != 4) return;
+  fail(ErrorKind::invalid_argument,
+       "k_cache: expected shape [max_seq_len, {}], because caches in pages need a block_table, "
+       "found {}",
+       row_size, shape_text(k_cache));
 }
 
 // Of rows; gives how many.
@@ -344,6 +358,7 @@ LayerWork check_inputs(TensorChecker& checker, const LayerTensors& tensors,
   if (is_paged(tensors)) {
     check_pages(checker, tensors, work);
   } else {
+    require_rows(tensors.k_cache, work.spec.kv_size());
     work.cache.page_size = check_caches(checker, tensors, kv_size_of(work.spec), work);
     work.cache.position_stride = work.spec.kv_size();
     work.cache.head_stride = work.spec.head_dim;
