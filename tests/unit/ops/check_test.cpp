@@ -177,6 +177,22 @@ TEST(LayerChecks, NamesAWrongDtype) {
   }
 }
 
+// By DLPack's numbers, which its older headers do not name: the dtype of a quantised cache.
+TEST(LayerChecks, NamesNewerDtypes) {
+  const auto expect_named = [](DLDataType dtype, const char* found) {
+    LayerFixture layer;
+    layer.tensors.k_cache.dtype = dtype;
+    expect_error(ErrorKind::wrong_type, AllOf(StartsWith("k_cache: "), HasSubstr(found)),
+                 [&] { layer.run_decoder_layer(); });
+  };
+  expect_named({6, 8, 1}, "found bool8");
+  expect_named({7, 8, 1}, "found float8_e3m4");
+  expect_named({10, 8, 1}, "found float8_e4m3fn");
+  expect_named({12, 8, 2}, "found float8_e5m2x2");
+  expect_named({14, 8, 1}, "found float8_e8m0fnu");
+  expect_named({17, 4, 2}, "found DLPack type 17 of 4 bitsx2");
+}
+
 TEST(LayerChecks, NamesTheOther16BitType) {
   for (const Argument& argument : arguments()) {
     if (argument.name == std::string("input")) continue;  // whose dtype is that of all
