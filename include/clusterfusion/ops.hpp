@@ -38,7 +38,7 @@ namespace clusterfusion::ops {
 // tensor are never checked, on any device: see LayerTensors::block_table.
 struct Position {
   std::int64_t value = 0;
-  DLTensor tensor{};                     // used if its `data` is not null
+  DLTensor tensor{};                     // used unless it is absent
   const char* name = "current_seq_len";  // in messages
 };
 
@@ -73,7 +73,8 @@ struct ExpectedSizes {
 
 // What attention and the first half of the MLP read and write. max_seq_len is the caches' first
 // dimension, q_size is num_heads head_dim and kv_size is num_kv_heads head_dim: both are hidden
-// unless options say otherwise. Absent tensors have null data. Without the MLP's biases: CPU.
+// unless options say otherwise. Absent tensors have null data and no
+// dimension of 0. Without the MLP's biases: CPU.
 struct LayerTensors {
   DLTensor input{};           // [1, hidden]
   DLTensor weight_qkv{};      // [q_size + 2 kv_size, hidden]: see qkv_weight_interleaved

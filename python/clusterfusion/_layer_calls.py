@@ -282,13 +282,17 @@ def explain(
         try:
             tvm_ffi.from_dlpack(value)
         except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise TypeError(
-                f"{name}: expected a dense tensor in CPU or CUDA memory, found a "
-                f"{type(value).__name__} that cannot be taken by DLPack ({reason})"
-            ) from error
+            raise _not_taken(name, value, error) from error
     if results is None:
         call.native(*tensors, *settings)
+
+
+def _not_taken(name: str, value: object, error: Exception) -> TypeError:
+    reason = str(error).partition("\n")[0]
+    return TypeError(
+        f"{name}: expected a dense tensor in CPU or CUDA memory, found a {type(value).__name__} "
+        f"that cannot be taken by DLPack ({reason})"
+    )
 
 
 def check(call: LayerCall, tensors: Sequence[Tensor], settings: Sequence[Any]) -> None:
@@ -348,6 +352,8 @@ def _export_read_only(name: str, array: np.ndarray[Any, Any]) -> object:
     bits = array.view(np.uint16) if is_bfloat16 else array
     try:
         exported = tvm_ffi.from_dlpack(bits.__dlpack__(max_version=(1, 0)))
+    except BufferError as error:  # a type or an order of bytes that DLPack does not know
+        raise _not_taken(name, array, error) from error
     except TypeError:
         raise TypeError(
             f"{name}: expected a writable array, found a read-only one, which NumPy exports from "

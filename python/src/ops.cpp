@@ -228,7 +228,9 @@ ffi::Tensor ops_as_bfloat16(ffi::Tensor bits) {
   require(dtype.code == kDLUInt && dtype.bits == 16 && dtype.lanes == 1, ErrorKind::wrong_type,
           "bfloat16 arrays come as uint16, found DLPack type code {} with {} bits",
           static_cast<int>(dtype.code), static_cast<int>(dtype.bits));
-  return ffi::Tensor::FromNDAllocStrided(View{bits}, bits.shape(), bits.strides(),
+  const std::int64_t none = 0;  // an array without dimensions comes without strides
+  const ffi::ShapeView strides = bits.ndim() == 0 ? ffi::ShapeView(&none, 0) : bits.strides();
+  return ffi::Tensor::FromNDAllocStrided(View{bits}, bits.shape(), strides,
                                          DLDataType{kDLBfloat, 16, 1}, bits.device());
 }
 

@@ -13,7 +13,7 @@ namespace {
 // Rows of a matrix that may have any number of them. An absent one has none: the checker says so.
 std::int64_t rows_of(const DLTensor& tensor, const char* name, const char* meaning,
                      std::int64_t columns) {
-  if (!is_present(tensor)) return 0;
+  if (!is_given(tensor)) return 0;
   if (tensor.ndim != 2 || tensor.shape[0] < 1) {
     fail(ErrorKind::invalid_argument, "{}: expected shape [{}, {}], found {}", name, meaning,
          columns, shape_text(tensor));
@@ -25,12 +25,15 @@ std::int64_t last_size(const DLTensor& tensor) {
   return tensor.ndim >= 1 ? tensor.shape[tensor.ndim - 1] : 0;
 }
 
-bool is_paged(const LayerTensors& tensors) {
-  return is_present(tensors.block_table) || tensors.block_table.ndim > 0;
-}
+bool is_paged(const LayerTensors& tensors) { return is_given(tensors.block_table); }
 
 // How many rows a tensor has, of which there may be several. What they are is yet to be checked.
 Dimension count_rows(const DLTensor& tensor, const char* name) {
+  for (int axis = 0; axis < tensor.ndim - 2; ++axis) {
+    require(tensor.shape[axis] == 1, ErrorKind::invalid_argument,
+            "{}: expected shape [rows, {}], or [1, rows, {}], found {}", name, last_size(tensor),
+            last_size(tensor), shape_text(tensor));
+  }
   const std::int64_t rows = tensor.ndim >= 2 ? tensor.shape[tensor.ndim - 2] : 1;
   if (rows < 1 || rows > kMaxLayerRows) {
     fail(ErrorKind::invalid_argument, "{}: expected 1 to {} rows, found shape {}", name,
@@ -141,7 +144,7 @@ void require_position(const LayerWork& work, std::int64_t value, const char* nam
 // A tensor's positions are left to those who do the work, but for the one that this looks at.
 void check_position(TensorChecker& checker, const Position& position, LayerWork& work) {
   std::int64_t value = position.value;
-  if (is_present(position.tensor)) {
+  if (is_given(position.tensor)) {
     const DLTensor& tensor = position.tensor;
     const Dimension rows{work.rows, work.rows == 1 ? "1" : "rows"};
     const bool is_scalar = tensor.ndim == 0 && work.rows == 1;
@@ -168,6 +171,15 @@ Dimension qkv_size_of(const LayerSpec& spec) {
   return {spec.qkv_size(), is_triple ? "3 hidden" : "(num_heads + 2 num_kv_heads) head_dim"};
 }
 
+// Pages without their table are a likely slip.
+void require_rows(const DLTensor& k_cache, std::int64_t row_size) {
+  if (k_cache.ndim != 4) return;
+  fail(ErrorKind::invalid_argument,
+       "k_cache: expected shape [max_seq_len, {}], because caches in pages need a block_table, "
+       "found {}",
+       row_size, shape_text(k_cache));
+}
+
 // Of rows; gives how many.
 std::int64_t check_caches(TensorChecker& checker, const LayerTensors& tensors, const Dimension& row,
                           LayerWork& work) {
@@ -192,7 +204,7 @@ void check_pages(TensorChecker& checker, const LayerTensors& tensors, LayerWork&
   const LayerSpec& spec = work.spec;
   const DLTensor& keys = tensors.k_cache;
   CacheLayout& cache = work.cache;
-  if (is_present(keys)) {  // or the checker says what is missing
+  if (is_given(keys)) {  // or the checker says what is missing
     if (keys.ndim != 4 || keys.shape[0] < 1) {
       fail(ErrorKind::invalid_argument,
            "k_cache: expected shape [pages, page_size, {}, {}] (pages, page_size, num_kv_heads, "
@@ -246,8 +258,7 @@ void check_qkv(TensorChecker& checker, const LayerTensors& t, LayerWork& work) {
   const Dimension hidden{spec.hidden_size, "hidden"};
   const Dimension rows = qkv_size_of(spec);
   const void* weight = checker.read(t.weight_qkv, "weight_qkv", {rows, hidden});
-  const void* bias =
-      is_present(t.bias_qkv) ? checker.read(t.bias_qkv, "bias_qkv", {rows}) : nullptr;
+  const void* bias = is_given(t.bias_qkv) ? checker.read(t.bias_qkv, "bias_qkv", {rows}) : nullptr;
   const auto set = [&](LayerTensor tensor, std::int64_t row) {
     work.weights[index_of(tensor)] = rows_from(weight, work.dtype, row, hidden.size);
     work.weights[index_of(bias_of(tensor))] = rows_from(bias, work.dtype, row, 1);
@@ -266,7 +277,7 @@ void check_norm(TensorChecker& checker, const DLTensor& weight, const char* weig
     work.weights[index_of(bias_of(tensor))] = checker.read(bias, bias_name, {hidden});
     return;
   }
-  require(!is_present(bias), ErrorKind::invalid_argument,
+  require(!is_given(bias), ErrorKind::invalid_argument,
           "{}: expected None, because an RMSNorm has no bias, found a tensor", bias_name);
 }
 
@@ -278,7 +289,7 @@ void check_mlp_up(TensorChecker& checker, const LayerTensors& t, LayerWork& work
                                         : Dimension{spec.intermediate_size, "intermediate"};
   const void* weight = checker.read(t.mlp_up_weight, "mlp_up_weight", {rows, hidden});
   const void* bias =
-      is_present(t.mlp_up_bias) ? checker.read(t.mlp_up_bias, "mlp_up_bias", {rows}) : nullptr;
+      is_given(t.mlp_up_bias) ? checker.read(t.mlp_up_bias, "mlp_up_bias", {rows}) : nullptr;
   const auto set = [&](LayerTensor tensor, std::int64_t row) {
     work.weights[index_of(tensor)] = rows_from(weight, work.dtype, row, hidden.size);
     work.weights[index_of(bias_of(tensor))] = rows_from(bias, work.dtype, row, 1);
@@ -288,7 +299,7 @@ void check_mlp_up(TensorChecker& checker, const LayerTensors& t, LayerWork& work
 }
 
 void check_head_norms(TensorChecker& checker, const LayerTensors& t, LayerWork& work) {
-  work.spec.qk_norm = is_present(t.q_norm_weight) || is_present(t.k_norm_weight);
+  work.spec.qk_norm = is_given(t.q_norm_weight) || is_given(t.k_norm_weight);
   if (!work.spec.qk_norm) return;
   const Dimension head_dim{work.spec.head_dim, "head_dim"};
   work.weights[index_of(LayerTensor::query_norm_weight)] =
@@ -306,7 +317,7 @@ void check_weights(TensorChecker& checker, const LayerTensors& t, LayerWork& wor
   check_qkv(checker, t, work);
   work.weights[index_of(attention_out_weight)] =
       checker.read(t.weight_o, "weight_o", {hidden, heads});
-  if (is_present(t.bias_o)) {
+  if (is_given(t.bias_o)) {
     work.weights[index_of(attention_out_bias)] = checker.read(t.bias_o, "bias_o", {hidden});
   }
   check_norm(checker, t.ln_weight, "ln_weight", t.ln_bias, "ln_bias", input_norm_weight, work);
@@ -322,7 +333,7 @@ void check_mlp_down(TensorChecker& checker, const DLTensor& weight, const DLTens
   const Dimension intermediate{work.spec.intermediate_size, "intermediate"};
   work.weights[index_of(LayerTensor::mlp_down_weight)] =
       checker.read(weight, "mlp_down_weight", {hidden, intermediate});
-  if (!is_present(bias)) return;
+  if (!is_given(bias)) return;
   work.weights[index_of(LayerTensor::mlp_down_bias)] =
       checker.read(bias, "mlp_down_bias", {hidden});
 }
@@ -347,6 +358,7 @@ LayerWork check_inputs(TensorChecker& checker, const LayerTensors& tensors,
   if (is_paged(tensors)) {
     check_pages(checker, tensors, work);
   } else {
+    require_rows(tensors.k_cache, work.spec.kv_size());
     work.cache.page_size = check_caches(checker, tensors, kv_size_of(work.spec), work);
     work.cache.position_stride = work.spec.kv_size();
     work.cache.head_stride = work.spec.head_dim;

@@ -24,9 +24,18 @@ std::string device_text(DLDevice device) {
 std::string dtype_text(DLDataType type) {
   static constexpr const char* kCodes[] = {"int",    "uint",    "float", "opaque",
                                            "bfloat", "complex", "bool"};
-  const std::string code = type.code < std::size(kCodes) ? kCodes[type.code] : "DLPack type";
-  return fmt::format("{}{}{}", code, type.bits,
-                     type.lanes == 1 ? "" : fmt::format("x{}", type.lanes));
+  // Codes that follow, of DLPack 1.1, whose names tell the bits.
+  static constexpr const char* kFloat8[] = {
+      "float8_e3m4",     "float8_e4m3", "float8_e4m3b11fnuz", "float8_e4m3fn",
+      "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",    "float8_e8m0fnu"};
+  constexpr std::size_t kFirst = std::size(kCodes);
+  std::string text = fmt::format("DLPack type {} of {} bits", type.code, type.bits);
+  if (type.code < kFirst) {
+    text = fmt::format("{}{}", kCodes[type.code], type.bits);
+  } else if (type.code - kFirst < std::size(kFloat8)) {
+    text = kFloat8[type.code - kFirst];
+  }
+  return type.lanes == 1 ? text : fmt::format("{}x{}", text, type.lanes);
 }
 
 bool has_shape(const DLTensor& tensor, Shape shape, Leading leading) {
@@ -79,8 +88,7 @@ std::uintptr_t misalignment(const std::byte* address, std::uintptr_t alignment) 
 }
 
 void require_present(const DLTensor& tensor, const char* name) {
-  require(tensor.data != nullptr || (tensor.ndim > 0 && num_elements(tensor) == 0),
-          ErrorKind::wrong_type, "{}: expected a tensor, found none", name);
+  require(is_given(tensor), ErrorKind::wrong_type, "{}: expected a tensor, found none", name);
 }
 
 void require_alignment(const DLTensor& tensor, const char* name, std::uintptr_t alignment) {
@@ -96,6 +104,10 @@ std::string strides_text(const DLTensor& tensor) {
 }
 
 }  // namespace
+
+bool is_given(const DLTensor& tensor) {
+  return tensor.data != nullptr || (tensor.ndim > 0 && num_elements(tensor) == 0);
+}
 
 std::string shape_text(const DLTensor& tensor) {
   return fmt::format("[{}]", fmt::join(std::span(tensor.shape, tensor.ndim), ", "));

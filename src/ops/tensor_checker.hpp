@@ -85,6 +85,10 @@ class TensorChecker {
   std::size_t count_ = 0;
 };
 
+// Whether there is a tensor at all: one without elements may have no data, and is there all the
+// same (torch.empty(0)).
+bool is_given(const DLTensor& tensor);
+
 // "[1, 2560]"
 std::string shape_text(const DLTensor& tensor);
 

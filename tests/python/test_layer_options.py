@@ -348,6 +348,15 @@ def refuse_pages(
     assert bits((arrays["k_cache"], arrays["v_cache"])) == before
 
 
+def test_pages_without_a_table():
+    pages = {n: lambda a: np.zeros((2, 16, 2, 16), np.float16) for n in ("k_cache", "v_cache")}
+    message = (
+        r"^k_cache: expected shape \[max_seq_len, 32\], because caches in pages need a block_table,"
+        r" found \[2, 16, 2, 16\]$"
+    )
+    refuse(ValueError, message, pages)
+
+
 PAGE_ERRORS = {
     "three dimensions": (r"^k_cache: expected shape \[pages, page_size, 2, 16\]", lambda a: a[0]),
     "page size": (r"^k_cache: expected pages of 16, 32 or 64", lambda a: a[:, :8]),
@@ -438,6 +447,10 @@ def test_wrong_rows():
     refuse_pages(ValueError, message, {"cos": lambda a: a[:1]})
     message = r"^block_table: expected shape \[2, 4\]"
     refuse_pages(ValueError, message, {n: lambda a: a[:2] for n in ("input", "cos", "sin")})
+    message = r"^input: expected shape \[rows, 64\], or \[1, rows, 64\], found \[3, 1, 64\]$"
+    refuse_pages(ValueError, message, {"input": lambda a: a[:, None]})
+    with pytest.raises(ValueError, match=message.replace("input", "hidden_states")):
+        ops.mlp_down(*(np.zeros((3, 1, n), np.float16) for n in (64, 64, 96)), None, None)
     message = r"^input: expected shape \[1, 64\] .*because several rows need a block_table"
     refuse(ValueError, message, {"input": lambda a: np.concatenate([a, a])})
 
@@ -620,6 +633,15 @@ def refuse(
 )
 def test_wrong_option(option, value, kind, message):
     refuse(kind, rf"^{option}: .*{message}", **{option: value})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_without_dimensions(dtype):
+    arrays = with_caches(SMALL, dtype, 8)
+    for name, array in arrays.items():
+        wrong = arrays | {name: np.zeros((), array.dtype)}
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*shape.*found \[\]"):
+            run_layer(wrong, 5, SMALL)
 
 
 @pytest.mark.parametrize(

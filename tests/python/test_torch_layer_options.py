@@ -226,3 +226,38 @@ def test_same_as_numpy():
     expected = ops.decoder_layer(*arrays.values(), **kind.options | numpy_where)
     results = run(tensors, kind, **where(torch.from_numpy(table)))
     assert [r.numpy().tobytes() for r in results] == [e.tobytes() for e in expected]
+
+
+@pytest.mark.parametrize(
+    "name", ["positions", "block_table", "bias_qkv", "ln_bias", "k_norm_weight"]
+)
+def test_no_elements_are_not_none(name):
+    """torch.empty(0) has no address, as what is not there."""
+    kind = KINDS["llama"]
+    tensors, table = torch_layer(kind, torch.float16)
+    options = where(table) | head_norms(kind, np.float16)
+    options = {n: torch.as_tensor(value) for n, value in options.items()}
+    dtype = torch.int32 if name in where(table) else torch.float16
+    (options if name in options else tensors)[name] = torch.empty(0, dtype=dtype)
+    before = tensors["k_cache"].clone()
+    with pytest.raises(ValueError, match=rf"^{name}: expected "):
+        run(tensors, kind, **options)
+    assert torch.equal(tensors["k_cache"], before)
+
+
+def test_tables_of_halves():
+    """As vLLM keeps them: cos and then sin, each value once."""
+    kind = KINDS["llama"]
+    tensors, table = torch_layer(kind, torch.bfloat16)
+    positions = torch.tensor(POSITIONS)
+    cos_sin_cache = torch.rand(100, kind.rotary_dim).bfloat16()
+    c, s = cos_sin_cache[positions].float().chunk(2, -1)
+    halves = {"cos": c.repeat(1, 2), "sin": s.repeat(1, 2)}
+    k_new = run(tensors | halves, kind, positions=positions.int(), block_table=table)[1]
+    normed = norm(tensors["input"], tensors, "ln", kind)
+    qkv = F.linear(normed, tensors["weight_qkv"], tensors["bias_qkv"])
+    keys = qkv[:, kind.q_size : kind.q_size + kind.kv_size].float().view(k_new.shape)
+    low, high = keys.chunk(2, -1)
+    c, s = c[:, None], s[:, None]
+    expected = torch.cat([low * c - high * s, high * c + low * s], -1)
+    assert relative_error(k_new, expected) < 1e-2

@@ -109,6 +109,53 @@ TEST(LayerChecks, NamesAnAbsentTensor) {
   }
 }
 
+// As torch.empty(0): its data is null, and it is there all the same.
+DLTensor without_elements(DLDataType dtype) {
+  static std::array<std::int64_t, 1> shape{0};
+  DLTensor tensor{};
+  tensor.device = {kDLCPU, 0};
+  tensor.ndim = 1;
+  tensor.dtype = dtype;
+  tensor.shape = shape.data();
+  return tensor;
+}
+
+TEST(LayerChecks, TakesNoTensorWithoutElementsForAnAbsentOne) {
+  for (const Argument& argument : arguments()) {
+    if (argument.name == std::string("cos")) continue;  // then nothing is rotated
+    expect_refused(argument, ErrorKind::invalid_argument, "found [0]",
+                   [](DLTensor& tensor) { tensor = without_elements(tensor.dtype); });
+  }
+  const auto expect_named = [](const char* name, DLDataType dtype, auto&& tensor_of) {
+    LayerFixture layer;
+    tensor_of(layer.tensors) = without_elements(dtype);
+    const auto message = AllOf(StartsWith(name), HasSubstr("found [0]"));
+    expect_error(ErrorKind::invalid_argument, message, [&] { layer.run_decoder_layer(); });
+    expect_error(ErrorKind::invalid_argument, message, [&] { layer.run_attention_mlp_up(); });
+  };
+  using T = ops::LayerTensors;
+  const DLDataType int32{kDLInt, 32, 1}, float16{kDLFloat, 16, 1};
+  expect_named("current_seq_len: ", int32,
+               [](T& t) -> DLTensor& { return t.current_seq_len.tensor; });
+  expect_named("q_norm_weight: ", float16, [](T& t) -> DLTensor& { return t.q_norm_weight; });
+}
+
+TEST(LayerChecks, TakesNoPagesWithoutPositions) {
+  LayerSizes sizes;
+  LayerFixture layer(sizes);
+  OwnedTensor table({kDLInt, 32, 1}, {1, 1});
+  std::array<std::int64_t, 4> shape{1, 0, sizes.num_heads, sizes.head_dim()};
+  layer.tensors.block_table = table.view();
+  for (DLTensor* cache : {&layer.tensors.k_cache, &layer.tensors.v_cache}) {
+    cache->data = nullptr;
+    cache->shape = shape.data();
+    cache->ndim = 4;
+  }
+  expect_error(ErrorKind::invalid_argument,
+               StartsWith("k_cache: expected pages of 16, 32 or 64 positions, found shape [1, 0"),
+               [&] { layer.run_decoder_layer(); });
+}
+
 TEST(LayerChecks, LetsBiasesOfMatricesBeAbsent) {
   LayerFixture layer;
   layer.tensors.bias_qkv = {};
@@ -128,6 +175,22 @@ TEST(LayerChecks, NamesAWrongDtype) {
                      tensor.dtype = wide ? DLDataType{kDLFloat, 64, 1} : DLDataType{kDLInt, 16, 1};
                    });
   }
+}
+
+// By DLPack's numbers, which its older headers do not name: the dtype of a quantised cache.
+TEST(LayerChecks, NamesNewerDtypes) {
+  const auto expect_named = [](DLDataType dtype, const char* found) {
+    LayerFixture layer;
+    layer.tensors.k_cache.dtype = dtype;
+    expect_error(ErrorKind::wrong_type, AllOf(StartsWith("k_cache: "), HasSubstr(found)),
+                 [&] { layer.run_decoder_layer(); });
+  };
+  expect_named({6, 8, 1}, "found bool8");
+  expect_named({7, 8, 1}, "found float8_e3m4");
+  expect_named({10, 8, 1}, "found float8_e4m3fn");
+  expect_named({12, 8, 2}, "found float8_e5m2x2");
+  expect_named({14, 8, 1}, "found float8_e8m0fnu");
+  expect_named({17, 4, 2}, "found DLPack type 17 of 4 bitsx2");
 }
 
 TEST(LayerChecks, NamesTheOther16BitType) {
