@@ -27,7 +27,7 @@ stage = @echo "== $(1) (about $(2) on two cores, less what ccache has)" >&2
 
 generate:  ## build the program and the library, and stream text from the demo model
 	@tools/install_dependencies.sh build
-	$(call stage,building in build/release,1 minute; with a GPU and CUDA 13 10 minutes)
+	$(call stage,building in build/release,1 minute; with a GPU and CUDA 13 4 minutes)
 	@cmake $(CONFIGURE_PROGRAM) $(CMAKE_ARGS) >&2
 	@cmake --build --preset program -j $(JOBS) >&2
 	@$(BIN)/clusterfusion generate models/demo --echo --prompt="$$GENERATE_PROMPT" $(GENERATE_OPTIONS)
@@ -44,7 +44,7 @@ deps:
 .PHONY: deps
 
 build: deps  ## all targets; with a CUDA toolkit the CUDA targets too
-	$(call stage,the release build with its tests,2 minutes; with CUDA 13 10 minutes)
+	$(call stage,the release build with its tests,2 minutes; with CUDA 13 7 minutes)
 	cmake --preset release $(CMAKE_ARGS)
 	cmake --build --preset release -j $(JOBS)
 
@@ -69,7 +69,7 @@ python-package: deps  ## the Python package, into .venv
 wheel: export CUDAARCHS ?= 90a-real;120a-real
 wheel:  ## dist/*.whl: the package and the program, for other machines
 	@tools/install_dependencies.sh wheel
-	$(call stage,the wheel,1 minute; with CUDA 13 10 minutes)
+	$(call stage,the wheel,1 minute; with CUDA 13 7 minutes)
 	@rm -rf build/unrepaired && mkdir -p build/unrepaired dist
 	@$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/unrepaired \
 	  $(WHEEL_OPTIONS) .

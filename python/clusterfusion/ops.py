@@ -4,8 +4,8 @@ The layer is the one with the parallel residual, as in every Pythia model::
 
     output = input + attention(layer_norm(input)) + mlp(post_layer_norm(input))
 
-Options make it one of Llama's, Mistral's or Qwen's, and take a batch over paged caches: on the CPU
-for now. docs/layer-calls.md shows how.
+Options make it one of Llama's, Mistral's or Qwen's, and take a batch over paged caches: on CPU
+tensors; a GPU refuses them by name. docs/layer-calls.md shows how.
 
 Tensors are torch's (2.4 or newer) or NumPy's (bfloat16 as `ml_dtypes.bfloat16`), all on one device;
 results are of the same kind. All but `cos`, `sin` and the position have one dtype, float16 or

@@ -79,16 +79,16 @@ void PromptCache::check_has_cache() const {
           "engine has none: leave prefix_cache on");
 }
 
-// Whole pieces that other prompts may share, and no more than a prompt with a new token can use.
+// Whole pages that other prompts may share, and no more than a prompt with a new token can use.
 std::int64_t PromptCache::positions_to_save(std::span<const TokenId> prompt) const {
   const BackendInfo& info = backend_.info();
   check_tokens(prompt, backend_.model().config().vocab_size, "prompt");
   const std::int64_t usable = std::min(std::ssize(prompt), info.max_positions - 1);
   const std::int64_t positions = usable / kKvPagePositions * kKvPagePositions;
   require(positions > 0, ErrorKind::invalid_argument,
-          "the prompt has {} tokens, and on this device ({}) keys and values are saved of whole "
-          "pieces of {} tokens: there is nothing to save; such a prompt is read quickly without",
-          prompt.size(), info.device, kKvPagePositions);
+          "the prompt has {} tokens, and keys and values are saved of whole pages of {} tokens: "
+          "there is nothing to save; such a prompt is read quickly without",
+          prompt.size(), kKvPagePositions);
   return positions;
 }
 

@@ -15,15 +15,6 @@
 namespace clusterfusion::test {
 namespace {
 
-double relative_error(std::span<const float> found, std::span<const double> expected) {
-  double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < found.size(); ++i) {
-    difference += (found[i] - expected[i]) * (found[i] - expected[i]);
-    norm += expected[i] * expected[i];
-  }
-  return std::sqrt(difference / norm);  // NaN fails every comparison
-}
-
 // Logits at every position, prefilled in pieces of awkward sizes.
 std::vector<float> logits_in_pieces(Backend& backend, std::int64_t vocab,
                                     std::span<const TokenId> tokens) {

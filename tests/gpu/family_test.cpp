@@ -14,15 +14,6 @@ namespace {
 
 class FamilyTest : public GpuTest {};
 
-double relative_error(std::span<const float> found, std::span<const double> expected) {
-  double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < found.size(); ++i) {
-    difference += (found[i] - expected[i]) * (found[i] - expected[i]);
-    norm += expected[i] * expected[i];
-  }
-  return std::sqrt(difference / norm);  // NaN fails every comparison
-}
-
 // As for the shapes of the other tests. On an H200 kinds of layers were up to 1.1e-3 off in
 // float16.
 double tolerance(DType dtype) { return dtype == DType::float16 ? 2e-3 : 1.5e-2; }

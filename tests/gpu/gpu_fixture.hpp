@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <ostream>
@@ -25,6 +26,25 @@ struct Shape {
   int positions = 70;
   bool attention_bias = true;
 };
+
+// sqrt(sum of (found - expected)^2 / sum of expected^2); NaN, which fails every comparison, if
+// there is one among the values.
+template <typename Expected>
+double relative_error_of(std::span<const float> found, std::span<const Expected> expected) {
+  double difference = 0, norm = 0;
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const double want = expected[i];
+    difference += (found[i] - want) * (found[i] - want);
+    norm += want * want;
+  }
+  return std::sqrt(difference / norm);
+}
+inline double relative_error(std::span<const float> found, std::span<const double> expected) {
+  return relative_error_of(found, expected);
+}
+inline double relative_error(std::span<const float> found, std::span<const float> expected) {
+  return relative_error_of(found, expected);
+}
 
 inline std::ostream& operator<<(std::ostream& out, const Shape& shape) { return out << shape.name; }
 

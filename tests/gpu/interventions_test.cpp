@@ -20,15 +20,6 @@ namespace {
 
 using InterventionsPointer = std::shared_ptr<const Interventions>;
 
-double relative_error(std::span<const float> found, std::span<const float> expected) {
-  double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < found.size(); ++i) {
-    difference += std::pow(static_cast<double>(found[i]) - expected[i], 2);
-    norm += std::pow(static_cast<double>(expected[i]), 2);
-  }
-  return std::sqrt(difference / norm);  // NaN fails every comparison
-}
-
 bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }

@@ -67,17 +67,6 @@ std::string description(const ModelConfig& config) {
          std::to_string(config.head_dim) + ", MLP " + std::to_string(config.intermediate_size);
 }
 
-template <typename Expected>
-double relative_error(std::span<const float> found, std::span<const Expected> expected) {
-  double difference = 0, norm = 0;
-  for (std::size_t i = 0; i < expected.size(); ++i) {
-    const double want = expected[i];
-    difference += (found[i] - want) * (found[i] - want);
-    norm += want * want;
-  }
-  return std::sqrt(difference / norm);  // NaN fails every comparison
-}
-
 // As for the other kinds of layers (family_test.cpp).
 double tolerance(const ModelConfig& config) {
   return config.dtype == DType::float16 ? 2e-3 : 1.5e-2;
@@ -95,7 +84,7 @@ void expect_float64(const ModelConfig& config, int count) {
   const std::vector<double> want = reference_logits(*model, tokens);
   const auto backend = on_gpu(model);
   const auto found = all_logits(*backend, config.vocab_size, tokens);
-  EXPECT_LE(relative_error<double>(found, want), tolerance(config));
+  EXPECT_LE(relative_error(found, want), tolerance(config));
   // A decode step is a piece of one token.
   EXPECT_EQ(decoded_logits(*backend, config.vocab_size, tokens), found);
 }
@@ -172,8 +161,8 @@ TEST_F(LlamaTest, ScalesRotationsAsTheCpuDoes) {
     if (kind == RopeKind::yarn) config.rope_scaling.attention_factor = 1.2;
     const auto model = make_random_model(config);
     const auto want = logits(make_cpu_backend(model, {}));
-    EXPECT_LE(relative_error<float>(logits(on_gpu(model, options)), want), 2 * tolerance(config));
-    EXPECT_GT(relative_error<float>(plain, want), 8 * tolerance(config)) << "changes too little";
+    EXPECT_LE(relative_error(logits(on_gpu(model, options)), want), 2 * tolerance(config));
+    EXPECT_GT(relative_error(plain, want), 8 * tolerance(config)) << "changes too little";
   }
 }
 
@@ -274,7 +263,7 @@ TEST_F(LlamaTest, InterventionsEqualTheCpus) {
                        std::span(all).subspan(i * width, width));
       return all;
     };
-    EXPECT_LE(relative_error<float>(logits(*on_gpu(model)), logits(*make_cpu_backend(model, {}))),
+    EXPECT_LE(relative_error(logits(*on_gpu(model)), logits(*make_cpu_backend(model, {}))),
               2 * tolerance(config));
   }
 }

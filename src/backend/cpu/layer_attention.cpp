@@ -50,7 +50,7 @@ class HeadPages {
  public:
   HeadPages(const LayerWork& work, std::int64_t row, std::int64_t positions, std::int64_t kv_head)
       : layout_{DType::float32, work.spec.head_dim, padded(work.spec.head_dim)} {
-    const std::int64_t pages = (positions + kKvPagePositions - 1) / kKvPagePositions;
+    const std::int64_t pages = kv_pages_of(positions);
     storage_.resize(static_cast<std::size_t>(pages * layout_.elements()));
     for (std::int64_t page = 0; page < pages; ++page) {
       pages_.push_back(reinterpret_cast<std::byte*>(storage_.data() + page * layout_.elements()));
@@ -96,15 +96,19 @@ class RowsAttention {
  public:
   RowsAttention(const LayerWork& work, const RowPositions& positions, const ProjectedHeads& in,
                 Rows& out)
-      : work_(work), spec_(work.spec), positions_(positions), in_(in), out_(out) {}
+      : work_(work), spec_(work.spec), positions_(positions), in_(in), out_(out) {
+    if (!spec_.qk_norm) return;
+    query_norm_ = norm_weight(LayerTensor::query_norm_weight);
+    key_norm_ = norm_weight(LayerTensor::key_norm_weight);
+  }
 
   // Of one row and one head of keys and values.
   void store(std::int64_t row, std::int64_t kv_head) {
     if (!positions_.is_inside(row)) return;
     for (std::int64_t head = first_head(kv_head); head < first_head(kv_head + 1); ++head) {
-      prepare(query(row, head), LayerTensor::query_norm_weight, row);
+      prepare(query(row, head), query_norm_, row);
     }
-    prepare(key(row, kv_head), LayerTensor::key_norm_weight, row);
+    prepare(key(row, kv_head), key_norm_, row);
     store_new(row, kv_head, key(row, kv_head), work_.k_new, work_.k_cache);
     store_new(row, kv_head, value(row, kv_head), work_.v_new, work_.v_cache);
   }
@@ -156,11 +160,14 @@ class RowsAttention {
     return qkv_part(row, kv_head, spec_.heads_per_kv_head() + 1);
   }
 
-  void prepare(float* head, LayerTensor norm, std::int64_t row) {
+  Rows norm_weight(LayerTensor tensor) const {
+    return Rows(work_.dtype, work_.weight(tensor), 1, spec_.head_dim);
+  }
+
+  void prepare(float* head, const Rows& norm, std::int64_t row) {
     if (spec_.qk_norm) {
-      const Rows weight(work_.dtype, work_.weight(norm), 1, spec_.head_dim);
       Rows normed(1, spec_.head_dim);  // rms_norm() pads what it writes; another head comes next
-      rms_norm(head, weight.row(0), static_cast<float>(spec_.layer_norm_eps), spec_.head_dim,
+      rms_norm(head, norm.row(0), static_cast<float>(spec_.layer_norm_eps), spec_.head_dim,
                normed.row(0));
       std::copy_n(normed.row(0), spec_.head_dim, head);
     }
@@ -183,6 +190,7 @@ class RowsAttention {
   const RowPositions& positions_;
   const ProjectedHeads& in_;
   Rows& out_;
+  Rows query_norm_, key_norm_;  // one row each, if the spec has them
 };
 
 }  // namespace
