@@ -34,7 +34,7 @@ class DecodeConsumer {
   static constexpr bool kPairs = kMaxIterations <= kBatch;  // of units are multiplied side by side
   // Whether this kernel has code for the mappings of plan::with_packed_operands.
   static constexpr bool kPackedOperands =
-      kMaxIterations <= kMaxPackedFragments && Cache::kManyLayers;
+      has_packed_operands(kKind, kMaxIterations) && Cache::kManyLayers;
   // For sm_120, ptxas ignores setmaxnreg: consumers have no more registers than all other threads.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
   static constexpr bool kFewRegisters = true;

@@ -92,7 +92,7 @@ void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, La
   const void* kernel = find_layer_kernel(config.dtype, fragments_needed(config, result.plan),
                                          static_cast<int>(config.head_dim));
   if (kernel == nullptr) return;
-  result.stream = stream_params(config, result.plan, result.sm_count, /*packed_operands=*/false);
+  result.stream = stream_params(config, result.plan, result.sm_count, /*packed_fragments=*/0);
   prepare_kernel(kernel, result.plan, properties);
   check(cudaGetFuncBySymbol(&result.kernel, kernel), "looking for the layer kernel");
 }
