@@ -1,4 +1,4 @@
-// The fused layer calls on a GPU: from checked tensors to a launch.
+// The layer calls on a GPU: from checked work to launches.
 #include "backend/layer_ops.hpp"
 
 #include <cuda.h>
@@ -67,6 +67,7 @@ class CurrentDevice {
 struct ShapeKey {
   int device = 0;
   DType dtype = DType::float16;
+  // All 0 for what does not stream, whatever its sizes.
   std::int64_t hidden = 0, intermediate = 0, heads = 0, rotary = 0;
 
   auto operator<=>(const ShapeKey&) const = default;
@@ -97,15 +98,8 @@ void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, La
   check(cudaGetFuncBySymbol(&result.kernel, kernel), "looking for the layer kernel");
 }
 
-std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
-  const RelaxedCapture relaxed;  // the first look at a kernel loads it
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, key.device), "asking for the device's properties");
-  require(
-      has_kernels_for(properties), ErrorKind::unsupported,
-      "the tensors are on {} (cuda:{}) with compute capability {}.{}; the layer calls run on 9.0 "
-      "(Hopper) and 12.0 (Blackwell), or on the CPU: move the tensors",
-      properties.name, key.device, properties.major, properties.minor);
+// A model of one such layer.
+ModelConfig config_of(const ShapeKey& key) {
   ModelConfig config;
   config.dtype = key.dtype;
   config.num_layers = 1;
@@ -116,9 +110,21 @@ std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
   config.rotary_dim = key.rotary;
   config.vocab_size = key.hidden;  // there is no LM head; any size that can be cut
   config.parallel_residual = true;
+  return config;
+}
+
+std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
+  const RelaxedCapture relaxed;  // the first look at a kernel loads it
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, key.device), "asking for the device's properties");
+  require(
+      has_kernels_for(properties), ErrorKind::unsupported,
+      "the tensors are on {} (cuda:{}) with compute capability {}.{}; the layer calls run on 9.0 "
+      "(Hopper) and 12.0 (Blackwell), or on the CPU: move the tensors",
+      properties.name, key.device, properties.major, properties.minor);
   auto result = std::make_unique<LayerPlan>();
   result->sm_count = properties.multiProcessorCount;
-  find_stream(config, properties, *result);
+  if (key.hidden != 0) find_stream(config_of(key), properties, *result);
   if (!result->streams()) load_plain_kernels(key.dtype);
   return result;
 }
@@ -181,37 +187,37 @@ const CUtensorMap& cache_map(const CacheKey& key) {
   return slot.map;
 }
 
-void set_inputs(LayerParams& params, const LayerTask& task) {
-  const LayerShape& shape = task.shape;
-  params.stream.activation = task.activation;
-  params.stream.layer_norm_eps = task.layer_norm_eps;
+void set_inputs(LayerParams& params, const LayerWork& work) {
+  const LayerSpec& spec = work.spec;
+  params.stream.activation = spec.activation;
+  params.stream.layer_norm_eps = static_cast<float>(spec.layer_norm_eps);
   params.attention_and_up = true;
-  params.k_new = task.k_new;
-  params.v_new = task.v_new;
-  params.k_cache = task.k_cache;
-  params.v_cache = task.v_cache;
-  params.cosines = task.cos;
-  params.sines = task.sin;
-  params.max_positions = static_cast<std::int32_t>(shape.max_positions);
-  params.position = static_cast<std::int32_t>(task.position);
-  params.device_position = task.device_position;
-  params.attn_output = task.attn_output;
-  params.mlp_intermediate = task.mlp_intermediate;
+  params.k_new = work.k_new;
+  params.v_new = work.v_new;
+  params.k_cache = work.k_cache;
+  params.v_cache = work.v_cache;
+  params.cosines = work.cos;
+  params.sines = work.sin;
+  params.max_positions = static_cast<std::int32_t>(work.cache.page_size);
+  params.position = static_cast<std::int32_t>(work.position);
+  params.device_position = work.positions;
+  params.attn_output = work.attn_output;
+  params.mlp_intermediate = work.mlp_intermediate;
   const int box_rows = params.stream.kv_block_positions;
-  CacheKey cache{task.k_cache,      shape.dtype,    shape.max_positions,
-                 shape.hidden_size, shape.head_dim, box_rows};
+  CacheKey cache{work.k_cache,     work.dtype,    work.cache.page_size,
+                 spec.hidden_size, spec.head_dim, box_rows};
   params.key_map = cache_map(cache);
-  cache.cache = task.v_cache;
+  cache.cache = work.v_cache;
   params.value_map = cache_map(cache);
 }
 
 LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch,
-                       const LayerTask& task) {
+                       const LayerWork& work) {
   LayerParams params{};
   params.stream = plan.stream;
   params.stream.first_layer = streamed_layer(
-      [&](LayerTensor tensor) { return static_cast<const char*>(task.weight(tensor)); });
-  params.input = task.input;
+      [&](LayerTensor tensor) { return static_cast<const char*>(work.weight(tensor)); });
+  params.input = work.input;
   params.stream.bias_element_bytes = 2;
   params.stream.lamport = scratch.lamport;
   params.stream.tickets = scratch.tickets;
@@ -219,14 +225,26 @@ LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch,
   return params;
 }
 
-const LayerPlan& plan_for(const LayerTask& task, int device) {
-  const LayerShape& shape = task.shape;
-  ShapeKey key{device,          shape.dtype,     shape.hidden_size, shape.intermediate_size,
-               shape.num_heads, shape.rotary_dim};
-  if (task.part == plan::Part::mlp_down) {
+// Whether the streaming kernel computes such a layer, if its sizes let it.
+bool may_stream(const LayerWork& work) {
+  const LayerSpec& spec = work.spec;
+  if (work.rows != 1) return false;
+  if (work.part == plan::Part::mlp_down) return true;
+  return spec.norm == NormKind::layer_norm && !spec.gated_mlp && spec.parallel_residual &&
+         !spec.qk_norm && spec.qkv_layout == QkvLayout::by_kv_head &&
+         spec.kv_heads() == spec.num_heads && spec.attention_size() == spec.hidden_size &&
+         work.block_table == nullptr;
+}
+
+const LayerPlan& plan_for(const LayerWork& work, int device) {
+  const LayerSpec& spec = work.spec;
+  if (!may_stream(work)) return plan_for(ShapeKey{device, work.dtype});
+  ShapeKey key{device,         work.dtype,     spec.hidden_size, spec.intermediate_size,
+               spec.num_heads, spec.rotary_dim};
+  if (work.part == plan::Part::mlp_down) {
     // Heads do not matter here: any head size that the streaming kernel has.
     constexpr std::int64_t kHeadDim = 16;
-    key.heads = std::max<std::int64_t>(shape.hidden_size / kHeadDim, 1);
+    key.heads = std::max<std::int64_t>(spec.hidden_size / kHeadDim, 1);
   }
   return plan_for(key);
 }
@@ -235,71 +253,68 @@ void launch(const LayerPlan& plan, const LayerParams& params, cudaStream_t strea
   launch_layer(plan.kernel, params, plan.sm_count, plan.plan.shared_bytes, stream);
 }
 
-// Where the plain kernels run, on caches of so many rows if there are any.
-PlainPlace plain_place(const LayerPlan& plan, const LayerStream& where,
-                       std::int64_t max_positions) {
-  require(
-      max_positions <= kMaxPlainPositions, ErrorKind::unsupported,
-      "the caches have {} positions, and this shape takes at most {} on a GPU; move the tensors "
-      "to the CPU",
-      max_positions, kMaxPlainPositions);
-  return {where.device_id, plan.sm_count, static_cast<cudaStream_t>(where.stream)};
+void run_plainly(const LayerPlan& plan, const LayerWork& work, const LayerStream& where) {
+  const std::int64_t positions = work.max_pages * work.cache.page_size;
+  require(positions <= kMaxPlainPositions, ErrorKind::unsupported,
+          "the caches have {} positions for a row, and this layer takes at most {} on a GPU; move "
+          "the tensors to the CPU",
+          positions, kMaxPlainPositions);
+  run_plain_layer(work, {where.device_id, plan.sm_count, static_cast<cudaStream_t>(where.stream)});
 }
 
 // The second half alone, of the plan that the first half has or would have.
-void run_down(const LayerPlan& plan, const LayerScratchView& scratch, const LayerTask& task,
+void run_down(const LayerPlan& plan, const LayerScratchView& scratch, const LayerWork& work,
               cudaStream_t stream) {
-  LayerParams params = params_for(plan, scratch, task);
+  LayerParams params = params_for(plan, scratch, work);
   // Blocks tell each other nothing here, so more copies may be under way, and fewer tickets do.
   constexpr std::int32_t kInFlight = 3;
   params.stream.max_in_flight = std::min(kInFlight, params.stream.stages);
   params.stream.static_percent = 60;
   params.down = true;
-  params.attn_input = task.attn_output;
-  params.mlp_input = task.mlp_intermediate;
-  params.output = task.output;
+  params.attn_input = work.attn_output;
+  params.mlp_input = work.mlp_intermediate;
+  params.output = work.output;
   launch(plan, params, stream);
 }
 
 // The first half, or the whole layer in one launch.
-void run_attention(const LayerPlan& plan, const LayerScratchView& scratch, const LayerTask& task,
+void run_attention(const LayerPlan& plan, const LayerScratchView& scratch, const LayerWork& work,
                    cudaStream_t stream) {
-  LayerParams params = params_for(plan, scratch, task);
-  set_inputs(params, task);
-  params.down = task.part == plan::Part::whole;
-  params.output = task.output;
+  LayerParams params = params_for(plan, scratch, work);
+  set_inputs(params, work);
+  params.down = work.part == plan::Part::whole;
+  params.output = work.output;
   launch(plan, params, stream);
 }
 
 // The whole layer in two launches, which hand over by way of the scratch.
-void run_halves(const LayerPlan& plan, const LayerScratchView& scratch, LayerTask task,
+void run_halves(const LayerPlan& plan, const LayerScratchView& scratch, LayerWork work,
                 cudaStream_t stream) {
   // What the first launch leaves for the second must not be overwritten by another thread's.
   static auto& both = *new std::mutex;
   const std::lock_guard lock(both);
-  void* const output = std::exchange(task.output, nullptr);
-  task.attn_output = scratch.between;
-  task.mlp_intermediate = static_cast<char*>(scratch.between) + task.shape.hidden_size * 2;
-  task.part = plan::Part::attention_and_mlp_up;
-  run_attention(plan, scratch, task, stream);
-  task.output = output;
-  run_down(plan, scratch, task, stream);
+  void* const output = std::exchange(work.output, nullptr);
+  work.attn_output = scratch.between;
+  work.mlp_intermediate = static_cast<char*>(scratch.between) + work.spec.hidden_size * 2;
+  work.part = plan::Part::attention_and_mlp_up;
+  run_attention(plan, scratch, work, stream);
+  work.output = output;
+  run_down(plan, scratch, work, stream);
 }
 
 }  // namespace
 
-void run_layer(const LayerTask& task, const LayerStream& where) {
+void run_layer(const LayerWork& work, const LayerStream& where) {
   const CurrentDevice device(where.device_id);
   const auto stream = static_cast<cudaStream_t>(where.stream);
-  const LayerPlan& plan = plan_for(task, where.device_id);
-  if (!plan.streams())
-    return run_plain_layer(task, plain_place(plan, where, task.shape.max_positions));
-  const std::int64_t between = (task.shape.hidden_size + task.shape.intermediate_size) * 2;
+  const LayerPlan& plan = plan_for(work, where.device_id);
+  if (!plan.streams()) return run_plainly(plan, work, where);
+  const std::int64_t between = (work.spec.hidden_size + work.spec.intermediate_size) * 2;
   const LayerScratchView scratch =
       layer_scratch(where.device_id, stream, plan.stream.layout.bytes, between);
-  if (task.part == plan::Part::mlp_down) return run_down(plan, scratch, task, stream);
-  if (task.split) return run_halves(plan, scratch, task, stream);
-  run_attention(plan, scratch, task, stream);
+  if (work.part == plan::Part::mlp_down) return run_down(plan, scratch, work, stream);
+  if (work.split) return run_halves(plan, scratch, work, stream);
+  run_attention(plan, scratch, work, stream);
 }
 
 }  // namespace clusterfusion::cuda
