@@ -29,6 +29,8 @@ struct CacheLayout {
   std::int64_t page_stride = 0;
   std::int64_t position_stride = 0;
   std::int64_t head_stride = 0;
+
+  bool operator==(const CacheLayout&) const = default;
 };
 
 // A call: a layer of any spec, or a part of it, for one new token of each of some rows. Pointers

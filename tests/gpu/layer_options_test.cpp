@@ -21,6 +21,7 @@
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/cuda_backend.hpp"
 #include "backend/cuda/memory.hpp"
+#include "held_sms.hpp"
 #include "ops/layer_fixture.hpp"
 
 namespace clusterfusion::test {
@@ -48,6 +49,16 @@ Kind llama(Kind kind) {
   kind.biases = false;
   kind.activation = Activation::silu;
   return kind;
+}
+
+// A layer that one kernel computes where it has one row.
+Kind streamed(std::int64_t dim, std::int64_t heads) {
+  return {.hidden = dim * heads,
+          .heads = heads,
+          .kv_heads = heads,
+          .intermediate = 160,
+          .rotary_dim = dim / 4,
+          .interleaved = true};
 }
 
 // Where rows are, and how their caches lie.
@@ -159,12 +170,32 @@ class OptionLayer {
     for (const auto& [name, memory] : all.host_) {
       const bool by_row = name == "input" || name == "cos" || name == "sin" ||
                           name == "positions" || name == "block_table";
-      auto& mine = host_.at(name);
+      const auto found = host_.find(name);
+      if (found == host_.end()) continue;
+      auto& mine = found->second;
       if (by_row)
         std::copy_n(memory.begin() + row * static_cast<std::ptrdiff_t>(mine.size()), mine.size(),
                     mine.begin());
       else if (memory.size() == mine.size())
         mine = memory;
+    }
+    upload();
+  }
+
+  // Fills caches of rows with what the first row of another layer has in its pages, up to its
+  // position.
+  void gather_pages_of(OptionLayer& other) {
+    const std::vector<std::int64_t>& strides = other.views_.at("k_cache").strides;
+    for (const char* name : {"k_cache", "v_cache"}) {
+      const std::byte* from = other.host_.at("kv").data() + other.views_.at(name).offset;
+      for (std::int64_t position = 0; position <= rows_.positions[0]; ++position)
+        for (std::int64_t head = 0; head < kind_.kv_heads; ++head) {
+          const std::int64_t size = other.rows_.page_size;
+          const std::int64_t element = other.page(0, position / size) * strides[0] +
+                                       position % size * strides[1] + head * strides[2];
+          std::memcpy(host_.at(name).data() + (position * kind_.kv_size() + head * kind_.dim()) * 2,
+                      from + element * 2, static_cast<std::size_t>(kind_.dim() * 2));
+        }
     }
     upload();
   }
@@ -464,12 +495,22 @@ void add_pages(std::vector<OptionCase>& cases) {
     const std::string pages = "pages_of_" + std::to_string(size);
     cases.push_back({pages, kind, {positions, size}});
     cases.push_back({pages + "_one_row", kind, {{333}, size}});
-    Kind all = kind;
-    all.kv_heads = all.heads;
-    all.interleaved = true;
-    cases.push_back({pages + "_all_heads", all, {{333}, size}});
-    cases.push_back({pages + "_all_heads_rows", all, {positions, size}});
+    cases.push_back({pages + "_all_heads_rows", streamed(32, 8), {positions, size}});
+    for (const std::int64_t dim : {32, 64, 80, 96, 128, 224, 256})
+      for (const std::int64_t position : {0, 70, 1300})
+        cases.push_back(
+            {pages + "_streamed_" + std::to_string(dim) + "_at_" + std::to_string(position),
+             streamed(dim, 4),
+             {{position}, size}});
   }
+  for (const char* order : {"cpshd", "pschd", "pshcd", "pchsd", "hcpsd", "phscd"})
+    cases.push_back({std::string("streamed_order_") + order, streamed(64, 4), {{333}, 16, order}});
+  cases.push_back({"streamed_gaps_of_8", streamed(64, 4), {{333}, 16, "pcshd", 8}});
+  cases.push_back({"streamed_gaps_of_1", streamed(64, 4), {{333}, 16, "cpshd", 1}});
+  Kind without_biases = streamed(64, 4);
+  without_biases.biases = false;
+  cases.push_back({"streamed_without_biases", without_biases, {{333}}});
+  cases.push_back({"streamed_without_biases_in_pages", without_biases, {{333}, 32}});
   for (const char* order : {"cpshd", "pschd", "pshcd", "pchsd", "hcpsd", "phscd"})
     cases.push_back({std::string("order_") + order, kind, {positions, 16, order}});
   // Heads that are not aligned: in pages, so that each cache begins at a multiple of 16 bytes.
@@ -542,6 +583,59 @@ TEST_F(LayerOptions, ARowHasTheBitsThatItHasAlone) {
   }
 }
 
+// In pages as in rows of a cache: the same kernels in the same order, streamed or not.
+TEST_F(LayerOptions, PagesGiveTheBitsOfRows) {
+  std::vector<Kind> kinds = {kSmall,          llama(kSmall),    streamed(32, 8),
+                             streamed(80, 4), streamed(128, 3), streamed(256, 2)};
+  kinds.push_back(streamed(80, 32));
+  kinds.back().intermediate = 10240;
+  for (const Kind& kind : kinds)
+    for (const std::int64_t size : {16, 32, 64})
+      for (const std::int64_t position : {0, 15, 16, 63, 64, 130, 1000, 2047}) {
+        SCOPED_TRACE("head size " + std::to_string(kind.dim()) + ", pages of " +
+                     std::to_string(size) + ", position " + std::to_string(position));
+        OptionLayer paged(kind, {{position}, size}), in_rows(kind, {{position}});
+        in_rows.copy_row_from(paged, 0);
+        in_rows.gather_pages_of(paged);
+        for (const Call call : {Call::layer, Call::parts}) {
+          paged.run(call, true);
+          in_rows.run(call, true);
+          for (const char* name : kLayerResults)
+            EXPECT_TRUE(paged.download(name) == in_rows.download(name)) << name;
+        }
+      }
+}
+
+// While a kernel of another stream holds SMs, a call on pages ends on the others, with the same
+// bits: those of its blocks that run do what the others would.
+TEST_F(LayerOptions, PagedCallsEndOnTheSmsThatThereAre) {
+  int sms = 0;
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0), "counting SMs");
+  OptionLayer layer(streamed(80, 32), {{1000}, 16});
+  for (const std::int32_t position : {1000, -1}) {
+    layer.position(0) = position;
+    layer.upload();
+    layer.run(Call::layer, true);
+    const auto expected = layer.download("output"), cache = layer.download("kv");
+    for (const int count : {1, sms / 2, sms - 1}) {
+      SCOPED_TRACE(std::to_string(count) + " held");
+      layer.upload();
+      cudaStream_t stream = nullptr;
+      check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+      check(cudaDeviceSynchronize(), "writing tensors");
+      {
+        HeldSms held(count);
+        layer.run(Call::layer, true, stream);
+        check(cudaStreamSynchronize(stream), "running a layer");
+        EXPECT_TRUE(held.held()) << "the call waited for the SMs";
+      }
+      check(cudaStreamDestroy(stream), "giving back a stream");
+      EXPECT_TRUE(layer.download("output") == expected);
+      EXPECT_TRUE(layer.download("kv") == cache);
+    }
+  }
+}
+
 // NaN in all results of a row, no write, and the other rows do not notice.
 TEST_F(LayerOptions, RowsOutsideGiveNaNAndWriteNothing) {
   constexpr std::int32_t kMost = std::numeric_limits<std::int32_t>::max();
@@ -584,10 +678,35 @@ TEST_F(LayerOptions, RowsOutsideGiveNaNAndWriteNothing) {
       }
 }
 
+// The same of the one row of a streamed layer, where all results are that row's.
+TEST_F(LayerOptions, AStreamedRowOutsideGivesNaNAndWritesNothing) {
+  OptionLayer layer(streamed(80, 32), {{100}, 16});
+  const auto cache = layer.host("kv");
+  const auto good = layer.page(0, 3);
+  for (const auto& [position, page] : std::initializer_list<std::pair<int, int>>{
+           {-1, good}, {8 * 16, good}, {100, -1}, {100, 1 << 20}, {50, -7}, {47, -7}})
+    for (const Call call : {Call::layer, Call::parts}) {
+      SCOPED_TRACE("position " + std::to_string(position) + ", page " + std::to_string(page));
+      layer.position(0) = position;
+      layer.page(0, 3) = page;
+      layer.upload(0);
+      layer.run(call, true);
+      // A page behind the position is not looked at.
+      const bool is_inside = position == 47;
+      for (const char* name : {"output", "k_new", "v_new"})
+        EXPECT_EQ(all_nan(layer.download(name)), !is_inside) << name;
+      if (call == Call::parts) {
+        EXPECT_EQ(all_nan(layer.download("mlp_intermediate")), !is_inside);
+      }
+      EXPECT_EQ(layer.download("kv") == cache, !is_inside);
+    }
+}
+
 // Positions and tables are read when a graph runs.
 TEST_F(LayerOptions, OneGraphServesEveryPositionAndTable) {
-  for (const Kind& kind : {kSmall, llama(kSmall)}) {
-    OptionLayer layer(kind, {{100, 100, 100}, 16});
+  for (const auto& [kind, rows] : std::initializer_list<std::pair<Kind, std::int64_t>>{
+           {kSmall, 3}, {llama(kSmall), 3}, {llama(kSmall), 1}, {streamed(80, 32), 1}}) {
+    OptionLayer layer(kind, {std::vector<std::int64_t>(static_cast<std::size_t>(rows), 100), 16});
     cudaStream_t stream = nullptr;
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
     cudaGraph_t graph = nullptr;
@@ -598,9 +717,9 @@ TEST_F(LayerOptions, OneGraphServesEveryPositionAndTable) {
     check(cudaStreamEndCapture(stream, &graph), "ending a capture");
     check(cudaGraphInstantiate(&executable, graph, 0), "instantiating a graph");
     for (const std::int32_t position : {0, 15, 16, 64, 100}) {
-      for (std::int64_t row = 0; row < 3; ++row)
+      for (std::int64_t row = 0; row < rows; ++row)
         layer.position(row) = position - static_cast<std::int32_t>(row) % (position + 1);
-      std::swap(layer.page(0, 0), layer.page(2, 0));
+      std::swap(layer.page(0, 0), layer.page(rows - 1, rows == 1 ? 1 : 0));
       layer.upload();
       layer.run(Call::layer, true);
       layer.run(Call::parts, true);

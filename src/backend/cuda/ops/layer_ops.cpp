@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <compare>
 #include <map>
 #include <memory>
@@ -76,26 +77,31 @@ struct ShapeKey {
 // What depends on device and shape alone.
 struct LayerPlan {
   int sm_count = 0;
-  // The streaming kernel, in the device's primary context. Null for a shape that it does not take,
-  // which the plain kernels compute: then nothing below counts.
+  // The streaming kernels for caches in rows and in pages, in the device's primary context. Null
+  // for a shape that they do not take, which the plain kernels compute: then nothing below counts.
   CUfunction kernel = nullptr;
+  CUfunction paged_kernel = nullptr;
   plan::DecodePlan plan;
   DecodeParams stream;
 
   bool streams() const noexcept { return kernel != nullptr; }
 };
 
-// The streaming kernel for `config`, if there is one.
+// The streaming kernels for `config`, if there are any.
 void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, LayerPlan& result) {
   const plan::DeviceLimits limits = limits_of(properties);
   if (!plan::can_stream(config, limits)) return;
   result.plan = plan::make_decode_plan(config, limits);
-  const void* kernel = find_layer_kernel(config.dtype, fragments_needed(config, result.plan),
-                                         static_cast<int>(config.head_dim));
-  if (kernel == nullptr) return;
+  const int fragments = fragments_needed(config, result.plan);
+  const auto head_dim = static_cast<int>(config.head_dim);
+  if (find_layer_kernel(config.dtype, fragments, head_dim, false) == nullptr) return;
   result.stream = stream_params(config, result.plan, result.sm_count, /*packed_operands=*/false);
-  prepare_kernel(kernel, result.plan, properties);
-  check(cudaGetFuncBySymbol(&result.kernel, kernel), "looking for the layer kernel");
+  for (const bool in_pages : {false, true}) {
+    const void* kernel = find_layer_kernel(config.dtype, fragments, head_dim, in_pages);
+    prepare_kernel(kernel, result.plan, properties);
+    check(cudaGetFuncBySymbol(in_pages ? &result.paged_kernel : &result.kernel, kernel),
+          "looking for the layer kernel");
+  }
 }
 
 // A model of one such layer.
@@ -150,23 +156,35 @@ const LayerPlan& plan_for(const ShapeKey& key) {
   return *last_plan;
 }
 
-// A cache [max_positions, hidden] of which one head's columns of `box_rows` rows are copied at
-// once: all that its tensor map says.
+// A cache in rows or in pages, of which one head's share of `box_rows` positions is copied at once:
+// all that its tensor map says.
 struct CacheKey {
   void* cache = nullptr;
   DType dtype = DType::float16;
-  std::int64_t max_positions = 0, hidden = 0, head_dim = 0;
+  CacheLayout layout;
+  std::int64_t heads = 0, head_dim = 0;
   int box_rows = 0;
+  bool in_pages = false;
 
   bool operator==(const CacheKey&) const = default;
 };
 
 CUtensorMap make_cache_map(const CacheKey& key) {
-  const std::array sizes{static_cast<std::uint64_t>(key.hidden),
-                         static_cast<std::uint64_t>(key.max_positions)};
-  const std::array strides{static_cast<std::uint64_t>(key.hidden) * 2};
-  const std::array box{static_cast<std::uint32_t>(key.head_dim),
-                       static_cast<std::uint32_t>(key.box_rows)};
+  const auto size = [](std::int64_t count) { return static_cast<std::uint64_t>(count); };
+  const auto box_rows = static_cast<std::uint32_t>(key.box_rows);
+  const auto head_dim = static_cast<std::uint32_t>(key.head_dim);
+  const CacheLayout& layout = key.layout;
+  if (!key.in_pages) {
+    const std::array sizes{size(key.heads * key.head_dim), size(layout.page_size)};
+    const std::array strides{size(layout.position_stride * 2)};
+    const std::array box{head_dim, box_rows};
+    return make_box_map({key.dtype, key.cache, sizes, strides, box});
+  }
+  const std::array sizes{size(key.head_dim), size(key.heads), size(layout.page_size),
+                         size(layout.pages)};
+  const std::array strides{size(layout.head_stride * 2), size(layout.position_stride * 2),
+                           size(layout.page_stride * 2)};
+  const std::array<std::uint32_t, 4> box{head_dim, 1, box_rows, 1};
   return make_box_map({key.dtype, key.cache, sizes, strides, box});
 }
 
@@ -187,6 +205,18 @@ const CUtensorMap& cache_map(const CacheKey& key) {
   return slot.map;
 }
 
+void set_pages(LayerParams& params, const LayerWork& work) {
+  const CacheLayout& cache = work.cache;
+  const auto page_size = static_cast<std::int32_t>(cache.page_size);
+  params.pages = {.table = work.block_table,
+                  .count = static_cast<std::int32_t>(cache.pages),
+                  .size_log2 = std::countr_zero(static_cast<unsigned>(page_size)),
+                  .box_positions = std::min(page_size, params.stream.kv_block_positions),
+                  .page_stride = cache.page_stride,
+                  .position_stride = cache.position_stride,
+                  .head_stride = cache.head_stride};
+}
+
 void set_inputs(LayerParams& params, const LayerWork& work) {
   const LayerSpec& spec = work.spec;
   params.stream.activation = spec.activation;
@@ -198,14 +228,18 @@ void set_inputs(LayerParams& params, const LayerWork& work) {
   params.v_cache = work.v_cache;
   params.cosines = work.cos;
   params.sines = work.sin;
-  params.max_positions = static_cast<std::int32_t>(work.cache.page_size);
   params.position = static_cast<std::int32_t>(work.position);
   params.device_position = work.positions;
   params.attn_output = work.attn_output;
   params.mlp_intermediate = work.mlp_intermediate;
-  const int box_rows = params.stream.kv_block_positions;
-  CacheKey cache{work.k_cache,     work.dtype,    work.cache.page_size,
-                 spec.hidden_size, spec.head_dim, box_rows};
+  params.max_positions = static_cast<std::int32_t>(work.max_pages * work.cache.page_size);
+  const bool in_pages = work.block_table != nullptr;
+  if (in_pages) set_pages(params, work);
+  CacheKey cache{
+      work.k_cache,  work.dtype,
+      work.cache,    spec.num_heads,
+      spec.head_dim, in_pages ? params.pages.box_positions : params.stream.kv_block_positions,
+      in_pages};
   params.key_map = cache_map(cache);
   cache.cache = work.v_cache;
   params.value_map = cache_map(cache);
@@ -225,7 +259,18 @@ LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch,
   return params;
 }
 
-// Whether the streaming kernel computes such a layer, if its sizes let it.
+// Whether tensor maps tell where the keys and values of a cache in pages lie: at multiples of 16
+// bytes, and strides of less than 2^40 bytes.
+bool has_mapped_pages(const LayerWork& work) {
+  constexpr std::int64_t kMostElements = std::int64_t{1} << 39, kMostPages = std::int64_t{1} << 30;
+  const CacheLayout& cache = work.cache;
+  if (cache.pages > kMostPages || work.max_pages > kMostPages / cache.page_size) return false;
+  for (const std::int64_t stride : {cache.page_stride, cache.position_stride, cache.head_stride})
+    if (stride % 8 != 0 || stride <= 0 || stride >= kMostElements) return false;
+  return true;
+}
+
+// Whether the streaming kernels compute such a layer, if its sizes let them.
 bool may_stream(const LayerWork& work) {
   const LayerSpec& spec = work.spec;
   if (work.rows != 1) return false;
@@ -233,7 +278,7 @@ bool may_stream(const LayerWork& work) {
   return spec.norm == NormKind::layer_norm && !spec.gated_mlp && spec.parallel_residual &&
          !spec.qk_norm && spec.qkv_layout == QkvLayout::by_kv_head &&
          spec.kv_heads() == spec.num_heads && spec.attention_size() == spec.hidden_size &&
-         work.block_table == nullptr;
+         (work.block_table == nullptr || has_mapped_pages(work));
 }
 
 const LayerPlan& plan_for(const LayerWork& work, int device) {
@@ -250,7 +295,8 @@ const LayerPlan& plan_for(const LayerWork& work, int device) {
 }
 
 void launch(const LayerPlan& plan, const LayerParams& params, cudaStream_t stream) {
-  launch_layer(plan.kernel, params, plan.sm_count, plan.plan.shared_bytes, stream);
+  launch_layer(params.pages.table != nullptr ? plan.paged_kernel : plan.kernel, params,
+               plan.sm_count, plan.plan.shared_bytes, stream);
 }
 
 void run_plainly(const LayerPlan& plan, const LayerWork& work, const LayerStream& where) {
