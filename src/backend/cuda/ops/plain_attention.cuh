@@ -200,6 +200,26 @@ __device__ __forceinline__ float column_sum(const float* matrix, int rows, int w
   return sum;
 }
 
+// What a block has of its split, for combine_splits().
+template <int kCount>
+__device__ __forceinline__ void store_split(const PlainParams& p, int split,
+                                            const ValueColumns<kCount>& columns,
+                                            const float (&output)[kCount],
+                                            const RunningSoftmax& softmax, float* gathered) {
+  // [groups, columns of the slab]
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) gathered[threadIdx.x * kCount + k] = output[k];
+  __syncthreads();
+  const std::int64_t partial = static_cast<std::int64_t>(blockIdx.x) * p.splits + split;
+  const int width = columns.vectors * kCount;
+  float* outputs = p.scratch + p.layout.outputs + partial * p.shape.head_dim + columns.first;
+  for (int i = static_cast<int>(threadIdx.x); i < width; i += kPlainThreads)
+    outputs[i] = column_sum(gathered, columns.groups, width, i);
+  if (threadIdx.x != 0 || blockIdx.z != 0) return;
+  p.scratch[p.layout.maxima + partial] = softmax.maximum;
+  p.scratch[p.layout.sums + partial] = softmax.sum;
+}
+
 // A split of a head of one row: block (row and head, split, slab of the head's values).
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kPlainThreads)
@@ -256,18 +276,7 @@ __global__ void __launch_bounds__(kPlainThreads)
     offsets = next;
     __syncthreads();
   }
-  // [groups, columns of the slab]
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) gathered[threadIdx.x * kCount + k] = output[k];
-  __syncthreads();
-  const std::int64_t partial = static_cast<std::int64_t>(blockIdx.x) * p.splits + split;
-  const int width = columns.vectors * kCount;
-  float* outputs = p.scratch + p.layout.outputs + partial * head_dim + columns.first;
-  for (int i = static_cast<int>(threadIdx.x); i < width; i += kPlainThreads)
-    outputs[i] = column_sum(gathered, columns.groups, width, i);
-  if (threadIdx.x != 0 || blockIdx.z != 0) return;
-  p.scratch[p.layout.maxima + partial] = softmax.maximum;
-  p.scratch[p.layout.sums + partial] = softmax.sum;
+  store_split(p, split, columns, output, softmax, gathered);
 }
 
 // A thread an element of all heads of one row. NaN for a row without a position: so is then all
