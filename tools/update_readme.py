@@ -318,6 +318,7 @@ def layer_calls(text: str) -> str:
     tables = [
         layer_tables.layer_calls_table(load("layer_calls_h100.json")),
         layer_tables.layer_calls_table(load("layer_calls_plain_h100.json")),
+        layer_tables.layer_options_table(load("layer_options_h200.json")),
         layer_tables.ablation_tables(load("ablation_h100.json")),
     ]
     text = with_tables(text, "measured", tables, "## Measured\n")
