@@ -71,13 +71,12 @@ std::unique_ptr<Backend> backend_of(const Arguments& arguments,
 
 Json measure_theory_of(const Arguments& arguments) {
   const std::shared_ptr<const Model> model = model_of(arguments);
-  Json theory = benchmark::measure_theory(
-      model, [&] { return backend_of(arguments, model); },
-      {.tokens = arguments.tokens,
-       .rounds = arguments.rounds,
-       .shares = arguments.shares,
-       .proposals = arguments.proposals,
-       .now = clock_of(arguments)});
+  Json theory = benchmark::measure_theory(model, [&] { return backend_of(arguments, model); },
+                                          {.tokens = arguments.tokens,
+                                           .rounds = arguments.rounds,
+                                           .shares = arguments.shares,
+                                           .proposals = arguments.proposals,
+                                           .now = clock_of(arguments)});
   theory["model"] = arguments.model.empty() ? "random pythia-160m" : arguments.model;
   return theory;
 }

@@ -109,23 +109,24 @@ class SequenceTimer {
 
 Json measure_costs(const Arguments& arguments) {
   const int rounds = arguments.settings.rounds;
-  const auto timer_of = [&](const std::string& shape, DecodeMode mode) {
-    return SequenceTimer(backend_of(random_model(shape), mode), arguments.context, rounds);
+  const auto timer_of = [&](const std::shared_ptr<const Model>& model, DecodeMode mode) {
+    return SequenceTimer(backend_of(model, mode), arguments.context, rounds);
   };
+  const std::shared_ptr<const Model> target = random_model(arguments.costs);
   constexpr int kBurst = 16;
   Json costs = {{"model", arguments.costs},
                 {"draft_model", arguments.draft_shape},
                 {"context", arguments.context},
                 {"rounds", rounds}};
   {
-    SequenceTimer timer = timer_of(arguments.costs, DecodeMode::throughput);
+    SequenceTimer timer = timer_of(target, DecodeMode::throughput);
     costs["plain_seconds"] = timer.decode_seconds(kBurst) / kBurst;
     for (const int rows : arguments.rows)
       costs["step_seconds"].push_back({{"rows", rows}, {"seconds", timer.verify_seconds(rows)}});
   }
   costs["plain_seconds_latency"] =
-      timer_of(arguments.costs, DecodeMode::latency).decode_seconds(kBurst) / kBurst;
-  SequenceTimer draft = timer_of(arguments.draft_shape, DecodeMode::throughput);
+      timer_of(target, DecodeMode::latency).decode_seconds(kBurst) / kBurst;
+  SequenceTimer draft = timer_of(random_model(arguments.draft_shape), DecodeMode::throughput);
   for (int tokens = 1; tokens <= kBurst; ++tokens)
     costs["draft_seconds"].push_back(
         {{"tokens", tokens}, {"seconds", draft.decode_seconds(tokens)}});
@@ -135,11 +136,11 @@ Json measure_costs(const Arguments& arguments) {
 Json measure(Arguments arguments) {
   arguments.settings.now = seconds_now;
   arguments.settings.warm_up_seconds = 2;
-  Json figures;
+  const auto smallest = backend_of(random_model("pythia-14m"), DecodeMode::throughput);
+  Json figures = {{"device", smallest->info().device}};
   if (!arguments.theory.empty()) {
     const std::shared_ptr<const Model> model = random_model(arguments.theory);
     const auto make = [&] { return backend_of(model, DecodeMode::throughput); };
-    figures["device"] = make()->info().device;
     figures["theory"] = measure_theory(model, make, arguments.settings);
     figures["theory"]["model"] = arguments.theory;
   }

@@ -26,19 +26,19 @@ LimitedEngine open_engine(const AcceptanceSettings& settings, const std::string&
   options.draft = draft;
   const std::shared_ptr<const Model> model = Model::open(settings.model);
   const std::shared_ptr<const Tokenizer> tokenizer = Tokenizer::open(settings.model);
-  auto limited = std::make_unique<LimitedDraft>(
-      open_draft(options, settings.device, *model, tokenizer.get()));
+  auto limited =
+      std::make_unique<LimitedDraft>(open_draft(options, settings.device, *model, tokenizer.get()));
   LimitedEngine opened{nullptr, limited.get()};
   BackendOptions backend_options;
   backend_options.threads = options.threads;
   backend_options.mode = options.mode;
   DeviceChoice choice{settings.device, {}};
-  opened.engine = make_engine(
-      model, tokenizer, make_backend(settings.device, choice, model, backend_options),
-      "a benchmark", {},
-      {.draft = std::move(limited),
-       .draft_tokens = std::ranges::max(settings.proposals),
-       .draft_adapts = false});
+  opened.engine =
+      make_engine(model, tokenizer, make_backend(settings.device, choice, model, backend_options),
+                  "a benchmark", {},
+                  {.draft = std::move(limited),
+                   .draft_tokens = std::ranges::max(settings.proposals),
+                   .draft_adapts = false});
   return opened;
 }
 
@@ -107,7 +107,8 @@ Json measure_acceptance(const AcceptanceSettings& settings) {
                           {"accepted", counts.accepted}});
         }
         auto& texts = expected[temperature];
-        if (texts.empty()) texts = std::move(results);
+        if (texts.empty())
+          texts = std::move(results);
         else
           for (std::size_t i = 0; i < texts.size(); ++i)
             require(results[i].tokens == texts[i].tokens, ErrorKind::internal,

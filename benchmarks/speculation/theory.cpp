@@ -116,8 +116,8 @@ struct Bench {
 };
 
 struct Samples {
-  std::vector<double> plain;                                 // seconds a token
-  std::map<int, std::vector<double>> step;                   // seconds, by rows
+  std::vector<double> plain;                                      // seconds a token
+  std::map<int, std::vector<double>> step;                        // seconds, by rows
   std::map<std::pair<double, int>, std::vector<TextTime>> texts;  // by share and k
 };
 

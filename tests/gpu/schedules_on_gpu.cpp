@@ -20,12 +20,10 @@ ModelConfig streamed_config() {
   return config;
 }
 
-// Before the first test; without a GPU all are skipped.
-class SchedulesOnGpu : public testing::Environment {
+class SchedulesOnGpu : public testing::EmptyTestEventListener {
  public:
-  void SetUp() override {
-    if (const std::string reason = cuda_unavailable_reason(); !reason.empty())
-      GTEST_SKIP() << reason;
+  void OnTestProgramStart(const testing::UnitTest&) override {
+    if (!reason_.empty()) return;
     schedule_device() = {
         .make_backend =
             [](std::shared_ptr<const Model> model, BackendOptions options) {
@@ -36,10 +34,19 @@ class SchedulesOnGpu : public testing::Environment {
         .knows_llama = false,
     };
   }
-};
+  void OnTestStart(const testing::TestInfo&) override {
+    if (!reason_.empty()) GTEST_SKIP() << reason_;
+  }
 
-const testing::Environment* const kEnvironment =
-    testing::AddGlobalTestEnvironment(new SchedulesOnGpu);
+ private:
+  const std::string reason_ = cuda_unavailable_reason();
+};
 
 }  // namespace
 }  // namespace clusterfusion::test
+
+int main(int argc, char** argv) {
+  testing::InitGoogleTest(&argc, argv);
+  testing::UnitTest::GetInstance()->listeners().Append(new clusterfusion::test::SchedulesOnGpu);
+  return RUN_ALL_TESTS();
+}
