@@ -145,11 +145,7 @@ std::string unstreamed_because(const LayerSpec& spec) {
   return "";
 }
 
-std::string uncomputed_because(const LayerSpec& spec, Untried untried) {
-  const bool refuses = untried == Untried::refuse;
-  if (refuses && spec.qkv_layout == QkvLayout::separate)
-    return "separate matrices of queries, keys and values";
-  if (refuses && spec.qk_norm) return "norms of queries and keys";
+std::string uncomputed_because(const LayerSpec& spec) {
   // Rows of activations and weights begin at multiples of 16 bytes.
   if (spec.hidden_size % 8 != 0) return "a hidden size that is no multiple of 8";
   if (spec.intermediate_size % 8 != 0) return "an MLP whose size is no multiple of 8";

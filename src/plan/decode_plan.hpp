@@ -91,13 +91,9 @@ struct KvPlan {
 // Empty if there is nothing. Such models are decoded layer by layer.
 std::string unstreamed_because(const LayerSpec& spec);
 
-// What to do with layers whose kernels are written, but have not run on a GPU yet. Tests compute
-// them.
-enum class Untried { refuse, compute };
-
 // What a layer has that nothing computes on a GPU, neither the streaming kernels nor prefill. Empty
 // if there is nothing.
-std::string uncomputed_because(const LayerSpec& spec, Untried untried = Untried::refuse);
+std::string uncomputed_because(const LayerSpec& spec);
 
 // What streams through the ring.
 enum class Stream : std::int32_t { qkv, mlp_up, attention, mlp_down, attention_out, lm_head, none };

@@ -65,9 +65,9 @@ TEST_F(FamilyTest, EveryKindOfLayer) {
 
 // Llama and its relatives: refused before anything is copied, so that device "auto" takes the CPU.
 TEST_F(FamilyTest, RefusesWhatNothingHereComputes) {
-  ModelConfig config = small_llama_config();
-  for (const bool is_separate : {true, false}) {
-    config.qkv_layout = is_separate ? QkvLayout::separate : QkvLayout::by_kv_head;
+  for (const bool is_hidden : {true, false}) {
+    ModelConfig config = small_llama_config();
+    (is_hidden ? config.hidden_size : config.intermediate_size) = 92;
     try {
       make_cuda_backend(make_random_model(config), {});
       FAIL() << "no error";
@@ -76,7 +76,7 @@ TEST_F(FamilyTest, RefusesWhatNothingHereComputes) {
       EXPECT_THAT(error.what(),
                   ::testing::AllOf(
                       ::testing::HasSubstr("qwen3 do not run on a GPU yet"),
-                      ::testing::HasSubstr(is_separate ? "separate matrices" : "norms of queries"),
+                      ::testing::HasSubstr(is_hidden ? "a hidden size that" : "an MLP whose size"),
                       ::testing::HasSubstr("use device \"cpu\"")));
     }
   }

@@ -74,7 +74,7 @@ double tolerance(const ModelConfig& config) {
 
 std::unique_ptr<Backend> on_gpu(const std::shared_ptr<const Model>& model,
                                 const BackendOptions& options = {}) {
-  return make_cuda_backend(model, options, plan::Untried::compute);
+  return make_cuda_backend(model, options);
 }
 
 void expect_float64(const ModelConfig& config, int count) {
