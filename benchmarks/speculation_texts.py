@@ -48,6 +48,11 @@ class Times:
     last: clusterfusion.Generation | None = None
 
 
+def label(draft: str) -> str:
+    """A draft for readers: a folder without those above it."""
+    return Path(draft).name if "/" in draft else draft
+
+
 def open_engines(options: argparse.Namespace) -> dict[str, clusterfusion.Engine]:
     """One for each draft, by its name."""
     common: dict[str, Any] = {"device": options.device, "prefix_cache": False}
@@ -97,7 +102,7 @@ def row_of(kind: str, temperature: float, name: str, prompts: list[dict[str, Tim
     return {
         "kind": kind,
         "temperature": temperature,
-        "draft": name,
+        "draft": label(name),
         "texts": len(prompts),
         "token_seconds": statistics.median(
             statistics.median(times[name].token) for times in prompts
@@ -202,7 +207,7 @@ def main() -> None:
         "what": "time a token with and without drafts; see benchmarks/speculation_texts.py",
         "about": options.about,
         "device": engines[NONE].info.device_description,
-        "target": Path(options.target).name,
+        "target": label(options.target),
         "tokens": options.tokens,
         "rounds": options.rounds,
         "texts": list(measure(engines, options)),
@@ -211,6 +216,8 @@ def main() -> None:
         result["pair"] = json.loads(options.pair.read_text(encoding="utf-8"))
     if options.measured:
         measured = json.loads(options.measured.read_text(encoding="utf-8"))
+        for row in measured.get("acceptance", {}).get("rows", []):
+            row["draft"] = label(row["draft"])
         result |= measured
         if "costs" in measured and "acceptance" in measured:
             result["computed"] = {

@@ -45,16 +45,6 @@ def theory_table(result: Result | None) -> str:
     )
 
 
-def drafts_of(rows: list[dict]) -> list[str]:
-    """Their names, but for none's, in the order of the rows."""
-    return [name for name in dict.fromkeys(row["draft"] for row in rows) if name != "none"]
-
-
-def draft_label(name: str) -> str:
-    """A name for readers: a checkpoint's folder without the folders above it."""
-    return name if name.startswith("none") else name.rstrip("/").rsplit("/", 1)[-1]
-
-
 def temperature_label(temperature: float) -> str:
     """How a text was drawn."""
     return "greedy" if temperature == 0 else f"{temperature:g}"
@@ -73,7 +63,7 @@ def texts_table(result: Result | None) -> str:
         lines.append(
             [
                 row["kind"],
-                draft_label(row["draft"]),
+                row["draft"],
                 temperature_label(row["temperature"]),
                 f"{gained['median']:.2f} ({gained['low']:.2f} to {gained['high']:.2f})",
                 f"{100 * row['acceptance']:.0f} % of {row['proposed']}" if has_proposed else "",
@@ -98,7 +88,7 @@ def computed_table(result: Result | None) -> str:
         lines.append(
             [
                 row["kind"],
-                draft_label(row["draft"]),
+                row["draft"],
                 temperature_label(row["temperature"]),
                 str(row["proposals"]),
                 f"{row['tokens_a_step']:.2f}",

@@ -3,6 +3,8 @@
 //
 // theory  The time of a token with a draft that knows the text (speculation/theory.hpp).
 // texts   Prompts of a file, without a draft and with drafts, in turns.
+// acceptance  With --acceptance: how many tokens a step gives on these prompts with always as many
+//             proposals (speculation/acceptance.hpp).
 // ngram   The host's time of one step of the n-gram draft at the end of long texts.
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -37,6 +39,7 @@ struct Arguments {
   std::vector<double> shares = {0.5, 0.7, 0.9};
   std::vector<int> proposals = {1, 3, 7};
   std::vector<std::string> drafts = {"ngram"};
+  bool acceptance = false;
 };
 
 std::function<double()> clock_of(const Arguments& arguments) {
@@ -171,12 +174,22 @@ Json measure_ngram(const Arguments& arguments) {
   return rows;
 }
 
+Json measure_acceptance_of(const Arguments& arguments) {
+  benchmark::AcceptanceSettings settings{.model = arguments.model,
+                                         .drafts = arguments.drafts,
+                                         .prompts = benchmark::read_prompts(arguments.prompts),
+                                         .tokens = arguments.tokens};
+  settings.options.threads = arguments.threads;
+  return benchmark::measure_acceptance(settings);
+}
+
 Json measure(const Arguments& arguments) {
   const auto model = test::make_random_model(test::small_config());
   Json figures = {{"device", backend_of(arguments, model)->info().device},
                   {"ngram", measure_ngram(arguments)},
                   {"theory", measure_theory_of(arguments)}};
   if (!arguments.prompts.empty()) figures["texts"] = measure_texts(arguments);
+  if (arguments.acceptance) figures["acceptance"] = measure_acceptance_of(arguments);
   return figures;
 }
 
@@ -191,6 +204,7 @@ int main(int argc, char** argv) {
   app.add_option("--prompts", arguments.prompts,
                  "JSON list of {\"kind\", \"prompt\"}, for a model with a tokenizer");
   app.add_option("--drafts", arguments.drafts, "for the prompts")->delimiter(',');
+  app.add_flag("--acceptance", arguments.acceptance, "of the prompts, with always as many");
   app.add_option("--threads", arguments.threads, "0: one for each usable core")
       ->capture_default_str();
   app.add_option("--rounds", arguments.rounds)->check(CLI::PositiveNumber);

@@ -12,7 +12,7 @@ bin=$1 data=$2 out=$3 seconds=${4:-65}
 here=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 pair=$(mktemp -d)
-demo=$here/../models/demo
+demo=$(cd "$here/../models/demo" && pwd)
 began=$SECONDS
 stage() { echo "== $((SECONDS - began)) s: $1" >&2; }
 # By hand where there is no repository.

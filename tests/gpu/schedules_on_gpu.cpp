@@ -20,6 +20,18 @@ ModelConfig streamed_config() {
   return config;
 }
 
+// Sizes that a GPU computes, though no kernel streams them.
+ModelConfig llama_config() {
+  ModelConfig config = small_llama_config();
+  config.hidden_size = 96;
+  config.num_heads = 6;
+  config.num_kv_heads = 2;
+  config.head_dim = config.rotary_dim = 32;
+  config.intermediate_size = 256;
+  config.dtype = DType::float16;
+  return config;
+}
+
 class SchedulesOnGpu : public testing::EmptyTestEventListener {
  public:
   void OnTestProgramStart(const testing::UnitTest&) override {
@@ -31,7 +43,7 @@ class SchedulesOnGpu : public testing::EmptyTestEventListener {
               return make_cuda_backend(std::move(model), options);
             },
         .model = streamed_config(),
-        .knows_llama = false,
+        .llama = llama_config(),
     };
   }
   void OnTestStart(const testing::TestInfo&) override {

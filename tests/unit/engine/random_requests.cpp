@@ -34,7 +34,7 @@ std::shared_ptr<const Model> schedule_model() {
 }
 
 std::shared_ptr<const Model> schedule_llama() {
-  static const std::shared_ptr<const Model> model = model_for_schedules(small_llama_config());
+  static const std::shared_ptr<const Model> model = model_for_schedules(schedule_device().llama);
   return model;
 }
 

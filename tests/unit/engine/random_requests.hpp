@@ -28,8 +28,9 @@ class Random {
 struct ScheduleDevice {
   std::function<std::unique_ptr<Backend>(std::shared_ptr<const Model>, const BackendOptions&)>
       make_backend = make_cpu_backend;
-  ModelConfig model = small_config();  // the shape, but for vocabulary, layers and context
-  bool knows_llama = true;
+  // Shapes, but for vocabulary, layers and context.
+  ModelConfig model = small_config();
+  ModelConfig llama = small_llama_config();
 };
 ScheduleDevice& schedule_device();
 

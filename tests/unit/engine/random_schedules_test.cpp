@@ -68,7 +68,6 @@ TEST(RandomSchedules, EachTextIsTheOneAlone) {
 }
 
 TEST(RandomSchedules, EachTextOfTheLlamaLayoutIsTheOneAlone) {
-  if (!schedule_device().knows_llama) GTEST_SKIP() << "the device does not compute this layout";
   expect_texts_alone(schedule_llama(), number_of("CLUSTERFUSION_FIRST_SCHEDULE", 0),
                      number_of("CLUSTERFUSION_SCHEDULES", 200) / 4);
 }
