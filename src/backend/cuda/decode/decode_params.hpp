@@ -16,7 +16,7 @@ inline constexpr std::int32_t kMaxChunkSlots = 240;
 
 // A MatrixPlan, with what every lane would otherwise compute again.
 struct StreamedMatrix {
-  std::int32_t rows;
+  std::int32_t rows, columns;
   std::int32_t rows_per_chunk;
   std::int32_t chunks;
   std::int32_t unit_rows;

@@ -20,6 +20,7 @@ StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, int packe
   if (packed_fragments > 0) plan = plan::with_packed_operands(plan, packed_fragments);
   StreamedMatrix matrix;
   matrix.rows = static_cast<std::int32_t>(plan.rows);
+  matrix.columns = static_cast<std::int32_t>(plan.columns);
   matrix.rows_per_chunk = plan.rows_per_chunk;
   matrix.chunks = plan.chunks;
   matrix.unit_rows = plan.unit_rows;
@@ -35,7 +36,8 @@ StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, int packe
   matrix.segment_columns = static_cast<std::int32_t>(plan.segment_columns());
   matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
   matrix.iterations = plan.iterations;
-  matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0;
+  matrix.swaps =
+      plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0 && !plan.is_ragged();
   matrix.mapping = plan.mapping;
   matrix.max_slots = std::min(kMaxChunkSlots, sum_slots / plan.sums_per_chunk());
   const auto rows = static_cast<std::uint32_t>(plan.rows_per_chunk);
