@@ -142,6 +142,7 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
     return cut_or_fail(name, rows, columns, {target, even, by_four, takes_ragged(config)});
   };
   DecodePlan plan;
+  plan.kind = layer_kind(config);
   plan.qkv = cut_matrix("the QKV matrix", config.qkv_size(), hidden);
   plan.attention_out = cut_matrix("the attention output matrix", hidden, config.attention_size());
   plan.mlp_up = cut_matrix("the first MLP matrix", mlp_up_rows(config), hidden, config.gated_mlp);

@@ -192,6 +192,13 @@ struct DecodePlan {
   std::int32_t stages = 0;
   std::int32_t sum_slots = 0;     // float32 partial sums that fit beside the ring
   std::int64_t shared_bytes = 0;  // of the whole block
+  LayerKind kind = LayerKind::plain;
+
+  // Whether chunks of layers of any kind are so large that results wait too long behind two of
+  // them. (Plain layers wait for results half as often.)
+  bool chunks_are_large() const noexcept {
+    return kind == LayerKind::any && data_bytes > 28 * 1024;
+  }
 };
 
 // Errors: unsupported if the model's shape cannot be streamed by this kernel (names the number that

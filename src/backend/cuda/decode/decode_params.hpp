@@ -16,7 +16,7 @@ inline constexpr std::int32_t kMaxChunkSlots = 240;
 
 // A MatrixPlan, with what every lane would otherwise compute again.
 struct StreamedMatrix {
-  std::int32_t rows, columns;
+  std::int32_t rows;
   std::int32_t rows_per_chunk;
   std::int32_t chunks;
   std::int32_t unit_rows;
@@ -35,6 +35,7 @@ struct StreamedMatrix {
   plan::MmaMapping mapping;
   std::int32_t max_slots;         // chunks whose sums fit
   std::uint32_t rows_reciprocal;  // 2^32 / rows_per_chunk, rounded up
+  std::int32_t columns;
 
   // The chunk, of some that follow each other, that row `row` of them lies in: row /
   // rows_per_chunk without a division. Exact for rows below 2^16.
