@@ -1,5 +1,5 @@
-// The producer of the streaming decode kernel: one thread of each block that copies into the ring
-// what the work scheduler has announced.
+// The producer of the streaming decode kernel: one thread of each block, or a warp (sync/ring.cuh),
+// that copies into the ring what the work scheduler has announced.
 #pragma once
 
 #include "backend/cuda/decode/shared.cuh"
@@ -17,7 +17,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
     if (id == kRingEnd) return;
     if (static_cast<Stream>(stream_of(id)) != Stream::attention) {
       ring.copy(task.order, [&](std::uint32_t barrier) {
-        bulk_copy_to_shared(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
+        copy_to_stage(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
       });
       continue;
     }

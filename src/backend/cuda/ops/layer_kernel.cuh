@@ -38,8 +38,29 @@ struct RowCache {
   __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
     const int column = static_cast<int>(task.order.source);
     const int row = static_cast<int>(task.order.source >> 32);
-    tensor_copy_to_shared(task.target, p.key_map, column, row, barrier);
-    tensor_copy_to_shared(task.target + task.order.bytes / 2, p.value_map, column, row, barrier);
+    const std::uint32_t values = task.target + task.order.bytes / 2;
+    if constexpr (kBulkCopies) {
+      tensor_copy_to_shared(task.target, p.key_map, column, row, barrier);
+      tensor_copy_to_shared(values, p.value_map, column, row, barrier);
+    } else {
+      copy_box(task.target, p.k_cache, column, row);
+      copy_box(values, p.v_cache, column, row);
+    }
+  }
+  // What a box of the maps is, by all who produce: one head's columns of kv_block_positions rows,
+  // zeros behind the cache's last.
+  __device__ __forceinline__ void copy_box(std::uint32_t target, const void* cache, int column,
+                                           int first_row) const {
+    const int row_units = p.stream.head_dim / 8;  // of 16 bytes
+    const int units = p.stream.kv_block_positions * row_units;
+    const std::int64_t row_bytes = std::int64_t{p.stream.hidden_size} * 2;
+    const char* source = static_cast<const char*>(cache) + column * 2;
+    for (int unit = static_cast<int>(threadIdx.x) % kProducerLanes; unit < units;
+         unit += kProducerLanes) {
+      const int row = first_row + unit / row_units;
+      copy_16_or_zero(target + unit * 16, source + row * row_bytes + unit % row_units * 16,
+                      row < p.max_positions);
+    }
   }
 
   __device__ __forceinline__ float2 angle(int, int dim) const {
@@ -421,7 +442,8 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   if (threadIdx.x == 0) init_shared(params.stream, shared);
   if (threadIdx.x == 32) init_sources(params.stream, control);
   if (threadIdx.x == 64) start_block(params, control);
-  if (threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
+  // Without dependent launches there is no time before the first copies.
+  if (kBulkCopies && threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
   __syncthreads();
   const RowCache cache{params, control};
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -436,7 +458,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (elect_one()) produce(params.stream, cache, control);
+      if (is_producer()) produce(params.stream, cache, control);
       break;
     case 1:
       // Where only the second half runs, no block waits for another.

@@ -14,6 +14,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/driver_function.hpp"
 #include "backend/cuda/ops/layer_kernel.hpp"
 #include "backend/cuda/ops/layer_scratch.hpp"
@@ -78,6 +79,7 @@ struct LayerPlan {
   // The streaming kernel, in the device's primary context. Null for a shape that it does not take,
   // which the plain kernels compute: then nothing below counts.
   CUfunction kernel = nullptr;
+  bool by_maps = false;  // it copies caches by tensor maps
   plan::DecodePlan plan;
   DecodeParams stream;
 
@@ -95,17 +97,15 @@ void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, La
   result.stream = stream_params(config, result.plan, result.sm_count, /*packed_operands=*/false);
   prepare_kernel(kernel, result.plan, properties);
   check(cudaGetFuncBySymbol(&result.kernel, kernel), "looking for the layer kernel");
+  result.by_maps = has_bulk_copies(properties);
 }
 
 std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
   const RelaxedCapture relaxed;  // the first look at a kernel loads it
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, key.device), "asking for the device's properties");
-  require(
-      has_kernels_for(properties), ErrorKind::unsupported,
-      "the tensors are on {} (cuda:{}) with compute capability {}.{}; the layer calls run on 9.0 "
-      "(Hopper) and 12.0 (Blackwell), or on the CPU: move the tensors",
-      properties.name, key.device, properties.major, properties.minor);
+  const std::string reason = no_code_because(key.device);
+  require(reason.empty(), ErrorKind::unsupported,
+          "the tensors are on cuda:{}, and {}, or move the tensors to the CPU", key.device, reason);
+  const cudaDeviceProp properties = device_properties(key.device);
   ModelConfig config;
   config.dtype = key.dtype;
   config.num_layers = 1;
@@ -181,8 +181,18 @@ const CUtensorMap& cache_map(const CacheKey& key) {
   return slot.map;
 }
 
-void set_inputs(LayerParams& params, const LayerTask& task) {
+// The caches' maps, for kernels that copy by them.
+void set_maps(LayerParams& params, const LayerTask& task) {
   const LayerShape& shape = task.shape;
+  const int box_rows = params.stream.kv_block_positions;
+  CacheKey cache{task.k_cache,      shape.dtype,    shape.max_positions,
+                 shape.hidden_size, shape.head_dim, box_rows};
+  params.key_map = cache_map(cache);
+  cache.cache = task.v_cache;
+  params.value_map = cache_map(cache);
+}
+
+void set_inputs(LayerParams& params, const LayerTask& task) {
   params.stream.activation = task.activation;
   params.stream.layer_norm_eps = task.layer_norm_eps;
   params.attention_and_up = true;
@@ -192,17 +202,11 @@ void set_inputs(LayerParams& params, const LayerTask& task) {
   params.v_cache = task.v_cache;
   params.cosines = task.cos;
   params.sines = task.sin;
-  params.max_positions = static_cast<std::int32_t>(shape.max_positions);
+  params.max_positions = static_cast<std::int32_t>(task.shape.max_positions);
   params.position = static_cast<std::int32_t>(task.position);
   params.device_position = task.device_position;
   params.attn_output = task.attn_output;
   params.mlp_intermediate = task.mlp_intermediate;
-  const int box_rows = params.stream.kv_block_positions;
-  CacheKey cache{task.k_cache,      shape.dtype,    shape.max_positions,
-                 shape.hidden_size, shape.head_dim, box_rows};
-  params.key_map = cache_map(cache);
-  cache.cache = task.v_cache;
-  params.value_map = cache_map(cache);
 }
 
 LayerParams params_for(const LayerPlan& plan, const LayerScratchView& scratch,
@@ -266,6 +270,7 @@ void run_attention(const LayerPlan& plan, const LayerScratchView& scratch, const
                    cudaStream_t stream) {
   LayerParams params = params_for(plan, scratch, task);
   set_inputs(params, task);
+  if (plan.by_maps) set_maps(params, task);
   params.down = task.part == plan::Part::whole;
   params.output = task.output;
   launch(plan, params, stream);

@@ -1,0 +1,89 @@
+#include "backend/cuda/device_properties.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <string_view>
+
+#include "backend/cuda/check.hpp"
+#include "base/fail.hpp"
+#include "plan/compute_capability.hpp"
+
+namespace clusterfusion::cuda {
+namespace {
+
+cudaDeviceProp properties_as_they_are(int device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "asking for the device's properties");
+  return properties;
+}
+
+#ifdef CLUSTERFUSION_ASYNC_COPIES
+
+// Of a block on 8.0, at most.
+constexpr int kAmpereKib = 163;
+
+int shared_kib() {
+  constexpr int kLeast = 16, kMost = 227;
+  const char* const text = std::getenv("CLUSTERFUSION_SHARED_KIB");
+  if (text == nullptr) return kAmpereKib;
+  char* end = nullptr;
+  const long number = std::strtol(text, &end, 10);
+  require(end != text && *end == '\0' && number >= kLeast && number <= kMost,
+          ErrorKind::invalid_argument,
+          "CLUSTERFUSION_SHARED_KIB: expected a number from {} to {}, found \"{}\"", kLeast, kMost,
+          text);
+  return static_cast<int>(number);
+}
+
+void make_older(cudaDeviceProp& properties) {
+  properties.major = 8;
+  properties.minor = 0;
+  const auto most = static_cast<std::size_t>(shared_kib()) * 1024;
+  properties.sharedMemPerBlockOptin = std::min(properties.sharedMemPerBlockOptin, most);
+}
+
+#else
+
+void make_older(cudaDeviceProp&) {}
+
+#endif
+
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "asking for the current device");
+  return device;
+}
+
+}  // namespace
+
+cudaDeviceProp device_properties(int device) {
+  cudaDeviceProp properties = properties_as_they_are(device);
+  make_older(properties);
+  return properties;
+}
+
+cudaDeviceProp device_properties() { return device_properties(current_device()); }
+
+bool has_bulk_copies() {
+  // A thread asks for the same device again and again.
+  thread_local int last_device = -1;
+  thread_local bool last = false;
+  const int device = current_device();
+  if (device != last_device) {
+    last = has_bulk_copies(device_properties(device));
+    last_device = device;
+  }
+  return last;
+}
+
+std::string no_code_because(int device) {
+  const cudaDeviceProp properties = properties_as_they_are(device);
+  const std::string reason =
+      plan::no_code_because(CLUSTERFUSION_CUDA_ARCHITECTURES, {properties.major, properties.minor});
+  return reason.empty() ? reason : fmt::format("{} {}", properties.name, reason);
+}
+
+}  // namespace clusterfusion::cuda
