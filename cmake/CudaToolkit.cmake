@@ -94,9 +94,12 @@ if(CLUSTERFUSION_WITH_CUDA)
   else()
     cf_check_cuda_architectures($ENV{CUDAARCHS})
   endif()
-  if(NOT CLUSTERFUSION_CUDA_COPY MATCHES "^(architecture|async)$")
+  if(NOT CLUSTERFUSION_CUDA_COPY MATCHES "^(architecture|async|bulk)$")
     message(FATAL_ERROR "CLUSTERFUSION_CUDA_COPY is \"${CLUSTERFUSION_CUDA_COPY}\"; expected \
-architecture (bulk copies where the GPU has them) or async (cp.async, as before Hopper)")
+architecture, or for tests on Hopper async (as compute capability 8.0) or bulk (as 12.0)")
+  elseif(CLUSTERFUSION_CUDA_COPY STREQUAL "bulk" AND "${CMAKE_CUDA_ARCHITECTURES}" MATCHES "(^|;)8")
+    message(FATAL_ERROR "CLUSTERFUSION_CUDA_COPY=bulk: CMAKE_CUDA_ARCHITECTURES is \
+\"${CMAKE_CUDA_ARCHITECTURES}\", and only 9.0 and later have bulk copies")
   endif()
   enable_language(CUDA)
   # Debian 12's CMake sets a property of this target, and CUDA 13 has no such library.

@@ -20,15 +20,17 @@ cudaDeviceProp properties_as_they_are(int device) {
   return properties;
 }
 
-#ifdef CLUSTERFUSION_ASYNC_COPIES
+#ifdef CLUSTERFUSION_AS_CHIP
 
-// Of a block on 8.0, at most.
-constexpr int kAmpereKib = 163;
+constexpr bool kAsAmpere = CLUSTERFUSION_AS_CHIP < 900;
+// Of a block, at most: "Technical Specifications per Compute Capability" of the CUDA C++
+// Programming Guide.
+constexpr int kSharedKib = kAsAmpere ? 163 : 99;
 
 int shared_kib() {
   constexpr int kLeast = 16, kMost = 227;
   const char* const text = std::getenv("CLUSTERFUSION_SHARED_KIB");
-  if (text == nullptr) return kAmpereKib;
+  if (text == nullptr) return kSharedKib;
   char* end = nullptr;
   const long number = std::strtol(text, &end, 10);
   require(end != text && *end == '\0' && number >= kLeast && number <= kMost,
@@ -38,8 +40,8 @@ int shared_kib() {
   return static_cast<int>(number);
 }
 
-void make_older(cudaDeviceProp& properties) {
-  properties.major = 8;
+void see_as_chip(cudaDeviceProp& properties) {
+  properties.major = kAsAmpere ? 8 : 12;
   properties.minor = 0;
   const auto most = static_cast<std::size_t>(shared_kib()) * 1024;
   properties.sharedMemPerBlockOptin = std::min(properties.sharedMemPerBlockOptin, most);
@@ -47,7 +49,7 @@ void make_older(cudaDeviceProp& properties) {
 
 #else
 
-void make_older(cudaDeviceProp&) {}
+void see_as_chip(cudaDeviceProp&) {}
 
 #endif
 
@@ -61,7 +63,7 @@ int current_device() {
 
 cudaDeviceProp device_properties(int device) {
   cudaDeviceProp properties = properties_as_they_are(device);
-  make_older(properties);
+  see_as_chip(properties);
   return properties;
 }
 

@@ -1,9 +1,10 @@
 // What a device has, as this build makes use of it.
 //
-// A build with CLUSTERFUSION_CUDA_COPY=async sees every device as one of compute capability 8.0:
-// with no more shared memory than that has, and without what came with 9.0. So the ways of older
-// chips are tested on later ones. CLUSTERFUSION_SHARED_KIB=99 in the environment of such a build
-// leaves a block as little shared memory as 8.6 and 8.9 do.
+// A build with CLUSTERFUSION_CUDA_COPY=async sees every device as one of compute capability 8.0,
+// one with CLUSTERFUSION_CUDA_COPY=bulk as one of 12.0: with no more shared memory for a block than
+// that has (163 and 99 KiB), and without what it does not have. So the ways of these chips are
+// tested on Hopper. CLUSTERFUSION_SHARED_KIB in the environment of such a build is another limit:
+// 99 is that of 8.6 and 8.9.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -14,7 +14,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
   while (true) {
     const RingTask task = ring.next();
     const int id = task.order.id;
-    if (id == kRingEnd) return;
+    if (id == kRingEnd) return ring.finish();
     if (static_cast<Stream>(stream_of(id)) != Stream::attention) {
       ring.copy(task.order, [&](std::uint32_t barrier) {
         copy_to_stage(task.target, pointer_to(task.order.source), task.order.bytes, barrier);

@@ -32,7 +32,7 @@ __device__ __forceinline__ void produce(const StreamParams& p, StreamShared* con
   while (true) {
     const RingTask task = ring.next();
     const int id = task.order.id;
-    if (id == kRingEnd) return;
+    if (id == kRingEnd) return ring.finish();
     if (phase_of(id) != kAttentionPhase) {
       // Looked up before the wait for an earlier copy.
       const Operand::Copy copy = control->operands[phase_of(id)][operand_of(id)].copy;

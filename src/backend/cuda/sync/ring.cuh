@@ -119,6 +119,11 @@ class RingCursor {
   __device__ __forceinline__ RingCursor(RingControl* control, int stages)
       : begin_(shared_address(control)), end_(begin_ + stages * kStep), stage_(begin_) {}
 
+  // Behind the last copy that this thread starts: it must not end before its copies have landed.
+  __device__ __forceinline__ void finish() const {
+    if constexpr (!kBulkCopies) wait_for_copies();
+  }
+
  protected:
   using Stage = RingControl::Stage;
   static constexpr std::uint32_t kStep = sizeof(Stage);
@@ -219,6 +224,11 @@ class RingScheduler : public RingCursor {
                  "r"(order.in_flight)
                  : "memory");
     mbarrier_arrive(known(stage_));
+  }
+  // Nothing comes behind the current stage, which is empty and stays so.
+  __device__ __forceinline__ void announce_end() {
+    announce({}, {kRingEnd, 0, 0, 0});
+    finish();
   }
   // Brings `count` bytes to `target`, in the current stage; none if 0. Goes on to the next one.
   __device__ __forceinline__ void add(std::uint32_t target, const void* from, std::uint32_t count) {
