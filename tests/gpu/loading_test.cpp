@@ -223,7 +223,7 @@ void expect_at_most_the_workspace(const std::shared_ptr<const Model>& model) {
   SCOPED_TRACE("hidden size " + std::to_string(config.hidden_size));
   const std::int64_t before = free_bytes();
   const auto start = std::chrono::steady_clock::now();
-  const auto backend = make_cuda_backend(model, {}, plan::Untried::compute);
+  const auto backend = make_cuda_backend(model, {});
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   const SequenceId id = backend->create_sequence({});
   backend->reserve(id, 2048);

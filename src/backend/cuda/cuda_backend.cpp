@@ -67,8 +67,8 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
 }
 
 // The model as it will lie on the device. Errors: unsupported (a layer that nothing here computes).
-ModelConfig config_on_device(const ModelConfig& config, plan::Untried untried) {
-  const std::string uncomputed = plan::uncomputed_because(config, untried);
+ModelConfig config_on_device(const ModelConfig& config) {
+  const std::string uncomputed = plan::uncomputed_because(config);
   require(
       uncomputed.empty(), ErrorKind::unsupported,
       "models of type {} do not run on a GPU yet, because nothing there computes {}; use device "
@@ -77,11 +77,20 @@ ModelConfig config_on_device(const ModelConfig& config, plan::Untried untried) {
   return plan::with_gathered_qkv(config);
 }
 
+// Why no streaming kernel decodes the model; empty if one does. What the kernels of many rows do
+// not take is decoded by layers in mode `throughput`, where a batch reads the weights once.
+std::string unstreamed_because(const ModelConfig& config, const cudaDeviceProp& properties,
+                               DecodeMode mode) {
+  const std::string unstreamed = plan::unstreamed_because(config, limits_of(properties));
+  const bool in_batches = mode == DecodeMode::throughput;
+  return unstreamed.empty() && in_batches ? plan::unbatched_because(config) : unstreamed;
+}
+
 // The decode kernel's plan; without stages for a model that it does not take. Errors:
 // unsupported (head size).
-plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
-  if (plan::unstreamed_because(config, limits_of(properties)).empty())
-    return plan::make_decode_plan(config, limits_of(properties));
+plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties,
+                                bool streams) {
+  if (streams) return plan::make_decode_plan(config, limits_of(properties));
   plan::DecodePlan plan;
   plan.kv = plan::make_page_plan(config);
   return plan;
@@ -89,13 +98,12 @@ plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp&
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(std::shared_ptr<const Model> model, const BackendOptions& options,
-              plan::Untried untried)
+  CudaBackend(std::shared_ptr<const Model> model, const BackendOptions& options)
       : model_(std::move(model)),
-        config_(config_on_device(model_->config(), untried)),
+        config_(config_on_device(model_->config())),
         properties_(device_properties()),
-        plan_(decode_plan_of(config_, properties_)),
-        unstreamed_(plan::unstreamed_because(config_, limits_of(properties_))),
+        unstreamed_(unstreamed_because(config_, properties_, options.mode)),
+        plan_(decode_plan_of(config_, properties_, unstreamed_.empty())),
         max_positions_(checked_context(config_, options)),
         mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
@@ -230,11 +238,7 @@ class CudaBackend final : public Backend {
       grow(sequence, sequence.length + std::ssize(part.tokens));
     }
     try {
-      for (std::size_t begin = 0; begin < parts.size();) {
-        const std::size_t count = parts_of_pass(parts.subspan(begin));
-        prefill_pass(parts.subspan(begin, count));
-        begin += count;
-      }
+      prefill_passes(parts);
     } catch (...) {
       for (std::size_t i = 0; i < parts.size(); ++i) find(parts[i].sequence).truncate(lengths[i]);
       throw;
@@ -340,7 +344,8 @@ class CudaBackend final : public Backend {
     prepare_rows();
     if (!streams()) return;
     const int fragments = fragments_needed(config_, plan_);
-    kernel_ = find_decode_kernel(config_.dtype, fragments, static_cast<int>(config_.head_dim));
+    kernel_ = find_decode_kernel(plan::layer_kind(config_), config_.dtype, fragments,
+                                 static_cast<int>(config_.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
     params_ = stream_params(config_, plan_, properties_.multiProcessorCount,
                             fragments <= kMaxPackedFragments);
@@ -445,6 +450,14 @@ class CudaBackend final : public Backend {
   PromptPiece piece_of(const PrefillPart& part, const PrefillOutput& output) {
     const Sequence& sequence = find(part.sequence);
     return {part.tokens, sequence.length, sequence.pages, sequence.interventions.get(), &output};
+  }
+
+  void prefill_passes(std::span<const PrefillPart> parts) {
+    for (std::size_t begin = 0; begin < parts.size();) {
+      const std::size_t count = parts_of_pass(parts.subspan(begin));
+      prefill_pass(parts.subspan(begin, count));
+      begin += count;
+    }
   }
 
   // What samplers choose from comes to the host.
@@ -816,30 +829,36 @@ class CudaBackend final : public Backend {
     });
   }
 
-  // Prompts of one token, one after the other; the host chooses. What is thrown leaves the
-  // sequences as they were.
+  // Pieces of one token, of as many sequences as a pass takes; the host chooses. What is thrown
+  // leaves the sequences as they were.
   void decode_by_layers(std::span<const SequenceId> sequences, std::span<const TokenId> inputs,
                         std::int32_t steps, std::span<SampledToken> sampled,
                         std::span<float> logits) {
     const std::size_t batch = sequences.size();
-    PrefillOutput output;
-    output.last_logits = vocab_logits();
+    const auto vocab = static_cast<std::size_t>(config_.vocab_size);
+    if (host_logits_.size() < batch * vocab) host_logits_.resize(batch * vocab);
+    const auto logits_of = [&](std::size_t b) {
+      return std::span(host_logits_).subspan(b * vocab, vocab);
+    };
+    std::vector<TokenId> current(inputs.begin(), inputs.end());
+    std::vector<PrefillPart> parts;
     std::vector<std::int64_t> lengths;
-    for (const SequenceId id : sequences) lengths.push_back(find(id).length);
+    for (std::size_t b = 0; b < batch; ++b) {
+      PrefillOutput output;
+      output.last_logits = logits_of(b);
+      parts.push_back({sequences[b], std::span(&current[b], 1), output});
+      lengths.push_back(find(sequences[b]).length);
+    }
     try {
-      for (std::size_t b = 0; b < batch; ++b) {
-        Sequence& sequence = find(sequences[b]);
-        TokenId input = inputs[b];
-        for (std::int32_t step = 0; step < steps; ++step) {
-          const PrefillPart part{sequences[b], std::span(&input, 1), output};
-          prefill_pass({&part, 1});
-          if (sampled.empty()) continue;
-          SampledToken& token = sampled[step * batch + b] = sequence.sampler.sample(vocab_logits());
-          input = token.token;
+      for (std::int32_t step = 0; step < steps; ++step) {
+        prefill_passes(parts);
+        for (std::size_t b = 0; !sampled.empty() && b < batch; ++b) {
+          SampledToken& token = sampled[step * batch + b];
+          token = find(sequences[b]).sampler.sample(logits_of(b));
+          current[b] = token.token;
         }
-        if (!logits.empty())
-          std::ranges::copy(vocab_logits(), logits.begin() + b * vocab_logits().size());
       }
+      if (!logits.empty()) std::copy_n(host_logits_.begin(), batch * vocab, logits.begin());
     } catch (...) {
       for (std::size_t b = 0; b < batch; ++b) find(sequences[b]).truncate(lengths[b]);
       throw;
@@ -931,8 +950,8 @@ class CudaBackend final : public Backend {
   std::shared_ptr<const Model> model_;
   const ModelConfig config_;
   cudaDeviceProp properties_;
-  plan::DecodePlan plan_;
   std::string unstreamed_;  // why the decode kernel does not take the model, if so
+  plan::DecodePlan plan_;
   std::int64_t max_positions_;
   DecodeMode mode_;
   DeviceModel weights_;
@@ -978,11 +997,11 @@ std::string cuda_unavailable_reason() {
 }
 
 std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,
-                                           const BackendOptions& options, plan::Untried untried) {
+                                           const BackendOptions& options) {
   const std::string reason = cuda_unavailable_reason();
   require(reason.empty(), ErrorKind::unsupported, "device \"cuda\": {}; use device \"cpu\"",
           reason);
-  return std::make_unique<cuda::CudaBackend>(std::move(model), options, untried);
+  return std::make_unique<cuda::CudaBackend>(std::move(model), options);
 }
 
 }  // namespace clusterfusion

@@ -14,10 +14,8 @@ namespace clusterfusion {
 // throws.
 std::string cuda_unavailable_reason();
 
-// `untried` is for tests. Errors: unsupported (no usable device; a model that the kernels do not
-// cover), out_of_memory.
+// Errors: unsupported (no usable device; a model that the kernels do not cover), out_of_memory.
 std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,
-                                           const BackendOptions& options,
-                                           plan::Untried untried = plan::Untried::refuse);
+                                           const BackendOptions& options);
 
 }  // namespace clusterfusion

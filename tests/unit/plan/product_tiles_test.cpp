@@ -51,27 +51,30 @@ TEST(UnstreamedBecause, TellsLayersAndSizesThatNoKernelStreams) {
     EXPECT_EQ(unstreamed_because(config, kHopper), "sizes that no kernel streams");
   ModelConfig grouped = config_of(2560, 32, 10240);
   grouped.num_kv_heads = 8;
-  EXPECT_EQ(unstreamed_because(grouped, kHopper), "grouped heads");
+  EXPECT_EQ(unbatched_because(grouped), "grouped heads");
+  EXPECT_EQ(unstreamed_because(grouped, kHopper), "");
+  grouped.num_kv_heads = 2;
+  EXPECT_EQ(unstreamed_because(grouped, kHopper), "groups of more than 8 heads");
   EXPECT_EQ(uncomputed_because(grouped), "");
   ModelConfig separate = config_of(2560, 32, 10240);
   separate.qkv_layout = QkvLayout::separate;
-  EXPECT_EQ(uncomputed_because(separate), "separate matrices of queries, keys and values");
   EXPECT_EQ(unstreamed_because(separate, kHopper), "") << "kernels see one matrix";
   ModelConfig normed = config_of(2560, 32, 10240);
   normed.qk_norm = true;
-  EXPECT_EQ(uncomputed_because(normed), "norms of queries and keys");
-  EXPECT_EQ(unstreamed_because(normed, kHopper), uncomputed_because(normed));
+  EXPECT_EQ(uncomputed_because(normed), "");
+  EXPECT_EQ(unbatched_because(normed), "norms of queries and keys");
+  EXPECT_EQ(unstreamed_because(normed, kHopper), "");
 }
 
-TEST(UncomputedBecause, TellsSizesAlsoOfWhatTestsTry) {
+TEST(UncomputedBecause, TellsSizes) {
   ModelConfig config = config_of(2560, 32, 10240);
   config.qkv_layout = QkvLayout::separate;
   config.qk_norm = true;
-  EXPECT_EQ(uncomputed_because(config, Untried::compute), "");
+  EXPECT_EQ(uncomputed_because(config), "");
   config.intermediate_size = 10244;
-  EXPECT_EQ(uncomputed_because(config, Untried::compute), "an MLP whose size is no multiple of 8");
+  EXPECT_EQ(uncomputed_because(config), "an MLP whose size is no multiple of 8");
   config.hidden_size = 2556;
-  EXPECT_EQ(uncomputed_because(config, Untried::compute), "a hidden size that is no multiple of 8");
+  EXPECT_EQ(uncomputed_because(config), "a hidden size that is no multiple of 8");
 }
 
 // Blocks on the busiest multiprocessor times their chunks: what a launch takes, about.
