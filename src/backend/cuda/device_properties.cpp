@@ -40,16 +40,18 @@ int shared_kib() {
   return static_cast<int>(number);
 }
 
-void see_as_chip(cudaDeviceProp& properties) {
-  properties.major = kAsAmpere ? 8 : 12;
-  properties.minor = 0;
+int major_as_seen(int) { return kAsAmpere ? 8 : 12; }
+
+void limit_shared_memory(cudaDeviceProp& properties) {
   const auto most = static_cast<std::size_t>(shared_kib()) * 1024;
   properties.sharedMemPerBlockOptin = std::min(properties.sharedMemPerBlockOptin, most);
 }
 
 #else
 
-void see_as_chip(cudaDeviceProp&) {}
+int major_as_seen(int major) { return major; }
+
+void limit_shared_memory(cudaDeviceProp&) {}
 
 #endif
 
@@ -63,7 +65,8 @@ int current_device() {
 
 cudaDeviceProp device_properties(int device) {
   cudaDeviceProp properties = properties_as_they_are(device);
-  see_as_chip(properties);
+  properties.major = major_as_seen(properties.major);
+  limit_shared_memory(properties);
   return properties;
 }
 
@@ -75,7 +78,10 @@ bool has_bulk_copies() {
   thread_local bool last = false;
   const int device = current_device();
   if (device != last_device) {
-    last = has_bulk_copies(device_properties(device));
+    int major = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+          "asking for the device's compute capability");
+    last = major_as_seen(major) >= kFirstWithBulkCopies;
     last_device = device;
   }
   return last;

@@ -19,7 +19,10 @@ cudaDeviceProp device_properties(int device);
 cudaDeviceProp device_properties();
 
 // Bulk copies, also by tensor maps; clusters; dependent launches.
-inline bool has_bulk_copies(const cudaDeviceProp& properties) { return properties.major >= 9; }
+inline constexpr int kFirstWithBulkCopies = 9;  // major number of the compute capability
+inline bool has_bulk_copies(const cudaDeviceProp& properties) {
+  return properties.major >= kFirstWithBulkCopies;
+}
 // Products of warpgroups, and registers that move between them.
 inline bool has_warpgroups(const cudaDeviceProp& properties) { return properties.major == 9; }
 // has_bulk_copies() of the current device, at the price of a look into a table.
