@@ -66,6 +66,31 @@ def layer_calls_table(result: Result | None) -> str:
     )
 
 
+def layer_options_table(result: Result | None) -> str:
+    """Pages, grouped heads and several rows beside the plain call."""
+    if result is None:
+        return ""
+    head = ["`decoder_layer`", "context", "µs a layer", "times the plain call"]
+    lines = [[*head, "share of the read ceiling"]]
+    for row in result["cases"]:
+        lines.append(
+            [
+                row["case"],
+                str(row["context"]),
+                f"**{spread_text(row)}**",
+                f"{row['times_plain']:.3f}",
+                f"{100 * row['share_of_ceiling']:.1f} %",
+            ]
+        )
+    return (
+        f"The whole layer of {result['model']} with options, beside the plain call in the same "
+        f"run, {result['mode']}, {result['dtype']}: {machine_text(result)}. {result['layers']} "
+        f"layers with weights and caches of their own; {result['rounds']} rounds of all cases in "
+        "turns, medians with smallest and largest. The ceiling is that of all bytes that a call "
+        f"must read.\n\n{markdown_parts.table(lines)}"
+    )
+
+
 def call_overhead_table(*results: Result | None) -> str:
     """What a call costs from Python, reading by reading."""
     columns = {

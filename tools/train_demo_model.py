@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import lzma
@@ -243,34 +244,46 @@ def rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch
     return torch.cat((turned.to(x.dtype), still), dim=-1)
 
 
+def layer_output(
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    heads: int,
+    dropout: float,
+) -> torch.Tensor:
+    """Give what a layer makes of the residual stream, [batch, positions, hidden]."""
+    batch, positions, hidden = x.shape
+    qkv = layer.attention.query_key_value(layer.input_layernorm(x))
+    qkv = qkv.view(batch, positions, heads, 3 * hidden // heads).transpose(1, 2)
+    query, key, value = qkv.chunk(3, dim=-1)
+    query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    mixed = mixed.transpose(1, 2).reshape(batch, positions, -1)
+    attended = layer.attention.dense(mixed)
+    lifted = layer.mlp.dense_h_to_4h(layer.post_attention_layernorm(x))
+    thought = layer.mlp.dense_4h_to_h(F.gelu(lifted))
+    return x + F.dropout(attended, dropout, dropout > 0) + F.dropout(thought, dropout, dropout > 0)
+
+
 def token_losses(
     model: GPTNeoXForCausalLM,
     tables: tuple[torch.Tensor, torch.Tensor],
     inputs: torch.Tensor,
     targets: torch.Tensor,
     dropout: float,
+    layer_function: Callable[..., torch.Tensor] = layer_output,
 ) -> torch.Tensor:
     """Give the mean loss in nats per token.
 
     The same function as transformers' module, written for torch.compile: no mask is ever
     materialised. main() compares the two before training starts.
     """
-    neox, config = model.gpt_neox, model.config
-    batch, positions = inputs.shape
-    heads, head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
-    cosines, sines = tables[0][:positions], tables[1][:positions]
+    neox = model.gpt_neox
+    cosines, sines = (table[: inputs.shape[1]] for table in tables)
     x = F.dropout(neox.embed_in(inputs), dropout, dropout > 0)
     for layer in neox.layers:
-        qkv = layer.attention.query_key_value(layer.input_layernorm(x))
-        qkv = qkv.view(batch, positions, heads, 3 * head_dim).transpose(1, 2)
-        query, key, value = qkv.chunk(3, dim=-1)
-        query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        mixed = mixed.transpose(1, 2).reshape(batch, positions, -1)
-        attended = layer.attention.dense(mixed)
-        lifted = layer.mlp.dense_h_to_4h(layer.post_attention_layernorm(x))
-        thought = layer.mlp.dense_4h_to_h(F.gelu(lifted))
-        x = x + F.dropout(attended, dropout, dropout > 0) + F.dropout(thought, dropout, dropout > 0)
+        x = layer_function(layer, x, cosines, sines, model.config.num_attention_heads, dropout)
     logits = model.lm_head(neox.final_layer_norm(x))
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
@@ -451,29 +464,35 @@ def export(
     partial.rename(folder)
 
 
-class Training:
-    """The data, the model and the optimisers of one recipe."""
+class Corpus:
+    """The novels as tokens of a tokenizer, or of one of so many entries that is made of them."""
 
-    def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
-        self.recipe, self.device = recipe, torch.device(args.device)
-        torch.manual_seed(args.seed)
-        torch.set_float32_matmul_precision("high")
+    def __init__(self, args: argparse.Namespace, tokenizer: Tokenizer | int) -> None:
+        device = torch.device(args.device)
         documents = split_documents(read_novels(args.data / "novels-train.txt.xz"))
         if args.limit_documents:
             documents = documents[: args.limit_documents]
-        self.tokenizer = train_tokenizer(documents, recipe.vocab)
-        self.train_ids = encode_documents(self.tokenizer, documents).to(self.device)
+        if isinstance(tokenizer, int):
+            tokenizer = train_tokenizer(documents, tokenizer)
+        self.tokenizer = tokenizer
+        self.train_ids = encode_documents(tokenizer, documents).to(device)
         valid_text = read_novels(args.data / "novels-valid.txt.xz")
-        valid_ids = encode_documents(self.tokenizer, split_documents(valid_text))
-        self.valid_ids = valid_ids.to(self.device)
+        self.valid_ids = encode_documents(tokenizer, split_documents(valid_text)).to(device)
         self.valid_bytes = len(valid_text.encode())
+
+
+class Training:
+    """The data, the model and the optimisers of one recipe."""
+
+    def __init__(self, recipe: Recipe, args: argparse.Namespace, corpus: Corpus) -> None:
+        self.recipe, self.device = recipe, torch.device(args.device)
+        torch.manual_seed(args.seed)
+        torch.set_float32_matmul_precision("high")
+        self.tokenizer, self.train_ids = corpus.tokenizer, corpus.train_ids
+        self.valid_ids, self.valid_bytes = corpus.valid_ids, corpus.valid_bytes
 
         self.model = build_model(recipe, self.tokenizer.get_vocab_size()).to(self.device)
         self.parameters = count_parameters(self.model)
-        if self.parameters > MAX_PARAMETERS:
-            raise SystemExit(
-                f"{recipe.name}: {self.parameters} parameters, at most {MAX_PARAMETERS}"
-            )
         self.tables = rotary_tables(recipe, self.device)
         check_against_transformers(self.model, self.tables, self.valid_ids)
 
@@ -488,7 +507,8 @@ class Training:
 
     def _compile(self) -> None:
         try:
-            candidate = torch.compile(token_losses, dynamic=False)
+            layer = torch.compile(layer_output, dynamic=False)  # once for all layers
+            candidate = functools.partial(token_losses, layer_function=layer)
             self._loss_and_gradients(candidate)
             self.function, self.compiled = candidate, True
         except Exception as error:  # any failure of the compiler: train without it
@@ -592,9 +612,18 @@ class Curve:
         self.log["fp16_effect"] = {"fp32_loss": self.best, "fp16_weights_loss": loss}
 
 
-def train(recipe: Recipe, args: argparse.Namespace, folder: Path, train_until: float) -> None:
-    """Train one recipe; leave its best checkpoint in folder/model, its log in folder/curve.json."""
-    training = Training(recipe, args)
+def train_demo(recipe: Recipe, args: argparse.Namespace, folder: Path, until: float) -> None:
+    """Train a recipe of the demo model, which has to stay small."""
+    training = Training(recipe, args, Corpus(args, recipe.vocab))
+    if training.parameters > MAX_PARAMETERS:
+        raise SystemExit(
+            f"{recipe.name}: {training.parameters} parameters, at most {MAX_PARAMETERS}"
+        )
+    train(training, args, folder, until)
+
+
+def train(training: Training, args: argparse.Namespace, folder: Path, train_until: float) -> None:
+    """Train until then; leave the best checkpoint in folder/model, the log in folder/curve.json."""
     curve = Curve(training, args.report_seconds, folder)
     budget = max(1.0, train_until - curve.begin)
     step = 0
@@ -1078,7 +1107,7 @@ def main() -> None:
     args = parse_arguments()
     if args.child:
         recipe = Recipe(**json.loads(args.child))
-        train(recipe, args, args.work / recipe.name, args.until)
+        train_demo(recipe, args, args.work / recipe.name, args.until)
         return
     if args.card_only:
         measure_again(args)

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import layer_tables  # noqa: E402
 import markdown_parts  # noqa: E402
+import speculation_tables  # noqa: E402
 from gpu_results import (  # noqa: E402
     COMPARED,
     contexts_of,
@@ -318,6 +319,7 @@ def layer_calls(text: str) -> str:
     tables = [
         layer_tables.layer_calls_table(load("layer_calls_h100.json")),
         layer_tables.layer_calls_table(load("layer_calls_plain_h100.json")),
+        layer_tables.layer_options_table(load("layer_options_h200.json")),
         layer_tables.ablation_tables(load("ablation_h100.json")),
     ]
     text = with_tables(text, "measured", tables, "## Measured\n")
@@ -397,6 +399,18 @@ def serving(text: str) -> str:
     return with_tables(text, "serving times", [serving_table()])
 
 
+def speculation(text: str) -> str:
+    """docs/speculation.md with what drafts gain on a GPU, and on many cores."""
+    on_gpu, on_cpu = load("speculation_h200.json"), load("speculation_texts_cpu.json")
+    tables = [
+        speculation_tables.theory_table(on_gpu),
+        speculation_tables.texts_table(on_gpu),
+        speculation_tables.computed_table(on_gpu),
+        speculation_tables.texts_table(on_cpu),
+    ]
+    return with_tables(text, "measured drafts", tables)
+
+
 def documents() -> dict[Path, Callable[[str], str]]:
     """What fills each document."""
     return {
@@ -404,6 +418,7 @@ def documents() -> dict[Path, Callable[[str], str]]:
         DOCS / "layer-calls.md": layer_calls,
         DOCS / "sampling-kernel.md": sampling_kernel,
         DOCS / "serving.md": serving,
+        DOCS / "speculation.md": speculation,
     }
 
 

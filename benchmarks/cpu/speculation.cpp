@@ -1,15 +1,14 @@
 // What drafts gain on the CPU. Figures go to stdout as JSON. With one thread (the default) times
 // are of the processor, in which other programs count less.
 //
-// theory  A draft that knows the text, and says each token right with a given chance, proposes k
-//         tokens in each step: the time of a token beside the cost of a step of k + 1 rows,
-//         measured between the texts, divided by the tokens that a step gave.
+// theory  The time of a token with a draft that knows the text (speculation/theory.hpp).
 // texts   Prompts of a file, without a draft and with drafts, in turns.
+// acceptance  With --acceptance: how many tokens a step gives on these prompts with always as many
+//             proposals (speculation/acceptance.hpp).
 // ngram   The host's time of one step of the n-gram draft at the end of long texts.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <ctime>
-#include <fstream>
 #include <functional>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -21,13 +20,15 @@
 #include "engine/make_engine.hpp"
 #include "engine/ngram_draft.hpp"
 #include "engine/open_draft.hpp"
+#include "speculation/acceptance.hpp"
+#include "speculation/theory.hpp"
 #include "support/random_model.hpp"
-#include "support/test_drafts.hpp"
 
 namespace clusterfusion {
 namespace {
 
 using Json = nlohmann::json;
+using benchmark::median;
 
 struct Arguments {
   std::string model;
@@ -38,6 +39,7 @@ struct Arguments {
   std::vector<double> shares = {0.5, 0.7, 0.9};
   std::vector<int> proposals = {1, 3, 7};
   std::vector<std::string> drafts = {"ngram"};
+  bool acceptance = false;
 };
 
 std::function<double()> clock_of(const Arguments& arguments) {
@@ -47,11 +49,6 @@ std::function<double()> clock_of(const Arguments& arguments) {
     clock_gettime(clock, &now);
     return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
   };
-}
-
-double median(std::vector<double> values) {
-  std::ranges::nth_element(values, values.begin() + std::ssize(values) / 2);
-  return values[values.size() / 2];
 }
 
 ModelConfig pythia_160m_config() {
@@ -75,112 +72,16 @@ std::unique_ptr<Backend> backend_of(const Arguments& arguments,
   return make_cpu_backend(model, options);
 }
 
-const std::vector<TokenId>& prompt() {
-  static const std::vector<TokenId> tokens(16, 2);
-  return tokens;
-}
-
-GenerateRequest greedy_request(const Arguments& arguments) {
-  GenerateRequest request;
-  request.prompt_tokens = prompt();
-  request.max_new_tokens = arguments.tokens + 1;
-  request.ignore_eos = true;
-  return request;
-}
-
-// Steps of so many rows, all of them right, over the positions of the text.
-class StepTimer {
- public:
-  StepTimer(std::unique_ptr<Backend> backend, std::vector<TokenId> text,
-            std::function<double()> now)
-      : backend_(std::move(backend)), text_(std::move(text)), now_(std::move(now)) {}
-
-  // On average.
-  double seconds(int rows) {
-    double seconds = 0;
-    int steps = 0;
-    const SequenceId id = backend_->create_sequence({});
-    backend_->prefill(id, prompt(), {});
-    const auto count = static_cast<std::size_t>(rows);
-    for (std::size_t at = prompt().size(); at + count <= text_.size(); at += count) {
-      const auto tokens = std::span(text_).subspan(at, count);
-      Proposal proposal{id, {tokens.begin(), tokens.end()}};
-      const double start = now_();
-      backend_->verify({&proposal, 1});
-      seconds += now_() - start;
-      ++steps;
-    }
-    backend_->release_sequence(id);
-    return seconds / steps;
-  }
-
- private:
-  std::unique_ptr<Backend> backend_;
-  std::vector<TokenId> text_;
-  std::function<double()> now_;
-};
-
-// An engine whose draft knows `text`.
-std::unique_ptr<Engine> knowing_engine(const Arguments& arguments,
-                                       const std::shared_ptr<const Model>& model,
-                                       const std::vector<TokenId>& text, double share, int k) {
-  auto draft = std::make_unique<test::KnowingDraft>(share, model->config().vocab_size, 5);
-  draft->tell(text);
-  return make_engine(model, nullptr, backend_of(arguments, model), "a benchmark", {},
-                     {.prefix_cache = false,
-                      .now = clock_of(arguments),
-                      .draft = std::move(draft),
-                      .draft_tokens = k,
-                      .draft_adapts = false});
-}
-
-Json measure_theory(const Arguments& arguments) {
+Json measure_theory_of(const Arguments& arguments) {
   const std::shared_ptr<const Model> model = model_of(arguments);
-  const GenerateRequest request = greedy_request(arguments);
-  const GenerateResult plain =
-      make_engine(model, nullptr, backend_of(arguments, model), "a benchmark")->generate(request);
-  std::vector<TokenId> text = plain.prompt_tokens;
-  text.insert(text.end(), plain.tokens.begin(), plain.tokens.end());
-  StepTimer timer(backend_of(arguments, model), text, clock_of(arguments));
-  Json rows = Json::array();
-  for (const int k : arguments.proposals) {
-    for (const double share : arguments.shares) {
-      const auto engine = knowing_engine(arguments, model, text, share, k);
-      std::vector<double> costs, plain_costs, token_seconds, step_tokens;
-      for (int round = 0; round < arguments.rounds; ++round) {
-        costs.push_back(timer.seconds(k + 1));
-        plain_costs.push_back(timer.seconds(1));
-        const GenerateResult result = engine->generate(request);
-        if (result.tokens != plain.tokens) throw std::runtime_error("the draft changed the text");
-        token_seconds.push_back(result.statistics.seconds_per_token);
-        step_tokens.push_back(static_cast<double>(arguments.tokens) /
-                              static_cast<double>(result.statistics.decode_steps));
-      }
-      const double theory = median(costs) / median(step_tokens);
-      rows.push_back({{"share_right", share},
-                      {"proposals", k},
-                      {"step_seconds_1_row", median(plain_costs)},
-                      {"step_seconds_all_rows", median(costs)},
-                      {"tokens_a_step", median(step_tokens)},
-                      {"token_seconds", median(token_seconds)},
-                      {"token_seconds_theory", theory},
-                      {"over_theory", median(token_seconds) / theory - 1},
-                      {"speedup", median(plain_costs) / median(token_seconds)}});
-    }
-  }
-  return {{"model", arguments.model.empty() ? "random pythia-160m" : arguments.model},
-          {"tokens", arguments.tokens},
-          {"rounds", arguments.rounds},
-          {"rows", rows}};
-}
-
-std::vector<std::pair<std::string, std::string>> prompts_of(const std::string& file) {
-  std::ifstream stream(file);
-  std::vector<std::pair<std::string, std::string>> prompts;
-  for (const Json& entry : Json::parse(stream)) {
-    prompts.emplace_back(entry.at("kind"), entry.at("prompt"));
-  }
-  return prompts;
+  Json theory = benchmark::measure_theory(model, [&] { return backend_of(arguments, model); },
+                                          {.tokens = arguments.tokens,
+                                           .rounds = arguments.rounds,
+                                           .shares = arguments.shares,
+                                           .proposals = arguments.proposals,
+                                           .now = clock_of(arguments)});
+  theory["model"] = arguments.model.empty() ? "random pythia-160m" : arguments.model;
+  return theory;
 }
 
 std::unique_ptr<Engine> drafted_engine(const Arguments& arguments, const std::string& draft) {
@@ -201,7 +102,7 @@ Json measure_texts(const Arguments& arguments) {
   names.insert(names.end(), arguments.drafts.begin(), arguments.drafts.end());
   for (const std::string& draft : names) engines.push_back(drafted_engine(arguments, draft));
   Json rows = Json::array();
-  for (const auto& [kind, text] : prompts_of(arguments.prompts)) {
+  for (const auto& [kind, text] : benchmark::read_prompts(arguments.prompts)) {
     for (const float temperature : {0.0f, 0.8f}) {
       GenerateRequest request;
       request.prompt = text;
@@ -273,12 +174,22 @@ Json measure_ngram(const Arguments& arguments) {
   return rows;
 }
 
+Json measure_acceptance_of(const Arguments& arguments) {
+  benchmark::AcceptanceSettings settings{.model = arguments.model,
+                                         .drafts = arguments.drafts,
+                                         .prompts = benchmark::read_prompts(arguments.prompts),
+                                         .tokens = arguments.tokens};
+  settings.options.threads = arguments.threads;
+  return benchmark::measure_acceptance(settings);
+}
+
 Json measure(const Arguments& arguments) {
   const auto model = test::make_random_model(test::small_config());
   Json figures = {{"device", backend_of(arguments, model)->info().device},
                   {"ngram", measure_ngram(arguments)},
-                  {"theory", measure_theory(arguments)}};
+                  {"theory", measure_theory_of(arguments)}};
   if (!arguments.prompts.empty()) figures["texts"] = measure_texts(arguments);
+  if (arguments.acceptance) figures["acceptance"] = measure_acceptance_of(arguments);
   return figures;
 }
 
@@ -293,6 +204,7 @@ int main(int argc, char** argv) {
   app.add_option("--prompts", arguments.prompts,
                  "JSON list of {\"kind\", \"prompt\"}, for a model with a tokenizer");
   app.add_option("--drafts", arguments.drafts, "for the prompts")->delimiter(',');
+  app.add_flag("--acceptance", arguments.acceptance, "of the prompts, with always as many");
   app.add_option("--threads", arguments.threads, "0: one for each usable core")
       ->capture_default_str();
   app.add_option("--rounds", arguments.rounds)->check(CLI::PositiveNumber);

@@ -15,7 +15,7 @@
 //   invalid_argument  shape, layout, alignment, device, overlap, a full cache, an option
 //   wrong_type        dtype; a tensor that is not there
 //   unsupported       a device that this build does not run on; on a GPU, caches of more than 2^30
-//                     positions for a shape that is not streamed, and options marked "CPU"
+//                     positions for a layer that is not streamed
 //
 // They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0. There
 // they only enqueue work on `stream`; docs/layer-calls.md says what holds for streams and captures.
@@ -44,24 +44,24 @@ struct Position {
 
 struct LayerOptions {
   std::int64_t num_heads = 0;  // divides hidden
-  // Nothing: hidden / num_heads. Another, for which num_heads need not divide hidden: CPU.
+  // Nothing: hidden / num_heads. Another, for which num_heads need not divide hidden.
   std::optional<std::int64_t> head_dim;
   // Heads of keys and values, each shared by as many query heads: divides num_heads. Nothing: as
-  // many as num_heads. Fewer: CPU.
+  // many as num_heads.
   std::optional<std::int64_t> num_kv_heads;
   // Rows of weight_qkv and bias_qkv: for each head of keys and values its queries, its key and its
-  // value; or else all queries, then all keys, then all values (CPU).
+  // value; or else all queries, then all keys, then all values.
   bool qkv_weight_interleaved = true;
   // Values of a head that are rotated: even, 0 to head_dim. Nothing: as many as cos and sin have,
   // which must then be fewer than head_dim.
   std::optional<std::int64_t> rotary_dim;
   double layer_norm_eps = 1e-5;  // of either kind of norm
   Activation activation = Activation::gelu_erf;
-  NormKind norm = NormKind::layer_norm;  // RMSNorm, which has no biases: CPU
-  // CPU. The MLP's first matrix is that of the gate and behind it that of the values: the second
+  NormKind norm = NormKind::layer_norm;  // or RMSNorm, which has no biases
+  // The MLP's first matrix is that of the gate and behind it that of the values: the second
   // half takes activation(gate) value.
   bool gated = false;
-  // False: CPU. The MLP's norm takes input + attention, instead of input.
+  // False: the MLP's norm takes input + attention, instead of input.
   bool parallel_residual = true;
 };
 
@@ -74,7 +74,7 @@ struct ExpectedSizes {
 // What attention and the first half of the MLP read and write. max_seq_len is the caches' first
 // dimension, q_size is num_heads head_dim and kv_size is num_kv_heads head_dim: both are hidden
 // unless options say otherwise. Absent tensors have null data and no
-// dimension of 0. Without the MLP's biases: CPU.
+// dimension of 0.
 struct LayerTensors {
   DLTensor input{};           // [1, hidden]
   DLTensor weight_qkv{};      // [q_size + 2 kv_size, hidden]: see qkv_weight_interleaved
@@ -92,7 +92,7 @@ struct LayerTensors {
   DLTensor mlp_up_weight{};   // [intermediate, hidden]; gated [2 intermediate, hidden]
   DLTensor mlp_up_bias{};     // of its rows; may be absent
   Position current_seq_len;
-  // CPU. int32 [rows, max_pages], rows at any distance: the pages of each row's sequence, from
+  // int32 [rows, max_pages], rows at any distance: the pages of each row's sequence, from
   // position 0 on. With it input and all results have `rows` rows, 1 to kMaxLayerRows, cos and sin
   // have one for each if there are several, mlp_intermediate is [rows, intermediate], and both
   // caches are [pages, page_size, num_kv_heads, head_dim] with pages of 16, 32 or 64 positions and
@@ -104,7 +104,7 @@ struct LayerTensors {
   // values are written before any are read: rows may be tokens of one sequence that follow each
   // other. No two rows may write to one place (invalid_argument on the CPU; not checked on a GPU).
   DLTensor block_table{};
-  // CPU. [head_dim]: of an RMSNorm of each head's query and key before RoPE. Both or neither.
+  // [head_dim]: of an RMSNorm of each head's query and key before RoPE. Both or neither.
   DLTensor q_norm_weight{};
   DLTensor k_norm_weight{};
 };
@@ -118,13 +118,13 @@ struct AttentionMlpUpResults {
   DLTensor v_new{};             // [1, num_kv_heads, head_dim]
 };
 
-// `rows` is 1 to kMaxLayerRows; more than one: CPU.
+// `rows` is 1 to kMaxLayerRows.
 struct MlpDownTensors {
   DLTensor hidden_states{};     // [rows, hidden]: the layer's input
   DLTensor attn_output{};       // [rows, hidden]
   DLTensor mlp_intermediate{};  // [rows, intermediate], or of one row [intermediate]
   DLTensor mlp_down_weight{};   // [hidden, intermediate]
-  DLTensor mlp_down_bias{};     // [hidden]; may be absent: CPU
+  DLTensor mlp_down_bias{};     // [hidden]; may be absent
 };
 
 struct DecoderLayerResults {

@@ -4,8 +4,8 @@ The layer is the one with the parallel residual, as in every Pythia model::
 
     output = input + attention(layer_norm(input)) + mlp(post_layer_norm(input))
 
-Options make it one of Llama's, Mistral's or Qwen's, and take a batch over paged caches: on CPU
-tensors; a GPU refuses them by name. docs/layer-calls.md shows how.
+Options make it one of Llama's, Mistral's or Qwen's, and take a batch over paged caches.
+docs/layer-calls.md shows how.
 
 Tensors are torch's (2.4 or newer) or NumPy's (bfloat16 as `ml_dtypes.bfloat16`), all on one device;
 results are of the same kind. All but `cos`, `sin` and the position have one dtype, float16 or
@@ -20,8 +20,7 @@ through. They compute no gradients.
 
 Errors come before anything runs and name the argument, what was expected and what was found:
 `TypeError` (dtypes, things that are no tensors), `ValueError` (shapes, layout, devices, overlap, a
-full cache), `NotImplementedError` (devices that this build does not run on, and options that are
-not computed on the tensors' device).
+full cache), `NotImplementedError` (devices that this build does not run on).
 """
 
 from __future__ import annotations

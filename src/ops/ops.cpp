@@ -1,14 +1,13 @@
 #include "clusterfusion/ops.hpp"
 
 #include "ops/check.hpp"
-#include "ops/gpu_task.hpp"
 
 namespace clusterfusion::ops {
 namespace {
 
 void run(const Checked& checked, void* stream) {
   if (checked.device.device_type == kDLCPU) return cpu::run_layer(checked.work);
-  cuda::run_layer(gpu_task(checked.work), {checked.device.device_id, stream});
+  cuda::run_layer(checked.work, {checked.device.device_id, stream});
 }
 
 }  // namespace

@@ -14,6 +14,6 @@ namespace {
 
 }  // namespace
 
-void run_layer(const LayerTask&, const LayerStream& stream) { refuse(stream); }
+void run_layer(const LayerWork&, const LayerStream& stream) { refuse(stream); }
 
 }  // namespace clusterfusion::cuda

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <span>
 
 #include "base/fail.hpp"
 #include "base/round_up.hpp"
@@ -18,8 +19,10 @@ constexpr std::int64_t kMinKvBlockBytes = 16384;
 constexpr std::int64_t kMaxHeadDim = 256;
 static_assert(kMinKvBlockBytes >= kMinKvBlockPositions * kMaxHeadDim * 4);
 // Registers: a lane holds `iterations` 16-byte fragments of activations for a matrix.
-constexpr std::int32_t kGoodIterations = 5;
-constexpr std::int32_t kMaxIterations = 10;
+constexpr std::int32_t kGoodIterations = kNarrowFragments;
+constexpr std::int32_t kMaxIterations = kWideFragments;
+// Of wider models narrow kernels do not hold the residual stream: a pair of elements a fragment.
+constexpr std::int64_t kNarrowHidden = kConsumerThreads * 2 * kNarrowFragments;
 // Partial sums: enough for most of what one SM multiplies in a phase; what the ring leaves over is
 // added.
 constexpr std::int64_t kMinSumSlots = 2048;
@@ -27,10 +30,21 @@ constexpr std::int64_t kMaxSumSlots = 8192;
 // Of the ring: one is filled while another is read.
 constexpr std::int32_t kMinDecodeStages = 2;
 
-// The cut with the fewest segments (fewest sums) that holds at most `max_iterations` fragments. A
-// chunk is a multiple of `multiple` rows, 1 or 2.
+// How many rows a chunk has.
+struct ChunkRule {
+  std::int64_t target_bytes = 0;
+  bool even = false;     // of a gated MLP: half of them are the gate's
+  bool by_four = false;  // three or more rows become fours, which take packed operands
+
+  std::int64_t rounded(std::int64_t rows) const {
+    if (by_four && rows >= 3) return std::max<std::int64_t>(rows / 4, 1) * 4;
+    return even ? std::max<std::int64_t>(rows / 2, 1) * 2 : rows;
+  }
+};
+
+// The cut with the fewest segments (fewest sums) that holds at most `max_iterations` fragments.
 std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int32_t max_iterations,
-                              std::int64_t target_bytes, std::int64_t multiple) {
+                              const ChunkRule& rule) {
   // More rows in a unit only where the columns need it.
   for (std::int32_t unit_rows : {1, 2, 4, 8}) {
     for (std::int32_t segments : {1, 2, 4, 8}) {
@@ -43,11 +57,11 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
       plan.segments = segments;
       plan.iterations = static_cast<std::int32_t>(columns / step);
       // A row may be wider than the target.
-      std::int64_t units = std::max<std::int64_t>(target_bytes / (unit_rows * columns * 2), 1);
+      std::int64_t units = std::max<std::int64_t>(rule.target_bytes / (unit_rows * columns * 2), 1);
       // One for each warp, where the chunk does not become much smaller by that.
       const std::int64_t warps = kConsumerWarps / segments;
       if (units > warps && 4 * warps >= 3 * units) units = warps;
-      if (multiple > unit_rows) units = std::max(units / multiple, std::int64_t{1}) * multiple;
+      if (unit_rows == 1) units = rule.rounded(units);
       plan.rows_per_chunk = static_cast<std::int32_t>(units) * unit_rows;
       plan.chunks =
           static_cast<std::int32_t>((rows + plan.rows_per_chunk - 1) / plan.rows_per_chunk);
@@ -58,17 +72,28 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
 }
 
 MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns,
-                       std::int64_t target_bytes, std::int64_t multiple) {
+                       const ChunkRule& rule) {
   for (const std::int32_t iterations : {kGoodIterations, kMaxIterations})
-    if (const auto plan = cut(rows, columns, iterations, target_bytes, multiple)) return *plan;
+    if (const auto plan = cut(rows, columns, iterations, rule)) return *plan;
   fail(ErrorKind::unsupported,
        "the streaming decode kernel cannot cut {} [{}, {}]: the number of columns must be one to "
        "ten times a power of two of 32 to 2048; run this model on the CPU (device \"cpu\")",
        name, rows, columns);
 }
 
+// The numbers of iterations that kernels have code for with packed operands, of one chunk and of
+// two.
+std::span<const std::int32_t> packed_iterations(bool is_wide) {
+  constexpr static std::int32_t kNarrow[] = {4, 5}, kWide[] = {4, 6, 8, 10};
+  return is_wide ? std::span<const std::int32_t>(kWide) : kNarrow;
+}
+std::span<const std::int32_t> packed_pair_iterations(bool is_wide) {
+  constexpr static std::int32_t kNarrow[] = {8, 10}, kWide[] = {12, 14, 16};
+  return is_wide ? std::span<const std::int32_t>(kWide) : kNarrow;
+}
+
 bool can_cut(std::int64_t columns) {
-  return cut(1, columns, kMaxIterations, kTargetChunkBytes, 1).has_value();
+  return cut(1, columns, kMaxIterations, {kTargetChunkBytes}).has_value();
 }
 
 bool can_attend(std::int64_t head_dim) { return head_dim % 16 == 0 && head_dim <= kMaxHeadDim; }
@@ -99,17 +124,17 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   const std::int64_t hidden = config.hidden_size;
   const std::int64_t widest_row =
       std::max({hidden, config.intermediate_size, config.attention_size()}) * 2;
+  const bool by_four = layer_kind(config) == LayerKind::any && hidden > kNarrowHidden;
   const auto cut_matrix = [&](const char* name, std::int64_t rows, std::int64_t columns,
-                              std::int64_t multiple = 1) {
+                              bool even = false) {
     const std::int64_t share = rows * columns * 2 / limits.sm_count;
-    return cut_or_fail(name, rows, columns,
-                       std::min(std::max(kTargetChunkBytes, widest_row), share), multiple);
+    const std::int64_t target = std::min(std::max(kTargetChunkBytes, widest_row), share);
+    return cut_or_fail(name, rows, columns, {target, even, by_four});
   };
   DecodePlan plan;
   plan.qkv = cut_matrix("the QKV matrix", config.qkv_size(), hidden);
   plan.attention_out = cut_matrix("the attention output matrix", hidden, config.attention_size());
-  plan.mlp_up = cut_matrix("the first MLP matrix", mlp_up_rows(config), hidden,
-                           config.gated_mlp ? 2 : 1);
+  plan.mlp_up = cut_matrix("the first MLP matrix", mlp_up_rows(config), hidden, config.gated_mlp);
   plan.mlp_down = cut_matrix("the second MLP matrix", hidden, config.intermediate_size);
   plan.lm_head = cut_matrix("the LM head", config.vocab_size, hidden);
   for (const MatrixPlan* matrix :
@@ -165,21 +190,26 @@ std::string uncomputed_because(const LayerSpec& spec) {
   return "";
 }
 
-MatrixPlan with_packed_operands(MatrixPlan plan) {
+MatrixPlan with_packed_operands(MatrixPlan plan, std::int32_t fragments) {
+  const bool is_wide = fragments > kNarrowFragments;
   const bool one_unit = plan.units_per_chunk() * plan.segments == kConsumerWarps;
-  // The kernel has code for these.
-  const bool known = plan.iterations == 4 || plan.iterations == 5;
-  if (plan.mapping != MmaMapping::two_pass || plan.unit_rows != 1 || !one_unit || !known)
+  if (plan.mapping != MmaMapping::two_pass || plan.unit_rows != 1 || !(one_unit || is_wide))
     return plan;
-  if (plan.rows_per_chunk % 2 == 0) {
-    // A half of the columns of two rows, or a quarter of those of four.
-    plan.mapping = MmaMapping::packed;
-    plan.unit_rows = plan.rows_per_chunk % 4 == 0 ? 4 : 2;
-    plan.segments *= plan.unit_rows;
-  } else if (plan.rows_per_chunk == 1) {
-    plan.mapping = MmaMapping::packed_pairs;
-    plan.iterations *= 2;
-  }
+  MatrixPlan packed = plan;
+  // A half of the columns of two rows, or a quarter of those of four; each warp has one unit.
+  packed.mapping = plan.rows_per_chunk == 1 ? MmaMapping::packed_pairs : MmaMapping::packed;
+  if (plan.rows_per_chunk % 2 == 0) packed.unit_rows = plan.rows_per_chunk % 4 == 0 ? 4 : 2;
+  const std::int32_t units = packed.units_per_chunk();
+  if (kConsumerWarps % units != 0 || (plan.rows_per_chunk > 1 && packed.unit_rows == 1))
+    return plan;
+  packed.segments = kConsumerWarps / units;
+  const std::int64_t step = std::int64_t{packed.segments} * packed.slices() * 32;
+  if (plan.columns % step != 0) return plan;
+  packed.iterations = static_cast<std::int32_t>(plan.columns / step);
+  const bool in_pairs = packed.mapping == MmaMapping::packed_pairs;
+  for (const std::int32_t known :
+       in_pairs ? packed_pair_iterations(is_wide) : packed_iterations(is_wide))
+    if (packed.iterations == known) return packed;
   return plan;
 }
 
@@ -208,8 +238,8 @@ KvPlan make_page_plan(const ModelConfig& config) {
 
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {
   return unstreamed_because(config).empty() && can_cut(config.hidden_size) &&
-         can_cut(config.attention_size()) && can_cut(config.intermediate_size) && can_attend(config.head_dim) &&
-         draft_plan(config, limits).stages >= kMinDecodeStages;
+         can_cut(config.attention_size()) && can_cut(config.intermediate_size) &&
+         can_attend(config.head_dim) && draft_plan(config, limits).stages >= kMinDecodeStages;
 }
 
 std::string unstreamed_because(const ModelConfig& config, const DeviceLimits& limits) {

@@ -206,9 +206,12 @@ bool can_stream(const ModelConfig& config, const DeviceLimits& limits);
 // its sizes do not stream on such a device. Empty if can_stream().
 std::string unstreamed_because(const ModelConfig& config, const DeviceLimits& limits);
 
+// The fragments of a matrix that a lane of a kernel holds, at most: there are two sizes of kernels.
+inline constexpr std::int32_t kNarrowFragments = 5, kWideFragments = 10;
+
 // The same matrix with both halves of the activations in one product (half as many products), where
-// a warp has one unit of a chunk; else as it is.
-MatrixPlan with_packed_operands(MatrixPlan plan);
+// a kernel of `fragments` has code for that; else as it is.
+MatrixPlan with_packed_operands(MatrixPlan plan, std::int32_t fragments = kNarrowFragments);
 
 // Attention of one sequence with `positions` keys (the current one included).
 struct AttentionSplits {

@@ -813,17 +813,23 @@ TEST_F(LayerTest, SplitGivesTheBitsOfTheWholeWhereItIsNotStreamed) {
 
 // What the plain kernels are told; this needs no GPU.
 
-LayerShape shape_of(const LayerSizes& sizes) {
-  return {DType::float16,   sizes.hidden,     sizes.intermediate, sizes.num_heads,
-          sizes.head_dim(), sizes.rotary_dim, sizes.max_positions};
+cuda::PlainShape shape_of(const LayerSizes& sizes) {
+  LayerSpec spec;
+  spec.hidden_size = sizes.hidden;
+  spec.intermediate_size = sizes.intermediate;
+  spec.num_heads = sizes.num_heads;
+  spec.num_kv_heads = sizes.num_kv_heads;
+  spec.head_dim = sizes.head_dim();
+  spec.rotary_dim = sizes.rotary_dim;
+  return cuda::plain_shape(spec);
 }
 
 TEST(PlainLayer, EverySplitHasAPlaceAndEveryPositionASplit) {
   for (const LayerCase& c : layer_cases())
     for (const int sms : {1, 3, 132, 170}) {
-      const LayerShape shape = shape_of(c.sizes);
-      const int most = cuda::most_plain_splits(shape, sms);
-      for (int positions = 1; positions <= shape.max_positions; ++positions) {
+      const cuda::PlainShape shape = shape_of(c.sizes);
+      const int most = cuda::most_plain_splits(shape, c.sizes.max_positions, sms);
+      for (int positions = 1; positions <= c.sizes.max_positions; ++positions) {
         const plan::AttentionSplits cut = cuda::plain_splits(shape, positions, sms);
         const int split_positions = cut.blocks_per_split * cuda::kTilePositions;
         ASSERT_LE(cut.splits, most) << c.name << ", " << positions << " positions";
@@ -834,28 +840,40 @@ TEST(PlainLayer, EverySplitHasAPlaceAndEveryPositionASplit) {
 }
 
 TEST(PlainLayer, PartsOfTheScratchAreAlignedAndDoNotOverlap) {
-  for (const LayerCase& c : layer_cases()) {
-    SCOPED_TRACE(c.name);
-    const LayerShape shape = shape_of(c.sizes);
-    const int splits = cuda::most_plain_splits(shape, 132);
-    const cuda::PlainLayout layout = cuda::plain_layout(shape, splits);
-    const std::int64_t hidden = shape.hidden_size, partials = shape.num_heads * splits;
-    std::int64_t end = 0;
-    for (const auto& [begin, elements] : {std::pair{layout.normed, hidden},
-                                          {layout.post_normed, hidden},
-                                          {layout.qkv, 3 * hidden},
-                                          {layout.query, hidden},
-                                          {layout.intermediate, shape.intermediate_size},
-                                          {layout.maxima, partials},
-                                          {layout.sums, partials},
-                                          {layout.outputs, partials * shape.head_dim},
-                                          {layout.attention, hidden}}) {
-      EXPECT_GE(begin, end);
-      EXPECT_EQ(begin * 4 % 16, 0);
-      end = begin + elements;
+  std::vector<LayerCase> cases = layer_cases();
+  cases.push_back({"grouped", {960, 15, 2560, 64, 2048, 5}});
+  for (const LayerCase& c : cases)
+    for (const std::int64_t rows : {1, 4, 16}) {
+      SCOPED_TRACE(c.name + ", rows " + std::to_string(rows));
+      const cuda::PlainShape shape = shape_of(c.sizes);
+      const int splits = cuda::most_plain_splits(shape, c.sizes.max_positions, 132);
+      const cuda::PlainLayout layout = cuda::plain_layout(shape, rows, splits);
+      const std::int64_t hidden = shape.hidden, partials = shape.heads * splits;
+      std::int64_t end = 0;
+      for (const auto& [begin, elements] : {std::pair{layout.positions, std::int64_t{1}},
+                                            {layout.normed, hidden},
+                                            {layout.post_normed, hidden},
+                                            {layout.qkv, hidden + 2 * c.sizes.kv_size()},
+                                            {layout.query, hidden},
+                                            {layout.intermediate, c.sizes.intermediate},
+                                            {layout.maxima, partials},
+                                            {layout.sums, partials},
+                                            {layout.outputs, partials * shape.head_dim},
+                                            {layout.attention, hidden},
+                                            {layout.projected, hidden}}) {
+        EXPECT_GE(begin, end);
+        EXPECT_EQ(begin * 4 % 16, 0);
+        end = begin + rows * elements;
+      }
+      EXPECT_GE(layout.size, end);
     }
-    EXPECT_GE(layout.size, end);
-  }
+}
+
+// A call with any number of rows up to 16 finds kernels for them, and few sizes of scratch.
+TEST(PlainLayer, TakesAsManyTokensAtOnceAsThereAreRows) {
+  for (std::int64_t rows = 1; rows <= ops::kMaxLayerRows; ++rows)
+    EXPECT_GE(cuda::tokens_at_once(rows), rows);
+  EXPECT_EQ(cuda::tokens_at_once(1), 1);
 }
 
 }  // namespace

@@ -21,12 +21,18 @@ mkdir -p "$logs"
 
 # Each way of the kernel (both types, one layer and several, parallel and sequential residual) and of
 # choosing a token, over more than one page of the KV cache; what grows with the model's size is left out.
+options() { # those of the layer calls' options
+  local name
+  for name in odd qwen3_rows rows_5 rows_16 pages_of_16 pages_of_32_streamed_32_at_70 streamed_gaps_of_1; do
+    printf ':*LayerOptionCases*/%s' "$name"
+  done
+}
 filter_of() { # filter_of PROGRAM: which of gpu_test's tests that is, if it is some of them
   local held="*.EndOnTheSmsThatThereAre/*:*.TakeInBlocksThatStartLate/*"
   case $1 in
     gpu_test) echo "*/tiny*:*/one_layer:*/head_16:PoisonedMemory.*-*LayerShapes*:*LayerRuns*" ;;
     # Without the tests that hold SMs: the tools let one kernel run after the other.
-    layer) echo "*LayerShapes*/tiny*:*LayerShapes*/head_16:*LayerShapes*/long_context:*LayerRuns*/tiny-$held" ;;
+    layer) echo "*LayerShapes*/tiny*:*LayerShapes*/head_16:*LayerShapes*/long_context:*LayerRuns*/tiny$(options)-$held" ;;
     layer_small) echo "*LayerShapes*/tiny*:*LayerShapes*/head_16" ;;
   esac
 }

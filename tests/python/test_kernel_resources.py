@@ -19,6 +19,7 @@ CUDA = ROOT / "src" / "backend" / "cuda"
 TEMPLATES = {
     "decode": CUDA / "decode" / "decode_instance.cu.in",
     "layer": CUDA / "ops" / "layer_instance.cu.in",
+    "paged_layer": CUDA / "ops" / "paged_layer_instance.cu.in",
 }
 # As src/backend/cuda/CMakeLists.txt makes them.
 ITERATIONS, HEAD_STEPS = (5, 10), (5, 8, 16)

@@ -58,6 +58,28 @@ def test_figures_can_be(measured):
         )
 
 
+def test_options_are_measured(tmp_path):
+    output = tmp_path / "layer_options.json"
+    script = ROOT / "benchmarks" / "layer_options.py"
+    arguments = ["--model", "tiny", "--device", "cpu", "--layers", "2", "--contexts", "0", "20"]
+    more = ["--rounds", "3", "--ceiling", "1e10", "--output", output]
+    subprocess.run([sys.executable, script, *arguments, *more], check=True, capture_output=True)
+    rows = json.loads(output.read_text(encoding="utf-8"))["cases"]
+    names = ["plain", "pages of 16", "pages of 64", "multi-query", "groups of 4"]
+    names += ["4 rows, pages of 16", "16 rows, pages of 16"]
+    assert [(r["case"], r["context"]) for r in rows] == [(n, c) for c in (0, 20) for n in names]
+    weights, cache = FIRST_HALF + SECOND_HALF, 2 * 2 * 64 * 20
+    assert [r["bytes_read"] for r in rows[7:]] == [
+        *[weights + cache] * 3,
+        *[weights - 2 * 64 * 64 + cache // 2] * 2,
+        *(weights + rows * cache for rows in (4, 16)),
+    ]
+    for row in rows:
+        assert 0 < row["low"] <= row["us"] <= row["high"]
+        plain = rows[0 if row["context"] == 0 else 7]
+        assert row["times_plain"] == pytest.approx(row["us"] / plain["us"])
+
+
 def test_overhead_is_measured(tmp_path):
     output = tmp_path / "overhead.json"
     script = ROOT / "benchmarks" / "call_overhead.py"

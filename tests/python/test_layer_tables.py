@@ -128,6 +128,21 @@ def test_each_call_beside_pytorch():
     assert layer_tables.call_text("gpt_neox_20b", "mlp_only") == "gpt_neox_20b: mlp only"
 
 
+def test_options_beside_the_plain_call():
+    times = {"us": 60.0, "low": 59.9, "high": 60.2, "share_of_ceiling": 0.9}
+    cases = [
+        times | {"case": "plain", "context": 128, "times_plain": 1.0},
+        times | {"case": "pages of 16", "context": 128, "times_plain": 1.0123},
+    ]
+    common = {"machine": MACHINE, "ceiling": CEILING, "dtype": "float16", "mode": "CUDA graph"}
+    result = common | {"model": "pythia_2b8", "layers": 32, "rounds": 50, "cases": cases}
+    text = layer_tables.layer_options_table(result)
+    assert "layer of pythia_2b8" in text and "50 rounds" in text
+    *_, row = cells(text)
+    assert row == ["pages of 16", "128", "**60.0 (59.9 to 60.2)**", "1.012", "90.0 %"]
+    assert layer_tables.layer_options_table(None) == ""
+
+
 def test_call_overhead():
     _, _, row = cells(layer_tables.call_overhead_table(call_overhead(), None))
     assert row[0] == "H100, host A"

@@ -1,10 +1,11 @@
 """The layer calls with options, on torch tensors: beside PyTorch's own layers, and as operators.
 
-On the CPU, where they run so far.
+On the CPU, or on the device that CLUSTERFUSION_TEST_DEVICE names.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ F = torch.nn.functional
 if not hasattr(torch.ops.clusterfusion, "decoder_layer"):
     pytest.skip("this torch has no torch.library.custom_op", allow_module_level=True)
 
+DEVICE = torch.device(os.environ.get("CLUSTERFUSION_TEST_DEVICE", "cpu"))
 Tensors = dict[str, Any]
 POSITIONS = [0, 31, 64]
 KINDS = {
@@ -37,7 +39,7 @@ def inference() -> Any:
 def to_torch(array: np.ndarray | None, dtype: torch.dtype) -> torch.Tensor | None:
     if array is None:
         return None
-    tensor = torch.from_numpy(array.astype(np.float32))
+    tensor = torch.from_numpy(array.astype(np.float32)).to(DEVICE)
     return tensor if array.dtype == np.float32 else tensor.to(dtype)
 
 
@@ -53,12 +55,16 @@ def torch_layer(
     values = [*list(tensors.values())[:5], k_cache, v_cache, *list(tensors.values())[5:]]
     return (
         dict(zip((*names[:5], "k_cache", "v_cache", *names[5:]), values, strict=True)),
-        torch.from_numpy(table),
+        torch.from_numpy(table).to(DEVICE),
     )
 
 
+def positions_of(rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32, device=DEVICE)
+
+
 def where(table: torch.Tensor) -> Tensors:
-    return {"positions": torch.tensor(POSITIONS, dtype=torch.int32), "block_table": table}
+    return {"positions": positions_of(POSITIONS), "block_table": table}
 
 
 def run(tensors: Tensors, kind: Kind, **more: Any) -> tuple[torch.Tensor, ...]:
@@ -181,7 +187,7 @@ def test_compile(name):
 
     torch.compiler.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for positions in (torch.tensor(POSITIONS, dtype=torch.int32), 0):
+    for positions in (positions_of(POSITIONS), 0):
         eager, table = torch_layer(kind, torch.float16)
         traced, _ = torch_layer(kind, torch.float16)
         assert torch.equal(compiled(traced, positions, table), step(eager, positions, table))
@@ -193,7 +199,7 @@ def test_compile(name):
 def test_both_positions():
     kind = KINDS["llama"]
     tensors, table = torch_layer(kind, torch.float16)
-    arguments = [*tensors.values(), torch.tensor(POSITIONS, dtype=torch.int32)]
+    arguments = [*tensors.values(), positions_of(POSITIONS)]
     with pytest.raises(TypeError, match=r"^positions: expected None beside current_seq_len"):
         ops.decoder_layer(*arguments, **kind.options | where(table))
 
@@ -212,6 +218,7 @@ def test_parameters_of_head_norms():
             results[0].sum().backward()
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="NumPy's arrays are in the CPU's memory")
 def test_same_as_numpy():
     kind = Kind(64, 4, 2, 96, 16, **LLAMA)
     arrays, table = paged_layer(kind, np.float16, POSITIONS, 32)
@@ -236,9 +243,9 @@ def test_no_elements_are_not_none(name):
     kind = KINDS["llama"]
     tensors, table = torch_layer(kind, torch.float16)
     options = where(table) | head_norms(kind, np.float16)
-    options = {n: torch.as_tensor(value) for n, value in options.items()}
+    options = {n: torch.as_tensor(value, device=DEVICE) for n, value in options.items()}
     dtype = torch.int32 if name in where(table) else torch.float16
-    (options if name in options else tensors)[name] = torch.empty(0, dtype=dtype)
+    (options if name in options else tensors)[name] = torch.empty(0, dtype=dtype, device=DEVICE)
     before = tensors["k_cache"].clone()
     with pytest.raises(ValueError, match=rf"^{name}: expected "):
         run(tensors, kind, **options)
@@ -249,11 +256,11 @@ def test_tables_of_halves():
     """As vLLM keeps them: cos and then sin, each value once."""
     kind = KINDS["llama"]
     tensors, table = torch_layer(kind, torch.bfloat16)
-    positions = torch.tensor(POSITIONS)
-    cos_sin_cache = torch.rand(100, kind.rotary_dim).bfloat16()
+    positions = positions_of(POSITIONS)
+    cos_sin_cache = torch.rand(100, kind.rotary_dim, device=DEVICE).bfloat16()
     c, s = cos_sin_cache[positions].float().chunk(2, -1)
     halves = {"cos": c.repeat(1, 2), "sin": s.repeat(1, 2)}
-    k_new = run(tensors | halves, kind, positions=positions.int(), block_table=table)[1]
+    k_new = run(tensors | halves, kind, positions=positions, block_table=table)[1]
     normed = norm(tensors["input"], tensors, "ln", kind)
     qkv = F.linear(normed, tensors["weight_qkv"], tensors["bias_qkv"])
     keys = qkv[:, kind.q_size : kind.q_size + kind.kv_size].float().view(k_new.shape)
@@ -261,3 +268,26 @@ def test_tables_of_halves():
     c, s = c[:, None], s[:, None]
     expected = torch.cat([low * c - high * s, high * c + low * s], -1)
     assert relative_error(k_new, expected) < 1e-2
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="a CUDA graph is captured on a GPU")
+@pytest.mark.parametrize("name", KINDS)
+def test_cuda_graph(name):
+    """One graph serves every position and table, which lie on the device."""
+    kind = KINDS[name]
+    eager, table = torch_layer(kind, torch.float16)
+    replayed = {n: None if t is None else t.clone() for n, t in eager.items()}
+    at = where(table.clone())
+    for each in (eager, replayed):  # the first call makes what a capture must not
+        run(each, kind, **at)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run(replayed, kind, **at)
+    for positions in (POSITIONS, [5, 0, 40], [-1, 20, 64]):
+        at["positions"].copy_(positions_of(positions))
+        at["block_table"].copy_(table.roll(1, 0))
+        graph.replay()
+        more = {"positions": positions_of(positions), "block_table": table.roll(1, 0)}
+        for found, expected in zip(results, run(eager, kind, **more), strict=True):
+            assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+        assert torch.equal(replayed["k_cache"], eager["k_cache"])

@@ -347,8 +347,10 @@ class CudaBackend final : public Backend {
     kernel_ = find_decode_kernel(plan::layer_kind(config_), config_.dtype, fragments,
                                  static_cast<int>(config_.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
-    params_ = stream_params(config_, plan_, properties_.multiProcessorCount,
-                            fragments <= kMaxPackedFragments);
+    const int held =
+        fragments <= plan::kNarrowFragments ? plan::kNarrowFragments : plan::kWideFragments;
+    const bool packs = has_packed_operands(plan::layer_kind(config_), held);
+    params_ = stream_params(config_, plan_, properties_.multiProcessorCount, packs ? held : 0);
     read_more_late(params_);
     allocate_scratch();
     weights_.tell(params_);

@@ -1,10 +1,11 @@
 // Whatever a draft proposes, a text is bit for bit the one without: random requests with random
-// drafts on a small model on the CPU, in random schedules.
+// drafts on a small model, in random schedules.
 // CLUSTERFUSION_DRAFTED_REQUESTS says how many requests at least.
 #include <gtest/gtest.h>
 
 #include <cstdlib>
 #include <iostream>
+#include <map>
 
 #include "engine/model_draft.hpp"
 #include "engine/ngram_draft.hpp"
@@ -22,24 +23,22 @@ int num_requests() {
   return count == nullptr ? 2000 : std::atoi(count);
 }
 
-// A draft on the CPU with another vocabulary, or context.
+// A draft with another vocabulary, or context.
 std::unique_ptr<Draft> other_model_draft(std::int64_t vocab_size, std::int64_t positions) {
   ModelConfig config = schedule_model()->config();
   config.vocab_size = vocab_size;
   config.eos_tokens = {};
   config.num_layers = 1;
   BackendOptions options;
-  options.threads = 1;
   options.max_positions = positions;
   const auto model = make_random_model(config);
-  return make_model_draft(model, make_cpu_backend(model, options), kVocabSize);
+  return make_model_draft(model, schedule_backend(model, options), kVocabSize);
 }
 
 std::unique_ptr<Draft> same_model_draft(std::int64_t positions) {
   BackendOptions options;
-  options.threads = 1;
   options.max_positions = positions;
-  return make_model_draft(schedule_model(), make_cpu_backend(schedule_model(), options),
+  return make_model_draft(schedule_model(), schedule_backend(schedule_model(), options),
                           kVocabSize);
 }
 
@@ -90,18 +89,31 @@ void run_alone(Engine& plain, Call& call) {
   call.results = std::move(alone.results);
 }
 
+// Engines that compute one text at a time without a draft, by their longest context.
+class PlainEngines {
+ public:
+  Engine& of(std::int64_t positions) {
+    std::unique_ptr<Engine>& engine = engines_[positions];
+    if (!engine)
+      engine = schedule_engine(1000, {.max_sequences = 1, .prefix_cache = false}, positions);
+    return *engine;
+  }
+
+ private:
+  std::map<std::int64_t, std::unique_ptr<Engine>> engines_;
+};
+
 TEST(DraftedTexts, AreTheTextsWithout) {
+  PlainEngines plain;
   std::int64_t requests = 0;
   std::map<std::string, std::array<std::int64_t, 2>> proposals;  // and accepted, by kind of draft
   for (unsigned round = 0; requests < num_requests(); ++round) {
     SCOPED_TRACE(testing::Message() << "round " << round);
     Random random(round + 7000);
     const std::int64_t positions = random.one_in(4) ? 130 : kLongestSchedule;
-    const auto plain =
-        schedule_engine(1000, {.max_sequences = 1, .prefix_cache = false}, positions);
     const int longest = positions == 130 ? 100 : random.one_in(2) ? 150 : 800;
     std::vector<Call> calls = random_calls(random, longest);
-    for (Call& call : calls) run_alone(*plain, call);
+    for (Call& call : calls) run_alone(plain.of(positions), call);
     NamedDraft draft = random_draft(random, calls);
     SCOPED_TRACE(draft.name);
     SchedulerOptions scheduling;
@@ -209,13 +221,21 @@ TEST_F(OneText, EndsInTheMiddleOfARun) {
   }
 }
 
+// Where a device decodes with other last bits than it prefills, a draft may rarely choose
+// otherwise behind tokens that it has read.
+void expect_always_right(const Statistics& statistics) {
+  static const bool same_bits = schedule_backend(schedule_model(), {})->info().decodes_as_prefills;
+  const std::int64_t wrong = statistics.draft_proposed - statistics.draft_accepted;
+  EXPECT_LE(wrong, same_bits ? 0 : 6 + statistics.draft_proposed / 20);
+}
+
 // Its own noise makes a draft of the same weights right each time.
 TEST_F(OneText, ADraftOfTheSameModelIsAlwaysRight) {
   const GenerateRequest request = OneText::request(100);
   const GenerateResult result = with(same_model_draft(0), request);
   expect_same(result, alone(request));
   EXPECT_GT(result.statistics.draft_proposed, 80);
-  EXPECT_EQ(result.statistics.draft_accepted, result.statistics.draft_proposed);
+  expect_always_right(result.statistics);
 }
 
 // With every option.
@@ -231,7 +251,8 @@ TEST_F(OneText, ADraftOfTheSameModelIsAlwaysRightInRandomRequests) {
     GenerateRequest request = random_request(random, 70);
     request.n = 1;
     const Statistics statistics = engine->generate(request).statistics;
-    EXPECT_EQ(statistics.draft_accepted, statistics.draft_proposed) << i;
+    SCOPED_TRACE(i);
+    expect_always_right(statistics);
     accepted += statistics.draft_accepted;
   }
   EXPECT_GT(accepted, 500);

@@ -2,12 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
-
-#include "support/random_model.hpp"
 
 namespace clusterfusion::test {
 
@@ -24,26 +23,46 @@ std::shared_ptr<const Model> model_for_schedules(ModelConfig config) {
 
 }  // namespace
 
+ScheduleDevice& schedule_device() {
+  static ScheduleDevice device;
+  return device;
+}
+
 std::shared_ptr<const Model> schedule_model() {
-  static const std::shared_ptr<const Model> model = model_for_schedules(small_config());
+  static const std::shared_ptr<const Model> model = model_for_schedules(schedule_device().model);
   return model;
 }
 
 std::shared_ptr<const Model> schedule_llama() {
-  static const std::shared_ptr<const Model> model = model_for_schedules(small_llama_config());
+  static const std::shared_ptr<const Model> model = model_for_schedules(schedule_device().llama);
   return model;
 }
+
+std::unique_ptr<Backend> schedule_backend(const std::shared_ptr<const Model>& model,
+                                          BackendOptions options) {
+  options.threads = 1;
+  return schedule_device().make_backend(model, options);
+}
+
+namespace {
+
+// Asked once: a device may take its time to be opened.
+std::int64_t page_bytes_of(const std::shared_ptr<const Model>& model) {
+  static std::map<const Model*, std::int64_t> known;
+  const auto [entry, is_new] = known.try_emplace(model.get(), 0);
+  if (is_new) entry->second = schedule_backend(model, {})->info().page_bytes();
+  return entry->second;
+}
+
+}  // namespace
 
 std::unique_ptr<Engine> schedule_engine(std::int64_t kv_pages, SchedulerOptions scheduling,
                                         std::int64_t positions,
                                         const std::shared_ptr<const Model>& model) {
   BackendOptions options;
-  options.threads = 1;
   options.max_positions = positions;
-  const std::int64_t page_bytes =
-      make_cpu_backend(model, options)->info().kv_bytes_per_position * kKvPagePositions;
-  options.kv_bytes = kv_pages * page_bytes;
-  return make_engine(model, byte_tokenizer(), make_cpu_backend(model, options), "a test", {},
+  options.kv_bytes = kv_pages * page_bytes_of(model);
+  return make_engine(model, byte_tokenizer(), schedule_backend(model, options), "a test", {},
                      std::move(scheduling));
 }
 

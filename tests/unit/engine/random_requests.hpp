@@ -1,12 +1,14 @@
-// Random requests of callers that come, go and cancel, on a small model on the CPU.
+// Random requests of callers that come, go and cancel, on a small model.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "engine/fixtures.hpp"
 #include "engine/make_engine.hpp"
+#include "support/random_model.hpp"
 
 namespace clusterfusion::test {
 
@@ -21,6 +23,17 @@ class Random {
   std::mt19937 engine_;
 };
 
+// Where the schedules run: on the CPU, unless a program says otherwise before its first test
+// (tests/gpu/schedules_on_gpu.cpp).
+struct ScheduleDevice {
+  std::function<std::unique_ptr<Backend>(std::shared_ptr<const Model>, const BackendOptions&)>
+      make_backend = make_cpu_backend;
+  // Shapes, but for vocabulary, layers and context.
+  ModelConfig model = small_config();
+  ModelConfig llama = small_llama_config();
+};
+ScheduleDevice& schedule_device();
+
 // kVocabSize tokens, two layers.
 std::shared_ptr<const Model> schedule_model();
 
@@ -28,6 +41,10 @@ inline constexpr std::int64_t kLongestSchedule = 2100;  // positions
 
 // Likewise, of the Llama layout.
 std::shared_ptr<const Model> schedule_llama();
+
+// On the device, with one thread.
+std::unique_ptr<Backend> schedule_backend(const std::shared_ptr<const Model>& model,
+                                          BackendOptions options);
 
 // Of the model, with so many pages, one thread, and the longest context `positions`.
 std::unique_ptr<Engine> schedule_engine(

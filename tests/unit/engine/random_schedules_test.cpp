@@ -1,4 +1,4 @@
-// Random schedules on a small model on the CPU: whatever company a text has, whenever it comes, and
+// Random schedules on a small model: whatever company a text has, whenever it comes, and
 // however often its memory is taken away, it is bit for bit the text that it is alone.
 // CLUSTERFUSION_SCHEDULES says how many schedules, CLUSTERFUSION_FIRST_SCHEDULE from which on, so
 // that several processes can share them; each has up to 40 sequences.

@@ -446,47 +446,6 @@ TEST(LayerChecks, LeavesAPositionOnTheGpuUnread) {
   EXPECT_EQ(checked.work.cache.page_size, layer.sizes.max_positions);
 }
 
-// Options that only the CPU computes, one by one, on tensors that are said to be on a GPU.
-TEST(LayerChecks, NamesWhatGpusDoNotComputeYet) {
-  const auto expect_named = [](const char* option, LayerFixture& layer) {
-    for (const Argument& argument : arguments()) argument.of(layer).device = {kDLCUDA, 1};
-    layer.attention.attn_output.device = layer.attention.mlp_intermediate.device = {kDLCUDA, 1};
-    layer.attention.k_new.device = layer.attention.v_new.device = {kDLCUDA, 1};
-    const auto message = AllOf(StartsWith(std::string(option) + ": expected "), HasSubstr("CPU"));
-    expect_error(ErrorKind::unsupported, message, [&] { layer.run_decoder_layer(); });
-    expect_error(ErrorKind::unsupported, message, [&] { layer.run_attention_mlp_up(); });
-  };
-  {
-    LayerSizes sizes;
-    sizes.num_kv_heads = 2;
-    LayerFixture layer(sizes);
-    expect_named("num_kv_heads", layer);
-  }
-  const auto expect_option = [&](const char* option,
-                                 const std::function<void(LayerFixture&)>& choose) {
-    LayerFixture layer;
-    choose(layer);
-    expect_named(option, layer);
-  };
-  expect_option("qkv_weight_interleaved",
-                [](LayerFixture& layer) { layer.options.qkv_weight_interleaved = false; });
-  expect_option("parallel_residual",
-                [](LayerFixture& layer) { layer.options.parallel_residual = false; });
-  expect_option("norm", [](LayerFixture& layer) {
-    layer.options.norm = NormKind::rms_norm;
-    layer.tensors.ln_bias = layer.tensors.post_ln_bias = {};
-  });
-  expect_option("mlp_up_bias", [](LayerFixture& layer) { layer.tensors.mlp_up_bias = {}; });
-}
-
-TEST(LayerChecks, NamesAnAbsentBiasThatGpusNeed) {
-  LayerFixture layer;
-  for (const Argument& argument : arguments()) argument.of(layer).device = {kDLCUDA, 1};
-  layer.down_bias = {};
-  expect_error(ErrorKind::unsupported, StartsWith("mlp_down_bias: expected a tensor"),
-               [&] { layer.run_decoder_layer(); });
-}
-
 TEST(LayerChecks, RefusesOtherDevices) {
   LayerFixture layer;
   layer.tensors.input.device = {kDLMetal, 0};

@@ -34,7 +34,7 @@ class DecodeConsumer {
   static constexpr bool kPairs = kMaxIterations <= kBatch;  // of units are multiplied side by side
   // Whether this kernel has code for the mappings of plan::with_packed_operands.
   static constexpr bool kPackedOperands =
-      kMaxIterations <= kMaxPackedFragments && Cache::kManyLayers;
+      has_packed_operands(kKind, kMaxIterations) && Cache::kManyLayers;
   // Without setmaxnreg consumers have no more registers than all other threads.
   static constexpr bool kFewRegisters = !kWarpgroups;
   // Wide heads have no registers left for the query.

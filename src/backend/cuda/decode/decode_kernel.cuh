@@ -96,6 +96,11 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
         const Stream stream = stream_at(is_lm_head, part, i);
         if (stream == (p.parallel_residual ? Stream::mlp_down : Stream::attention_out)) {
           if (is_next(Stream::attention)) {
+            if constexpr (kKind == plan::LayerKind::any) {
+              // Nothing is requested before attention: tells the compiler.
+              requested = false;
+              fragments = Frag{};
+            }
             attend(index, position);
             discard_prefetched();
           }

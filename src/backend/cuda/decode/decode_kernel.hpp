@@ -11,8 +11,10 @@ namespace clusterfusion::cuda {
 // registers.
 inline constexpr int kDecodeBlockThreads = plan::kConsumerThreads + 128;
 
-// Kernels that hold at most so many fragments have code for plan::with_packed_operands.
-inline constexpr int kMaxPackedFragments = 5;
+// Whether kernels that hold so many fragments at most have code for plan::with_packed_operands.
+constexpr bool has_packed_operands(plan::LayerKind kind, int fragments) noexcept {
+  return kind == plan::LayerKind::any || fragments <= plan::kNarrowFragments;
+}
 
 // The kernel for such layers with weights of `dtype` (float16 or bfloat16), at most `iterations`
 // fragments a matrix, and this head size. Errors: unsupported if there is none.

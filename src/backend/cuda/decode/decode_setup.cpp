@@ -16,8 +16,8 @@ namespace {
 constexpr int kAnnouncedAhead = 1;
 constexpr int kTicketChunks = 2;
 
-StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, bool packed_operands) {
-  if (packed_operands) plan = plan::with_packed_operands(plan);
+StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, int packed_fragments) {
+  if (packed_fragments > 0) plan = plan::with_packed_operands(plan, packed_fragments);
   StreamedMatrix matrix;
   matrix.rows = static_cast<std::int32_t>(plan.rows);
   matrix.rows_per_chunk = plan.rows_per_chunk;
@@ -65,10 +65,10 @@ LamportLayout lamport_layout(const ModelConfig& config, std::int32_t sm_count) {
 }  // namespace
 
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
-                           std::int32_t sm_count, bool packed_operands) {
+                           std::int32_t sm_count, int packed_fragments) {
   DecodeParams p{};
   const auto matrix = [&](const plan::MatrixPlan& its) {
-    return streamed(its, plan.sum_slots, packed_operands);
+    return streamed(its, plan.sum_slots, packed_fragments);
   };
   p.qkv = matrix(plan.qkv);
   p.attention_out = matrix(plan.attention_out);

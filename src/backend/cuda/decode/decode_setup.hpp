@@ -37,10 +37,10 @@ void set_shape(Params& p, const ModelConfig& config, const plan::KvPlan& kv) {
   p.kv_block_positions = kv.block_positions;
 }
 
-// Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `packed_operands`:
-// whether the kernel has code for plan::with_packed_operands.
+// Shape, matrices, ring and the layout of Lamport buffers; pointers stay null. `packed_fragments`:
+// of a kernel that has code for plan::with_packed_operands, else 0.
 DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& plan,
-                           std::int32_t sm_count, bool packed_operands);
+                           std::int32_t sm_count, int packed_fragments);
 
 // What plans must know of the device.
 plan::DeviceLimits limits_of(const cudaDeviceProp& properties);

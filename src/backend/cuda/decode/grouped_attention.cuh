@@ -142,9 +142,12 @@ class GroupedAttention
           state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
       }
       const int block = what.label.second;
-      attend_block(layer, kv_head, block, position, what.data, state);
+      attend_block(block, position, what.data, state);
       release_stage();
-      if (block == last_block) combine_warps(layer, kv_head, task, splits.splits, state);
+      if (block < last_block) continue;
+      combine_warps(layer, kv_head, task, splits.splits, state);
+      if (last_block == splits.blocks - 1) store_current(layer, kv_head, position);
+      consumer_barrier();
     }
   }
 
@@ -168,8 +171,8 @@ class GroupedAttention
 
   // This warp's group of positions of one block, which lies at `data` in shared memory. The warps
   // take the groups of one block after the other round-robin.
-  __device__ __forceinline__ void attend_block(int layer, int kv_head, int block, int position,
-                                               std::uint32_t data, Softmax& state) {
+  __device__ __forceinline__ void attend_block(int block, int position, std::uint32_t data,
+                                               Softmax& state) const {
     const int groups = p.kv_block_positions / kGroup;
     const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
     if (group >= groups) return;
@@ -178,7 +181,7 @@ class GroupedAttention
     const int row_bytes = p.head_dim * 2;
     char* keys = static_cast<char*>(__cvta_shared_to_generic(data)) + group * kGroup * row_bytes;
     char* values = keys + p.kv_block_positions * row_bytes;
-    if (position < first + kGroup) insert_current(layer, kv_head, position, keys, values);
+    if (position < first + kGroup) insert_current(position, keys, values);
 
     float score[2][4] = {};  // of the group's halves
     multiply_keys(shared_address(keys + g * row_bytes) + q * 8, score);
@@ -282,10 +285,9 @@ class GroupedAttention
     }
   }
 
-  // Puts the current position's key and value into the landed block and into the cache, and clears
-  // the values behind it in this group: whatever lies there must not reach a product.
-  __device__ __forceinline__ void insert_current(int layer, int kv_head, int position, char* keys,
-                                                 char* values) {
+  // Puts the current position's key and value into the landed block, and clears the values behind
+  // it in this group: whatever lies there must not reach a product.
+  __device__ __forceinline__ void insert_current(int position, char* keys, char* values) const {
     const int row = position % kGroup;
     const T* ready = group_inputs().ready + p.head_group * p.head_dim;
     for (int dim = lane; dim < p.head_dim; dim += 32) {
@@ -293,11 +295,10 @@ class GroupedAttention
       const T value = ready[p.head_dim + dim];
       reinterpret_cast<T*>(keys)[row * p.head_dim + dim] = key;
       reinterpret_cast<T*>(values)[row * p.head_dim + dim] = value;
-      cache.store(layer, kv_head, position, dim, key, value);
       for (int later = row + 1; later < kGroup; ++later)
         reinterpret_cast<T*>(values)[later * p.head_dim + dim] = static_cast<T>(0.0f);
     }
-    fence_before_bulk_copy();
+    fence_shared_before_bulk_copy();
     __syncwarp();
   }
 
@@ -324,7 +325,7 @@ class GroupedAttention
   }
 
   // Merges the eight warps' states of one task: the heads' outputs if it has one split, else
-  // partial results for the combiners.
+  // partial results for the combiners. A barrier is to lie behind it.
   __device__ __forceinline__ void combine_warps(int layer, int kv_head, int task, int num_splits,
                                                 const Softmax& state) {
     leave_state(state);
@@ -356,7 +357,14 @@ class GroupedAttention
       lamport_store(partials + in_group * stride + 2 + dim, value);
       if (dim < 2) lamport_store(partials + in_group * stride + dim, dim == 0 ? maximum : total);
     }
-    consumer_barrier();
+  }
+
+  // Puts the current position's key and value into the cache: behind all that others wait for.
+  __device__ __forceinline__ void store_current(int layer, int kv_head, int position) const {
+    const T* ready = group_inputs().ready + p.head_group * p.head_dim;
+    for (int dim = thread; dim < p.head_dim; dim += kConsumerThreads)
+      cache.store(layer, kv_head, position, dim, ready[dim], ready[p.head_dim + dim]);
+    fence_before_bulk_copy();
   }
 };
 

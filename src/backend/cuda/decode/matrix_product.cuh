@@ -85,16 +85,26 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
       ring.wait_landed();
       if (two) ring.wait_next_landed();
       const typename UnitCursor::Chunk chunk = cursor.chunk(two && g >= 4 ? behind : next);
-      uint4 weight[kIterations];
+      // Wide rows at most half at once: registers.
+      constexpr int kHalf = kIterations > 10 ? kIterations / 2 : 0;
+      PackedProducts products;
+      if constexpr (kHalf > 0) {
+        uint4 weight[kHalf];
 #pragma unroll
-      for (int i = 0; i < kIterations; ++i)
-        weight[i] = load_iteration(chunk.data + cursor.offset, cursor.swap, i);
+        for (int i = 0; i < kHalf; ++i)
+          weight[i] = load_iteration(chunk.data + cursor.offset, cursor.swap, i);
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) products.add_pair(i, weight[i], fragments);
+      }
+      uint4 weight[kIterations - kHalf];
+#pragma unroll
+      for (int i = kHalf; i < kIterations; ++i)
+        weight[i - kHalf] = load_iteration(chunk.data + cursor.offset, cursor.swap, i);
       const float bias =
           load_shared_if(chunk.biases + cursor.bias_offset, cursor.holds_bias, Bias{});
       ring.release(lane, two);
-      PackedProducts products;
 #pragma unroll
-      for (int i = 0; i < kIterations; ++i) products.add_pair(i, weight[i], fragments);
+      for (int i = kHalf; i < kIterations; ++i) products.add_pair(i, weight[i - kHalf], fragments);
       next = ring.announcement();
       const float value = products.diagonal() + bias;
       if (cursor.holds_sum != 0 && (two || g < 4)) store_shared(cursor.sum_address, value);
@@ -103,6 +113,36 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
     } while (next.id == id && slot < max_slots);
     next_id = next.id;
     return slot;
+  }
+
+  // With a number of iterations that plan::with_packed_operands() gives.
+  __device__ __forceinline__ int multiply_packed(UnitCursor& cursor, int id, int slot,
+                                                 int max_slots, const Frag& fragments) {
+    if constexpr (kMaxIterations > plan::kNarrowFragments) {
+      switch (cursor.iterations) {
+        case 10: return multiply_packed<10>(cursor, id, slot, max_slots, fragments);
+        case 8: return multiply_packed<8>(cursor, id, slot, max_slots, fragments);
+        case 6: return multiply_packed<6>(cursor, id, slot, max_slots, fragments);
+        default: return multiply_packed<4>(cursor, id, slot, max_slots, fragments);
+      }
+    } else {
+      return cursor.iterations == 5 ? multiply_packed<5>(cursor, id, slot, max_slots, fragments)
+                                    : multiply_packed<4>(cursor, id, slot, max_slots, fragments);
+    }
+  }
+  __device__ __forceinline__ int multiply_packed_pairs(UnitCursor& cursor, int id, int slot,
+                                                       int max_slots, const Frag& fragments) {
+    if constexpr (kMaxIterations > plan::kNarrowFragments) {
+      switch (cursor.iterations) {
+        case 16: return multiply_packed_pairs<16>(cursor, id, slot, max_slots, fragments);
+        case 14: return multiply_packed_pairs<14>(cursor, id, slot, max_slots, fragments);
+        default: return multiply_packed_pairs<12>(cursor, id, slot, max_slots, fragments);
+      }
+    } else {
+      return cursor.iterations == 10
+                 ? multiply_packed_pairs<10>(cursor, id, slot, max_slots, fragments)
+                 : multiply_packed_pairs<8>(cursor, id, slot, max_slots, fragments);
+    }
   }
 
   // Multiplies all chunks of `stream` that come next, and hands each row's number and sum, bias
@@ -126,25 +166,27 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
     discard_prefetched();
 #pragma unroll 1
     while (true) {
-      if (kPackedOperands && cursor.mapping == MmaMapping::packed && cursor.iterations == 5)
-        slot = multiply_packed<5>(cursor, id, slot, max_slots, fragments);
-      else if (kPackedOperands && cursor.mapping == MmaMapping::packed)
-        slot = multiply_packed<4>(cursor, id, slot, max_slots, fragments);
-      else if (kPackedOperands && cursor.mapping == MmaMapping::packed_pairs &&
-               cursor.iterations == 10)
-        slot = multiply_packed_pairs<10>(cursor, id, slot, max_slots, fragments);
+      if (kPackedOperands && cursor.mapping == MmaMapping::packed)
+        slot = multiply_packed(cursor, id, slot, max_slots, fragments);
       else if (kPackedOperands && cursor.mapping == MmaMapping::packed_pairs)
-        slot = multiply_packed_pairs<8>(cursor, id, slot, max_slots, fragments);
+        slot = multiply_packed_pairs(cursor, id, slot, max_slots, fragments);
       else
         slot = multiply_chunks(cursor, id, slot, max_slots, fragments);
       const bool over = next_id != id;
+      if constexpr (kKind == plan::LayerKind::any) {
+        // One copy of the code that finishes rows, which is longer here.
+        if (over) before_epilogue();
+        if (slot > 0) reduce(stream, matrix, slot, epilogue);
+      }
       if (over) break;
-      reduce(stream, matrix, slot, epilogue);
+      if constexpr (kKind == plan::LayerKind::plain) reduce_rows(matrix, slot, epilogue);
       cursor.sum_address -= slot * matrix.sums_per_chunk * 4;
       slot = 0;
     }
-    before_epilogue();
-    if (slot > 0) reduce(stream, matrix, slot, epilogue);
+    if constexpr (kKind == plan::LayerKind::plain) {
+      before_epilogue();
+      if (slot > 0) reduce_rows(matrix, slot, epilogue);
+    }
   }
   template <typename Epilogue>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
@@ -231,11 +273,10 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
   template <typename Epilogue>
   __device__ __forceinline__ void reduce(Stream stream, const StreamedMatrix& matrix, int slots,
                                          Epilogue&& epilogue) {
-    if constexpr (kKind == plan::LayerKind::any) {
-      if (stream == Stream::mlp_up && p.first_layer.mlp_gate != nullptr)
-        return reduce_gated_rows(matrix, slots, epilogue);
-    }
-    reduce_rows(matrix, slots, epilogue);
+    if (stream == Stream::mlp_up && p.first_layer.mlp_gate != nullptr)
+      reduce_gated_rows(matrix, slots, epilogue);
+    else
+      reduce_rows(matrix, slots, epilogue);
   }
 };
 

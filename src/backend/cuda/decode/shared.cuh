@@ -61,6 +61,8 @@ struct SharedControl {
   // change, and flags that rise.
   int block_number, scratch_half;
   std::uint32_t all_started, attended;
+  std::uint32_t row_found;  // row_position is known: of caches in pages
+  int row_position;         // of the new token; -1: there is no such place
 };
 static_assert(sizeof(SharedControl) <= plan::kControlBytes);
 

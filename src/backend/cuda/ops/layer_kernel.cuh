@@ -1,5 +1,5 @@
 // One decoder layer with parallel residual, or a half of it, on the caller's own tensors: the
-// machine of the streaming decode kernel (decode/decode_kernel.cuh) with another cache and other
+// machine of the streaming decode kernel (decode/decode_kernel.cuh) with other caches and other
 // ends.
 #pragma once
 
@@ -7,78 +7,11 @@
 #include "backend/cuda/numeric/activation.cuh"
 #include "backend/cuda/numeric/operand_order.cuh"
 #include "backend/cuda/numeric/pack.cuh"
+#include "backend/cuda/ops/layer_caches.cuh"
 #include "backend/cuda/ops/layer_params.hpp"
-#include "backend/cuda/ops/position.cuh"
 #include "backend/cuda/ptx/grid_dependency.cuh"
-#include "backend/cuda/ptx/tensor_copy.cuh"
 
 namespace clusterfusion::cuda {
-
-// Keys and values in rows of all heads, as the callers keep them.
-struct RowCache {
-  static constexpr bool kManyLayers = false;
-  const LayerParams& p;
-  const SharedControl* control;
-
-  __device__ __forceinline__ int block_number() const { return control->block_number; }
-
-  class Reader {
-   public:
-    __device__ __forceinline__ Reader(const RowCache& cache, int, int head, int, int)
-        : positions_(cache.p.stream.kv_block_positions), column_(head * cache.p.stream.head_dim) {}
-    // The place of a block in the tensors: column, and row in the upper half.
-    __device__ __forceinline__ std::uint64_t source(int block) const {
-      return static_cast<std::uint64_t>(block * positions_) << 32 | column_;
-    }
-
-   private:
-    int positions_;
-    std::uint32_t column_;
-  };
-  __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
-    const int column = static_cast<int>(task.order.source);
-    const int row = static_cast<int>(task.order.source >> 32);
-    const std::uint32_t values = task.target + task.order.bytes / 2;
-    if constexpr (kBulkCopies) {
-      tensor_copy_to_shared(task.target, p.key_map, column, row, barrier);
-      tensor_copy_to_shared(values, p.value_map, column, row, barrier);
-    } else {
-      copy_box(task.target, p.k_cache, column, row);
-      copy_box(values, p.v_cache, column, row);
-    }
-  }
-  // What a box of the maps is, by all who produce: one head's columns of kv_block_positions rows,
-  // zeros behind the cache's last.
-  __device__ __forceinline__ void copy_box(std::uint32_t target, const void* cache, int column,
-                                           int first_row) const {
-    const int row_units = p.stream.head_dim / 8;  // of 16 bytes
-    const int units = p.stream.kv_block_positions * row_units;
-    const std::int64_t row_bytes = std::int64_t{p.stream.hidden_size} * 2;
-    const char* source = static_cast<const char*>(cache) + column * 2;
-    for (int unit = static_cast<int>(threadIdx.x) % kProducerLanes; unit < units;
-         unit += kProducerLanes) {
-      const int row = first_row + unit / row_units;
-      copy_16_or_zero(target + unit * 16, source + row * row_bytes + unit % row_units * 16,
-                      row < p.max_positions);
-    }
-  }
-
-  __device__ __forceinline__ float2 angle(int, int dim) const {
-    return make_float2(__ldg(p.cosines + dim), __ldg(p.sines + dim));
-  }
-
-  template <typename T>
-  __device__ __forceinline__ void store(int, int head, int position, int dim, T key,
-                                        T value) const {
-    const int column = head * p.stream.head_dim + dim;
-    const std::int64_t element =
-        static_cast<std::int64_t>(position) * p.stream.hidden_size + column;
-    static_cast<T*>(p.k_cache)[element] = key;
-    static_cast<T*>(p.v_cache)[element] = value;
-    static_cast<T*>(p.k_new)[column] = key;
-    static_cast<T*>(p.v_new)[column] = value;
-  }
-};
 
 // Nobody promises that all blocks of a launch are resident together: kernels of other streams may
 // hold SMs, and a launch that makes sure of it costs the calling thread 1 us more. So blocks are
@@ -89,6 +22,7 @@ struct RowCache {
 // Counts this block's start, by one thread, before a block barrier. All blocks of a launch start
 // before any of the next one does: that may be made resident only from here on, and waits there for
 // the end of this one.
+template <bool kInPages>
 __device__ __forceinline__ void start_block(const LayerParams& layer, SharedControl* control) {
   const std::uint32_t blocks = gridDim.x;
   const std::uint32_t before = atomicInc(layer.started, 2 * blocks - 1);
@@ -96,6 +30,7 @@ __device__ __forceinline__ void start_block(const LayerParams& layer, SharedCont
   control->scratch_half = static_cast<int>(half);
   control->block_number = static_cast<int>(before - half * blocks);
   control->all_started = control->attended = 0;
+  if constexpr (kInPages) control->row_found = 0;
   if (before < 2 * blocks) start_dependents();  // always, but not before the count is known
 }
 
@@ -156,11 +91,15 @@ __device__ __forceinline__ void prefetch_first_chunks(const LayerParams& layer) 
 }
 
 // Streams before it knows the position.
-class LayerWorkScheduler : public WorkScheduler<RowCache> {
+template <typename Cache>
+class LayerWorkScheduler : public WorkScheduler<Cache> {
+  using Base = WorkScheduler<Cache>;
+  using Base::cache, Base::control, Base::counter, Base::p;
+
  public:
-  __device__ __forceinline__ LayerWorkScheduler(const LayerParams& params, const RowCache& kv_cache,
+  __device__ __forceinline__ LayerWorkScheduler(const LayerParams& params, const Cache& kv_cache,
                                                 SharedControl* shared)
-      : WorkScheduler(params.stream, kv_cache, shared), layer(params) {
+      : Base(params.stream, kv_cache, shared), layer(params) {
     counter += control->scratch_half * kLayerCounters;
   }
 
@@ -175,7 +114,7 @@ class LayerWorkScheduler : public WorkScheduler<RowCache> {
     for (int index = layer.attention_and_up ? 0 : 1; index < 2; ++index) {
       plan::Phase phase = plan::layer_phase(true, index);
       if (index == 1 && layer.attention_and_up) {
-        if (!is_position(layer, position)) break;
+        if (!cache.is_inside(position)) break;
         hooks.attend();
         block_counter_store(&control->attended, 1);
         if (!layer.down) phase = {Stream::attention_out};
@@ -185,9 +124,9 @@ class LayerWorkScheduler : public WorkScheduler<RowCache> {
         phase = {Stream::mlp_down};
         hooks.none_late = true;
       }
-      schedule_phase(0, 0, static_rounds_in_first_matrix(schedule_of(phase)), hooks);
+      this->schedule_phase(0, 0, static_rounds_in_first_matrix(this->schedule_of(phase)), hooks);
     }
-    end();
+    this->end();
   }
 
  private:
@@ -216,7 +155,7 @@ class LayerWorkScheduler : public WorkScheduler<RowCache> {
         attend();
     }
     __device__ __forceinline__ void attend() {
-      if (attended || !is_position(scheduler.layer, position)) return;
+      if (attended || !scheduler.cache.is_inside(position)) return;
       attended = true;
       const plan::AttentionSplits splits = splits_at(scheduler.p, position);
       int number = scheduler.cache.block_number();
@@ -238,15 +177,16 @@ class LayerWorkScheduler : public WorkScheduler<RowCache> {
   const LayerParams& layer;
 };
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps>
-class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, T> {
-  using Base = DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, T>;
-  using Base::control, Base::next_id, Base::p, Base::ring, Base::set_shift, Base::thread, Base::x;
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache>
+class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, Cache, T> {
+  using Base = DecodeStep<T, kMaxIterations, kMaxHeadSteps, Cache, T>;
+  using Base::cache, Base::control, Base::next_id, Base::p, Base::ring, Base::set_shift,
+      Base::thread, Base::x;
   using typename Base::Frag;
   using typename Base::Moments;
 
  public:
-  __device__ __forceinline__ LayerStep(const LayerParams& params, const RowCache& kv_cache,
+  __device__ __forceinline__ LayerStep(const LayerParams& params, const Cache& kv_cache,
                                        char* shared)
       : Base(params.stream, kv_cache, shared), layer(params) {}
 
@@ -258,12 +198,10 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     }
     set_shift = control->scratch_half;
     const int position = position_of(layer);
-    const bool valid = is_position(layer, position);
     this->load_norms(0);
     load_input();
     next_id = ring.announcement().id;
-    multiply_normed(position, valid);
-    if (!valid)
+    if (!multiply_normed(position))
       refuse();
     else if (layer.down)
       second_half();
@@ -293,8 +231,8 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
   }
 
   // QKV, the first MLP matrix and, in between or behind, attention. The MLP's activations go to the
-  // caller, or to the second half.
-  __device__ __forceinline__ void multiply_normed(int position, bool valid) {
+  // caller, or to the second half. Gives whether there is such a position.
+  __device__ __forceinline__ bool multiply_normed(int position) {
     const Moments moments = this->moments(false);
     this->normalise(moments, this->norms.input, 0);
     this->normalise(moments, this->norms.post, 1);
@@ -305,6 +243,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
     float* qkv = this->template lamport<float>(p.layout.qkv);
     this->multiply(Stream::qkv, p.qkv, fragments,
                    [&](int row, float value) { lamport_store(qkv + row, value); });
+    const bool valid = cache.is_inside(position);
     T* mlp = this->template lamport<T>(p.layout.mlp);
 #pragma unroll 1
     for (int part = 0; part < 2; ++part) {
@@ -320,6 +259,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
       }
       if (part == 0) this->attend(0, position);
     }
+    return valid;
   }
 
   // Of the first half alone.
@@ -399,12 +339,13 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, RowCache, 
 };
 
 // The combiner's part, if there are splits.
-template <typename T>
-__device__ __forceinline__ void combine_layer(const LayerParams& layer, SharedControl* control,
-                                              int lane) {
+template <typename T, typename Cache>
+__device__ __forceinline__ void combine_layer(const LayerParams& layer, const Cache& cache,
+                                              SharedControl* control, int lane) {
   if (!layer.attention_and_up) return;
   const int position = position_of(layer);
-  if (!is_position(layer, position)) return;
+  cache.find_row(position, lane);
+  if (!cache.is_inside(position)) return;
   const int splits = splits_at(layer.stream, position).splits;
   if (splits == 1) return;
   const SplitCombiner<T> combiner(layer.stream, control);
@@ -434,23 +375,23 @@ __device__ __forceinline__ void clear_other_half(const LayerParams& p, const Sha
     p.stream.tickets[before * kLayerCounters + lane] = 0;
 }
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps>
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache>
 __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
     layer_kernel(const __grid_constant__ LayerParams params) {
   extern __shared__ __align__(128) char shared[];
   SharedControl* control = shared_control(shared);
   if (threadIdx.x == 0) init_shared(params.stream, shared);
   if (threadIdx.x == 32) init_sources(params.stream, control);
-  if (threadIdx.x == 64) start_block(params, control);
+  if (threadIdx.x == 64) start_block<Cache::kInPages>(params, control);
   // Without dependent launches there is no time before the first copies.
   if (kBulkCopies && threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
   __syncthreads();
-  const RowCache cache{params, control};
+  const Cache cache{params, control};
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < plan::kConsumerWarps) {
     take_registers<kConsumerRegisters>();
     wait_for_dependencies();
-    LayerStep<T, kMaxIterations, kMaxHeadSteps>(params, cache, shared).consume();
+    LayerStep<T, kMaxIterations, kMaxHeadSteps, Cache>(params, cache, shared).consume();
     return;
   }
   give_up_registers<kProducerRegisters>();
@@ -466,7 +407,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
       __syncwarp();
       clear_other_half(params, control, lane);
       break;
-    case 2: combine_layer<T>(params, control, lane); break;
+    case 2: combine_layer<T>(params, cache, control, lane); break;
     default:
       if (elect_one()) LayerWorkScheduler(params, cache, control).run();
   }

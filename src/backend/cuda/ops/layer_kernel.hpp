@@ -9,8 +9,8 @@
 namespace clusterfusion::cuda {
 
 // The kernel for weights of `dtype` (float16 or bfloat16), at most `iterations` fragments a matrix,
-// and this head size; null if there is none.
-const void* find_layer_kernel(DType dtype, int iterations, int head_dim);
+// this head size, and caches in rows or in pages; null if there is none.
+const void* find_layer_kernel(DType dtype, int iterations, int head_dim, bool in_pages);
 
 // Launches `kernel`, as the driver knows it on the current device, on `stream`: a block for each of
 // `sm_count` SMs, of which any number may be had. Blocks may take their places while the launch

@@ -31,7 +31,7 @@ struct LayerParams {
   void* k_new;             // [hidden]
   void* v_new;             // [hidden]
 
-  void* k_cache;  // [max_positions, hidden]
+  void* k_cache;  // [max_positions, hidden], or pages
   void* v_cache;
   const float* cosines;  // [rotary_dim]
   const float* sines;
@@ -39,9 +39,19 @@ struct LayerParams {
   std::int32_t position;
   const std::int32_t* device_position;  // instead of `position`, or null
 
-  // The caches as tensors of rows; a box is one head's share of kv_block_positions rows.
+  // The caches as tensors of rows; a box is one head's share of kv_block_positions rows. Of pages:
+  // [pages, page size, heads, head_dim]; a box is one head's share of pages.box_positions.
   CUtensorMap key_map;
   CUtensorMap value_map;
+
+  // Where the caches lie in pages. Strides are in elements.
+  struct Pages {
+    const std::int32_t* table;  // of position 0 and those behind it
+    std::int32_t count;
+    std::int32_t size_log2;      // of a page, in positions
+    std::int32_t box_positions;  // a divisor of a page and of a block
+    std::int64_t page_stride, position_stride, head_stride;
+  } pages;
 };
 
 // Counters of a half of the scratch: tickets of each phase, and shares of late blocks that have

@@ -1,53 +1,114 @@
-// The plain layer kernels of attention, for any head size: the rotation, which writes the new key
-// and value; attention over each split of the context; and what the splits give together.
+// The plain layer kernels of attention, for any heads and caches: the rotation, which writes the
+// new keys and values; attention over each split of a row's context; and what the splits give
+// together.
 #pragma once
 
 #include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
 #include "backend/cuda/ops/plain_load.cuh"
 #include "backend/cuda/ops/plain_params.hpp"
-#include "backend/cuda/ops/position.cuh"
+#include "backend/cuda/ops/plain_positions.cuh"
 #include "backend/cuda/ptx/grid_dependency.cuh"
 
 namespace clusterfusion::cuda {
 
-// Element `dim` of a head's query or key after the rotation: each value meets its own cos and sin.
-__device__ __forceinline__ float rotated(const LayerTask& in, const float* vector, int dim) {
-  const int rotary_dim = static_cast<int>(in.shape.rotary_dim);
-  if (dim >= rotary_dim) return vector[dim];
-  const int half = rotary_dim / 2;
-  const float other = dim < half ? -vector[dim + half] : vector[dim - half];
-  return vector[dim] * in.cos[dim] + other * in.sin[dim];
+// A head's query or key as its matrix gives it, and what an RMSNorm makes of it, if the layer has
+// one. For whole warps.
+template <typename T>
+class ProjectedHead {
+ public:
+  __device__ __forceinline__ ProjectedHead(const PlainParams& p, const float* vector,
+                                           LayerTensor norm)
+      : vector_(vector), weight_(static_cast<const T*>(p.work.weight(norm))) {
+    if (!p.work.spec.qk_norm) return;
+    float squares = 0.0f;
+    for (int dim = static_cast<int>(threadIdx.x) % 32; dim < p.shape.head_dim; dim += 32)
+      squares = fmaf(vector[dim], vector[dim], squares);
+    squares = device::warp_sum(squares);
+    scale_ = rsqrtf(squares / static_cast<float>(p.shape.head_dim) + p.norm_eps);
+  }
+
+  __device__ __forceinline__ float at(int dim) const {
+    if (weight_ == nullptr) return vector_[dim];
+    return vector_[dim] * scale_ * static_cast<float>(weight_[dim]);
+  }
+  // After the rotation, in which each value meets its own cos and sin.
+  __device__ __forceinline__ float rotated(int dim, int rotary_dim, const float* cos,
+                                           const float* sin) const {
+    if (dim >= rotary_dim) return at(dim);
+    const int half = rotary_dim / 2;
+    const float other = dim < half ? -at(dim + half) : at(dim - half);
+    return at(dim) * cos[dim] + other * sin[dim];
+  }
+
+ private:
+  const float* vector_;
+  const T* weight_;
+  float scale_ = 1.0f;
+};
+
+// Which of a row's heads a warp takes: those of queries first, then of keys, then of values.
+struct HeadPlace {
+  enum class Kind { query, key, value } kind;
+  std::int64_t head;   // of its kind
+  std::int64_t first;  // in Place::qkv: its first element
+};
+
+constexpr HeadPlace head_place(const PlainShape& shape, QkvLayout layout, std::int64_t index) {
+  using enum HeadPlace::Kind;
+  const std::int64_t kv_head =
+      index < shape.heads ? index / shape.group : (index - shape.heads) % shape.kv_heads;
+  const auto kind = index < shape.heads                    ? query
+                    : index < shape.heads + shape.kv_heads ? key
+                                                           : value;
+  // Where they lie by KV head, behind its queries come its key and its value.
+  const std::int64_t part = kind == query ? index % shape.group
+                            : kind == key ? shape.group
+                                          : shape.group + 1;
+  const std::int64_t place =
+      layout == QkvLayout::by_kv_head ? kv_head * (shape.group + 2) + part : index;
+  return {kind, kind == query ? index : kv_head, place * shape.head_dim};
 }
 
-// A thread an element of all heads. A position that is not one leaves the caches as they are.
+// A warp a head of one row: queries for attention, keys and values for the caches and the caller.
+// A row without a position leaves the caches as they are.
 template <typename T>
 __global__ void __launch_bounds__(kPlainThreads)
     rotate_and_store_new(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
-  const LayerTask& in = p.task;
-  const int head_dim = static_cast<int>(in.shape.head_dim);
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
-  if (i >= in.shape.hidden_size) return;
-  const int position = position_of(in);
-  if (!is_position(in.shape, position)) {
-    static_cast<T*>(in.k_new)[i] = static_cast<T*>(in.v_new)[i] = static_cast<T>(NAN);
-    return;
-  }
-  const std::int64_t head = i / head_dim;
-  const int dim = static_cast<int>(i % head_dim);
-  const float* query = p.scratch + p.layout.qkv + 3 * head * head_dim;
-  const float* key = query + head_dim;
-  const float* value = key + head_dim;
+  using enum HeadPlace::Kind;
+  const LayerWork& in = p.work;
+  const PlainShape& shape = p.shape;
+  const std::int64_t row = blockIdx.y;
+  const std::int64_t index =
+      static_cast<std::int64_t>(blockIdx.x) * (kPlainThreads / 32) + threadIdx.x / 32;
+  if (index >= shape.heads + 2 * shape.kv_heads) return;
+  const auto [kind, head, first] = head_place(shape, in.spec.qkv_layout, index);
+  const int position = checked_position(p, row);
+  const float* const vector = p.scratch + p.layout.qkv + row * shape.qkv + first;
+  const ProjectedHead<T> projected(
+      p, vector, kind == query ? LayerTensor::query_norm_weight : LayerTensor::key_norm_weight);
+  const float* const cos = in.cos + row * in.rotary_stride;
+  const float* const sin = in.sin + row * in.rotary_stride;
+  const auto rotary_dim = static_cast<int>(shape.rotary_dim);
   // Scores come out as base-2 logarithms.
-  const float scale = rsqrtf(static_cast<float>(head_dim)) * kLog2E;
-  p.scratch[p.layout.query + i] = rotated(in, query, dim) * scale;
-  const T new_key = static_cast<T>(rotated(in, key, dim));
-  const T new_value = static_cast<T>(value[dim]);
-  const std::int64_t cached = position * in.shape.hidden_size + i;
-  static_cast<T*>(in.k_cache)[cached] = static_cast<T*>(in.k_new)[i] = new_key;
-  static_cast<T*>(in.v_cache)[cached] = static_cast<T*>(in.v_new)[i] = new_value;
+  const float scale = rsqrtf(static_cast<float>(shape.head_dim)) * kLog2E;
+  float* const queries = p.scratch + p.layout.query + (row * shape.heads + head) * shape.head_dim;
+  T* const fresh = static_cast<T*>(kind == key ? in.k_new : in.v_new) +
+                   (row * shape.kv_heads + head) * shape.head_dim;
+  T* cached = static_cast<T*>(kind == key ? in.k_cache : in.v_cache) + head * in.cache.head_stride;
+  if (position >= 0) cached += cache_offset(in, row, position);
+  for (int dim = static_cast<int>(threadIdx.x) % 32; dim < shape.head_dim; dim += 32) {
+    const float element =
+        kind == value ? vector[dim] : projected.rotated(dim, rotary_dim, cos, sin);
+    if (kind == query) {
+      queries[dim] = element * scale;
+      continue;
+    }
+    fresh[dim] = static_cast<T>(position >= 0 ? element : NAN);
+    if (position >= 0) cached[dim] = static_cast<T>(element);
+  }
 }
 
 // Lanes that share a key, and the keys of a tile that they score side by side.
@@ -56,18 +117,24 @@ inline constexpr int kKeysAtOnce = kPlainThreads / kLanesPerKey;
 inline constexpr int kKeysPerLane = kTilePositions / kKeysAtOnce;
 static_assert(kKeysAtOnce * kKeysPerLane == kTilePositions);
 
-// A tile's scores, by the whole block: `query` and the first column of the head's keys, in rows of
-// `hidden`. Behind the last of `count` positions that one is scored again.
+// By the first threads of a block: where a tile's positions lie in the caches. Behind the last of
+// `count` that one comes again.
+__device__ __forceinline__ void place_tile(const LayerWork& in, std::int64_t row, int first,
+                                           int count, std::int64_t* offsets) {
+  const auto i = static_cast<int>(threadIdx.x);
+  if (i < kTilePositions) offsets[i] = cache_offset(in, row, first + min(i, count - 1));
+}
+
+// A tile's scores, by the whole block: `query` and the head's keys, which begin at `offsets`.
 template <int kCount, typename T>
 __device__ __forceinline__ void score_tile(const float* query, const T* keys, int head_dim,
-                                           std::int64_t hidden, int count, float* scores) {
+                                           const std::int64_t* offsets, float* scores) {
   const int first = static_cast<int>(threadIdx.x) / kLanesPerKey;
   const int lane = static_cast<int>(threadIdx.x) % kLanesPerKey;
   const T* rows[kKeysPerLane];
   float sums[kKeysPerLane] = {};
 #pragma unroll
-  for (int j = 0; j < kKeysPerLane; ++j)
-    rows[j] = keys + min(first + j * kKeysAtOnce, count - 1) * hidden;
+  for (int j = 0; j < kKeysPerLane; ++j) rows[j] = keys + offsets[first + j * kKeysAtOnce];
 #pragma unroll 2
   for (int dim = lane * kCount; dim < head_dim; dim += kLanesPerKey * kCount) {
     float elements[kCount], q[kCount];
@@ -133,60 +200,19 @@ __device__ __forceinline__ float column_sum(const float* matrix, int rows, int w
   return sum;
 }
 
-// A split of a head: block (head, split, slab of the head's values).
-template <typename T, int kCount>
-__global__ void __launch_bounds__(kPlainThreads)
-    attend_split(const __grid_constant__ PlainParams p) {
-  __shared__ float scores[kTilePositions];
-  __shared__ float gathered[kPlainThreads * kCount];
-  device::start_dependents();
-  device::wait_for_dependencies();
-  const LayerTask& in = p.task;
-  const int position = position_of(in);
-  if (!is_position(in.shape, position)) return;
-  const plan::AttentionSplits cut = plain_splits(in.shape, position + 1, p.sm_count);
-  const int split = static_cast<int>(blockIdx.y);
-  if (split >= cut.splits) return;
-  const int split_positions = cut.blocks_per_split * kTilePositions;
-  const int begin = split * split_positions;
-  const int end = min(begin + split_positions, position + 1);
-
-  const int head_dim = static_cast<int>(in.shape.head_dim);
-  const std::int64_t hidden = in.shape.hidden_size;
-  const std::int64_t head_column = static_cast<std::int64_t>(blockIdx.x) * head_dim;
-  const float* query = p.scratch + p.layout.query + head_column;
-  const ValueColumns<kCount> columns(head_dim, static_cast<int>(blockIdx.z));
-  RunningSoftmax softmax;
-  float output[kCount] = {};
-  for (int tile = begin; tile < end; tile += kTilePositions) {
-    const int count = min(kTilePositions, end - tile);
-    const std::int64_t first = tile * hidden + head_column;
-    score_tile<kCount>(query, static_cast<const T*>(in.k_cache) + first, head_dim, hidden, count,
-                       scores);
-    __syncthreads();
-    const float rescale = softmax.take(scores, count);
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) output[k] *= rescale;
-    const T* values = static_cast<const T*>(in.v_cache) + first + columns.column;
-    if (columns.group < columns.groups) {
-#pragma unroll 2
-      for (int i = columns.group; i < count; i += columns.groups) {
-        float elements[kCount];
-        load(values + i * hidden, elements);
-        const float weight = softmax.weight(scores[i]);
-#pragma unroll
-        for (int k = 0; k < kCount; ++k) output[k] = fmaf(weight, elements[k], output[k]);
-      }
-    }
-    __syncthreads();
-  }
+// What a block has of its split, for combine_splits().
+template <int kCount>
+__device__ __forceinline__ void store_split(const PlainParams& p, int split,
+                                            const ValueColumns<kCount>& columns,
+                                            const float (&output)[kCount],
+                                            const RunningSoftmax& softmax, float* gathered) {
   // [groups, columns of the slab]
 #pragma unroll
   for (int k = 0; k < kCount; ++k) gathered[threadIdx.x * kCount + k] = output[k];
   __syncthreads();
   const std::int64_t partial = static_cast<std::int64_t>(blockIdx.x) * p.splits + split;
   const int width = columns.vectors * kCount;
-  float* outputs = p.scratch + p.layout.outputs + partial * head_dim + columns.first;
+  float* outputs = p.scratch + p.layout.outputs + partial * p.shape.head_dim + columns.first;
   for (int i = static_cast<int>(threadIdx.x); i < width; i += kPlainThreads)
     outputs[i] = column_sum(gathered, columns.groups, width, i);
   if (threadIdx.x != 0 || blockIdx.z != 0) return;
@@ -194,35 +220,93 @@ __global__ void __launch_bounds__(kPlainThreads)
   p.scratch[p.layout.sums + partial] = softmax.sum;
 }
 
-// A thread an element of all heads. NaN for a position that is not one: so is then all that is
-// computed from it.
+// A split of a head of one row: block (row and head, split, slab of the head's values).
+template <typename T, int kCount>
+__global__ void __launch_bounds__(kPlainThreads)
+    attend_split(const __grid_constant__ PlainParams p) {
+  __shared__ std::int64_t places[2][kTilePositions];
+  __shared__ float scores[kTilePositions];
+  __shared__ float gathered[kPlainThreads * kCount];
+  device::start_dependents();
+  device::wait_for_dependencies();
+  const LayerWork& in = p.work;
+  const PlainShape& shape = p.shape;
+  const std::int64_t row = blockIdx.x / shape.heads, head = blockIdx.x % shape.heads;
+  const int position = checked_position(p, row);
+  if (position < 0) return;
+  const plan::AttentionSplits cut = plain_splits(shape, position + 1, p.sm_count);
+  const int split = static_cast<int>(blockIdx.y);
+  if (split >= cut.splits) return;
+  const int split_positions = cut.blocks_per_split * kTilePositions;
+  const int begin = split * split_positions;
+  const int end = min(begin + split_positions, position + 1);
+  const auto count_at = [&](int tile) { return min(kTilePositions, end - tile); };
+
+  const int head_dim = static_cast<int>(shape.head_dim);
+  const float* query = p.scratch + p.layout.query + blockIdx.x * shape.head_dim;
+  const ValueColumns<kCount> columns(head_dim, static_cast<int>(blockIdx.z));
+  const std::int64_t of_head = head / shape.group * in.cache.head_stride;
+  const T* const keys = static_cast<const T*>(in.k_cache) + of_head;
+  const T* const values = static_cast<const T*>(in.v_cache) + of_head + columns.column;
+  RunningSoftmax softmax;
+  float output[kCount] = {};
+  const std::int64_t* offsets = places[0];
+  place_tile(in, row, begin, count_at(begin), places[0]);
+  __syncthreads();
+  for (int tile = begin; tile < end; tile += kTilePositions) {
+    const int count = count_at(tile);
+    score_tile<kCount>(query, keys, head_dim, offsets, scores);
+    std::int64_t* const next = offsets == places[0] ? places[1] : places[0];
+    if (tile + kTilePositions < end)
+      place_tile(in, row, tile + kTilePositions, count_at(tile + kTilePositions), next);
+    __syncthreads();
+    const float rescale = softmax.take(scores, count);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) output[k] *= rescale;
+    if (columns.group < columns.groups) {
+#pragma unroll 2
+      for (int i = columns.group; i < count; i += columns.groups) {
+        float elements[kCount];
+        load(values + offsets[i], elements);
+        const float weight = softmax.weight(scores[i]);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) output[k] = fmaf(weight, elements[k], output[k]);
+      }
+    }
+    offsets = next;
+    __syncthreads();
+  }
+  store_split(p, split, columns, output, softmax, gathered);
+}
+
+// A thread an element of all heads of one row. NaN for a row without a position: so is then all
+// that is computed from it.
 __global__ void __launch_bounds__(kPlainThreads)
     combine_splits(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
-  const LayerTask& in = p.task;
+  const PlainShape& shape = p.shape;
+  const std::int64_t row = blockIdx.y;
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
-  if (i >= in.shape.hidden_size) return;
-  float* attention = p.scratch + p.layout.attention + i;
-  const int position = position_of(in);
-  if (!is_position(in.shape, position)) {
+  if (i >= shape.attention) return;
+  float* attention = p.scratch + p.layout.attention + row * shape.attention + i;
+  const int position = checked_position(p, row);
+  if (position < 0) {
     *attention = NAN;
     return;
   }
-  const int splits = plain_splits(in.shape, position + 1, p.sm_count).splits;
-  const std::int64_t head = i / in.shape.head_dim;
-  const std::int64_t first = head * p.splits;
+  const int splits = plain_splits(shape, position + 1, p.sm_count).splits;
+  const std::int64_t first = (row * shape.heads + i / shape.head_dim) * p.splits;
   const float* maxima = p.scratch + p.layout.maxima + first;
   const float* sums = p.scratch + p.layout.sums + first;
-  const float* outputs =
-      p.scratch + p.layout.outputs + first * in.shape.head_dim + i % in.shape.head_dim;
+  const float* outputs = p.scratch + p.layout.outputs + first * shape.head_dim + i % shape.head_dim;
   float maximum = -INFINITY;
   for (int split = 0; split < splits; ++split) maximum = fmaxf(maximum, maxima[split]);
   float sum = 0.0f, output = 0.0f;
   for (int split = 0; split < splits; ++split) {
     const float weight = exp2_approximately(maxima[split] - maximum);
     sum = fmaf(weight, sums[split], sum);
-    output = fmaf(weight, outputs[split * in.shape.head_dim], output);
+    output = fmaf(weight, outputs[split * shape.head_dim], output);
   }
   *attention = output / sum;
 }

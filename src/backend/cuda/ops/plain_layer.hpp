@@ -1,5 +1,5 @@
-// The layer calls as a handful of ordinary launches: every shape, at less speed than the streaming
-// kernel. Activations stay float32 between the launches.
+// The layer calls as a handful of ordinary launches: every layer and every shape, at less speed
+// than the streaming kernel. Activations stay float32 between the launches.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -19,11 +19,11 @@ struct PlainPlace {
 // first call: loading would spoil a capture.
 void load_plain_kernels(DType dtype);
 
-// The caches may have so many rows: sums of positions have 32 bits.
+// A row may have so many positions: sums of positions have 32 bits.
 inline constexpr std::int64_t kMaxPlainPositions = std::int64_t{1} << 30;
 
-// Enqueues and returns; several threads may call at once, on one stream too. `task.split` makes no
+// Enqueues and returns; several threads may call at once, on one stream too. `work.split` makes no
 // difference.
-void run_plain_layer(const LayerTask& task, const PlainPlace& place);
+void run_plain_layer(const LayerWork& work, const PlainPlace& place);
 
 }  // namespace clusterfusion::cuda

@@ -40,5 +40,9 @@ __device__ __forceinline__ void bulk_prefetch(const void* global, std::uint32_t 
 __device__ __forceinline__ void fence_before_bulk_copy() {
   if constexpr (kBulkCopies) asm volatile("fence.proxy.async;" ::: "memory");
 }
+// The same for accesses to shared memory alone.
+__device__ __forceinline__ void fence_shared_before_bulk_copy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 }  // namespace clusterfusion::device

@@ -43,4 +43,14 @@ __device__ __forceinline__ void tensor_copy_to_shared(std::uint32_t target, cons
       : "memory");
 }
 
+// The same of a tensor of four dimensions, at `at`, the innermost first.
+__device__ __forceinline__ void tensor_copy_to_shared(std::uint32_t target, const CUtensorMap& map,
+                                                      int4 at, std::uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(target),
+      "l"(&map), "r"(at.x), "r"(at.y), "r"(at.z), "r"(at.w), "r"(barrier)
+      : "memory");
+}
+
 }  // namespace clusterfusion::device
