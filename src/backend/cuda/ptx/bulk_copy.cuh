@@ -42,7 +42,7 @@ __device__ __forceinline__ void fence_before_bulk_copy() {
 }
 // The same for accesses to shared memory alone.
 __device__ __forceinline__ void fence_shared_before_bulk_copy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  if constexpr (kBulkCopies) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 }  // namespace clusterfusion::device
