@@ -66,10 +66,10 @@ python-package: deps  ## the Python package, into .venv
 	$(PYTHON) -m pip install --quiet --no-build-isolation $(PACKAGE_OPTIONS) .
 
 # With the CUDA code where there is a toolkit. libtvm_ffi.so comes with apache-tvm-ffi.
-wheel: export CUDAARCHS ?= 90a-real;120a-real
+wheel: export CUDAARCHS ?= 80-real;90a-real;100-real;120-real
 wheel:  ## dist/*.whl: the package and the program, for other machines
 	@tools/install_dependencies.sh wheel
-	$(call stage,the wheel,1 minute; with CUDA 13 7 minutes)
+	$(call stage,the wheel,1 minute; with CUDA 13 15 minutes)
 	@rm -rf build/unrepaired && mkdir -p build/unrepaired dist
 	@$(PYTHON) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/unrepaired \
 	  $(WHEEL_OPTIONS) .

@@ -34,14 +34,29 @@ ${CLUSTERFUSION_CUDA_MINIMUM} or later" PARENT_SCOPE)
   endif()
 endfunction()
 
-# cf_cuda_architectures(ARCHITECTURES): of the GPU that is there, or of Hopper.
+# cf_cuda_architectures(ARCHITECTURES): of the GPU that is there, or of Hopper. Code for 8.0 runs on
+# 8.6 and 8.9, code for 10.0 and 12.0 on what has the same number in front; Hopper's instructions are
+# 9.0's alone.
 function(cf_cuda_architectures architectures)
   set(${architectures} 90a-real PARENT_SCOPE)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
     OUTPUT_VARIABLE found ERROR_QUIET)
-  if(found MATCHES "^12\\.0")
-    set(${architectures} 120a-real PARENT_SCOPE)
+  if(found MATCHES "^(8|10|12)\\.[0-9]")
+    set(${architectures} ${CMAKE_MATCH_1}0-real PARENT_SCOPE)
   endif()
+endfunction()
+
+# cf_check_cuda_architectures(ARCHITECTURE ...): whether the kernels can be compiled for them. Machine
+# code alone: what the driver compiles anew would take the ways of another chip.
+function(cf_check_cuda_architectures)
+  foreach(architecture IN LISTS ARGN)
+    if(architecture MATCHES "^(8[0-9]|90a|10[0-9]a?|12[0-9]a?)(-real)?$")
+      continue()
+    endif()
+    message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES (or CUDAARCHS) is \"${ARGN}\", and the kernels \
+cannot be compiled for \"${architecture}\". It may hold 80-real (runs on 8.0, 8.6 and 8.9), 90a-real \
+(9.0), 100-real (10.x) and 120-real (12.x), with semicolons between; unset, it is the GPU that is here")
+  endforeach()
 endfunction()
 
 if(CLUSTERFUSION_CUDA STREQUAL "AUTO" OR CLUSTERFUSION_CUDA)
@@ -73,6 +88,18 @@ if(CLUSTERFUSION_WITH_CUDA)
   if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES AND NOT DEFINED ENV{CUDAARCHS})
     cf_cuda_architectures(CMAKE_CUDA_ARCHITECTURES)
     message(STATUS "CUDA: for ${CMAKE_CUDA_ARCHITECTURES}; CMAKE_CUDA_ARCHITECTURES says for what else")
+  endif()
+  if(CMAKE_CUDA_ARCHITECTURES)
+    cf_check_cuda_architectures(${CMAKE_CUDA_ARCHITECTURES})
+  else()
+    cf_check_cuda_architectures($ENV{CUDAARCHS})
+  endif()
+  if(NOT CLUSTERFUSION_CUDA_COPY MATCHES "^(architecture|async|bulk)$")
+    message(FATAL_ERROR "CLUSTERFUSION_CUDA_COPY is \"${CLUSTERFUSION_CUDA_COPY}\"; expected \
+architecture, or for tests on Hopper async (as compute capability 8.0) or bulk (as 12.0)")
+  elseif(CLUSTERFUSION_CUDA_COPY STREQUAL "bulk" AND "${CMAKE_CUDA_ARCHITECTURES}" MATCHES "(^|;)8")
+    message(FATAL_ERROR "CLUSTERFUSION_CUDA_COPY=bulk: CMAKE_CUDA_ARCHITECTURES is \
+\"${CMAKE_CUDA_ARCHITECTURES}\", and only 9.0 and later have bulk copies")
   endif()
   enable_language(CUDA)
   # Debian 12's CMake sets a property of this target, and CUDA 13 has no such library.

@@ -12,11 +12,11 @@ results are of the same kind. All but `cos`, `sin` and the position have one dty
 bfloat16. Each is contiguous, but for paged caches, and starts at a multiple of 16 bytes. What is
 written (caches, results) overlaps nothing else. Sums, norms and softmax are float32.
 
-They run where the tensors are: on the CPU, or on a GPU of compute capability 9.0 or 12.0, on
-torch's current stream; docs/layer-calls.md says which shapes are one kernel there, and what holds
-for streams and CUDA graphs. They may be called from several threads. The same functions are
-operators of torch (`torch.ops.clusterfusion`), which `torch.compile` goes through. They compute no
-gradients.
+They run where the tensors are: on the CPU, or on a GPU that the package has code for (compute
+capability 8.0 or later), on torch's current stream; docs/layer-calls.md says which shapes are one
+kernel there, and what holds for streams and CUDA graphs. They may be called from several threads.
+The same functions are operators of torch (`torch.ops.clusterfusion`), which `torch.compile` goes
+through. They compute no gradients.
 
 Errors come before anything runs and name the argument, what was expected and what was found:
 `TypeError` (dtypes, things that are no tensors), `ValueError` (shapes, layout, devices, overlap, a

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gpu_fixture.hpp"
+#include "recorded_bits.hpp"
 #include "support/reference_model.hpp"
 
 namespace clusterfusion::test {
@@ -31,6 +32,24 @@ std::vector<float> logits_in_pieces(Backend& backend, std::int64_t vocab,
   }
   backend.release_sequence(id);
   return logits;
+}
+
+// Chosen in launches of many steps, which read what earlier steps of the launch have written.
+std::vector<TokenId> tokens_in_one_launch(Backend& backend, std::span<const TokenId> prompt) {
+  SamplingParams sampling;
+  sampling.temperature = 1.0f;
+  sampling.seed = 3;
+  const SequenceId id = backend.create_sequence(sampling);
+  backend.prefill(id, prompt, {});
+  const std::int32_t steps = backend.info().decode_ahead;
+  std::vector<TokenId> tokens{prompt.back()};
+  std::vector<SampledToken> sampled(static_cast<std::size_t>(steps));
+  for (int launch = 0; launch < 6; ++launch) {
+    backend.decode({&id, 1}, std::vector{tokens.back()}, steps, sampled, {});
+    for (const SampledToken& token : sampled) tokens.push_back(token.token);
+  }
+  backend.release_sequence(id);
+  return tokens;
 }
 
 std::unique_ptr<Backend> backend_in(DecodeMode mode, const std::shared_ptr<const Model>& model) {
@@ -72,6 +91,10 @@ TEST_P(DecodeKernel, IsBitIdenticalFromRunToRun) {
   const auto tokens = random_tokens(config.vocab_size, GetParam().positions, 8);
   const auto prefilled = all_logits(*backend, config.vocab_size, tokens);
   const auto decoded = decoded_logits(*backend, config.vocab_size, tokens);
+  expect_recorded_bits("prefill/" + GetParam().name, std::as_bytes(std::span(prefilled)));
+  expect_recorded_bits("decode/" + GetParam().name, std::as_bytes(std::span(decoded)));
+  const auto drawn = tokens_in_one_launch(*backend, tokens);
+  expect_recorded_bits("tokens/" + GetParam().name, std::as_bytes(std::span(drawn)));
   for (int repeat = 0; repeat < 3; ++repeat) {
     ASSERT_EQ(all_logits(*backend, config.vocab_size, tokens), prefilled) << "repeat " << repeat;
     ASSERT_EQ(decoded_logits(*backend, config.vocab_size, tokens), decoded) << "repeat " << repeat;

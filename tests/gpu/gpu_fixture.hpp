@@ -13,6 +13,9 @@
 #include <vector>
 
 #include "backend/cuda/cuda_backend.hpp"
+#include "backend/cuda/decode/decode_setup.hpp"
+#include "backend/cuda/device_properties.hpp"
+#include "plan/decode_plan.hpp"
 #include "support/random_model.hpp"
 
 namespace clusterfusion::test {
@@ -102,6 +105,13 @@ inline ModelConfig config_of(const Shape& shape) {
   config.activation = shape.activation;
   config.dtype = shape.dtype;
   return config;
+}
+
+// As a backend on the current device has it.
+inline plan::KvPlan kv_plan_of(const ModelConfig& config) {
+  const plan::DeviceLimits limits = cuda::limits_of(cuda::device_properties());
+  return plan::can_stream(config, limits) ? plan::make_decode_plan(config, limits).kv
+                                          : plan::make_page_plan(config);
 }
 
 inline std::vector<TokenId> random_tokens(std::int64_t vocab, int count, unsigned seed) {

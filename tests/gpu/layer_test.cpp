@@ -30,6 +30,7 @@
 #include "clusterfusion/error.hpp"
 #include "held_sms.hpp"
 #include "ops/reference_layer.hpp"
+#include "recorded_bits.hpp"
 
 namespace clusterfusion::test {
 namespace {
@@ -349,6 +350,9 @@ TEST_P(LayerShapes, AgreeWithFloat64) {
       SCOPED_TRACE(kCallNames[static_cast<int>(call)]);
       layer.at(position);
       const Bytes bits = layer.run(call, position);
+      expect_recorded_bits(std::string(kCallNames[static_cast<int>(call)]) + "/" + c.name + "/" +
+                               std::to_string(position),
+                           bits);
       if (call == Call::mlp_down) {
         // Of what attention_mlp_up has left.
         const Values output =

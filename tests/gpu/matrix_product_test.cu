@@ -147,19 +147,13 @@ class MatrixProduct : public GpuTest, public testing::WithParamInterface<Sizes> 
       const std::int64_t counts[] = {of.sizes.rows, 1, of.sizes.rows / 2 + 1};
       for (const std::int64_t rows : counts) {
         for (const ProductUnit unit : kUnits) {
-          if (unit == ProductUnit::warpgroup && !has_warpgroups()) continue;
+          if (unit == ProductUnit::warpgroup && !has_warpgroups(device_properties())) continue;
           const std::string again = multiply(of, epilogue, unit, rows);
           EXPECT_EQ(again, found.substr(0, again.size()))
               << rows << " rows, unit " << static_cast<int>(unit);
         }
       }
     }
-  }
-
-  static bool has_warpgroups() {
-    cudaDeviceProp properties;
-    check(cudaGetDeviceProperties(&properties, 0), "asking for the device's properties");
-    return properties.major == 9;
   }
 };
 
@@ -182,9 +176,7 @@ INSTANTIATE_TEST_SUITE_P(Sizes, MatrixProduct,
 TEST_F(GpuTest, ProductsOfOddWidth) {
   const Operands<__half> of({37, 64, 301}, 2);
   for (const ProductUnit unit : kUnits) {
-    cudaDeviceProp properties;
-    check(cudaGetDeviceProperties(&properties, 0), "asking for the device's properties");
-    if (unit == ProductUnit::warpgroup && properties.major != 9) continue;
+    if (unit == ProductUnit::warpgroup && !has_warpgroups(device_properties())) continue;
     const std::string found = multiply(of, ProductEpilogue::store, unit, 37, false);
     for (std::int64_t i = 0; i < 37 * 301; ++i) {
       const double sum = of.sum(i / 301, i % 301) - of.bias[i % 301];

@@ -46,21 +46,12 @@ double relative_error(std::span<const float> found, std::span<const double> expe
 // The order of what 16-bit PyTorch gets on models of this kind.
 double tolerance(DType dtype) { return dtype == DType::float16 ? 1e-3 : 8e-3; }
 
-plan::KvPlan kv_plan(const ModelConfig& config) {
-  cudaDeviceProp properties;
-  cuda::check(cudaGetDeviceProperties(&properties, 0), "asking for the device's properties");
-  return plan::make_decode_plan(config,
-                                {properties.multiProcessorCount,
-                                 static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)})
-      .kv;
-}
-
 // One sequence, prefilled without a backend.
 class Prompter {
  public:
   explicit Prompter(const Model& model, unsigned seed = 1)
       : config_(model.config()),
-        kv_(kv_plan(config_)),
+        kv_(kv_plan_of(config_)),
         weights_(model, {config_.max_positions, kv_.page_bytes}),
         prefill_(config_, weights_, kv_, config_.max_positions, 64 << 20),
         slab_(kv_.page_bytes * kPages, "pages"),

@@ -28,14 +28,10 @@ class SequenceRows : public GpuTest, public testing::WithParamInterface<Shape> {
   void SetUp() override {
     GpuTest::SetUp();
     if (IsSkipped()) return;
-    check(cudaGetDeviceProperties(&properties_, 0), "asking for properties");
+    properties_ = device_properties();
     config_ = config_of(GetParam());
     model_ = make_random_model(config_);
-    const plan::KvPlan kv =
-        plan::make_decode_plan(config_,
-                               {properties_.multiProcessorCount,
-                                static_cast<std::int64_t>(properties_.sharedMemPerBlockOptin)})
-            .kv;
+    const plan::KvPlan kv = kv_plan_of(config_);
     if (!StreamDecoder::supports(config_, kv, properties_)) GTEST_SKIP() << "no kernel for rows";
     weights_ = std::make_unique<DeviceModel>(*model_, DeviceModelOptions{1024, kv.page_bytes, {}});
     pool_ = std::make_unique<KvPool>(kv.page_bytes);

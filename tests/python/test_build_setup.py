@@ -89,3 +89,27 @@ def test_without_apt_programs_that_are_not_there_are_named(tmp_path):
     result = install_without_apt(tmp_path, ["cmake"])
     assert result.returncode == 1
     assert "not on PATH, and needed: ninja\n" in result.stderr
+
+
+@pytest.mark.skipif(
+    not (shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")),
+    reason="there is no CUDA compiler (nvcc)",
+)
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        # Without its "a" Hopper's instructions are not there.
+        (["-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real"], 'cannot be compiled for "90-real"'),
+        (["-DCMAKE_CUDA_ARCHITECTURES=75"], 'cannot be compiled for "75"'),
+        (["-DCMAKE_CUDA_ARCHITECTURES=80-virtual"], "It may hold 80-real (runs on 8.0, 8.6 and"),
+        (["-DCLUSTERFUSION_CUDA_COPY=tma"], 'CLUSTERFUSION_CUDA_COPY is "tma"; expected'),
+        (
+            ["-DCLUSTERFUSION_CUDA_COPY=bulk", "-DCMAKE_CUDA_ARCHITECTURES=90a-real;80-real"],
+            "only 9.0 and later have bulk copies",
+        ),
+    ],
+)
+def test_what_kernels_cannot_be_compiled_for(tmp_path, options, complaint):
+    status, said = configure(tmp_path / "build", "-DCLUSTERFUSION_CUDA=ON", *options)
+    assert status != 0
+    assert complaint in said

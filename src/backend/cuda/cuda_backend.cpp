@@ -12,6 +12,7 @@
 #include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/decode/timeline.hpp"
 #include "backend/cuda/device_model.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/device_tensor.hpp"
 #include "backend/cuda/gemm/gemm_decoder.hpp"
 #include "backend/cuda/interventions/device_interventions.hpp"
@@ -37,14 +38,6 @@ constexpr std::int32_t kDecodeAhead = 16;  // steps of one launch, at most
 constexpr std::int64_t kLeastPiece = 256;
 // Up to so many rows the streaming kernel is quicker than the series of kernels.
 constexpr std::size_t kStreamedRows = 12;
-
-cudaDeviceProp device_properties() {
-  int device = 0;
-  check(cudaGetDevice(&device), "asking for the current device");
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, device), "asking for the device's properties");
-  return properties;
-}
 
 // What takes a look at all logits together: the decode kernel by itself knows greedy and plain
 // temperature sampling.
@@ -997,15 +990,12 @@ std::string cuda_unavailable_reason() {
   }
   if (count == 0) return "no NVIDIA GPU found";
   int device = 0;
-  cudaDeviceProp properties;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaGetDeviceProperties(&properties, device) != cudaSuccess)
+  if (cudaGetDevice(&device) != cudaSuccess) return "the NVIDIA GPU does not answer";
+  try {
+    return cuda::no_code_because(device);
+  } catch (const Error&) {
     return "the NVIDIA GPU does not answer";
-  if (!cuda::has_kernels_for(properties))
-    return fmt::format(
-        "{} has compute capability {}.{}; this build runs on 9.0 (Hopper) and 12.0 (Blackwell)",
-        properties.name, properties.major, properties.minor);
-  return {};
+  }
 }
 
 std::unique_ptr<Backend> make_cuda_backend(std::shared_ptr<const Model> model,

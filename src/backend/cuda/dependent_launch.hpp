@@ -5,11 +5,14 @@
 
 #include <cstddef>
 
+#include "backend/cuda/device_properties.hpp"
+
 namespace clusterfusion::cuda {
 
 // How to launch a kernel whose blocks may become resident while the kernel before it in the stream
 // still ends. That kernel's results are there only after device::wait_for_dependencies(), which
-// every thread calls before it touches memory that earlier kernels read or write.
+// every thread calls before it touches memory that earlier kernels read or write. On GPUs that have
+// neither such launches nor clusters, it is a launch like any other.
 class DependentLaunch {
  public:
   // `cluster`: blocks of a cluster, next to each other in x.
@@ -24,7 +27,7 @@ class DependentLaunch {
     config_.dynamicSmemBytes = shared_bytes;
     config_.stream = stream;
     config_.attrs = attributes_;
-    config_.numAttrs = cluster > 1 ? 2 : 1;
+    config_.numAttrs = !has_bulk_copies() ? 0 : cluster > 1 ? 2 : 1;
   }
   DependentLaunch(const DependentLaunch&) = delete;
   DependentLaunch& operator=(const DependentLaunch&) = delete;

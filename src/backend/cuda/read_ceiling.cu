@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/memory.hpp"
 #include "backend/cuda/ptx/bulk_copy.cuh"
 #include "backend/cuda/ptx/mbarrier.cuh"
@@ -11,27 +12,30 @@ namespace {
 
 constexpr int kInFlight = 2;
 
-// One thread an SM draws chunks and keeps two copies under way. Nothing looks at the data.
+// One thread an SM draws chunks and keeps two copies under way. Nothing looks at the data. For
+// devices with bulk copies.
 __global__ void sweep(const char* data, unsigned chunks, unsigned chunk_bytes, unsigned* ticket) {
-  extern __shared__ __align__(128) char shared[];
-  __shared__ std::uint64_t landed[kInFlight];
-  for (int i = 0; i < kInFlight; ++i) device::mbarrier_init(&landed[i], 1);
-  device::mbarrier_fence_init();
-  unsigned started = 0, finished = 0;
-  unsigned next = atomicAdd(ticket, 1);
-  while (next < chunks || finished < started) {
-    if (next >= chunks || started - finished == kInFlight) {
-      device::mbarrier_wait(&landed[finished % kInFlight], finished / kInFlight & 1);
-      ++finished;
-      continue;
+  if constexpr (device::kBulkCopies) {
+    extern __shared__ __align__(128) char shared[];
+    __shared__ std::uint64_t landed[kInFlight];
+    for (int i = 0; i < kInFlight; ++i) device::mbarrier_init(&landed[i], 1);
+    device::mbarrier_fence_init();
+    unsigned started = 0, finished = 0;
+    unsigned next = atomicAdd(ticket, 1);
+    while (next < chunks || finished < started) {
+      if (next >= chunks || started - finished == kInFlight) {
+        device::mbarrier_wait(&landed[finished % kInFlight], finished / kInFlight & 1);
+        ++finished;
+        continue;
+      }
+      const unsigned stage = started % kInFlight;
+      device::mbarrier_arrive_expect(&landed[stage], chunk_bytes);
+      device::bulk_copy_to_shared(shared + stage * chunk_bytes,
+                                  data + static_cast<std::size_t>(next) * chunk_bytes, chunk_bytes,
+                                  &landed[stage]);
+      ++started;
+      next = atomicAdd(ticket, 1);
     }
-    const unsigned stage = started % kInFlight;
-    device::mbarrier_arrive_expect(&landed[stage], chunk_bytes);
-    device::bulk_copy_to_shared(shared + stage * chunk_bytes,
-                                data + static_cast<std::size_t>(next) * chunk_bytes, chunk_bytes,
-                                &landed[stage]);
-    ++started;
-    next = atomicAdd(ticket, 1);
   }
 }
 
@@ -81,16 +85,15 @@ class Timer {
 }  // namespace
 
 double measure_read_ceiling(const char* data, std::int64_t bytes) {
-  int device = 0, sms = 0, shared_limit = 0;
-  check(cudaGetDevice(&device), "asking for the device");
-  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "asking the device");
-  check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-        "asking the device");
+  const cudaDeviceProp properties = device_properties();
+  const int sms = properties.multiProcessorCount;
+  const auto shared_limit = static_cast<int>(properties.sharedMemPerBlockOptin);
   DeviceMemory ticket(4, "a counter");
   Timer timer;
   double best = 0;
   constexpr int kPasses = 5;
   for (unsigned chunk_bytes : {25600u, 32768u, 49152u, 65536u}) {
+    if (!has_bulk_copies()) break;
     const int shared_bytes = static_cast<int>(chunk_bytes * kInFlight);
     const unsigned chunks = static_cast<unsigned>(bytes / chunk_bytes);
     if (shared_bytes + 1024 > shared_limit || chunks == 0) continue;

@@ -35,12 +35,8 @@ class DecodeConsumer {
   // Whether this kernel has code for the mappings of plan::with_packed_operands.
   static constexpr bool kPackedOperands =
       has_packed_operands(kKind, kMaxIterations) && Cache::kManyLayers;
-  // For sm_120, ptxas ignores setmaxnreg: consumers have no more registers than all other threads.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
-  static constexpr bool kFewRegisters = true;
-#else
-  static constexpr bool kFewRegisters = false;
-#endif
+  // Without setmaxnreg consumers have no more registers than all other threads.
+  static constexpr bool kFewRegisters = !kWarpgroups;
   // Wide heads have no registers left for the query.
   static constexpr bool kQueryInRegisters = kMaxHeadSteps <= 8;
 

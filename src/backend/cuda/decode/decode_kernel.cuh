@@ -4,7 +4,7 @@
 //   8 consumers        multiply what has landed in the ring, on the tensor cores
 //   1 work scheduler   announces which weight chunks and KV blocks come into the ring; it needs no
 //                      result to know that, so memory never waits
-//   1 producer         copies them with bulk copies
+//   1 producer         copies them, with bulk copies where there are any
 //   1 buffer clearer   makes Lamport buffers, which carry results between blocks, usable again
 //   1 split combiner   merges the splits of a long context's attention
 // Every output row is computed whole, in a fixed order, by the block that drew it, so the same
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (elect_one()) produce<kKind>(params, cache, control);
+      if (is_producer()) produce<kKind>(params, cache, control);
       break;
     case 1: clear_buffers(params, control, lane); break;
     case 2: SplitCombiner<T>(params, control).run(); break;

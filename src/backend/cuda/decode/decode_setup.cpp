@@ -117,10 +117,6 @@ int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan) {
   return needed;
 }
 
-bool has_kernels_for(const cudaDeviceProp& properties) {
-  return (properties.major == 9 || properties.major == 12) && properties.minor == 0;
-}
-
 void prepare_kernel(const void* kernel, const plan::DecodePlan& plan,
                     const cudaDeviceProp& properties) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

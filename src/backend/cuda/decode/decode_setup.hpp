@@ -53,9 +53,6 @@ void read_more_late(DecodeParams& params);
 // Fragments that a lane of the kernel must be able to hold.
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan);
 
-// Whether the build holds machine code for this GPU: Hopper (9.0) and Blackwell (12.0).
-bool has_kernels_for(const cudaDeviceProp& properties);
-
 // Lets a kernel have all the shared memory that a block may have: models of several shapes share a
 // kernel, and the limit is the kernel's. Errors: unsupported if not even one block of this plan
 // fits on an SM, because all blocks have to be resident together.

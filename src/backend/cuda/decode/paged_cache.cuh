@@ -2,7 +2,6 @@
 #pragma once
 
 #include "backend/cuda/decode/shared.cuh"
-#include "backend/cuda/ptx/bulk_copy.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -45,7 +44,7 @@ struct PagedCache {
   };
   // For the producer: copies one of them.
   __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
-    bulk_copy_to_shared(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
+    copy_to_stage(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
   }
 
   // Cosine and sine for element `dim` (below rotary_dim) of a query or key.

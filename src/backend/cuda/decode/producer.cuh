@@ -1,5 +1,5 @@
-// The producer of the streaming decode kernel: one thread of each block that copies into the ring
-// what the work scheduler has announced.
+// The producer of the streaming decode kernel: one thread of each block, or a warp (sync/ring.cuh),
+// that copies into the ring what the work scheduler has announced.
 #pragma once
 
 #include "backend/cuda/decode/shared.cuh"
@@ -18,11 +18,10 @@ __device__ __forceinline__ void copy_chunk(const DecodeParams& p, const RingTask
       bytes /= 2;
       // Behind the gate's rows of a whole chunk, which the last may have fewer of.
       const int offset = p.mlp_up.rows_per_chunk / 2 * p.mlp_up.row_bytes;
-      bulk_copy_to_shared(task.target + offset, source + (layer.mlp_up - layer.mlp_gate), bytes,
-                          barrier);
+      copy_to_stage(task.target + offset, source + (layer.mlp_up - layer.mlp_gate), bytes, barrier);
     }
   }
-  bulk_copy_to_shared(task.target, source, bytes, barrier);
+  copy_to_stage(task.target, source, bytes, barrier);
 }
 
 template <plan::LayerKind kKind = plan::LayerKind::plain, typename Cache>
@@ -33,7 +32,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
   while (true) {
     const RingTask task = ring.next();
     const int id = task.order.id;
-    if (id == kRingEnd) return;
+    if (id == kRingEnd) return ring.finish();
     if (static_cast<Stream>(stream_of(id)) != Stream::attention) {
       ring.copy(task.order, [&](std::uint32_t barrier) { copy_chunk<kKind>(p, task, barrier); });
       continue;

@@ -62,7 +62,7 @@ class WorkScheduler {
 
   __device__ __forceinline__ void end() {
     ring.wait_empty(reach(p.max_in_flight));
-    ring.announce({}, {kRingEnd, 0, 0, 0});
+    ring.announce_end();
   }
 
   __device__ __forceinline__ SharedControl::PhaseSchedule schedule_of(

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/gemm/product_input.hpp"
 #include "backend/cuda/gemm/product_kernel.hpp"
 #include "backend/cuda/stream/stream_setup.hpp"
@@ -16,7 +17,7 @@ namespace clusterfusion::cuda {
 using plan::Stream;
 
 bool GemmDecoder::supports(const ModelConfig& config, const cudaDeviceProp& properties) {
-  if (properties.major != 9) return false;
+  if (!has_warpgroups(properties)) return false;
   try {
     plan::cut_products(config);
   } catch (const Error&) {

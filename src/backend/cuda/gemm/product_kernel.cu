@@ -332,8 +332,7 @@ class Consumer {
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     product_kernel(const __grid_constant__ ProductParams p, int stages) {
-// Warpgroups multiply on sm_90a alone.
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (!kWarpgroups) return;
   start_dependents();
   extern __shared__ __align__(128) char shared[];
   __shared__ Ring ring;
@@ -366,7 +365,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   Consumer<T, Shape> consumer(tile);
   consumer.run();
   consumer.store(p);
-#endif
 }
 
 template <typename T, typename Shape>

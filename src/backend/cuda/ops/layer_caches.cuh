@@ -20,6 +20,22 @@ struct LayerCache {
     return make_float2(__ldg(p.cosines + dim), __ldg(p.sines + dim));
   }
 
+  // Without bulk copies, what a box of the maps is: `rows` rows of a head, zeros from row `valid`
+  // on. The first one's is element `first` of the cache, the next `stride` elements behind. By all
+  // who produce.
+  __device__ __forceinline__ void copy_rows(std::uint32_t target, const void* cache,
+                                            std::int64_t first, std::int64_t stride, int rows,
+                                            int valid) const {
+    const int row_units = p.stream.head_dim / 8;  // of 16 bytes
+    const auto* source = static_cast<const char*>(cache) + first * 2;
+    for (int unit = static_cast<int>(threadIdx.x) % kProducerLanes; unit < rows * row_units;
+         unit += kProducerLanes) {
+      const int row = unit / row_units;
+      copy_16_or_zero(target + unit * 16, source + row * stride * 2 + unit % row_units * 16,
+                      row < valid);
+    }
+  }
+
   // Element `element` of the caches and `column` of the new key and value.
   template <typename T>
   __device__ __forceinline__ void store_at(std::int64_t element, int column, T key, T value) const {
@@ -54,8 +70,16 @@ struct RowCache : LayerCache {
   __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
     const int column = static_cast<int>(task.order.source);
     const int row = static_cast<int>(task.order.source >> 32);
-    tensor_copy_to_shared(task.target, p.key_map, column, row, barrier);
-    tensor_copy_to_shared(task.target + task.order.bytes / 2, p.value_map, column, row, barrier);
+    const std::uint32_t values = task.target + task.order.bytes / 2;
+    if constexpr (kBulkCopies) {
+      tensor_copy_to_shared(task.target, p.key_map, column, row, barrier);
+      tensor_copy_to_shared(values, p.value_map, column, row, barrier);
+    } else {
+      const std::int64_t stride = p.stream.hidden_size, first = row * stride + column;
+      const int rows = p.stream.kv_block_positions, valid = p.max_positions - row;
+      copy_rows(task.target, p.k_cache, first, stride, rows, valid);
+      copy_rows(values, p.v_cache, first, stride, rows, valid);
+    }
   }
 
   template <typename T>
@@ -117,9 +141,17 @@ struct PageCache : LayerCache {
       const int position = first + i;
       // Nobody looks at what the table has behind the last position. A page outside is zeros.
       const int page = position > last ? p.pages.count : page_at(position >> p.pages.size_log2);
-      const int4 at = make_int4(0, head, position & ((1 << p.pages.size_log2) - 1), page);
-      tensor_copy_to_shared(keys, p.key_map, at, barrier);
-      tensor_copy_to_shared(values, p.value_map, at, barrier);
+      const int in_page = position & ((1 << p.pages.size_log2) - 1);
+      if constexpr (kBulkCopies) {
+        const int4 at = make_int4(0, head, in_page, page);
+        tensor_copy_to_shared(keys, p.key_map, at, barrier);
+        tensor_copy_to_shared(values, p.value_map, at, barrier);
+      } else {
+        const std::int64_t first = element_at(page, in_page, head);
+        const int valid = page == p.pages.count ? 0 : box;
+        copy_rows(keys, p.k_cache, first, p.pages.position_stride, box, valid);
+        copy_rows(values, p.v_cache, first, p.pages.position_stride, box, valid);
+      }
       keys += box * p.stream.head_dim * 2;
       values += box * p.stream.head_dim * 2;
     }
@@ -128,14 +160,17 @@ struct PageCache : LayerCache {
   template <typename T>
   __device__ __forceinline__ void store(int, int head, int position, int dim, T key,
                                         T value) const {
-    const LayerParams::Pages& pages = p.pages;
-    const int in_page = position & ((1 << pages.size_log2) - 1);
-    const std::int64_t element = page_at(position >> pages.size_log2) * pages.page_stride +
-                                 in_page * pages.position_stride + head * pages.head_stride + dim;
-    store_at(element, head * p.stream.head_dim + dim, key, value);
+    const int in_page = position & ((1 << p.pages.size_log2) - 1);
+    const std::int64_t first = element_at(page_at(position >> p.pages.size_log2), in_page, head);
+    store_at(first + dim, head * p.stream.head_dim + dim, key, value);
   }
 
  private:
+  // The first of a head's elements at a position of a page.
+  __device__ __forceinline__ std::int64_t element_at(int page, int in_page, int head) const {
+    return page * p.pages.page_stride + in_page * p.pages.position_stride +
+           head * p.pages.head_stride;
+  }
   // Entry `index` of the table, which nobody writes while the kernel runs.
   __device__ __forceinline__ int page_at(int index) const { return __ldg(p.pages.table + index); }
 };

@@ -2,6 +2,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_kernel.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/driver_function.hpp"
 
 namespace clusterfusion::cuda {
@@ -28,7 +29,8 @@ void launch_layer(CUfunction kernel, const LayerParams& params, int sm_count,
                   std::int64_t shared_bytes, cudaStream_t stream) {
   static const auto launch = driver_function<decltype(cuLaunchKernelEx)>("cuLaunchKernelEx");
   void* arguments[] = {const_cast<LayerParams*>(&params)};
-  // The launch before may still be ending: the kernel waits for that itself.
+  // The launch before may still be ending: the kernel waits for that itself. Older GPUs have no
+  // such launches.
   CUlaunchAttribute attribute{};
   attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
   attribute.value.programmaticStreamSerializationAllowed = 1;
@@ -40,7 +42,7 @@ void launch_layer(CUfunction kernel, const LayerParams& params, int sm_count,
   config.sharedMemBytes = static_cast<unsigned>(shared_bytes);
   config.hStream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = has_bulk_copies() ? 1 : 0;
   // What a launch may return has the same number in the driver and in the runtime.
   const auto error = static_cast<cudaError_t>(launch(&config, kernel, arguments, nullptr));
   check(error, "starting the layer kernel");

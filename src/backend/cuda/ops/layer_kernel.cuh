@@ -383,7 +383,8 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   if (threadIdx.x == 0) init_shared(params.stream, shared);
   if (threadIdx.x == 32) init_sources(params.stream, control);
   if (threadIdx.x == 64) start_block<Cache::kInPages>(params, control);
-  if (threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
+  // Without dependent launches there is no time before the first copies.
+  if (kBulkCopies && threadIdx.x == kConsumerThreads) prefetch_first_chunks(params);
   __syncthreads();
   const Cache cache{params, control};
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -398,7 +399,7 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (elect_one()) produce(params.stream, cache, control);
+      if (is_producer()) produce(params.stream, cache, control);
       break;
     case 1:
       // Where only the second half runs, no block waits for another.

@@ -15,6 +15,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/driver_function.hpp"
 #include "backend/cuda/ops/layer_kernel.hpp"
 #include "backend/cuda/ops/layer_scratch.hpp"
@@ -81,6 +82,7 @@ struct LayerPlan {
   // for a shape that they do not take, which the plain kernels compute: then nothing below counts.
   CUfunction kernel = nullptr;
   CUfunction paged_kernel = nullptr;
+  bool by_maps = false;  // they copy caches by tensor maps
   plan::DecodePlan plan;
   DecodeParams stream;
 
@@ -102,6 +104,7 @@ void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, La
     check(cudaGetFuncBySymbol(in_pages ? &result.paged_kernel : &result.kernel, kernel),
           "looking for the layer kernel");
   }
+  result.by_maps = has_bulk_copies(properties);
 }
 
 // A model of one such layer.
@@ -121,13 +124,10 @@ ModelConfig config_of(const ShapeKey& key) {
 
 std::unique_ptr<LayerPlan> make_plan(const ShapeKey& key) {
   const RelaxedCapture relaxed;  // the first look at a kernel loads it
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, key.device), "asking for the device's properties");
-  require(
-      has_kernels_for(properties), ErrorKind::unsupported,
-      "the tensors are on {} (cuda:{}) with compute capability {}.{}; the layer calls run on 9.0 "
-      "(Hopper) and 12.0 (Blackwell), or on the CPU: move the tensors",
-      properties.name, key.device, properties.major, properties.minor);
+  const std::string reason = no_code_because(key.device);
+  require(reason.empty(), ErrorKind::unsupported,
+          "the tensors are on cuda:{}, and {}, or move the tensors to the CPU", key.device, reason);
+  const cudaDeviceProp properties = device_properties(key.device);
   auto result = std::make_unique<LayerPlan>();
   result->sm_count = properties.multiProcessorCount;
   if (key.hidden != 0) find_stream(config_of(key), properties, *result);
@@ -233,8 +233,13 @@ void set_inputs(LayerParams& params, const LayerWork& work) {
   params.attn_output = work.attn_output;
   params.mlp_intermediate = work.mlp_intermediate;
   params.max_positions = static_cast<std::int32_t>(work.max_pages * work.cache.page_size);
+  if (work.block_table != nullptr) set_pages(params, work);
+}
+
+// The caches' maps, for kernels that copy by them. Behind set_inputs().
+void set_maps(LayerParams& params, const LayerWork& work) {
+  const LayerSpec& spec = work.spec;
   const bool in_pages = work.block_table != nullptr;
-  if (in_pages) set_pages(params, work);
   CacheKey cache{
       work.k_cache,  work.dtype,
       work.cache,    spec.num_heads,
@@ -328,6 +333,7 @@ void run_attention(const LayerPlan& plan, const LayerScratchView& scratch, const
                    cudaStream_t stream) {
   LayerParams params = params_for(plan, scratch, work);
   set_inputs(params, work);
+  if (plan.by_maps) set_maps(params, work);
   params.down = work.part == plan::Part::whole;
   params.output = work.output;
   launch(plan, params, stream);

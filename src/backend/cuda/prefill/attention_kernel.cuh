@@ -43,6 +43,7 @@ struct AttentionShape {
   // Shared memory: two stages, then queries.
   static constexpr int kQueryOffset = 2 * kStageBytes;
   static constexpr int kSharedBytes = kQueryOffset + kRows * kRowBytes;
+  static_assert(kSharedBytes <= 99 * 1024, "compute capability 8.6, 8.9 and 12.0 have no more");
 };
 
 template <typename T, int kHeadSteps>

@@ -4,6 +4,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/dependent_launch.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/prefill/matrix_product.hpp"
 #include "backend/cuda/prefill/matrix_product_kernel.cuh"
 #include "backend/cuda/tensor_map.hpp"
@@ -17,6 +18,7 @@ using products::TileShape;
 
 struct Machine {
   std::int64_t multiprocessors, shared_bytes;
+  bool by_maps;  // copies by tensor maps, in clusters
 };
 
 // Up to so many, mma.sync is quicker: its chains of sums are shorter.
@@ -94,28 +96,33 @@ void launch(DType dtype, Activation activation, const Candidate<Shape>& chosen,
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)),
         "reserving shared memory for matrix products");
-  const products::ProductParams params{
-      .x =
-          map_of(dtype, product.x, product.rows, product.in, static_cast<int>(chosen.share_rows())),
-      .weight = map_of(dtype, product.weight, product.out, product.in, Shape::kColumns),
-      .bias = product.bias,
-      .gate = product.gate,
-      .y = product.y,
-      .rows = static_cast<int>(product.rows),
-      .out = static_cast<int>(product.out),
-      .steps = static_cast<int>(chosen.steps()),
-      .row_tiles = static_cast<int>(chosen.row_tiles()),
-      .column_tiles = static_cast<int>(chosen.column_tiles()),
-      .share_rows = static_cast<int>(chosen.share_rows()),
-      .input_bytes = static_cast<int>(chosen.input_bytes()),
-      .stage_bytes = static_cast<int>(chosen.stage_bytes()),
-      .stages = static_cast<int>(chosen.stages()),
-      .epilogue = product.epilogue,
-      .activation = activation};
+  products::ProductParams params{.bias = product.bias,
+                                 .gate = product.gate,
+                                 .y = product.y,
+                                 .rows = static_cast<int>(product.rows),
+                                 .out = static_cast<int>(product.out),
+                                 .steps = static_cast<int>(chosen.steps()),
+                                 .row_tiles = static_cast<int>(chosen.row_tiles()),
+                                 .column_tiles = static_cast<int>(chosen.column_tiles()),
+                                 .share_rows = static_cast<int>(chosen.share_rows()),
+                                 .input_bytes = static_cast<int>(chosen.input_bytes()),
+                                 .stage_bytes = static_cast<int>(chosen.stage_bytes()),
+                                 .stages = static_cast<int>(chosen.stages()),
+                                 .epilogue = product.epilogue,
+                                 .activation = activation,
+                                 .x_rows = product.x,
+                                 .weight_rows = product.weight,
+                                 .in = static_cast<int>(product.in)};
+  if (chosen.machine.by_maps) {
+    params.x =
+        map_of(dtype, product.x, product.rows, product.in, static_cast<int>(chosen.share_rows()));
+    params.weight = map_of(dtype, product.weight, product.out, product.in, Shape::kColumns);
+  }
   const std::int64_t resident =
       chosen.machine.multiprocessors * chosen.blocks_per_sm() / Shape::kCluster * Shape::kCluster;
   const DependentLaunch how(dim3(static_cast<unsigned>(std::min(chosen.blocks(), resident))),
-                            dim3(Shape::kThreads), bytes, stream, Shape::kCluster);
+                            dim3(chosen.machine.by_maps ? Shape::kThreads : Shape::kMostThreads),
+                            bytes, stream, Shape::kCluster);
   check(cudaLaunchKernelEx(how.config(), kernel, params), "multiplying matrices");
 }
 
@@ -152,34 +159,26 @@ void with_shape(const Machine& machine, const Product& product, const Function& 
   });
 }
 
-cudaDeviceProp current_device() {
-  int device = 0;
-  cudaDeviceProp properties;
-  check(cudaGetDevice(&device), "asking for the current device");
-  check(cudaGetDeviceProperties(&properties, device), "asking for the device's properties");
-  return properties;
-}
-
-bool has_warpgroup_products() { return current_device().major == 9; }
-
 }  // namespace
 
 MatrixProducts::MatrixProducts(DType dtype, Activation activation)
-    : MatrixProducts(dtype, activation,
-                     has_warpgroup_products() ? ProductUnit::warpgroup : ProductUnit::warp) {}
+    : MatrixProducts(
+          dtype, activation,
+          has_warpgroups(device_properties()) ? ProductUnit::warpgroup : ProductUnit::warp) {}
 
 MatrixProducts::MatrixProducts(DType dtype, Activation activation, ProductUnit unit)
     : dtype_(dtype), activation_(activation), unit_(unit) {
-  const cudaDeviceProp properties = current_device();
-  if (unit == ProductUnit::warpgroup && !has_warpgroup_products())
+  const cudaDeviceProp properties = device_properties();
+  if (unit == ProductUnit::warpgroup && !has_warpgroups(properties))
     throw Error(ErrorKind::unsupported,
                 std::string(properties.name) + " has no products of warpgroups");
+  by_maps_ = has_bulk_copies(properties);
   multiprocessors_ = properties.multiProcessorCount;
   shared_bytes_ = static_cast<std::int64_t>(properties.sharedMemPerBlockOptin);
 }
 
 void MatrixProducts::multiply(const Product& product, cudaStream_t stream) const {
-  const Machine machine{multiprocessors_, shared_bytes_};
+  const Machine machine{multiprocessors_, shared_bytes_, by_maps_};
   with_type(dtype_, [&](auto zero) {
     using T = decltype(zero);
     const auto by_unit = [&]<ProductUnit kUnit>() {

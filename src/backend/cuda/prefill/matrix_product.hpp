@@ -52,6 +52,7 @@ class MatrixProducts {
   DType dtype_;
   Activation activation_;
   ProductUnit unit_;
+  bool by_maps_ = false;  // copies by tensor maps
   std::int64_t multiprocessors_ = 0;
   std::int64_t shared_bytes_ = 0;  // that a block may have
 };

@@ -2,11 +2,12 @@
 //
 // A block computes tiles of the result, one after the other. A thread, the producer, brings steps
 // of 64 elements of a tile's rows of x and of the weights into a ring in shared memory, and runs
-// ahead into the next tile. A warpgroup multiplies a whole tile, 64 rows at a time, and writes what
-// comes out through a little shared memory of each warp's own, so that rows go to global memory in
-// whole sectors; where there are two, they take tiles in turns, and one writes while the other
-// multiplies. Blocks of a cluster have the same rows and neighbouring columns: each brings its
-// share of the rows for all.
+// ahead into the next tile; a warpgroup does so where there are no bulk copies. A warpgroup
+// multiplies a whole tile, 64 rows at a time, and writes what comes out through a little shared
+// memory of each warp's own, so that rows go to global memory in whole sectors; where there are
+// two, they take tiles in turns, and one writes while the other multiplies. Blocks of a cluster
+// have the same rows and neighbouring columns: each brings its share of the rows for all. Without
+// clusters, each block brings all of them.
 #pragma once
 
 #include <cuda.h>
@@ -14,6 +15,7 @@
 #include "backend/cuda/numeric/activation.cuh"
 #include "backend/cuda/numeric/pack.cuh"
 #include "backend/cuda/prefill/matrix_product.hpp"
+#include "backend/cuda/ptx/async_copy.cuh"
 #include "backend/cuda/ptx/cluster.cuh"
 #include "backend/cuda/ptx/elect.cuh"
 #include "backend/cuda/ptx/grid_dependency.cuh"
@@ -55,6 +57,8 @@ struct TileShape {
   // warpgroup, which gives up some.
   static constexpr bool kMovesRegisters = kGroups == 2;
   static constexpr int kThreads = kGroups * kGroupThreads + (kMovesRegisters ? kGroupThreads : 32);
+  // Without bulk copies: a whole warpgroup copies.
+  static constexpr int kMostThreads = (kGroups + 1) * kGroupThreads;
 };
 
 struct ProductParams {
@@ -71,12 +75,20 @@ struct ProductParams {
   int stages;
   ProductEpilogue epilogue;
   Activation activation;
+  // What the maps are of, for devices without: [rows, in] and [out, in].
+  const void* x_rows;
+  const void* weight_rows;
+  int in;
 };
 
 struct Ring {
   std::uint64_t full[kMaxStages], empty[kMaxStages];
   std::uint64_t turn[2];  // of a group: the other one has seen all its steps
 };
+
+// Blocks that bring something into each other's stages.
+template <typename Shape>
+inline constexpr int kSharers = kBulkCopies ? Shape::kCluster : 1;
 
 struct TilePlace {
   int row, column;  // the first of each
@@ -144,16 +156,16 @@ class Producer {
   __device__ __forceinline__ void copy_input(int stage, TilePlace at, int step) const {
     const std::uint32_t input = stages_ + stage * p.stage_bytes, full = full_ + 8 * stage;
     const int share_bytes = p.share_rows * kRowBytes, column = step * kStepColumns;
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    const auto share = static_cast<int>(cluster_rank());
-    tensor_copy_to_blocks(input + share * share_bytes, p.x, column, at.row + share * p.share_rows,
-                          full, (1 << Shape::kCluster) - 1);
-#else
+    if constexpr (kWarpgroups) {
+      const auto share = static_cast<int>(cluster_rank());
+      tensor_copy_to_blocks(input + share * share_bytes, p.x, column, at.row + share * p.share_rows,
+                            full, (1 << Shape::kCluster) - 1);
+    } else {
 #pragma unroll
-    for (int share = 0; share < Shape::kCluster; ++share)
-      tensor_copy_to_shared(input + share * share_bytes, p.x, column, at.row + share * p.share_rows,
-                            full);
-#endif
+      for (int share = 0; share < Shape::kCluster; ++share)
+        tensor_copy_to_shared(input + share * share_bytes, p.x, column,
+                              at.row + share * p.share_rows, full);
+    }
   }
   __device__ __forceinline__ void copy_weights(int stage, TilePlace at, int step) const {
     tensor_copy_to_shared(stages_ + stage * p.stage_bytes + p.input_bytes, p.weight,
@@ -161,6 +173,60 @@ class Producer {
   }
 
   const ProductParams& p;
+  const std::uint32_t stages_, full_, empty_;
+};
+
+// The same without bulk copies: for a warpgroup, each thread of which copies 16 bytes at a time.
+template <typename Shape>
+class CopyingProducer {
+ public:
+  __device__ __forceinline__ CopyingProducer(const ProductParams& params, std::uint32_t stages,
+                                             Ring& ring)
+      : p(params),
+        first_row_(static_cast<int>(threadIdx.x) % kGroupThreads / kRowUnits),
+        unit_(static_cast<int>(threadIdx.x) % kRowUnits),
+        stages_(stages),
+        full_(shared_address(ring.full)),
+        empty_(shared_address(ring.empty)) {}
+
+  __device__ __forceinline__ void run() const {
+    RingPlace place;
+    for (Tiles<Shape> tiles(p); !tiles.is_over(); tiles.advance()) {
+      const TilePlace at = tiles.place();
+      for (int step = 0; step < p.steps; ++step) {
+        // Nobody has used a stage before its first round.
+        mbarrier_wait(empty_ + 8 * place.stage, place.parity ^ 1);
+        const std::uint32_t stage = stages_ + place.stage * p.stage_bytes;
+        copy(stage, p.input_bytes / kRowBytes, p.x_rows, at.row, p.rows, step);
+        copy(stage + p.input_bytes, Shape::kColumns, p.weight_rows, at.column, p.out, step);
+        mbarrier_arrive_behind_copies(full_ + 8 * place.stage);
+        place.advance(p.stages);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kRowUnits = kRowBytes / 16;
+  static constexpr int kRowsAtOnce = kGroupThreads / kRowUnits;
+  static_assert(kRowsAtOnce % 8 == 0);  // so that a thread's units lie in one place of all its rows
+
+  // `count` rows of a step as a swizzled box would have them, zeros where there is nothing.
+  __device__ __forceinline__ void copy(std::uint32_t target, int count, const void* matrix, int row,
+                                       int rows, int step) const {
+    const int column = step * kStepColumns + unit_ * 8;
+    const auto* source = static_cast<const char*>(matrix) +
+                         (static_cast<std::int64_t>(row + first_row_) * p.in + column) * 2;
+    const std::int64_t stride = std::int64_t{kRowsAtOnce} * p.in * 2;
+    target += first_row_ * kRowBytes + (unit_ ^ (first_row_ & 7)) * 16;
+    for (int i = first_row_; i < count; i += kRowsAtOnce) {
+      copy_16_or_zero(target, source, row + i < rows && column < p.in);
+      source += stride;
+      target += kRowsAtOnce * kRowBytes;
+    }
+  }
+
+  const ProductParams& p;
+  const int first_row_, unit_;
   const std::uint32_t stages_, full_, empty_;
 };
 
@@ -280,7 +346,7 @@ class Consumer {
         stages_(stages),
         strip_(strips + threadIdx.x / 32 * kStripBytes),
         full_(shared_address(ring.full)),
-        empty_(address_in_block(shared_address(ring.empty), lane_ % Shape::kCluster)),
+        empty_(address_in_block(shared_address(ring.empty), lane_ % kSharers<Shape>)),
         turn_(shared_address(ring.turn)) {}
 
   __device__ __forceinline__ void run() {
@@ -390,7 +456,7 @@ class Consumer {
 
   // To all blocks that bring something into the stage.
   __device__ __forceinline__ void release(int stage) const {
-    if (lane_ < Shape::kCluster) mbarrier_arrive_in_cluster(empty_ + 8 * stage);
+    if (lane_ < kSharers<Shape>) mbarrier_arrive_in_cluster(empty_ + 8 * stage);
   }
   __device__ __forceinline__ std::uint32_t input_of(int stage) const {
     return stages_ + stage * p.stage_bytes;
@@ -399,7 +465,7 @@ class Consumer {
     return stages_ + stage * p.stage_bytes + p.input_bytes;
   }
 
-  // Address of 16 bytes of a row, as the bulk copy has laid them.
+  // Address of 16 bytes of a row, as the copies have laid them.
   __device__ __forceinline__ static std::uint32_t unit_address(std::uint32_t rows, int row,
                                                                int unit) {
     return rows + row * kRowBytes + (unit ^ (row & 7)) * 16;
@@ -501,8 +567,8 @@ template <typename Shape>
 __device__ __forceinline__ void prepare_ring(Ring& ring, int stages) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < stages; ++stage) {
-      mbarrier_init(&ring.full[stage], 1);
-      mbarrier_init(&ring.empty[stage], 4 * Shape::kCluster);
+      mbarrier_init(&ring.full[stage], kBulkCopies ? 1 : kGroupThreads);
+      mbarrier_init(&ring.empty[stage], 4 * kSharers<Shape>);
     }
     for (std::uint64_t& turn : ring.turn) mbarrier_init(&turn, 1);
     mbarrier_fence_init();
@@ -511,16 +577,10 @@ __device__ __forceinline__ void prepare_ring(Ring& ring, int stages) {
 }
 
 template <typename T, typename Shape, ProductUnit kUnit>
-__global__ void __launch_bounds__(Shape::kThreads,
+__global__ void __launch_bounds__(kBulkCopies ? Shape::kThreads : Shape::kMostThreads,
                                   Shape::kGroups == 2 || Shape::kColumns >= 128 ? 1 : 2)
     multiply(const __grid_constant__ ProductParams p) {
-// Warpgroups multiply on sm_90a alone.
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr bool kHasUnit = true;
-#else
-  constexpr bool kHasUnit = kUnit == ProductUnit::warp;
-#endif
-  if constexpr (kHasUnit) {
+  if constexpr (kWarpgroups || kUnit == ProductUnit::warp) {
     start_dependents();
     extern __shared__ char shared[];
     __shared__ Ring ring;
@@ -529,7 +589,9 @@ __global__ void __launch_bounds__(Shape::kThreads,
     prepare_ring<Shape>(ring, p.stages);
     if (threadIdx.x >= Shape::kGroups * kGroupThreads) {
       if constexpr (Shape::kMovesRegisters) give_up_registers<40>();
-      if (threadIdx.x < Shape::kGroups * kGroupThreads + 32 && elect_one())
+      if constexpr (!kBulkCopies)
+        CopyingProducer<Shape>(p, stages, ring).run();
+      else if (threadIdx.x < Shape::kGroups * kGroupThreads + 32 && elect_one())
         Producer<Shape>(p, stages, ring).run();
     } else {
       if constexpr (Shape::kMovesRegisters) take_registers<232>();

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "backend/cuda/ptx/mbarrier.cuh"
+
 namespace clusterfusion::device {
 
 __device__ __forceinline__ void copy_16(std::uint32_t shared_address, const void* global) {
@@ -31,6 +33,27 @@ __device__ __forceinline__ void wait_for_copies_but() {
 // behind the barrier that follows.
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// Arrives at the mbarrier at `address` when all copies that this thread has started have landed:
+// one of the arrivals that the barrier was initialised for.
+__device__ __forceinline__ void mbarrier_arrive_behind_copies(std::uint32_t address) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
+}
+
+// Copies `bytes`, a multiple of 16, by all lanes of a warp. Both addresses are multiples of 16.
+__device__ __forceinline__ void copy_by_warp(std::uint32_t target, const void* global,
+                                             std::uint32_t bytes) {
+  const auto* source = static_cast<const char*>(global);
+  // So many copies of a lane before the next look at how far it is.
+  constexpr std::uint32_t kWarpBytes = 32 * 16, kUnroll = 8;
+  std::uint32_t at = threadIdx.x % 32 * 16;
+  for (; at + (kUnroll - 1) * kWarpBytes < bytes; at += kUnroll * kWarpBytes) {
+#pragma unroll
+    for (std::uint32_t i = 0; i < kUnroll; ++i)
+      copy_16(target + at + i * kWarpBytes, source + at + i * kWarpBytes);
+  }
+  for (; at < bytes; at += kWarpBytes) copy_16(target + at, source + at);
 }
 
 }  // namespace clusterfusion::device

@@ -25,17 +25,24 @@ __device__ __forceinline__ void bulk_copy_to_shared(void* target, const void* gl
 // Brings `bytes` into L2, where they stay coherent: also data that somebody may still write.
 // Address and size are multiples of 16.
 __device__ __forceinline__ void bulk_prefetch(const void* global, std::uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+  if constexpr (kBulkCopies) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+  } else {
+    constexpr std::uint32_t kLine = 128;
+    for (std::uint32_t at = 0; at < bytes; at += kLine)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(global) + at));
+  }
 }
 
 // Orders this thread's ordinary accesses to shared and global memory before later bulk copies of
-// the threads it synchronises with (the copy engine is another proxy).
+// the threads it synchronises with (the copy engine is another proxy). Copies by cp.async need
+// none.
 __device__ __forceinline__ void fence_before_bulk_copy() {
-  asm volatile("fence.proxy.async;" ::: "memory");
+  if constexpr (kBulkCopies) asm volatile("fence.proxy.async;" ::: "memory");
 }
 // The same for accesses to shared memory alone.
 __device__ __forceinline__ void fence_shared_before_bulk_copy() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  if constexpr (kBulkCopies) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 }  // namespace clusterfusion::device

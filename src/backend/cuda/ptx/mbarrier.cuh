@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "backend/cuda/ptx/chip_features.cuh"
+
 namespace clusterfusion::device {
 
 __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
@@ -21,7 +23,7 @@ __device__ __forceinline__ void mbarrier_init(std::uint64_t* barrier, std::uint3
 
 // Makes initialised barriers visible to bulk copies and to the rest of the cluster.
 __device__ __forceinline__ void mbarrier_fence_init() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  if constexpr (kBulkCopies) asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 // Barriers may be given by their address in shared memory, where that is at hand.
@@ -57,20 +59,26 @@ __device__ __forceinline__ bool mbarrier_test(std::uint32_t address, std::uint32
   return done != 0;
 }
 
-// Waits until the phase of the given parity (0 for the first) is complete.
+// Waits until the phase of the given parity (0 for the first) is complete. Where waits cannot be
+// suspended (try_wait, sm_90 and later), it looks again and again.
 __device__ __forceinline__ void mbarrier_wait(std::uint32_t address, std::uint32_t parity) {
-  std::uint32_t done;
-  do {
-    asm volatile(
-        "{\n"
-        ".reg .pred complete;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, complete;\n"
-        "}"
-        : "=r"(done)
-        : "r"(address), "r"(parity)
-        : "memory");
-  } while (!done);
+  if constexpr (!kBulkCopies) {
+    while (!mbarrier_test(address, parity)) {
+    }
+  } else {
+    std::uint32_t done;
+    do {
+      asm volatile(
+          "{\n"
+          ".reg .pred complete;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 complete, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, complete;\n"
+          "}"
+          : "=r"(done)
+          : "r"(address), "r"(parity)
+          : "memory");
+    } while (!done);
+  }
 }
 __device__ __forceinline__ void mbarrier_wait(std::uint64_t* barrier, std::uint32_t parity) {
   mbarrier_wait(shared_address(barrier), parity);

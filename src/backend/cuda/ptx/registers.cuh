@@ -5,20 +5,18 @@
 // at entry by __launch_bounds__(threads, 1). Counts are multiples of 8 from 24 to 256.
 #pragma once
 
+#include "backend/cuda/ptx/chip_features.cuh"
+
 namespace clusterfusion::device {
 
 template <int kRegisters>
 __device__ __forceinline__ void give_up_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
+  if constexpr (kWarpgroups) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
+  if constexpr (kWarpgroups) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 }  // namespace clusterfusion::device

@@ -15,7 +15,9 @@ using device::cluster_rank;
 using device::kAllLanes;
 using device::of_block;
 
-inline constexpr int kSampleBlocks = 8;  // the largest cluster that every device allows
+// The largest cluster that every device with clusters allows; on others a block does all.
+inline constexpr int kClusterBlocks = 8;
+inline constexpr int kSampleBlocks = device::kBulkCopies ? kClusterBlocks : 1;
 inline constexpr int kSampleThreads = 1024;
 inline constexpr int kSampleWarps = kSampleThreads / 32;
 

@@ -1,4 +1,4 @@
-// One cluster of blocks chooses one token.
+// One cluster of blocks chooses one token; without clusters, one block.
 //
 // Each block has a slice of the vocabulary, in the order of the ids; a thread takes groups of four
 // tokens, which share the words of their noise. `scratch` holds the penalised logits, later the
@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/sampling/cluster_work.cuh"
 #include "backend/cuda/sampling/device_arithmetic.cuh"
 #include "backend/cuda/sampling/sample_kernel.hpp"
@@ -316,7 +317,7 @@ class ClusterSampler {
   int turn = 0;    // of select()
 };
 
-__global__ void __cluster_dims__(kSampleBlocks, 1, 1) __launch_bounds__(kSampleThreads, 1)
+__global__ void CLUSTERFUSION_CLUSTER(kSampleBlocks) __launch_bounds__(kSampleThreads, 1)
     sample_kernel(const __grid_constant__ SampleParams params) {
   __shared__ Shared shared;
   ClusterSampler(params, shared).run();
@@ -325,7 +326,8 @@ __global__ void __cluster_dims__(kSampleBlocks, 1, 1) __launch_bounds__(kSampleT
 }  // namespace
 
 void launch_sample(const SampleParams& params, cudaStream_t stream) {
-  sample_kernel<<<kSampleBlocks, kSampleThreads, 0, stream>>>(params);
+  const unsigned blocks = has_bulk_copies() ? kClusterBlocks : 1;
+  sample_kernel<<<blocks, kSampleThreads, 0, stream>>>(params);
   check(cudaGetLastError(), "starting the sampling kernel");
 }
 

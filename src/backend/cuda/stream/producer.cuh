@@ -1,6 +1,6 @@
-// The producer: one thread of each block that copies into the ring what the scheduler has
-// announced. The rows of a chunk's piece are copied one by one, so that they lie a little apart in
-// shared memory and the consumers' loads hit different banks.
+// The producer: one thread of each block, or a warp (sync/ring.cuh), that copies into the ring what
+// the scheduler has announced. The rows of a chunk's piece are copied one by one, so that they lie
+// a little apart in shared memory and the consumers' loads hit different banks.
 #pragma once
 
 #include "backend/cuda/stream/shared.cuh"
@@ -15,13 +15,12 @@ __device__ __forceinline__ void copy_piece(const Operand::Copy& copy, const Ring
   if (task.order.bytes == plan::kChunkRows * row_bytes) {
 #pragma unroll
     for (int row = 0; row < plan::kChunkRows; ++row)
-      bulk_copy_to_shared(target + row * copy.row_pitch,
-                          source + static_cast<std::int64_t>(row) * copy.row_bytes, row_bytes,
-                          barrier);
+      copy_to_stage(target + row * copy.row_pitch,
+                    source + static_cast<std::int64_t>(row) * copy.row_bytes, row_bytes, barrier);
     return;
   }
   for (std::uint32_t done = 0; done < task.order.bytes; done += row_bytes) {
-    bulk_copy_to_shared(target, source, row_bytes, barrier);
+    copy_to_stage(target, source, row_bytes, barrier);
     target += copy.row_pitch;
     source += copy.row_bytes;
   }
@@ -33,7 +32,7 @@ __device__ __forceinline__ void produce(const StreamParams& p, StreamShared* con
   while (true) {
     const RingTask task = ring.next();
     const int id = task.order.id;
-    if (id == kRingEnd) return;
+    if (id == kRingEnd) return ring.finish();
     if (phase_of(id) != kAttentionPhase) {
       // Looked up before the wait for an earlier copy.
       const Operand::Copy copy = control->operands[phase_of(id)][operand_of(id)].copy;
@@ -50,7 +49,7 @@ __device__ __forceinline__ void produce(const StreamParams& p, StreamShared* con
       }
     }
     ring.copy(task.order, [&](std::uint32_t barrier) {
-      bulk_copy_to_shared(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
+      copy_to_stage(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
     });
   }
 }

@@ -4,6 +4,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/stream/stream_kernel.hpp"
 #include "backend/cuda/stream/stream_setup.hpp"
 #include "base/fail.hpp"
@@ -23,7 +24,7 @@ constexpr std::int32_t operand_index(std::int32_t operand_rows) {
 
 bool StreamDecoder::supports(const ModelConfig& config, const plan::KvPlan& kv,
                              const cudaDeviceProp& properties) {
-  if (properties.major != 9) return false;
+  if (!has_warpgroups(properties)) return false;
   try {
     const auto plan = plan::make_stream_plan(config, kv, limits_of(properties));
     return find_stream_kernel(config.dtype, 16, plan.pieces, config.head_dim) != nullptr;

@@ -116,8 +116,7 @@ class DecodeStep {
 template <typename T, int kOperandRows, int kPieces, int kHeadSteps>
 __global__ void __launch_bounds__(kStreamBlockThreads, 1)
     stream_kernel(const __grid_constant__ StreamParams params) {
-// What it needs of registers is sm_90a's setmaxnreg.
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (!kWarpgroups) return;  // what it needs of registers is sm_90a's setmaxnreg
   extern __shared__ __align__(128) char shared[];
   using Counts = Registers<kOperandRows, kPieces>;
   StreamShared* control = shared_control(shared);
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(kStreamBlockThreads, 1)
   }
   give_up_registers<Counts::kScheduler>();
   if (role == 0) {
-    if (elect_one()) produce(params, control);
+    if (is_producer()) produce(params, control);
   } else if (role == 1) {
     clear_buffers(params, control, static_cast<int>(threadIdx.x) % 32);
   } else if (role == 2) {
@@ -150,7 +149,6 @@ __global__ void __launch_bounds__(kStreamBlockThreads, 1)
   } else if (elect_one()) {
     WorkScheduler(params, control).run();
   }
-#endif
 }
 
 }  // namespace clusterfusion::cuda::stream

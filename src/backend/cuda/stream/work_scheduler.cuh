@@ -38,7 +38,7 @@ class WorkScheduler {
       }
     }
     ring.wait_empty(reach(p.max_in_flight));
-    ring.announce({}, {kRingEnd, 0, 0, 0});
+    ring.announce_end();
   }
 
  private:

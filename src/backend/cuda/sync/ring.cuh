@@ -8,12 +8,18 @@
 // announcement at once, and the data when it has landed: so they know that a phase is over without
 // waiting for a copy of the next. Every consumer warp passes every stage, in order: the parity of
 // the barriers cannot tell a lap from the one before last, so nobody may skip one.
+//
+// How data comes in is said here alone. One thread starts bulk copies, and `full` counts their
+// bytes. Where there are none (kBulkCopies), all lanes of the producer's warp copy 16 bytes at a
+// time, as the scheduler does for what it adds, and each arrives at `full` behind its own copies.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "backend/cuda/ptx/async_copy.cuh"
 #include "backend/cuda/ptx/bulk_copy.cuh"
+#include "backend/cuda/ptx/elect.cuh"
 #include "backend/cuda/ptx/mbarrier.cuh"
 
 namespace clusterfusion::device {
@@ -26,6 +32,27 @@ inline constexpr bool kEveryLaneArrives = true;
 #else
 inline constexpr bool kEveryLaneArrives = false;
 #endif
+
+// Threads that produce, of one warp.
+inline constexpr int kProducerLanes = kBulkCopies ? 1 : 32;
+
+// Whether this thread is one of them; for the producer's whole warp.
+__device__ __forceinline__ bool is_producer() {
+  if constexpr (kBulkCopies)
+    return elect_one();
+  else
+    return true;
+}
+
+// Copies `bytes` to `target`, in the stage whose barrier this is; by all who produce. Both
+// addresses and the size are multiples of 16.
+__device__ __forceinline__ void copy_to_stage(std::uint32_t target, const void* global,
+                                              std::uint32_t bytes, std::uint32_t barrier) {
+  if constexpr (kBulkCopies)
+    bulk_copy_to_shared(target, global, bytes, barrier);
+  else
+    copy_by_warp(target, global, bytes);
+}
 
 inline constexpr int kMaxRingStages = 16;
 inline constexpr int kRingEnd = -1;  // the id behind the last stage
@@ -80,7 +107,7 @@ __device__ __forceinline__ void ring_init(RingControl* control, const char* data
     RingControl::Stage& stage = control->stages[i];
     mbarrier_init(&stage.empty, consumer_warps * (kEveryLaneArrives ? 32 : 1));
     mbarrier_init(&stage.known, 1);
-    mbarrier_init(&stage.full, 2);  // the scheduler and the producer
+    mbarrier_init(&stage.full, 1 + kProducerLanes);  // the scheduler and who produces
     stage.announced.data = shared_address(data + i * stage_bytes);
   }
   mbarrier_fence_init();
@@ -91,6 +118,11 @@ class RingCursor {
  public:
   __device__ __forceinline__ RingCursor(RingControl* control, int stages)
       : begin_(shared_address(control)), end_(begin_ + stages * kStep), stage_(begin_) {}
+
+  // Behind the last copy that this thread starts: it must not end before its copies have landed.
+  __device__ __forceinline__ void finish() const {
+    if constexpr (!kBulkCopies) wait_for_copies();
+  }
 
  protected:
   using Stage = RingControl::Stage;
@@ -193,20 +225,29 @@ class RingScheduler : public RingCursor {
                  : "memory");
     mbarrier_arrive(known(stage_));
   }
+  // Nothing comes behind the current stage, which is empty and stays so.
+  __device__ __forceinline__ void announce_end() {
+    announce({}, {kRingEnd, 0, 0, 0});
+    finish();
+  }
   // Brings `count` bytes to `target`, in the current stage; none if 0. Goes on to the next one.
   __device__ __forceinline__ void add(std::uint32_t target, const void* from, std::uint32_t count) {
     const std::uint32_t barrier = full(stage_);
     if (count == 0) {
       mbarrier_arrive(barrier);
-    } else {
+    } else if constexpr (kBulkCopies) {
       mbarrier_arrive_expect(barrier, count);
       bulk_copy_to_shared(target, from, count, barrier);
+    } else {
+      const auto* source = static_cast<const char*>(from);
+      for (std::uint32_t at = 0; at < count; at += 16) copy_16(target + at, source + at);
+      mbarrier_arrive_behind_copies(barrier);
     }
     advance();
   }
 };
 
-// The producer's side, held by one thread.
+// The producer's side, held by kProducerLanes threads.
 class RingProducer : public RingCursor {
  public:
   using RingCursor::RingCursor;
@@ -230,13 +271,16 @@ class RingProducer : public RingCursor {
     return task;
   }
   // Waits until one more copy may be under way, lets copies(barrier) start what brings the bytes of
-  // `order` (the barrier is an address in shared memory), and goes on to the next stage.
+  // `order` by copy_to_stage() or its like (the barrier is an address in shared memory), and goes
+  // on to the next stage.
   template <typename Copies>
   __device__ __forceinline__ void copy(const RingOrder& order, Copies&& copies) {
     const std::uint32_t barrier = full(stage_);
-    mbarrier_arrive_expect(barrier, order.bytes);
+    if constexpr (kBulkCopies) mbarrier_arrive_expect(barrier, order.bytes);
     wait_for_earlier(order.in_flight);
+    if constexpr (!kBulkCopies) __syncwarp();  // lanes side by side make whole lines
     copies(barrier);
+    if constexpr (!kBulkCopies) mbarrier_arrive_behind_copies(barrier);
     advance();
   }
 };
