@@ -30,11 +30,15 @@ constexpr std::int64_t kMaxSumSlots = 8192;
 // Of the ring: one is filled while another is read.
 constexpr std::int32_t kMinDecodeStages = 2;
 
-// How many rows a chunk has.
+// Whether the kernel for such layers has code for rows whose last slices are shorter.
+bool takes_ragged(const LayerSpec& spec) { return layer_kind(spec) == LayerKind::any; }
+
+// How rows become chunks.
 struct ChunkRule {
   std::int64_t target_bytes = 0;
   bool even = false;     // of a gated MLP: half of them are the gate's
   bool by_four = false;  // three or more rows become fours, which take packed operands
+  bool ragged = false;   // the last slices of a row may be shorter
 
   std::int64_t rounded(std::int64_t rows) const {
     if (by_four && rows >= 3) return std::max<std::int64_t>(rows / 4, 1) * 4;
@@ -49,13 +53,14 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
   for (std::int32_t unit_rows : {1, 2, 4, 8}) {
     for (std::int32_t segments : {1, 2, 4, 8}) {
       const std::int64_t step = static_cast<std::int64_t>(segments) * (8 / unit_rows) * 32;
-      if (columns % step != 0 || columns / step > max_iterations) continue;
+      const std::int64_t iterations = (columns + step - 1) / step;
+      if ((columns % step != 0 && !rule.ragged) || iterations > max_iterations) continue;
       MatrixPlan plan;
       plan.rows = rows;
       plan.columns = columns;
       plan.unit_rows = unit_rows;
       plan.segments = segments;
-      plan.iterations = static_cast<std::int32_t>(columns / step);
+      plan.iterations = static_cast<std::int32_t>(iterations);
       // A row may be wider than the target.
       std::int64_t units = std::max<std::int64_t>(rule.target_bytes / (unit_rows * columns * 2), 1);
       // One for each warp, where the chunk does not become much smaller by that.
@@ -73,8 +78,11 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
 
 MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns,
                        const ChunkRule& rule) {
-  for (const std::int32_t iterations : {kGoodIterations, kMaxIterations})
-    if (const auto plan = cut(rows, columns, iterations, rule)) return *plan;
+  ChunkRule exact = rule;
+  exact.ragged = false;
+  for (const ChunkRule& tried : {exact, rule})
+    for (const std::int32_t iterations : {kGoodIterations, kMaxIterations})
+      if (const auto plan = cut(rows, columns, iterations, tried)) return *plan;
   fail(ErrorKind::unsupported,
        "the streaming decode kernel cannot cut {} [{}, {}]: the number of columns must be one to "
        "ten times a power of two of 32 to 2048; run this model on the CPU (device \"cpu\")",
@@ -92,8 +100,10 @@ std::span<const std::int32_t> packed_pair_iterations(bool is_wide) {
   return is_wide ? std::span<const std::int32_t>(kWide) : kNarrow;
 }
 
-bool can_cut(std::int64_t columns) {
-  return cut(1, columns, kMaxIterations, {kTargetChunkBytes}).has_value();
+bool can_cut(const LayerSpec& spec, std::int64_t columns) {
+  ChunkRule rule{kTargetChunkBytes};
+  rule.ragged = takes_ragged(spec);
+  return cut(1, columns, kMaxIterations, rule).has_value();
 }
 
 bool can_attend(std::int64_t head_dim) { return head_dim % 16 == 0 && head_dim <= kMaxHeadDim; }
@@ -141,9 +151,10 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
                               bool even = false) {
     const std::int64_t share = rows * columns * 2 / limits.sm_count;
     const std::int64_t target = std::min(std::max(kTargetChunkBytes, widest_row), share);
-    return cut_or_fail(name, rows, columns, {target, even, by_four});
+    return cut_or_fail(name, rows, columns, {target, even, by_four, takes_ragged(config)});
   };
   DecodePlan plan;
+  plan.kind = layer_kind(config);
   plan.qkv = cut_matrix("the QKV matrix", config.qkv_size(), hidden);
   plan.attention_out = cut_matrix("the attention output matrix", hidden, config.attention_size());
   plan.mlp_up = cut_matrix("the first MLP matrix", mlp_up_rows(config), hidden, config.gated_mlp);
@@ -247,8 +258,8 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
 KvPlan make_page_plan(const ModelConfig& config, DType dtype) { return plan_pages(config, dtype); }
 
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {
-  return unstreamed_because(config).empty() && can_cut(config.hidden_size) &&
-         can_cut(config.attention_size()) && can_cut(config.intermediate_size) &&
+  return unstreamed_because(config).empty() && can_cut(config, config.hidden_size) &&
+         can_cut(config, config.attention_size()) && can_cut(config, config.intermediate_size) &&
          can_attend(config.head_dim) && draft_plan(config, limits).stages >= kMinDecodeStages;
 }
 

@@ -12,6 +12,7 @@
 //            for i = 0 .. iterations - 1: 16-byte loads, in the checkpoint's own layout. They are
 //            operand A of a tensor-core product as they stand: words 0 and 2 of each lane's 16
 //            bytes in row g, words 1 and 3 in row g + 8.
+//            In layers of any kind the last slices of a row may have fewer elements, or none.
 //   segment  is fixed for each warp (warp % segments), so a warp's activations stay in registers.
 #pragma once
 
@@ -65,8 +66,10 @@ struct MatrixPlan {
   std::int32_t slices() const noexcept {
     return mapping == MmaMapping::packed_pairs ? 4 : 8 / unit_rows;
   }
-  std::int64_t segment_columns() const noexcept { return columns / segments; }
-  std::int64_t slice_columns() const noexcept { return segment_columns() / slices(); }
+  std::int64_t slice_columns() const noexcept { return std::int64_t{iterations} * 32; }
+  std::int64_t segment_columns() const noexcept { return slice_columns() * slices(); }
+  // Slices go beyond the columns: the last ones are shorter or empty.
+  bool is_ragged() const noexcept { return segment_columns() * segments != columns; }
   std::int64_t row_bytes() const noexcept { return columns * 2; }
   std::int64_t chunk_bytes() const noexcept { return rows_per_chunk * row_bytes(); }
   // Units of one segment in a chunk; the kConsumerWarps / segments warps of a segment share them.
@@ -190,6 +193,13 @@ struct DecodePlan {
   std::int32_t stages = 0;
   std::int32_t sum_slots = 0;     // float32 partial sums that fit beside the ring
   std::int64_t shared_bytes = 0;  // of the whole block
+  LayerKind kind = LayerKind::plain;
+
+  // Whether chunks of layers of any kind are so large that results wait too long behind two of
+  // them. (Plain layers wait for results half as often.)
+  bool chunks_are_large() const noexcept {
+    return kind == LayerKind::any && data_bytes > 28 * 1024;
+  }
 };
 
 // Errors: unsupported if the model's shape cannot be streamed by this kernel (names the number that

@@ -114,8 +114,8 @@ TEST_F(LlamaTest, EqualsFloat64AtRandomSizes) {
   }
 }
 
-// Sizes that the streaming kernel takes: any group of heads, packed operands and not, one chunk of
-// a gated MLP's matrices shorter than the others.
+// Sizes that the streaming kernel takes: any group of heads, packed operands and not, rows whose
+// last slices are shorter, one chunk of a gated MLP's matrices shorter than the others.
 TEST_F(LlamaTest, StreamsRandomSizes) {
   std::mt19937 random(2);
   const auto one_of = [&](std::initializer_list<std::int64_t> values) {
@@ -129,8 +129,8 @@ TEST_F(LlamaTest, StreamsRandomSizes) {
         config.num_kv_heads = one_of({1, 2, 4});
         config.num_heads = config.num_kv_heads * static_cast<std::int64_t>(1 + round);
         config.rotary_dim = config.head_dim;
-        config.hidden_size = one_of({96, 256, 320, 576, 1024, 2048});
-        config.intermediate_size = one_of({160, 576, 1024, 1536, 3072, 8192});
+        config.hidden_size = one_of({96, 256, 320, 456, 576, 896, 1024, 2048});
+        config.intermediate_size = one_of({160, 200, 576, 1024, 1536, 3072, 4864, 5632, 8192});
         if (!plan::unstreamed_because(config, {132, 227 * 1024}).empty()) continue;
         expect_float64(config, 70);
         ++round;

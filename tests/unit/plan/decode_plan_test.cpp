@@ -63,7 +63,7 @@ std::vector<int> touched_in_pairs(const MatrixPlan& plan, int chunks) {
             if (first + g / 4 >= chunks) continue;
             const std::int64_t column = warp * plan.segment_columns() +
                                         g % 4 * plan.slice_columns() + 32 * i + 8 * q + element;
-            ++count.at((first + g / 4) * plan.columns + column);
+            if (column < plan.columns) ++count.at((first + g / 4) * plan.columns + column);
           }
   return count;
 }
@@ -86,7 +86,8 @@ std::vector<int> touched(const MatrixPlan& plan, int chunks) {
               const std::int64_t column = warp % plan.segments * plan.segment_columns() +
                                           g % plan.slices() * plan.slice_columns() + 32 * i +
                                           8 * q + element;
-              ++count.at(chunk * chunk_elements + row * plan.columns + column);
+              if (column < plan.columns)
+                ++count.at(chunk * chunk_elements + row * plan.columns + column);
             }
       turn -= plan.units_per_chunk();
     }

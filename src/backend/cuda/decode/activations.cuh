@@ -15,8 +15,8 @@ class DecodeActivations
   using Base::Base;
 
  protected:
-  using Base::g, Base::kPackedOperands, Base::lane_column, Base::normed, Base::p,
-      Base::prefetch_chunks, Base::q, Base::warp;
+  using Base::g, Base::kPackedOperands, Base::lane_column, Base::lane_iterations, Base::normed,
+      Base::p, Base::prefetch_chunks, Base::q, Base::warp;
   using typename Base::Frag;
   using typename Base::MmaMapping;
 
@@ -67,12 +67,14 @@ class DecodeActivations
   template <bool kPackedPairs>
   __device__ __forceinline__ void request_activations(const StreamedMatrix& matrix,
                                                       std::int32_t offset, Frag& fragments) const {
-    const T* first = this->template lamport<const T>(offset) + activation_column(matrix);
+    const int column = activation_column(matrix);
+    const T* first = this->template lamport<const T>(offset) + column;
     const int swap = activation_swap(matrix);
+    const int iterations = lane_iterations(matrix, column);
 #pragma unroll
     for (int i = 0; i < kMaxIterations; ++i) {
       fragments.value[i] = make_uint4(0, 0, 0, 0);
-      if (i < (kPackedPairs ? matrix.iterations / 2 : matrix.iterations))
+      if (i < (kPackedPairs ? matrix.iterations / 2 : iterations))
         fragments.value[i] = load_fragment<kPackedPairs>(first, swap, i);
     }
   }
@@ -101,12 +103,14 @@ class DecodeActivations
   // One of the normalised inputs as fragments; a barrier lies behind normalise().
   __device__ __forceinline__ void load_normed(const StreamedMatrix& matrix, int input,
                                               Frag& fragments) const {
-    const T* first = normed + input * p.hidden_size + activation_column(matrix);
+    const int column = activation_column(matrix);
+    const T* first = normed + input * p.hidden_size + column;
     const int swap = activation_swap(matrix);
+    const int iterations = lane_iterations(matrix, column);
 #pragma unroll
     for (int i = 0; i < kMaxIterations; ++i) {
       fragments.value[i] = make_uint4(0, 0, 0, 0);
-      if (i < matrix.iterations)
+      if (i < iterations)
         fragments.value[i] =
             *reinterpret_cast<const uint4*>(first + i * 32 + (i % 2 == 0 ? swap : -swap));
     }

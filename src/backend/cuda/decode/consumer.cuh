@@ -121,6 +121,13 @@ class DecodeConsumer {
            (g & ((1 << matrix.slices_log2) - 1)) * matrix.slice_columns + q * 8;
   }
 
+  // How many of a lane's iterations the matrix has columns for, where the first begins at column
+  // `first`: the last slices of a ragged one are shorter.
+  __device__ __forceinline__ int lane_iterations(const StreamedMatrix& matrix, int first) const {
+    if constexpr (kKind == plan::LayerKind::plain) return matrix.iterations;
+    return min(matrix.iterations, max(matrix.columns - first + 31, 0) / 32);
+  }
+
   // Slices that lie a multiple of 128 bytes apart would all be read from the same banks of shared
   // memory. Then odd slices take each two iterations in the other order: the even one this many
   // columns later, the odd one as many earlier.

@@ -35,6 +35,7 @@ struct StreamedMatrix {
   plan::MmaMapping mapping;
   std::int32_t max_slots;         // chunks whose sums fit
   std::uint32_t rows_reciprocal;  // 2^32 / rows_per_chunk, rounded up
+  std::int32_t columns;
 
   // The chunk, of some that follow each other, that row `row` of them lies in: row /
   // rows_per_chunk without a division. Exact for rows below 2^16.

@@ -20,6 +20,7 @@ StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, int packe
   if (packed_fragments > 0) plan = plan::with_packed_operands(plan, packed_fragments);
   StreamedMatrix matrix;
   matrix.rows = static_cast<std::int32_t>(plan.rows);
+  matrix.columns = static_cast<std::int32_t>(plan.columns);
   matrix.rows_per_chunk = plan.rows_per_chunk;
   matrix.chunks = plan.chunks;
   matrix.unit_rows = plan.unit_rows;
@@ -35,7 +36,7 @@ StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, int packe
   matrix.segment_columns = static_cast<std::int32_t>(plan.segment_columns());
   matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
   matrix.iterations = plan.iterations;
-  matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0;
+  matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0 && !plan.is_ragged();
   matrix.mapping = plan.mapping;
   matrix.max_slots = std::min(kMaxChunkSlots, sum_slots / plan.sums_per_chunk());
   const auto rows = static_cast<std::uint32_t>(plan.rows_per_chunk);
@@ -85,7 +86,8 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.bias_offset = static_cast<std::int32_t>(plan.data_bytes);
   p.bias_element_bytes = 4;
   p.sum_slots = plan.sum_slots;
-  p.max_in_flight = std::min(kMaxInFlight, plan.stages);
+  p.max_in_flight =
+      std::min(plan.chunks_are_large() ? kMaxLargeInFlight : kMaxInFlight, plan.stages);
   p.announced_ahead = kAnnouncedAhead;
   p.late_in_flight = p.max_in_flight;
   p.late_percent = 100;  // never
@@ -102,7 +104,7 @@ plan::DeviceLimits limits_of(const cudaDeviceProp& properties) {
 
 void read_more_late(DecodeParams& params) {
   params.late_in_flight = std::min(kLateInFlight, params.stages);
-  params.late_percent = kLatePercent;
+  params.late_percent = params.max_in_flight < kMaxInFlight ? kLargeLatePercent : kLatePercent;
 }
 
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan) {

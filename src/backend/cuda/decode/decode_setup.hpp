@@ -12,9 +12,11 @@ namespace clusterfusion::cuda {
 // Settings of both streaming kernels.
 // Results that cross between SMs wait behind copies in flight: no more of them.
 inline constexpr std::int32_t kMaxInFlight = 2;
+inline constexpr std::int32_t kMaxLargeInFlight = 1;
 // Late in a phase they may be more.
 inline constexpr std::int32_t kLateInFlight = 3;
 inline constexpr std::int32_t kLatePercent = 60;
+inline constexpr std::int32_t kLargeLatePercent = 20;
 // A part of a phase is assigned statically, so that nobody waits for a ticket when it begins.
 inline constexpr std::int32_t kStaticPercent = 30;
 

@@ -134,9 +134,22 @@ class DecodeResidual
     }
   }
 
-  // Adds pending residual updates: x += one or two Lamport buffers. All loads of a batch are issued
-  // first, and repeated only for missing elements: they share the way from L2 with the weights.
+  // Adds pending residual updates: x += one or two Lamport buffers.
   __device__ __forceinline__ void add_pending_updates(const float* first, const float* second) {
+    if constexpr (kKind == plan::LayerKind::plain) {
+      add_buffers(first, second);
+    } else {
+      // One after the other: mostly there is one, and registers are fewer.
+#pragma unroll 1
+      for (const float* buffer = first; buffer != nullptr;
+           buffer = buffer == second ? nullptr : second)
+        add_buffers(buffer, nullptr);
+    }
+  }
+
+  // All loads of a batch are issued first, and repeated only for missing elements: they share the
+  // way from L2 with the weights.
+  __device__ __forceinline__ void add_buffers(const float* first, const float* second) {
 #pragma unroll
     for (int begin = 0; begin < kMaxIterations; begin += kBatch) {
       uint2 delta[kBatch], other[kBatch];

@@ -48,7 +48,7 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
     const float bias = unit.load_bias();
 #pragma unroll
     for (int first = 0; first < (kIterations > 0 ? kIterations : kMaxIterations); first += kBatch) {
-      if (kIterations == 0 && first > 0 && first >= iterations) break;
+      if (kIterations == 0 && first > 0 && !some_lane_has(first, iterations)) break;
       uint4 weight[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
@@ -62,6 +62,12 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
           products.add(i, weight[i], fragments.value[first + i]);
     }
     return products.diagonal() + bias;
+  }
+
+  // Whether iteration i is there in some lane, where each has `iterations`.
+  __device__ __forceinline__ static bool some_lane_has(int i, int iterations) {
+    if constexpr (kKind == plan::LayerKind::plain) return i < iterations;
+    return __any_sync(kAllLanes, i < iterations);
   }
 
   // Iteration i of a unit whose values begin at `address`.
@@ -141,7 +147,8 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
     int unit_bias_bytes;
     // From one unit of this warp to the next.
     int unit_step, offset_step, sum_step;
-    int chunk_units, chunk_bytes, iterations;
+    int chunk_units, chunk_bytes;
+    int iterations;  // of this lane; with packed operands the same in all
     std::uint32_t swap;
     int holds_sum, holds_bias;  // the lane with the first of a row's sums adds the bias to it
     MmaMapping mapping;
@@ -169,7 +176,7 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
       sum_step = unit_step * unit_sums * 4;
       chunk_units = matrix.units_per_chunk + zero;
       chunk_bytes = chunk_units * unit_bytes;
-      iterations = matrix.iterations + zero;
+      iterations = step.lane_iterations(matrix, step.lane_column(matrix)) + zero;
       swap = step.swap_columns(matrix) * 2;
       holds_sum = step.q == (mapping == MmaMapping::two_pass ? step.g / 2 : slice);
       holds_bias = holds_sum && has_bias && segment == 0 && slice == 0;
@@ -268,7 +275,8 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
     // have: loads that need no predicate are issued one behind the other. 0 stands for any other.
     template <typename Run>
     __device__ __forceinline__ static void with_iterations(int iterations, Run&& run) {
-      if constexpr (kPairs && !kPackedOperands && !kFewRegisters) {
+      if constexpr (kPairs && !kPackedOperands && !kFewRegisters &&
+                    kKind == plan::LayerKind::plain) {
         if (iterations == 5) return run(std::integral_constant<int, 5>{});
         if (iterations == 4) return run(std::integral_constant<int, 4>{});
       }
