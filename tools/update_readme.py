@@ -132,6 +132,29 @@ def gpu_tables(results: dict[str, dict[str, Any]]) -> list[str]:
     return tables + ([gpu_sizes_table(results)] if results else [])
 
 
+def llama_table() -> str:
+    """Time a token of Llama and its relatives on a GPU."""
+    result = load("llama_h200.json")
+    if result is None:
+        return ""
+    contexts = (128, 8192)
+    models = [model for model in result["models"] if len(model["contexts"]) >= len(contexts)]
+    lines = [["one sequence, random bfloat16 weights, H200", *(m["model"] for m in models)]]
+    for context in contexts:
+        rows = [row for m in models for row in m["contexts"] if row["context"] == context]
+        lines.append(
+            [f"context {context}, ms a token", *(f"{r['ms_per_token']:.3f}" for r in rows)]
+        )
+        shares = (f"{100 * r['ceiling_share']:.0f} %" for r in rows)
+        lines.append(["share of the read ceiling", *shares])
+    longest = max(models[0]["contexts"], key=lambda row: row["context"])
+    return (
+        f"{markdown_parts.table(lines)}\n"
+        f"At {longest['context']} positions a token of {models[0]['model']} takes "
+        f"{longest['ms_per_token']:.2f} ms ({100 * longest['ceiling_share']:.0f} %).\n"
+    )
+
+
 def prefill_table() -> str:
     """Prompts on the GPU beside transformers."""
     result = load("prefill_h200.json")
@@ -303,7 +326,8 @@ def record_session() -> str:
 
 def readme(text: str) -> str:
     """README.md with examples and tables as they are now."""
-    tables = [*gpu_tables(load_results(RESULTS)), rows_table(), prefill_table(), load_table()]
+    tables = [*gpu_tables(load_results(RESULTS)), llama_table(), rows_table(), prefill_table()]
+    tables += [load_table()]
     tables += [cpu_table(), memory_table(), tokenizer_table()]
     return with_tables(include_examples(text), "tables", tables)
 

@@ -30,6 +30,16 @@ DECODE_SPILLS = {
     "120a": {(5, 5): 0, (5, 8): 232, (5, 16): 596, (10, 5): 636, (10, 8): 788, (10, 16): 1272},
 }
 LAYER_SPILLS = {"90a": {}, "120a": {(5, 16): 48, (10, 16): 40}}  # others none
+# Of the decode kernel for layers of any kind: by iterations, head steps and type.
+ANY_LAYER_SPILLS = {
+    "90a": {
+        (5, 5, "__half"): 16,
+        (5, 8, "__nv_bfloat16"): 16,
+        (10, 8, "__nv_bfloat16"): 48,
+        (10, 16, "__half"): 348,
+    },
+    "120a": {(5, 8, "__nv_bfloat16"): 352},
+}
 # Of the kernel for many rows, by its operand rows, pieces and head steps; for sm_90a alone.
 ROWS_TEMPLATE = CUDA / "stream" / "stream_instance.cu.in"
 ROWS_SPILLS = {
@@ -94,11 +104,30 @@ def test_spills_no_more_than_it_may(nvcc, tmp_path, kernel, instance, arch):
         "dtype": "tested",
         "iterations": iterations,
         "head_steps": head_steps,
+        "kind": "plain",
     }
     (tmp_path / "instance.cu").write_text(instance_of(TEMPLATES[kernel], values))
     [spilled] = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
     allowed = DECODE_SPILLS if kernel == "decode" else LAYER_SPILLS
     assert spilled <= allowed[arch].get((iterations, head_steps), 0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "instance"),
+    [(arch, instance) for arch, all_spills in ANY_LAYER_SPILLS.items() for instance in all_spills],
+)
+def test_kernel_for_any_layers_spills_no_more_than_it_may(nvcc, tmp_path, arch, instance):
+    iterations, head_steps, element = instance
+    values = {
+        "element": element,
+        "dtype": "tested",
+        "iterations": iterations,
+        "head_steps": head_steps,
+        "kind": "any",
+    }
+    (tmp_path / "instance.cu").write_text(instance_of(TEMPLATES["decode"], values))
+    [spilled] = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
+    assert spilled <= ANY_LAYER_SPILLS[arch][instance]
 
 
 @pytest.mark.parametrize("instance", ROWS_SPILLS, ids=lambda i: "-".join(map(str, i)))
