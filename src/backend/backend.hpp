@@ -49,7 +49,8 @@ constexpr std::int64_t kv_pages_of(std::int64_t positions) noexcept {
 struct BackendOptions {
   int threads = 0;                 // CPU: worker threads; 0: one for each core this process may use
   std::int64_t max_positions = 0;  // the longest context a sequence may reach; 0: the model's
-  // Type of the KV cache. Nothing: float32 on the CPU, the weights' type on a GPU.
+  // Type of the KV cache. Nothing: float32 on the CPU, the weights' type on a GPU, where there is
+  // float32 beside that.
   std::optional<DType> kv_dtype;
   DecodeMode mode = DecodeMode::latency;
   std::int64_t kv_bytes = 0;  // BackendInfo::kv_pages in bytes; 0: the backend's own choice

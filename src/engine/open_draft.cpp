@@ -23,7 +23,7 @@ std::unique_ptr<Draft> open_model_draft(const EngineOptions& options, const std:
   BackendOptions backend_options;
   backend_options.threads = options.threads;
   backend_options.mode = options.mode;
-  // On a GPU it is the weights' type.
+  // On a GPU the weights' type is the quickest, and a draft decides no text.
   if (device == "cpu") backend_options.kv_dtype = options.kv_dtype;
   DeviceChoice choice{device, {}};
   std::unique_ptr<Backend> backend = make_backend(device, choice, model, backend_options);

@@ -108,7 +108,8 @@ bool can_cut(const LayerSpec& spec, std::int64_t columns) {
 
 bool can_attend(std::int64_t head_dim) { return head_dim % 16 == 0 && head_dim <= kMaxHeadDim; }
 
-KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
+// Whole pages in one block.
+KvPlan plan_pages(const ModelConfig& config, DType dtype) {
   require(
       can_attend(config.head_dim), ErrorKind::unsupported,
       "attention on the GPU needs a head size that is a multiple of 16 and at most {}, found {}; "
@@ -116,10 +117,21 @@ KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
       kMaxHeadDim, config.head_dim);
   KvPlan kv;
   kv.block_positions = kKvPagePositions;
-  while (kv.block_positions * config.head_dim * 4 > stage_bytes) kv.block_positions /= 2;
-  kv.block_bytes = kv.block_positions * config.head_dim * 4;
-  kv.head_bytes = kKvPagePositions * config.head_dim * 4;
+  kv.dtype = dtype;
+  kv.block_bytes = kKvPagePositions * config.head_dim * 2 * size_of(dtype);
+  kv.head_bytes = kv.block_bytes;
   kv.page_bytes = kv.head_bytes * config.kv_heads() * config.num_layers;
+  return kv;
+}
+
+// Blocks of 16-bit elements that fit into a ring stage.
+KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
+  KvPlan kv = plan_pages(config, DType::float16);
+  kv.dtype = config.dtype;
+  while (kv.block_bytes > stage_bytes) {
+    kv.block_positions /= 2;
+    kv.block_bytes /= 2;
+  }
   return kv;
 }
 
@@ -243,9 +255,7 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
   return plan;
 }
 
-KvPlan make_page_plan(const ModelConfig& config) {
-  return plan_kv(config, kKvPagePositions * config.head_dim * 4);
-}
+KvPlan make_page_plan(const ModelConfig& config, DType dtype) { return plan_pages(config, dtype); }
 
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {
   return unstreamed_because(config).empty() && can_cut(config, config.hidden_size) &&

@@ -86,8 +86,9 @@ inline constexpr std::int32_t kMinKvBlockPositions = 16;
 struct KvPlan {
   std::int32_t block_positions = 0;  // 16, 32 or 64: the most that fit into a ring stage
   std::int64_t block_bytes = 0;
-  std::int64_t head_bytes = 0;  // one page, one layer, one head
-  std::int64_t page_bytes = 0;  // one page, all layers and heads
+  std::int64_t head_bytes = 0;   // one page, one layer, one head
+  std::int64_t page_bytes = 0;   // one page, all layers and heads
+  DType dtype = DType::float16;  // of keys and values
 };
 
 // Heads that share a head of keys and values, at most: each has a column of a tensor-core product.
@@ -205,9 +206,9 @@ struct DecodePlan {
 // does not fit) or the device's shared memory is too small for two stages.
 DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limits);
 
-// How the cache of a model is laid out that no streaming kernel reads: whole pages. Errors:
-// unsupported (head size).
-KvPlan make_page_plan(const ModelConfig& config);
+// How a cache of `dtype`, the weights' type or float32, is laid out that no streaming kernel reads:
+// whole pages. Errors: unsupported (head size).
+KvPlan make_page_plan(const ModelConfig& config, DType dtype);
 
 // Whether make_decode_plan() gives a plan, for callers that have another way.
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits);

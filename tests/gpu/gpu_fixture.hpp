@@ -28,6 +28,7 @@ struct Shape {
   DType dtype = DType::float16;
   int positions = 70;
   bool attention_bias = true;
+  bool float32_kv = false;
 };
 
 // sqrt(sum of (found - expected)^2 / sum of expected^2); NaN, which fails every comparison, if

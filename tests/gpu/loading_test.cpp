@@ -218,12 +218,13 @@ std::shared_ptr<const Model> wide_llama_model() {
 }
 
 // Of what is there besides weights, rotary table and KV cache.
-void expect_at_most_the_workspace(const std::shared_ptr<const Model>& model) {
+void expect_at_most_the_workspace(const std::shared_ptr<const Model>& model,
+                                  const BackendOptions& options = {}) {
   const ModelConfig& config = model->config();
   SCOPED_TRACE("hidden size " + std::to_string(config.hidden_size));
   const std::int64_t before = free_bytes();
   const auto start = std::chrono::steady_clock::now();
-  const auto backend = make_cuda_backend(model, {});
+  const auto backend = make_cuda_backend(model, options);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   const SequenceId id = backend->create_sequence({});
   backend->reserve(id, 2048);
@@ -261,6 +262,13 @@ TEST_F(Loading, TakesWeightsKvCacheAndAtMostTheWorkspace) {
 
 TEST_F(Loading, TakesOfALlamaModelAtMostTheWorkspace) {
   expect_at_most_the_workspace(wide_llama_model());
+}
+
+TEST_F(Loading, TakesWithAFloat32CacheAtMostTheWorkspace) {
+  BackendOptions options;
+  options.kv_dtype = DType::float32;
+  expect_at_most_the_workspace(wide_model(5120, 40), options);
+  expect_at_most_the_workspace(wide_llama_model(), options);
 }
 
 TEST_F(Loading, SaysWhatIsNeededBeforeItCopies) {

@@ -55,9 +55,10 @@ TEST_F(PoisonedMemory, IsNewMemoryAndEachPageAnew) {
 
 // Everything that a user can get: logits of prefill and decode at lengths about a page's end, and
 // tokens of several sequences that come and go.
-std::vector<float> results_of(const std::shared_ptr<const Model>& model) {
+std::vector<float> results_of(const std::shared_ptr<const Model>& model,
+                              const BackendOptions& options) {
   const std::int64_t vocab = model->config().vocab_size;
-  const auto backend = make_cuda_backend(model, {});
+  const auto backend = make_cuda_backend(model, options);
   std::vector<float> results;
   const auto keep = [&](const auto& values) {
     results.insert(results.end(), values.begin(), values.end());
@@ -82,18 +83,27 @@ std::vector<float> results_of(const std::shared_ptr<const Model>& model) {
 
 class Poison : public GpuTest, public testing::WithParamInterface<Shape> {};
 
-TEST_P(Poison, NeverShows) {
-  const auto model = make_random_model(config_of(GetParam()));
+void expect_no_poison(const Shape& shape, const BackendOptions& options) {
+  const auto model = make_random_model(config_of(shape));
   std::vector<float> clean, poisoned;
   {
     const PoisonSetting off("0");
-    clean = results_of(model);
+    clean = results_of(model, options);
   }
   {
     const PoisonSetting on("1");
-    poisoned = results_of(model);
+    poisoned = results_of(model, options);
   }
   EXPECT_TRUE(clean == poisoned);
+}
+
+TEST_P(Poison, NeverShows) { expect_no_poison(GetParam(), {}); }
+
+TEST_F(PoisonedMemory, NeverShowsInAFloat32Cache) {
+  BackendOptions options;
+  options.kv_dtype = DType::float32;
+  for (const std::int64_t heads : {8, 2})
+    expect_no_poison({"tiny", 384, heads, 512, 2, 301, 8}, options);
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, Poison, testing::ValuesIn(gpu_shapes()),

@@ -49,9 +49,9 @@ double tolerance(DType dtype) { return dtype == DType::float16 ? 1e-3 : 8e-3; }
 // One sequence, prefilled without a backend.
 class Prompter {
  public:
-  explicit Prompter(const Model& model, unsigned seed = 1)
+  explicit Prompter(const Model& model, unsigned seed = 1, bool float32_kv = false)
       : config_(model.config()),
-        kv_(kv_plan_of(config_)),
+        kv_(float32_kv ? plan::make_page_plan(config_, DType::float32) : kv_plan_of(config_)),
         weights_(model, {config_.max_positions, kv_.page_bytes}),
         prefill_(config_, weights_, kv_, config_.max_positions, 64 << 20),
         slab_(kv_.page_bytes * kPages, "pages"),
@@ -89,14 +89,10 @@ class Prompter {
                 "poisoning pages");
   }
 
-  // 16-bit numbers in the pages that are not what poison_pages() left.
+  // Numbers in the pages that are not what poison_pages() left.
   std::int64_t count_written() const {
-    std::vector<std::uint16_t> numbers(static_cast<std::size_t>(slab_.bytes() / 2));
-    cuda::check(
-        cudaMemcpy(numbers.data(), slab_.as<>(), numbers.size() * 2, cudaMemcpyDeviceToHost),
-        "fetching pages");
-    return std::count_if(numbers.begin(), numbers.end(),
-                         [](std::uint16_t number) { return number != 0xffff; });
+    return kv_.dtype == DType::float32 ? count_written_as<std::uint32_t>()
+                                       : count_written_as<std::uint16_t>();
   }
 
   void poison_embedding_of_token_0() {
@@ -106,6 +102,16 @@ class Prompter {
   }
 
  private:
+  template <typename Bits>
+  std::int64_t count_written_as() const {
+    std::vector<Bits> numbers(static_cast<std::size_t>(slab_.bytes()) / sizeof(Bits));
+    cuda::check(cudaMemcpy(numbers.data(), slab_.as<>(), numbers.size() * sizeof(Bits),
+                           cudaMemcpyDeviceToHost),
+                "fetching pages");
+    return std::count_if(numbers.begin(), numbers.end(),
+                         [](Bits number) { return number != static_cast<Bits>(-1); });
+  }
+
   static constexpr std::int64_t kPages = 40;
   const ModelConfig& config_;
   plan::KvPlan kv_;
@@ -115,14 +121,25 @@ class Prompter {
   std::vector<char*> pages_;
 };
 
-class PrefillShapes : public GpuTest, public testing::WithParamInterface<Shape> {};
+Shape float32_kv(Shape shape) {
+  shape.float32_kv = true;
+  return shape;
+}
+
+class PrefillShapes : public GpuTest, public testing::WithParamInterface<Shape> {
+ protected:
+  // Whoever is of another `seed` has the pages in another order.
+  static Prompter prompter_of(const Model& model, unsigned seed = 1) {
+    return Prompter(model, seed, GetParam().float32_kv);
+  }
+};
 
 TEST_P(PrefillShapes, MatchesFloat64ForAnyNumberOfTokens) {
   const ModelConfig config = config_of(GetParam());
   const auto model = make_random_model(config);
   const auto tokens = tokens_without_0(config.vocab_size, 200, 7);
   const auto expected = reference_logits(*model, tokens);
-  Prompter prompter(*model);
+  Prompter prompter = prompter_of(*model);
   double worst = 0;
   for (const std::size_t count : {1, 2, 15, 63, 64, 65, 127, 200}) {
     const auto found = prompter.all_logits(std::span(tokens).first(count), {});
@@ -143,7 +160,7 @@ TEST_P(PrefillShapes, PiecesMatchFloat64) {
   const std::vector<std::vector<std::size_t>> partitions = {
       {1, 2, 3}, {63, 64, 65}, {100}, {7, 71, 130}};
   for (const auto& cuts : partitions) {
-    Prompter prompter(*model, static_cast<unsigned>(cuts.front()));
+    Prompter prompter = prompter_of(*model, static_cast<unsigned>(cuts.front()));
     EXPECT_LT(relative_error(prompter.all_logits(tokens, cuts), expected), tolerance(config.dtype))
         << "first cut at " << cuts.front();
   }
@@ -153,11 +170,11 @@ TEST_P(PrefillShapes, SameBitsEveryTimeWhateverWasInMemory) {
   const ModelConfig config = config_of(GetParam());
   const auto model = make_random_model(config);
   const auto tokens = tokens_without_0(config.vocab_size, 150, 9);
-  Prompter fresh(*model);
+  Prompter fresh = prompter_of(*model);
   const auto first = fresh.all_logits(tokens, {90});
   ASSERT_EQ(fresh.all_logits(tokens, {90}), first);
   // A prompt of NaN fills pages and workspace with NaN.
-  Prompter poisoned(*model, 2);
+  Prompter poisoned = prompter_of(*model, 2);
   poisoned.poison_embedding_of_token_0();
   const std::vector<TokenId> poison(300, 0);
   std::vector<float> logits(config.vocab_size);
@@ -207,11 +224,11 @@ TEST_P(PrefillShapes, GraphsGiveTheBitsOfSingleLaunches) {
   };
   std::vector<std::vector<float>> expected;
   for (std::size_t i = 0; i < pieced_prompts().size(); ++i) {
-    Prompter fresh(*model, static_cast<unsigned>(i + 1));
+    Prompter fresh = prompter_of(*model, static_cast<unsigned>(i + 1));
     expected.push_back(fresh.all_logits(tokens_of(i), pieced_prompts()[i].cuts));
     ASSERT_EQ(fresh.num_graphs(), 0) << "prompt " << i;
   }
-  Prompter prompter(*model, 99);
+  Prompter prompter = prompter_of(*model, 99);
   std::mt19937 random(5);
   std::vector<std::size_t> order(pieced_prompts().size());
   std::iota(order.begin(), order.end(), 0);
@@ -232,7 +249,7 @@ TEST_P(PrefillShapes, PaddingHasNoKeysAndValues) {
   const auto model = make_random_model(config);
   const auto tokens = tokens_without_0(config.vocab_size, 105, 41);
   const std::int64_t of_one_token = config.num_layers * 2 * config.hidden_size;
-  Prompter prompter(*model);
+  Prompter prompter = prompter_of(*model);
   for (int round = 0; round < 3; ++round) {
     prompter.poison_pages();
     prompter.run(std::span(tokens).first(33), 0, {});
@@ -246,7 +263,7 @@ TEST_P(PrefillShapes, PiecesGiveTheBitsOfTheWhole) {
   const ModelConfig config = config_of(GetParam());
   const auto model = make_random_model(config);
   const auto tokens = tokens_without_0(config.vocab_size, 400, 11);
-  Prompter prompter(*model);
+  Prompter prompter = prompter_of(*model);
   const auto whole = prompter.all_logits(tokens, {});
   std::mt19937 random(12);
   for (int round = 0; round < 6; ++round) {
@@ -263,7 +280,9 @@ TEST_P(PrefillShapes, CompanyDoesNotMatter) {
   const ModelConfig config = config_of(GetParam());
   const auto model = make_random_model(config);
   const auto vocab = static_cast<std::size_t>(config.vocab_size);
-  const auto backend = make_cuda_backend(model, {});
+  BackendOptions options;
+  if (GetParam().float32_kv) options.kv_dtype = DType::float32;
+  const auto backend = make_cuda_backend(model, options);
   struct Text {
     std::vector<TokenId> tokens;
     std::vector<float> alone, found;
@@ -326,7 +345,13 @@ INSTANTIATE_TEST_SUITE_P(
         Shape{"mish", 128, 4, 512, 2, 301, 8, true, Activation::mish},
         Shape{"tanh", 128, 4, 512, 2, 301, 8, false, Activation::tanh},
         Shape{"sigmoid", 128, 4, 512, 2, 301, 8, true, Activation::sigmoid},
-        Shape{"identity", 128, 4, 512, 2, 301, 8, true, Activation::identity}),
+        Shape{"identity", 128, 4, 512, 2, 301, 8, true, Activation::identity},
+        float32_kv({"head_16_float32_kv", 128, 8, 512, 2, 301, 4}),
+        float32_kv({"head_80_float32_kv", 320, 4, 1280, 2, 301, 20}),
+        float32_kv({"head_256_float32_kv", 512, 2, 2048, 2, 301, 64}),
+        float32_kv({"no_rotation_float32_kv", 128, 4, 512, 2, 301, 0}),
+        float32_kv({"sequential_bf16_float32_kv", 256, 2, 1024, 2, 301, 32, false,
+                    Activation::gelu_tanh, DType::bfloat16})),
     [](const auto& info) { return info.param.name; });
 
 class PrefillTest : public GpuTest {};

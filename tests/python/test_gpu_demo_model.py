@@ -123,6 +123,22 @@ def test_every_greedy_choice(recording, engine, cpu_engine):
     assert max(errors) < 2e-3
 
 
+def test_float32_kv_cache(recording, demo_model, gpu, engine, cpu_engine, tmp_path):
+    """Its logits are the CPU's, and saved prompts give the same text in another such engine."""
+    wide = Engine(demo_model, device=gpu, kv_dtype="float32")
+    assert wide.info.kv_dtype == "float32"
+    ratio = 1 if engine.info.kv_dtype == "float32" else 2
+    assert wide.info.kv_bytes_per_position == ratio * engine.info.kv_bytes_per_position
+    text = recording.prompts[0] + recording.tokens[0].tolist()
+    assert relative_error(wide.logits(text), cpu_engine.logits(text)) < 2e-3
+    prompt = (text * 3)[:130]
+    expected = wide.generate(prompt, max_new_tokens=20, ignore_eos=True).tokens
+    wide.save_prompt_cache(prompt, tmp_path / "prompt.cache")
+    again = Engine(demo_model, device=gpu, kv_dtype="float32")
+    assert again.load_prompt_cache(tmp_path / "prompt.cache", prompt) == 128
+    assert again.generate(prompt, max_new_tokens=20, ignore_eos=True).tokens == expected
+
+
 def test_perplexities(recording, engine, cpu_engine):
     """Of the recorded texts: within 0.05 % of the CPU backend, and near transformers'."""
     for tokens, expected in zip(recording.perplexity_tokens, recording.perplexities, strict=True):

@@ -178,3 +178,12 @@ def test_plain_layer_kernels_spill_nothing(nvcc, tmp_path, arch):
     spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
     assert spilled
     assert not any(spilled)
+
+
+@pytest.mark.parametrize("arch", DECODE_SPILLS)
+def test_attention_over_float32_spills_nothing(nvcc, tmp_path, arch):
+    source = (CUDA / "prefill" / "float32_attention.cu").relative_to(ROOT / "src")
+    (tmp_path / "instance.cu").write_text(f'#include "{source}"\n')
+    spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
+    assert spilled
+    assert not any(spilled)

@@ -60,9 +60,11 @@ struct Sequence : PagedSequence<char*> {
 
 // Checks the options, before anything is loaded. Errors: unsupported, invalid_argument.
 std::int64_t checked_context(const ModelConfig& config, const BackendOptions& options) {
-  require(!options.kv_dtype || *options.kv_dtype == config.dtype, ErrorKind::unsupported,
-          "kv_dtype {} is not available on the GPU: its KV cache has the weights' type, {}",
-          name_of(options.kv_dtype.value_or(config.dtype)), name_of(config.dtype));
+  const DType kv_dtype = options.kv_dtype.value_or(config.dtype);
+  require(kv_dtype == config.dtype || kv_dtype == DType::float32, ErrorKind::unsupported,
+          "kv_dtype {} is not available on the GPU for this model: its KV cache has the weights' "
+          "type, {}, or float32; choose one of these, or device \"cpu\"",
+          name_of(kv_dtype), name_of(config.dtype));
   return longest_context(config, options.max_positions);
 }
 
@@ -80,19 +82,20 @@ ModelConfig config_on_device(const ModelConfig& config) {
 // Why no streaming kernel decodes the model; empty if one does. What the kernels of many rows do
 // not take is decoded by layers in mode `throughput`, where a batch reads the weights once.
 std::string unstreamed_because(const ModelConfig& config, const cudaDeviceProp& properties,
-                               DecodeMode mode) {
+                               const BackendOptions& options) {
+  if (options.kv_dtype == DType::float32) return "a float32 KV cache";
   const std::string unstreamed = plan::unstreamed_because(config, limits_of(properties));
-  const bool in_batches = mode == DecodeMode::throughput;
+  const bool in_batches = options.mode == DecodeMode::throughput;
   return unstreamed.empty() && in_batches ? plan::unbatched_because(config) : unstreamed;
 }
 
 // The decode kernel's plan; without stages for a model that it does not take. Errors:
 // unsupported (head size).
 plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties,
-                                bool streams) {
+                                const BackendOptions& options, bool streams) {
   if (streams) return plan::make_decode_plan(config, limits_of(properties));
   plan::DecodePlan plan;
-  plan.kv = plan::make_page_plan(config);
+  plan.kv = plan::make_page_plan(config, options.kv_dtype.value_or(config.dtype));
   return plan;
 }
 
@@ -102,8 +105,8 @@ class CudaBackend final : public Backend {
       : model_(std::move(model)),
         config_(config_on_device(model_->config())),
         properties_(device_properties()),
-        unstreamed_(unstreamed_because(config_, properties_, options.mode)),
-        plan_(decode_plan_of(config_, properties_, unstreamed_.empty())),
+        unstreamed_(unstreamed_because(config_, properties_, options)),
+        plan_(decode_plan_of(config_, properties_, options, unstreamed_.empty())),
         max_positions_(checked_context(config_, options)),
         mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
@@ -115,7 +118,7 @@ class CudaBackend final : public Backend {
         sequences_(config_, info_) {
     info_.name = "cuda";
     info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
-    info_.kv_dtype = config_.dtype;
+    info_.kv_dtype = plan_.kv.dtype;
     info_.kv_bytes_per_position = plan_.kv.page_bytes / kKvPagePositions;
     info_.max_positions = max_positions_;
     info_.prefill_chunk = prefill_.max_tokens();
@@ -364,7 +367,7 @@ class CudaBackend final : public Backend {
       stream_decoder_.emplace(config_, plan_.kv, weights_, properties_, max_positions_,
                               kDecodeAhead);
     }
-    if (GemmDecoder::supports(config_, properties_))
+    if (plan_.kv.dtype == config_.dtype && GemmDecoder::supports(config_, properties_))
       gemm_decoder_.emplace(config_, plan_.kv, weights_, properties_.multiProcessorCount,
                             max_positions_, kDecodeAhead);
   }

@@ -180,6 +180,18 @@ TEST_P(EveryShape, KeepsAPageTogether) {
   EXPECT_EQ(kv.page_bytes, kv.head_bytes * config.num_heads * config.num_layers);
 }
 
+TEST_P(EveryShape, HasPagesOfEitherType) {
+  const ModelConfig config = config_of(GetParam());
+  for (const auto& [dtype, bytes] : {std::pair{DType::bfloat16, 2}, {DType::float32, 4}}) {
+    const KvPlan kv = make_page_plan(config, dtype);
+    EXPECT_EQ(kv.dtype, dtype);
+    EXPECT_EQ(kv.block_positions, kKvPagePositions);
+    EXPECT_EQ(kv.block_bytes, kv.head_bytes);
+    EXPECT_EQ(kv.head_bytes, kKvPagePositions * config.head_dim * 2 * bytes);
+    EXPECT_EQ(kv.page_bytes, kv.head_bytes * config.num_heads * config.num_layers);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Shapes, EveryShape, testing::ValuesIn(kShapes),
                          [](const auto& info) { return std::string(info.param.name); });
 

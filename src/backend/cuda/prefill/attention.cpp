@@ -2,6 +2,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/dependent_launch.hpp"
+#include "backend/cuda/prefill/float32_attention.hpp"
 #include "base/fail.hpp"
 
 namespace clusterfusion::cuda {
@@ -27,8 +28,10 @@ AttentionKernel find_instance(DType dtype, std::int64_t head_dim) {
 
 }  // namespace
 
-AttentionKernel find_attention_kernel(DType dtype, std::int64_t head_dim) {
-  const AttentionKernel kernel = find_instance(dtype, head_dim);
+AttentionKernel find_attention_kernel(DType weights_dtype, DType kv_dtype, std::int64_t head_dim) {
+  const AttentionKernel kernel = kv_dtype == DType::float32
+                                     ? float32_attention(weights_dtype, head_dim)
+                                     : find_instance(weights_dtype, head_dim);
   check(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              kernel.shared_bytes),
         "reserving shared memory for attention");

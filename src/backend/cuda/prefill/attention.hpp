@@ -18,6 +18,7 @@ struct PromptCache {
   std::int32_t head_bytes;    // one page of one head
   std::int32_t block_bytes;   // keys and values of one block
   std::int32_t log2_block;    // positions in a block, as a power of two
+  DType dtype;                // of keys and values: the weights', or float32
 };
 
 // Queries that follow each other in one sequence, which one block handles for a head.
@@ -29,9 +30,10 @@ struct alignas(16) QueryTile {
 };
 
 struct AttentionParams {
-  // [rows, heads * head_dim], 16-bit: queries, rotated and scaled so that scores come out as
-  // base-2 logarithms; replaced by the heads' outputs.
+  // [rows, heads * head_dim] in the cache's type: queries, rotated and scaled so that scores come
+  // out as base-2 logarithms.
   void* query;
+  void* heads;        // [rows, heads * head_dim], 16-bit: the heads' outputs; may be `query`
   PromptCache cache;  // keys and values of all positions up to the tiles' last
   // On the device, where a CUDA graph, whose launches are fixed, finds them anew each time; those
   // with most keys first. No kernel writes them.
@@ -41,7 +43,8 @@ struct AttentionParams {
   std::int32_t heads_per_kv_head;  // query heads that share keys and values
 };
 
-// A kernel for one 16-bit type and for head sizes up to a limit.
+// A kernel for one 16-bit type of the weights, for one type of the cache and for head sizes up to a
+// limit.
 struct AttentionKernel {
   const void* function = nullptr;
   std::int32_t query_rows = 0;  // that one block handles
@@ -50,7 +53,7 @@ struct AttentionKernel {
 
 // Head sizes are multiples of 16 up to 256. Errors: unsupported if there is no kernel, or what CUDA
 // says of the shared memory that it needs.
-AttentionKernel find_attention_kernel(DType dtype, std::int64_t head_dim);
+AttentionKernel find_attention_kernel(DType weights_dtype, DType kv_dtype, std::int64_t head_dim);
 
 void launch_attention(const AttentionKernel& kernel, const AttentionParams& params,
                       cudaStream_t stream);

@@ -90,10 +90,11 @@ class AttentionTile {
     return row * Shape::kRowBytes + (Shape::kSwizzled ? unit ^ (row & 7) : unit) * 16;
   }
 
-  __device__ __forceinline__ char* query_row(int row) const {
+  // This head of a row of queries or outputs.
+  __device__ __forceinline__ char* head_of(void* rows, int row) const {
     const std::int64_t element =
         (static_cast<std::int64_t>(tile.row + row) * p.num_heads + head) * p.head_dim;
-    return static_cast<char*>(p.query) + element * 2;
+    return static_cast<char*>(rows) + element * 2;
   }
 
   // Rows behind the last query become zero, as do columns behind the head.
@@ -104,7 +105,7 @@ class AttentionTile {
       const int unit = i % Shape::kUnits;
       const bool valid = row < tile.count && unit * 8 < p.head_dim;
       copy_16_or_zero(base + Shape::kQueryOffset + unit_offset(row, unit),
-                      query_row(valid ? row : 0) + (valid ? unit * 16 : 0), valid);
+                      head_of(p.query, valid ? row : 0) + (valid ? unit * 16 : 0), valid);
     }
   }
 
@@ -265,7 +266,7 @@ class AttentionTile {
         const int row = warp_row + 16 * r + 8 * half + g;
         const float scale = 1.0f / warp_sum<4>(sum[r][half]);
         if (row >= tile.count) continue;
-        auto* target = reinterpret_cast<std::uint32_t*>(query_row(row));
+        auto* target = reinterpret_cast<std::uint32_t*>(head_of(p.heads, row));
 #pragma unroll
         for (int n = 0; n < 2 * kHeadSteps; ++n)
           if (8 * n < p.head_dim)

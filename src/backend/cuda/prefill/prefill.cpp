@@ -26,18 +26,23 @@ std::int64_t wide_columns(const LayerSpec& spec) {
   return std::max(spec.qkv_size() + gate_columns(spec), spec.hidden_size);
 }
 
-std::int64_t activation_bytes_per_token(const LayerSpec& spec) {
+// Queries that are not rounded have a place of their own.
+std::int64_t query_bytes(const LayerSpec& spec, DType kv_dtype) {
+  return kv_dtype == DType::float32 ? spec.attention_size() * 4 : 0;
+}
+
+std::int64_t activation_bytes_per_token(const LayerSpec& spec, DType kv_dtype) {
   return spec.hidden_size * (4 + 2 * 2) + spec.attention_size() * 2 + spec.intermediate_size * 2 +
-         wide_columns(spec) * 4;
+         wide_columns(spec) * 4 + query_bytes(spec, kv_dtype);
 }
 
 // What the rows behind the last token hold reaches no other row.
 std::int64_t padded(std::int64_t rows) { return round_up(rows, rows <= 64 ? 16 : 64); }
 
 // Whole tiles of rows, as many as the memory is meant for.
-std::int64_t choose_max_tokens(const ModelConfig& config, std::int64_t budget) {
+std::int64_t choose_max_tokens(const ModelConfig& config, DType kv_dtype, std::int64_t budget) {
   constexpr std::int64_t kTile = 128;
-  const std::int64_t fitting = budget / activation_bytes_per_token(config);
+  const std::int64_t fitting = budget / activation_bytes_per_token(config, kv_dtype);
   return std::clamp(fitting / kTile * kTile, kTile, kMostTokens);
 }
 
@@ -68,9 +73,10 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
       weights_(weights),
       steps_(plan::mlp_first(plan::make_layer_program(config))),
       phases_(plan::phases_of(steps_)),
-      attention_kernel_(find_attention_kernel(config.dtype, config.head_dim)),
+      attention_kernel_(find_attention_kernel(config.dtype, kv.dtype, config.head_dim)),
       products_(config.dtype, config.activation),
-      input_(choose_max_tokens(config, budget), max_positions, attention_kernel_.query_rows) {
+      input_(choose_max_tokens(config, kv.dtype, budget), max_positions,
+             attention_kernel_.query_rows) {
   require(config.hidden_size <= kMaxNormWidth, ErrorKind::unsupported,
           "the GPU's prefill handles hidden sizes up to {}, found {}; run this model on the CPU "
           "(device \"cpu\")",
@@ -80,6 +86,7 @@ Prefill::Prefill(const ModelConfig& config, const DeviceModel& weights, const pl
   attention_.head_dim = static_cast<std::int32_t>(config.head_dim);
   attention_.cache.head_bytes = static_cast<std::int32_t>(kv.head_bytes);
   attention_.cache.block_bytes = static_cast<std::int32_t>(kv.block_bytes);
+  attention_.cache.dtype = kv.dtype;
   attention_.cache.log2_block = std::countr_zero(static_cast<unsigned>(kv.block_positions));
   cudaStream_t side = nullptr;
   check(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking), "creating a stream");
@@ -100,6 +107,8 @@ void Prefill::place_memory(std::int64_t max_tokens) {
     arena.place(normed_, max_tokens * config_.hidden_size * 2);
     arena.place(mlp_normed_, max_tokens * config_.hidden_size * 2);
     arena.place(heads_, max_tokens * config_.attention_size() * 2);
+    if (const std::int64_t bytes = query_bytes(config_, attention_.cache.dtype); bytes > 0)
+      arena.place(attention_.query, max_tokens * bytes);
     arena.place(active_, max_tokens * config_.intermediate_size * 2);
     arena.place(wide_, wide_elements_ * 4);
     arena.place(asked_rows_, max_tokens * 4);
@@ -112,7 +121,8 @@ void Prefill::place_memory(std::int64_t max_tokens) {
   // Products read whole tiles of rows, and initcheck does not see all that they write.
   clear_unless_poisoned(memory_.as<>(), bytes);
   place_all(ScratchArena(memory_.as<>()));
-  attention_.query = heads_;
+  attention_.heads = heads_;
+  if (attention_.query == nullptr) attention_.query = heads_;
   attention_.cache.pages = input_.pages();
   attention_.tiles = input_.tiles();
 }

@@ -2,9 +2,10 @@
 // once.
 //
 // Numbers: the residual stream, norms, softmax and all sums are float32; activations are rounded to
-// the weights' type as they enter a product. What is computed of a token depends on the tokens up
-// to it alone, bit for bit: not on the piece of the prompt that it comes with, nor on other prompts
-// of the same pass. Products are summed in another order than in the decode step.
+// the weights' type as they enter a product; but queries, keys and values are not if the KV cache
+// is float32 (KvPlan::dtype). What is computed of a token depends on the tokens up to it alone, bit
+// for bit: not on the piece of the prompt that it comes with, nor on other prompts of the same
+// pass. Products are summed in another order than in the decode step.
 //
 // A pass is padded to a number of rows that others share. Short ones would wait for the host to
 // launch hundreds of small kernels; so the second pass of one prompt with a number of rows captures
@@ -110,7 +111,8 @@ class Prefill {
   float* x_ = nullptr;          // [hidden]: the residual stream
   void* normed_ = nullptr;      // [hidden], 16-bit: the input of attention, or of the LM head
   void* mlp_normed_ = nullptr;  // [hidden], 16-bit: the input of the MLP
-  void* heads_ = nullptr;       // [heads, head_dim], 16-bit: queries, then the heads' outputs
+  void* heads_ = nullptr;       // [heads, head_dim], 16-bit: queries, then the heads' outputs;
+                                // beside a float32 KV cache outputs alone
   void* active_ = nullptr;      // [intermediate], 16-bit: the MLP's activations
   // Queries, keys and values, and behind all rows of them, or in their place, the gate; or what a
   // branch adds; or [vocab], logits of logit_rows_ rows.

@@ -133,14 +133,16 @@ __global__ void __launch_bounds__(kThreads)
     write_normalised<T, kVectors>(x, mean, inverse_deviation, second, hidden);
 }
 
-// Where the key of a row lies in the cache; its value lies block_bytes / 2 behind.
+// Where the key of a row lies in the cache of `Stored`; its value lies block_bytes / 2 behind.
+template <typename Stored>
 __device__ __forceinline__ char* cached_key(const PromptCache& cache, PromptRow place, int kv_head,
                                             int head_dim) {
   const int slot = place.position % plan::kKvPagePositions;
   const int in_block = slot & ((1 << cache.log2_block) - 1);
   return cache.pages[place.first_page + place.position / plan::kKvPagePositions] +
          cache.layer_offset + static_cast<std::int64_t>(kv_head) * cache.head_bytes +
-         (slot >> cache.log2_block) * cache.block_bytes + in_block * head_dim * 2;
+         (slot >> cache.log2_block) * cache.block_bytes +
+         in_block * head_dim * static_cast<int>(sizeof(Stored));
 }
 
 // A head behind its RMSNorm. Each thread sums up the squares by itself, in one order.
@@ -180,9 +182,17 @@ __device__ __forceinline__ float rotated(const Head& head, int dim, const float2
   return head[dim] * angle.x + other * angle.y;
 }
 
-// A thread takes 4 neighbouring elements; blockIdx.y is the row. Attention comes next and may wait
-// on the multiprocessors already.
-template <typename T, bool kHasNorms>
+template <typename Stored>
+__device__ __forceinline__ void store_four(char* to, float4 value) {
+  if constexpr (sizeof(Stored) == 4)
+    *reinterpret_cast<float4*>(to) = value;
+  else
+    *reinterpret_cast<uint2*>(to) = pack_four<Stored>(value);
+}
+
+// A thread takes 4 neighbouring elements; blockIdx.y is the row. Queries, keys and values are kept
+// as `Stored`: T, or float. Attention comes next and may wait on the multiprocessors already.
+template <typename T, typename Stored, bool kHasNorms>
 __global__ void __launch_bounds__(kThreads)
     rotate_and_store(const RotaryParams r, const AttentionParams p, const HeadNorms norms) {
   const PromptRow place = r.rows[blockIdx.y];
@@ -219,14 +229,14 @@ __global__ void __launch_bounds__(kThreads)
     // Scores come out as base-2 logarithms.
     const float scale = rsqrtf(static_cast<float>(p.head_dim)) * kLog2E;
     value = make_float4(value.x * scale, value.y * scale, value.z * scale, value.w * scale);
-    target =
-        static_cast<char*>(p.query) +
-        (static_cast<std::int64_t>(row) * p.num_heads + kv_head * group + part) * p.head_dim * 2;
+    target = static_cast<char*>(p.query) +
+             (static_cast<std::int64_t>(row) * p.num_heads + kv_head * group + part) * p.head_dim *
+                 static_cast<std::int64_t>(sizeof(Stored));
   } else {
-    target = cached_key(p.cache, place, kv_head, p.head_dim);
+    target = cached_key<Stored>(p.cache, place, kv_head, p.head_dim);
     if (part > group) target += p.cache.block_bytes / 2;
   }
-  *reinterpret_cast<uint2*>(target + dim * 2) = pack_four<T>(value);
+  store_four<Stored>(target + dim * static_cast<int>(sizeof(Stored)), value);
 }
 
 // One block a row.
@@ -285,8 +295,10 @@ void launch_rotary(DType dtype, const RotaryParams& rotary, const HeadNorms& nor
   const dim3 grid(blocks_for(width / 4), static_cast<unsigned>(rotary.count));
   with_type(dtype, "starting the rotation", [&](auto type) {
     using T = decltype(type);
-    const auto kernel =
-        norms.query == nullptr ? rotate_and_store<T, false> : rotate_and_store<T, true>;
+    const bool has_norms = norms.query != nullptr;
+    auto* kernel = has_norms ? rotate_and_store<T, T, true> : rotate_and_store<T, T, false>;
+    if (attention.cache.dtype == DType::float32)
+      kernel = has_norms ? rotate_and_store<T, float, true> : rotate_and_store<T, float, false>;
     launch_dependent(kernel, grid, stream, rotary, attention, norms);
   });
 }

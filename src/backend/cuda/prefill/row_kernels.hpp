@@ -61,7 +61,7 @@ struct HeadNorms {
 };
 
 // Normalises queries and keys, if there are norms, and rotates them; puts the queries into
-// attention.query, keys and values into its cache.
+// attention.query, keys and values into its cache, in the cache's type. `dtype` is the weights'.
 void launch_rotary(DType dtype, const RotaryParams& rotary, const HeadNorms& norms,
                    const AttentionParams& attention, cudaStream_t stream);
 
