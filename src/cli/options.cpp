@@ -46,10 +46,8 @@ void add_engine_options(CLI::App& app, EngineSettings& settings) {
   add_number(app, "--threads", settings.options.threads, "CPU threads; 0: one for each usable core",
              0)
       ->capture_default_str();
-  app.add_option(
-         "--kv-dtype", settings.kv_dtype,
-         "type of the KV cache: float32, float16 or bfloat16; on a GPU the weights' type or, "
-         "slower, float32")
+  app.add_option("--kv-dtype", settings.kv_dtype,
+                 "type of the KV cache: float32, float16 or bfloat16; on a GPU the weights' type")
       ->transform(one_of({"float32", "float16", "bfloat16"}))
       ->type_name("NAME");
   app.add_option("--mode", settings.mode,
