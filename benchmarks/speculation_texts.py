@@ -192,7 +192,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--per-kind", type=int, default=8, help="prompts of each kind at most")
     parser.add_argument("--tokens", type=int, default=128, help="of each text, but the first")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--measured", type=Path, help="what speculation_time printed")
+    parser.add_argument(
+        "--measured", type=Path, nargs="*", default=[], help="what speculation_time printed"
+    )
     parser.add_argument("--pair", type=Path, help="pair.json of tools/train_draft_pair.py")
     parser.add_argument("--about", default="", help="commit, driver, command")
     parser.add_argument("--output", type=Path, help="instead of standard output")
@@ -214,19 +216,18 @@ def main() -> None:
     }
     if options.pair:
         result["pair"] = json.loads(options.pair.read_text(encoding="utf-8"))
-    if options.measured:
-        measured = json.loads(options.measured.read_text(encoding="utf-8"))
-        for row in measured.get("acceptance", {}).get("rows", []):
-            row["draft"] = label(row["draft"])
-        result |= measured
-        if "costs" in measured and "acceptance" in measured:
-            result["computed"] = {
-                "what": "computed, not measured: what a target of the costs' shape would gain at "
-                "the acceptance of the trained pair",
-                "model": measured["costs"]["model"],
-                "draft_model": measured["costs"]["draft_model"],
-                "rows": gains_of_larger_target(measured["costs"], measured["acceptance"]["rows"]),
-            }
+    for path in options.measured:
+        result |= json.loads(path.read_text(encoding="utf-8"))
+    for row in result.get("acceptance", {}).get("rows", []):
+        row["draft"] = label(row["draft"])
+    if "costs" in result and "acceptance" in result:
+        result["computed"] = {
+            "what": "computed, not measured: what a target of the costs' shape would gain at the "
+            "acceptance of the trained pair",
+            "model": result["costs"]["model"],
+            "draft_model": result["costs"]["draft_model"],
+            "rows": gains_of_larger_target(result["costs"], result["acceptance"]["rows"]),
+        }
     text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
     if options.output:
         options.output.write_text(text, encoding="utf-8")

@@ -1,13 +1,13 @@
-// Time a token of the streaming decode kernel, for Pythia's shapes and several contexts, beside the
-// read ceiling that the same process measures.
+// Time a token of the streaming decode kernel, for the shapes of known models and several contexts,
+// beside the read ceiling that the same process measures.
 //   decode_time [--contexts 16,128,...] [--repeats 7] [--warm-up 3] [--phases] [SHAPE ...]
 //   default: contexts 16,128,1024,2047 of pythia-2.8b
 // Before the first time it decodes for as many seconds as --warm-up says: a card at its power limit
 // lowers its clock only after a second or so, first too far.
 // A time is that of 256 greedy tokens, from the host, at about the same context: 16 at a time, then
 // the sequence is cut back. --phases prints when the phases of a layer end, in the median.
-// Weights are random float16; all layers come from one host matrix, but lie apart on the device.
-// Prints one JSON document on stdout, a table on stderr.
+// Weights are random (float16, or bfloat16 of Llama's relatives); all layers come from one host
+// matrix, but lie apart on the device. Prints one JSON document on stdout, a table on stderr.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "backend/cuda/cuda_backend.hpp"
-#include "random_pythia.hpp"
+#include "random_model.hpp"
 #include "shape_arguments.hpp"
 
 using namespace clusterfusion;

@@ -7,7 +7,7 @@
 // - generation: new tokens a second of `generations` prompts of `begin` tokens, `new` more each.
 // Mode throughput, or with --latency the other one; with --cpu on the CPU. Each time is from the
 // host, after a first run that does not count; texts differ from each other and from repeat to
-// repeat, and the prefix cache is off. Weights are random float16 (random_pythia.hpp). Prints one
+// repeat, and the prefix cache is off. Weights are random float16 (random_model.hpp). Prints one
 // JSON document on stdout, a table on stderr.
 #include <fmt/format.h>
 
@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "clusterfusion/engine.hpp"
-#include "random_pythia.hpp"
+#include "random_model.hpp"
 #include "shape_arguments.hpp"
 
 using namespace clusterfusion;

@@ -6,7 +6,8 @@
 # BIN has speculation_time and gpu_engine_test, DATA the novels (novels-train.txt.xz and
 # novels-valid.txt.xz), PYTHON (python3 without it) this package, torch and transformers. A pair of
 # models is trained for SECONDS (65) while the random schedules and drafted texts are tested, whose
-# times do not count. OUT gets tests.txt, speculation_h200.json and speculation_texts_cpu.json.
+# times do not count. OUT gets tests.txt, speculation_h200.json, which has all figures of the GPU,
+# and speculation_texts_cpu.json. Pythia-6.9B's heads need CLUSTERFUSION_CUDA_HEAD_STEPS=5;8.
 set -uo pipefail
 bin=$1 data=$2 out=$3 seconds=${4:-65}
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -42,14 +43,20 @@ wait "$training" || failed=1
 tail -n 4 "$out/training.txt" >&2
 
 stage "theory, costs, acceptance"
-timeout 90 "$bin/speculation_time" --theory pythia-2.8b --tokens 192 --costs pythia-6.9b \
-  --model "$pair/target" --drafts "ngram,$pair/draft,$demo" \
-  --prompts "$here/speculation_texts.json" > "$out/speculation_time.json" || failed=1
+measured=()
+measure() {
+  local file=$out/speculation_$1.json
+  if timeout 60 "$bin/speculation_time" "${@:2}" > "$file"; then measured+=("$file"); else failed=1; fi
+}
+measure theory --theory pythia-2.8b --tokens 192
+measure costs --costs pythia-6.9b --draft-shape pythia-70m
+measure acceptance --model "$pair/target" --drafts "ngram,$pair/draft,$demo" \
+  --prompts "$here/speculation_texts.json"
 
 stage "texts on the GPU"
 timeout 90 "$python" "$here/speculation_texts.py" "$pair/target" --device cuda --per-kind 6 \
-  --drafts "ngram,$pair/draft,$demo" --measured "$out/speculation_time.json" \
-  --pair "$pair/pair.json" --about "$about" --output "$out/speculation_h200.json" || failed=1
+  --drafts "ngram,$pair/draft,$demo" --pair "$pair/pair.json" --about "$about" \
+  --output "$out/speculation_h200.json" --measured "${measured[@]}" || failed=1
 
 stage "texts on the CPU"
 timeout 60 "$python" "$here/speculation_texts.py" "$pair/target" --device cpu --per-kind 2 \

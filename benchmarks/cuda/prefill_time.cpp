@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "backend/cuda/cuda_backend.hpp"
-#include "random_pythia.hpp"
+#include "random_model.hpp"
 #include "shape_arguments.hpp"
 
 using namespace clusterfusion;

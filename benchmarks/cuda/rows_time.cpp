@@ -3,7 +3,7 @@
 //   rows_time [--rows 1,2,4,8,16,32] [--contexts 128] [--repeats 7] [--warm-up 3] [--one-sequence]
 //             [SHAPE ...]
 // A time is that of 128 greedy tokens of each sequence, from the host, at about the same context:
-// 16 at a time, then the sequences are cut back. Weights are random float16 (random_pythia.hpp).
+// 16 at a time, then the sequences are cut back. Weights are random float16 (random_model.hpp).
 // With --one-sequence all rows are tokens of one sequence, which a step verifies.
 // "share" is what a step must read (weights once, keys and values of every sequence) over the time,
 // of the ceiling. Prints one JSON document on stdout, a table on stderr.
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "backend/cuda/cuda_backend.hpp"
-#include "random_pythia.hpp"
+#include "random_model.hpp"
 #include "shape_arguments.hpp"
 
 using namespace clusterfusion;

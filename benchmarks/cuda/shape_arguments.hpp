@@ -1,4 +1,4 @@
-// The command line that the GPU benchmarks share: options, then names of Pythia's shapes.
+// The command line that the GPU benchmarks share: options, then names of shapes.
 #pragma once
 
 #include <fmt/format.h>
@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "random_pythia.hpp"
+#include "random_model.hpp"
 
 namespace clusterfusion::benchmark {
 
@@ -41,8 +41,7 @@ class ShapeArguments {
     for (const std::string& name : rest_) {
       shapes.push_back(find_shape(name));
       if (shapes.back() == nullptr)
-        throw std::invalid_argument(
-            name + ": expected a shape, from pythia-14m to pythia-12b or gpt-neox-20b");
+        throw std::invalid_argument(name + ": expected a shape, one of " + names_of_shapes());
     }
     if (shapes.empty()) shapes.push_back(find_shape("pythia-2.8b"));
     return shapes;

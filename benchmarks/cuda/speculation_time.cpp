@@ -3,7 +3,7 @@
 //                    [--model FOLDER --prompts FILE --drafts ngram,FOLDER]
 //
 // theory      The time of a token with a draft that knows the text (speculation/theory.hpp), for
-//             random float16 weights (random_pythia.hpp).
+//             random float16 weights (random_model.hpp).
 // costs       Of a step that verifies some rows of one sequence, of a plain step in both modes, and
 //             of a draft's tokens, for random weights likewise.
 // acceptance  How many tokens a step gives on texts of a file (speculation/acceptance.hpp).
@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "backend/cuda/cuda_backend.hpp"
-#include "random_pythia.hpp"
+#include "random_model.hpp"
 #include "speculation/acceptance.hpp"
 #include "speculation/theory.hpp"
 

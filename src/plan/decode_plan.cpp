@@ -27,9 +27,10 @@ constexpr std::int64_t kMaxSumSlots = 8192;
 // Of the ring: one is filled while another is read.
 constexpr std::int32_t kMinDecodeStages = 2;
 
-// The cut with the fewest segments (fewest sums) that holds at most `max_iterations` fragments.
+// The cut with the fewest segments (fewest sums) that holds at most `max_iterations` fragments. A
+// chunk is a multiple of `multiple` rows, 1 or 2.
 std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int32_t max_iterations,
-                              std::int64_t target_bytes) {
+                              std::int64_t target_bytes, std::int64_t multiple) {
   // More rows in a unit only where the columns need it.
   for (std::int32_t unit_rows : {1, 2, 4, 8}) {
     for (std::int32_t segments : {1, 2, 4, 8}) {
@@ -46,6 +47,7 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
       // One for each warp, where the chunk does not become much smaller by that.
       const std::int64_t warps = kConsumerWarps / segments;
       if (units > warps && 4 * warps >= 3 * units) units = warps;
+      if (multiple > unit_rows) units = std::max(units / multiple, std::int64_t{1}) * multiple;
       plan.rows_per_chunk = static_cast<std::int32_t>(units) * unit_rows;
       plan.chunks =
           static_cast<std::int32_t>((rows + plan.rows_per_chunk - 1) / plan.rows_per_chunk);
@@ -56,9 +58,9 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
 }
 
 MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns,
-                       std::int64_t target_bytes) {
+                       std::int64_t target_bytes, std::int64_t multiple) {
   for (const std::int32_t iterations : {kGoodIterations, kMaxIterations})
-    if (const auto plan = cut(rows, columns, iterations, target_bytes)) return *plan;
+    if (const auto plan = cut(rows, columns, iterations, target_bytes, multiple)) return *plan;
   fail(ErrorKind::unsupported,
        "the streaming decode kernel cannot cut {} [{}, {}]: the number of columns must be one to "
        "ten times a power of two of 32 to 2048; run this model on the CPU (device \"cpu\")",
@@ -66,7 +68,7 @@ MatrixPlan cut_or_fail(const char* name, std::int64_t rows, std::int64_t columns
 }
 
 bool can_cut(std::int64_t columns) {
-  return cut(1, columns, kMaxIterations, kTargetChunkBytes).has_value();
+  return cut(1, columns, kMaxIterations, kTargetChunkBytes, 1).has_value();
 }
 
 bool can_attend(std::int64_t head_dim) { return head_dim % 16 == 0 && head_dim <= kMaxHeadDim; }
@@ -95,16 +97,19 @@ std::int64_t fixed_bytes(const ModelConfig& config) {
 // stages as fit then, which may be too few.
 DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   const std::int64_t hidden = config.hidden_size;
-  const std::int64_t widest_row = std::max(hidden, config.intermediate_size) * 2;
-  const auto cut_matrix = [&](const char* name, std::int64_t rows, std::int64_t columns) {
+  const std::int64_t widest_row =
+      std::max({hidden, config.intermediate_size, config.attention_size()}) * 2;
+  const auto cut_matrix = [&](const char* name, std::int64_t rows, std::int64_t columns,
+                              std::int64_t multiple = 1) {
     const std::int64_t share = rows * columns * 2 / limits.sm_count;
     return cut_or_fail(name, rows, columns,
-                       std::min(std::max(kTargetChunkBytes, widest_row), share));
+                       std::min(std::max(kTargetChunkBytes, widest_row), share), multiple);
   };
   DecodePlan plan;
   plan.qkv = cut_matrix("the QKV matrix", config.qkv_size(), hidden);
   plan.attention_out = cut_matrix("the attention output matrix", hidden, config.attention_size());
-  plan.mlp_up = cut_matrix("the first MLP matrix", config.intermediate_size, hidden);
+  plan.mlp_up = cut_matrix("the first MLP matrix", mlp_up_rows(config), hidden,
+                           config.gated_mlp ? 2 : 1);
   plan.mlp_down = cut_matrix("the second MLP matrix", hidden, config.intermediate_size);
   plan.lm_head = cut_matrix("the LM head", config.vocab_size, hidden);
   for (const MatrixPlan* matrix :
@@ -119,10 +124,7 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   for (const MatrixPlan* matrix : {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down})
     bias_bytes = std::max<std::int64_t>(bias_bytes, matrix->rows_per_chunk * 4 + 2 * 16);
   plan.stage_bytes = plan.data_bytes + round_up(bias_bytes, 128);
-  // Attention keeps there the warps' states of one head, and its query, key and value: as they
-  // come, and as they enter the products.
-  std::int64_t sum_slots = std::max<std::int64_t>(
-      kMinSumSlots, kConsumerWarps * (config.head_dim + 2) + 3 * config.head_dim * 2);
+  std::int64_t sum_slots = std::max(kMinSumSlots, attention_sums(config));
   for (const MatrixPlan* matrix :
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head})
     sum_slots = std::max<std::int64_t>(sum_slots, matrix->sums_per_chunk());
@@ -136,13 +138,24 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
 
 }  // namespace
 
-std::string unstreamed_because(const LayerSpec& spec) {
+std::string unbatched_because(const LayerSpec& spec) {
   if (spec.kv_heads() != spec.num_heads) return "grouped heads";
   if (spec.attention_size() != spec.hidden_size) return "heads not as wide as the hidden size";
   if (spec.norm != NormKind::layer_norm) return "RMSNorm";
   if (spec.gated_mlp) return "a gated MLP";
   if (spec.qk_norm) return "norms of queries and keys";
   return "";
+}
+
+std::string unstreamed_because(const LayerSpec& spec) {
+  if (spec.num_heads > kMaxHeadGroup * spec.kv_heads())
+    return fmt::format("groups of more than {} heads", kMaxHeadGroup);
+  if (spec.gated_mlp && spec.mlp_bias) return "biases of a gated MLP";
+  return "";
+}
+
+LayerKind layer_kind(const LayerSpec& spec) {
+  return unbatched_because(spec).empty() ? LayerKind::plain : LayerKind::any;
 }
 
 std::string uncomputed_because(const LayerSpec& spec) {
@@ -183,8 +196,8 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
           limits.shared_bytes_per_block);
   const std::int64_t left =
       (limits.shared_bytes_per_block - fixed - plan.stages * plan.stage_bytes) / 128 * 32;
-  plan.sum_slots =
-      static_cast<std::int32_t>(std::clamp<std::int64_t>(left, plan.sum_slots, kMaxSumSlots));
+  plan.sum_slots = std::max(plan.sum_slots,
+                            static_cast<std::int32_t>(std::min<std::int64_t>(left, kMaxSumSlots)));
   plan.shared_bytes = fixed + plan.sum_slots * 4 + plan.stages * plan.stage_bytes;
   return plan;
 }
@@ -195,7 +208,7 @@ KvPlan make_page_plan(const ModelConfig& config) {
 
 bool can_stream(const ModelConfig& config, const DeviceLimits& limits) {
   return unstreamed_because(config).empty() && can_cut(config.hidden_size) &&
-         can_cut(config.intermediate_size) && can_attend(config.head_dim) &&
+         can_cut(config.attention_size()) && can_cut(config.intermediate_size) && can_attend(config.head_dim) &&
          draft_plan(config, limits).stages >= kMinDecodeStages;
 }
 

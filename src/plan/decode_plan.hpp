@@ -87,9 +87,38 @@ struct KvPlan {
   std::int64_t page_bytes = 0;  // one page, all layers and heads
 };
 
-// What a layer has that the streaming kernels do not compute, whatever its sizes: "grouped heads".
-// Empty if there is nothing. Such models are decoded layer by layer.
+// Heads that share a head of keys and values, at most: each has a column of a tensor-core product.
+inline constexpr std::int32_t kMaxHeadGroup = 8;
+
+// What a layer has that the kernels of many rows (stream/, gemm/) do not compute, whatever its
+// sizes: "grouped heads". Empty if there is nothing.
+std::string unbatched_because(const LayerSpec& spec);
+
+// What a layer has that the streaming kernel for one row does not compute, whatever its sizes:
+// "groups of more than 8 heads". Empty if there is nothing. Such models are decoded layer by layer.
 std::string unstreamed_because(const LayerSpec& spec);
+
+// The two kinds of layers that the streaming kernel for one row has code for: `plain` ones, of
+// which unbatched_because() says nothing (GPT-NeoX's), and `any`.
+enum class LayerKind : std::int32_t { plain, any };
+LayerKind layer_kind(const LayerSpec& spec);
+
+// Rows of the first matrix of the MLP as it streams. Of a gated one a chunk is rows of the gate's
+// matrix, and behind them as many, of the same numbers, of the other.
+constexpr std::int64_t mlp_up_rows(const LayerSpec& spec) noexcept {
+  return spec.gated_mlp ? 2 * spec.intermediate_size : spec.intermediate_size;
+}
+
+// Floats that attention to one head of keys and values needs in shared memory: the warps' states
+// of each query head, behind them queries, key and value as they come, and these as they enter the
+// products (16-bit, the queries twice).
+inline std::int64_t attention_sums(const LayerSpec& spec) noexcept {
+  const std::int64_t group = spec.num_heads / spec.kv_heads();
+  const std::int64_t states = kConsumerWarps * group * (spec.head_dim + 2);
+  const std::int64_t raw = (group + 2) * spec.head_dim;
+  const std::int64_t ready = (2 * group + 2) * spec.head_dim / 2;
+  return states + raw + ready;
+}
 
 // What a layer has that nothing computes on a GPU, neither the streaming kernels nor prefill. Empty
 // if there is nothing.

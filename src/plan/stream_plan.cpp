@@ -58,7 +58,7 @@ std::int64_t attention_bytes(const ModelConfig& config, std::int32_t rows) {
 }  // namespace
 
 ProductCuts cut_products(const ModelConfig& config) {
-  const std::string uncut = unstreamed_because(config);
+  const std::string uncut = unbatched_because(config);
   require(uncut.empty(), ErrorKind::unsupported,
           "the kernels for many rows have no {}; run this model on the CPU (device \"cpu\")",
           uncut);

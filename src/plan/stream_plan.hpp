@@ -88,7 +88,7 @@ struct StreamMemory {
   std::int64_t shared_bytes = 0;  // of the whole block
 };
 
-// Errors: unsupported if the layer has what unstreamed_because() names, a number of columns is no
+// Errors: unsupported if the layer has what unbatched_because() names, a number of columns is no
 // multiple of kStepColumns, or the MLP is too wide (names it).
 ProductCuts cut_products(const ModelConfig& config);
 

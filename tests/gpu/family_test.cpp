@@ -25,7 +25,8 @@ void expect_float64(const std::shared_ptr<const Model>& model, int count) {
   const std::vector<double> want = reference_logits(*model, tokens);
   const auto backend = make_cuda_backend(model, {});
   EXPECT_LE(relative_error(all_logits(*backend, vocab, tokens), want), most);
-  EXPECT_LE(relative_error(decoded_logits(*backend, vocab, tokens), want), most);
+  EXPECT_LE(relative_error(decoded_logits(*backend, vocab, tokens), want), most)
+      << backend->info().device;
 }
 
 TEST_F(FamilyTest, EqualsFloat64) {
@@ -67,7 +68,8 @@ TEST_F(FamilyTest, EveryKindOfLayer) {
 TEST_F(FamilyTest, RefusesWhatNothingHereComputes) {
   for (const bool is_hidden : {true, false}) {
     ModelConfig config = small_llama_config();
-    (is_hidden ? config.hidden_size : config.intermediate_size) = 92;
+    config.hidden_size = is_hidden ? 92 : 96;
+    config.intermediate_size = is_hidden ? 96 : 92;
     try {
       make_cuda_backend(make_random_model(config), {});
       FAIL() << "no error";
@@ -82,12 +84,12 @@ TEST_F(FamilyTest, RefusesWhatNothingHereComputes) {
   }
 }
 
-// A batch, several steps a call, sampling: what each sequence has alone. The device says how it
-// decodes.
-TEST_F(FamilyTest, BatchesAreWhatSequencesAloneAre) {
-  const auto model = open_grouped_model(grouped_config());
-  const auto backend = make_cuda_backend(model, {});
-  EXPECT_THAT(backend->info().device, ::testing::HasSubstr("layer by layer (grouped heads)"));
+// A batch, several steps a call, sampling: what each sequence has alone.
+void expect_batches_as_alone(const std::shared_ptr<const Model>& model, DecodeMode mode) {
+  SCOPED_TRACE(name_of(mode));
+  BackendOptions options;
+  options.mode = mode;
+  const auto backend = make_cuda_backend(model, options);
   constexpr std::int32_t kSteps = 5;
   std::vector<SequenceId> ids;
   std::vector<TokenId> inputs;
@@ -106,6 +108,12 @@ TEST_F(FamilyTest, BatchesAreWhatSequencesAloneAre) {
     for (std::size_t step = 0; step < kSteps; ++step)
       EXPECT_EQ(alone[step].token, together[step * ids.size() + i].token);
   }
+}
+
+TEST_F(FamilyTest, BatchesAreWhatSequencesAloneAre) {
+  const auto model = open_grouped_model(grouped_config());
+  for (const DecodeMode mode : {DecodeMode::latency, DecodeMode::throughput})
+    expect_batches_as_alone(model, mode);
 }
 
 // The same words for the same faults as on the CPU (tests/unit/cpu/errors_test.cpp).

@@ -73,20 +73,33 @@ double tolerance(const ModelConfig& config) {
 }
 
 std::unique_ptr<Backend> on_gpu(const std::shared_ptr<const Model>& model,
-                                const BackendOptions& options = {}) {
+                                DecodeMode mode = DecodeMode::latency) {
+  BackendOptions options;
+  options.mode = mode;
   return make_cuda_backend(model, options);
 }
 
+bool streams(const Backend& backend) {
+  return backend.info().device.find("layer by layer") == std::string::npos;
+}
+
+// In both modes: by the streaming kernel, where it takes the sizes, and layer by layer.
 void expect_float64(const ModelConfig& config, int count) {
   SCOPED_TRACE(description(config));
   const auto model = make_random_model(config);
   const auto tokens = random_tokens(config.vocab_size, count, 5);
   const std::vector<double> want = reference_logits(*model, tokens);
-  const auto backend = on_gpu(model);
-  const auto found = all_logits(*backend, config.vocab_size, tokens);
+  const auto by_layers = on_gpu(model, DecodeMode::throughput);
+  ASSERT_FALSE(streams(*by_layers));
+  const auto found = all_logits(*by_layers, config.vocab_size, tokens);
   EXPECT_LE(relative_error(found, want), tolerance(config));
   // A decode step is a piece of one token.
-  EXPECT_EQ(decoded_logits(*backend, config.vocab_size, tokens), found);
+  EXPECT_EQ(decoded_logits(*by_layers, config.vocab_size, tokens), found);
+  const auto backend = on_gpu(model);
+  EXPECT_EQ(all_logits(*backend, config.vocab_size, tokens), found);
+  const auto decoded = decoded_logits(*backend, config.vocab_size, tokens);
+  EXPECT_LE(relative_error(decoded, want), tolerance(config)) << backend->info().device;
+  EXPECT_EQ(decoded_logits(*backend, config.vocab_size, tokens), decoded) << "run to run";
 }
 
 class LlamaTest : public GpuTest {};
@@ -97,6 +110,81 @@ TEST_F(LlamaTest, EqualsFloat64AtRandomSizes) {
     for (const DType dtype : {DType::float16, DType::bfloat16}) {
       for (int round = 0; round < 4; ++round)
         expect_float64(random_config(kind, dtype, random), 100);
+    }
+  }
+}
+
+// Sizes that the streaming kernel takes: any group of heads, packed operands and not, one chunk of
+// a gated MLP's matrices shorter than the others.
+TEST_F(LlamaTest, StreamsRandomSizes) {
+  std::mt19937 random(2);
+  const auto one_of = [&](std::initializer_list<std::int64_t> values) {
+    return values.begin()[random() % values.size()];
+  };
+  for (const Kind& kind : kKinds) {
+    for (const DType dtype : {DType::float16, DType::bfloat16}) {
+      for (int round = 0; round < 6;) {
+        ModelConfig config = random_config(kind, dtype, random);
+        config.head_dim = config.rotary_dim = one_of({16, 32, 64, 80, 96, 128, 256});
+        config.num_kv_heads = one_of({1, 2, 4});
+        config.num_heads = config.num_kv_heads * static_cast<std::int64_t>(1 + round);
+        config.rotary_dim = config.head_dim;
+        config.hidden_size = one_of({96, 256, 320, 576, 1024, 2048});
+        config.intermediate_size = one_of({160, 576, 1024, 1536, 3072, 8192});
+        if (!plan::unstreamed_because(config, {132, 227 * 1024}).empty()) continue;
+        expect_float64(config, 70);
+        ++round;
+      }
+    }
+  }
+}
+
+// Several splits of a head, and blocks of keys and values in several pages.
+TEST_F(LlamaTest, StreamsLongContexts) {
+  for (const std::int64_t head_dim : {64, 128}) {
+    ModelConfig config = llama_config(kKinds[0]);
+    config.head_dim = config.rotary_dim = head_dim;
+    config.num_heads = 8;
+    SCOPED_TRACE(description(config));
+    const auto model = make_random_model(config);
+    const auto backend = on_gpu(model);
+    ASSERT_TRUE(streams(*backend)) << backend->info().device;
+    constexpr int kPrompt = 1500, kDecoded = 70;
+    const auto tokens = random_tokens(config.vocab_size, kPrompt + kDecoded, 21);
+    const std::vector<double> want = reference_logits(*model, tokens);
+    const auto width = static_cast<std::size_t>(config.vocab_size);
+    std::vector<float> found(kDecoded * width);
+    const SequenceId id = backend->create_sequence({});
+    backend->prefill(id, std::span(tokens).first(kPrompt), {});
+    for (std::size_t i = 0; i < kDecoded; ++i)
+      backend->decode(std::vector{id}, std::span(tokens).subspan(kPrompt + i, 1), 1, {},
+                      std::span(found).subspan(i * width, width));
+    EXPECT_LE(relative_error(found, std::span(want).last(kDecoded * width)), tolerance(config));
+  }
+}
+
+// Several steps in a launch, each from the token of the one before: what single steps choose.
+TEST_F(LlamaTest, StreamsSeveralStepsInALaunch) {
+  for (const Kind& kind : kKinds) {
+    const auto model = make_random_model(llama_config(kind));
+    const auto backend = on_gpu(model);
+    ASSERT_TRUE(streams(*backend)) << backend->info().device;
+    for (const float temperature : {0.0f, 0.9f}) {
+      const auto tokens_in = [&](std::int32_t steps) {
+        const SequenceId id = backend->create_sequence({.temperature = temperature, .seed = 4});
+        backend->prefill(id, random_tokens(model->config().vocab_size, 30, 3), {});
+        std::vector<TokenId> tokens = {7};
+        while (tokens.size() < 32) {
+          std::vector<SampledToken> sampled(static_cast<std::size_t>(steps));
+          backend->decode(std::vector{id}, std::vector{tokens.back()}, steps, sampled, {});
+          for (const SampledToken& token : sampled) tokens.push_back(token.token);
+        }
+        tokens.resize(32);
+        return tokens;
+      };
+      const auto single = tokens_in(1);
+      EXPECT_EQ(tokens_in(16), single);
+      EXPECT_EQ(tokens_in(5), single);
     }
   }
 }
@@ -161,7 +249,8 @@ TEST_F(LlamaTest, ScalesRotationsAsTheCpuDoes) {
     if (kind == RopeKind::yarn) config.rope_scaling.attention_factor = 1.2;
     const auto model = make_random_model(config);
     const auto want = logits(make_cpu_backend(model, {}));
-    EXPECT_LE(relative_error(logits(on_gpu(model, options)), want), 2 * tolerance(config));
+    EXPECT_LE(relative_error(logits(make_cuda_backend(model, options)), want),
+              2 * tolerance(config));
     EXPECT_GT(relative_error(plain, want), 8 * tolerance(config)) << "changes too little";
   }
 }
@@ -197,7 +286,7 @@ TEST_F(LlamaTest, CompanyDoesNotMatter) {
   for (const Kind& kind : kKinds) {
     const ModelConfig config = random_config(kind, DType::float16, random);
     SCOPED_TRACE(description(config));
-    const auto backend = on_gpu(make_random_model(config));
+    const auto backend = on_gpu(make_random_model(config), DecodeMode::throughput);
     const auto width = static_cast<std::size_t>(config.vocab_size);
     std::vector<std::vector<TokenId>> prompts;
     std::vector<std::vector<float>> found;
@@ -263,14 +352,23 @@ TEST_F(LlamaTest, InterventionsEqualTheCpus) {
                        std::span(all).subspan(i * width, width));
       return all;
     };
-    EXPECT_LE(relative_error(logits(*on_gpu(model)), logits(*make_cpu_backend(model, {}))),
-              2 * tolerance(config));
+    const auto want = logits(*make_cpu_backend(model, {}));
+    for (const DecodeMode mode : {DecodeMode::latency, DecodeMode::throughput})
+      EXPECT_LE(relative_error(logits(*on_gpu(model, mode)), want), 2 * tolerance(config));
   }
 }
 
 TEST_F(LlamaTest, SaysHowItDecodes) {
-  EXPECT_THAT(on_gpu(make_random_model(llama_config(kKinds[0])))->info().device,
+  ModelConfig config = llama_config(kKinds[0]);
+  const auto device_in = [&](DecodeMode mode) {
+    return on_gpu(make_random_model(config), mode)->info().device;
+  };
+  EXPECT_THAT(device_in(DecodeMode::throughput),
               ::testing::HasSubstr("layer by layer (grouped heads)"));
+  EXPECT_THAT(device_in(DecodeMode::latency), ::testing::Not(::testing::HasSubstr("layer by")));
+  config.mlp_bias = true;
+  EXPECT_THAT(device_in(DecodeMode::latency),
+              ::testing::HasSubstr("layer by layer (biases of a gated MLP)"));
 }
 
 }  // namespace

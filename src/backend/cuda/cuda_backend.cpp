@@ -84,11 +84,20 @@ ModelConfig config_on_device(const ModelConfig& config) {
   return plan::with_gathered_qkv(config);
 }
 
+// Why no streaming kernel decodes the model; empty if one does. What the kernels of many rows do
+// not take is decoded by layers in mode `throughput`, where a batch reads the weights once.
+std::string unstreamed_because(const ModelConfig& config, const cudaDeviceProp& properties,
+                               DecodeMode mode) {
+  const std::string unstreamed = plan::unstreamed_because(config, limits_of(properties));
+  const bool in_batches = mode == DecodeMode::throughput;
+  return unstreamed.empty() && in_batches ? plan::unbatched_because(config) : unstreamed;
+}
+
 // The decode kernel's plan; without stages for a model that it does not take. Errors:
 // unsupported (head size).
-plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties) {
-  if (plan::unstreamed_because(config, limits_of(properties)).empty())
-    return plan::make_decode_plan(config, limits_of(properties));
+plan::DecodePlan decode_plan_of(const ModelConfig& config, const cudaDeviceProp& properties,
+                                bool streams) {
+  if (streams) return plan::make_decode_plan(config, limits_of(properties));
   plan::DecodePlan plan;
   plan.kv = plan::make_page_plan(config);
   return plan;
@@ -100,8 +109,8 @@ class CudaBackend final : public Backend {
       : model_(std::move(model)),
         config_(config_on_device(model_->config())),
         properties_(device_properties()),
-        plan_(decode_plan_of(config_, properties_)),
-        unstreamed_(plan::unstreamed_because(config_, limits_of(properties_))),
+        unstreamed_(unstreamed_because(config_, properties_, options.mode)),
+        plan_(decode_plan_of(config_, properties_, unstreamed_.empty())),
         max_positions_(checked_context(config_, options)),
         mode_(options.mode),
         weights_(*model_, {max_positions_, plan_.kv.page_bytes, options.load_progress}),
@@ -342,7 +351,8 @@ class CudaBackend final : public Backend {
     prepare_rows();
     if (!streams()) return;
     const int fragments = fragments_needed(config_, plan_);
-    kernel_ = find_decode_kernel(config_.dtype, fragments, static_cast<int>(config_.head_dim));
+    kernel_ = find_decode_kernel(plan::layer_kind(config_), config_.dtype, fragments,
+                                 static_cast<int>(config_.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
     params_ = stream_params(config_, plan_, properties_.multiProcessorCount,
                             fragments <= kMaxPackedFragments);
@@ -947,8 +957,8 @@ class CudaBackend final : public Backend {
   std::shared_ptr<const Model> model_;
   const ModelConfig config_;
   cudaDeviceProp properties_;
-  plan::DecodePlan plan_;
   std::string unstreamed_;  // why the decode kernel does not take the model, if so
+  plan::DecodePlan plan_;
   std::int64_t max_positions_;
   DecodeMode mode_;
   DeviceModel weights_;

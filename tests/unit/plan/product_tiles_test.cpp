@@ -51,7 +51,10 @@ TEST(UnstreamedBecause, TellsLayersAndSizesThatNoKernelStreams) {
     EXPECT_EQ(unstreamed_because(config, kHopper), "sizes that no kernel streams");
   ModelConfig grouped = config_of(2560, 32, 10240);
   grouped.num_kv_heads = 8;
-  EXPECT_EQ(unstreamed_because(grouped, kHopper), "grouped heads");
+  EXPECT_EQ(unbatched_because(grouped), "grouped heads");
+  EXPECT_EQ(unstreamed_because(grouped, kHopper), "");
+  grouped.num_kv_heads = 2;
+  EXPECT_EQ(unstreamed_because(grouped, kHopper), "groups of more than 8 heads");
   EXPECT_EQ(uncomputed_because(grouped), "");
   ModelConfig separate = config_of(2560, 32, 10240);
   separate.qkv_layout = QkvLayout::separate;
@@ -59,7 +62,8 @@ TEST(UnstreamedBecause, TellsLayersAndSizesThatNoKernelStreams) {
   ModelConfig normed = config_of(2560, 32, 10240);
   normed.qk_norm = true;
   EXPECT_EQ(uncomputed_because(normed), "");
-  EXPECT_EQ(unstreamed_because(normed, kHopper), "norms of queries and keys");
+  EXPECT_EQ(unbatched_because(normed), "norms of queries and keys");
+  EXPECT_EQ(unstreamed_because(normed, kHopper), "");
 }
 
 TEST(UncomputedBecause, TellsSizes) {

@@ -5,9 +5,11 @@
 
 namespace clusterfusion::cuda {
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias>
-class DecodeActivations : public DecodeProduct<T, kMaxIterations, kMaxHeadSteps, Cache, Bias> {
-  using Base = DecodeProduct<T, kMaxIterations, kMaxHeadSteps, Cache, Bias>;
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
+          plan::LayerKind kKind>
+class DecodeActivations
+    : public DecodeProduct<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
+  using Base = DecodeProduct<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
 
  public:
   using Base::Base;

@@ -8,17 +8,19 @@
 
 namespace clusterfusion::cuda {
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias>
-class DecodeAttention : public DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias> {
-  using Base = DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias>;
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
+          plan::LayerKind kKind>
+class DecodeAttention
+    : public DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
+  using Base = DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
 
  public:
   using Base::Base;
 
  protected:
-  using Base::cache, Base::consumer_barrier, Base::g, Base::is_next, Base::kQueryInRegisters,
-      Base::lane, Base::make_indices_opaque, Base::p, Base::q, Base::release_stage, Base::ring,
-      Base::sums, Base::thread, Base::warp;
+  using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next,
+      Base::kQueryInRegisters, Base::lane, Base::make_indices_opaque, Base::p, Base::q,
+      Base::release_stage, Base::ring, Base::sums, Base::thread, Base::warp;
 
   // Query, key and value of the current position for one head, in shared memory: first as they come
   // from the QKV matrix, then the query rotated and scaled, the key rotated, all rounded.
@@ -303,12 +305,6 @@ class DecodeAttention : public DecodeResidual<T, kMaxIterations, kMaxHeadSteps, 
     if (num_splits > 1 && thread < 2)
       lamport_store(partial + thread, thread == 0 ? maximum : total);
     consumer_barrier();
-  }
-
-  // Interventions are the engine's alone.
-  __device__ __forceinline__ bool is_ablated(int layer, int head) const {
-    if constexpr (Cache::kManyLayers) return p.ablated.has_head(layer * p.num_heads + head);
-    return false;
   }
 };
 

@@ -16,11 +16,11 @@ namespace clusterfusion::cuda {
 
 using namespace device;
 
-// Prefetches the LayerNorm parameters of an epoch into L2, where all blocks load them at the same
+// Prefetches the norms' parameters of an epoch into L2, where all blocks load them at the same
 // time: a vector each by the first blocks.
 template <typename Params>
 __device__ __forceinline__ void prefetch_norms(const Params& p, int epoch) {
-  if (blockIdx.x > 3) return;
+  if (blockIdx.x > 5) return;
   const int layer = epoch % epochs_per_step(p);
   const bool is_final = layer == p.num_layers;
   if (is_final && blockIdx.x > 1) return;
@@ -28,10 +28,13 @@ __device__ __forceinline__ void prefetch_norms(const Params& p, int epoch) {
   const void* of_first = blockIdx.x == 0   ? first.input_norm_weight
                          : blockIdx.x == 1 ? first.input_norm_bias
                          : blockIdx.x == 2 ? first.post_norm_weight
-                                           : first.post_norm_bias;
+                         : blockIdx.x == 3 ? first.post_norm_bias
+                         : blockIdx.x == 4 ? first.query_norm_weight
+                                           : first.key_norm_weight;
+  if (of_first == nullptr) return;
   const void* vector = of_layer(p, of_first, layer);
   if (is_final) vector = blockIdx.x == 0 ? p.final_norm_weight : p.final_norm_bias;
-  bulk_prefetch(vector, p.hidden_size * 2);
+  bulk_prefetch(vector, (blockIdx.x < 4 ? p.hidden_size : p.head_dim) * 2);
 }
 
 template <typename Params, typename Control>

@@ -3,12 +3,21 @@
 
 #include "backend/cuda/decode/attention.cuh"
 #include "backend/cuda/decode/candidate.cuh"
+#include "backend/cuda/decode/grouped_attention.cuh"
 
 namespace clusterfusion::cuda {
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias>
-class DecodeChoice : public DecodeAttention<T, kMaxIterations, kMaxHeadSteps, Cache, Bias> {
-  using Base = DecodeAttention<T, kMaxIterations, kMaxHeadSteps, Cache, Bias>;
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
+          plan::LayerKind kKind>
+using AttentionOf =
+    std::conditional_t<kKind == plan::LayerKind::plain,
+                       DecodeAttention<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>,
+                       GroupedAttention<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>>;
+
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
+          plan::LayerKind kKind>
+class DecodeChoice : public AttentionOf<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
+  using Base = AttentionOf<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
 
  public:
   using Base::Base;

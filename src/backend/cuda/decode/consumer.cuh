@@ -23,7 +23,8 @@ struct Fragments {
 
 // `Cache`: where keys and values lie, PagedCache or RowCache. `Bias`: the type of the biases'
 // elements.
-template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias>
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
+          plan::LayerKind kKind>
 class DecodeConsumer {
  public:
   using Frag = Fragments<kMaxIterations>;
@@ -98,6 +99,12 @@ class DecodeConsumer {
       control->ablates_mlp = p.ablated.any && p.ablated.has_mlp(epoch % epochs_per_step(p));
     block_counter_store(&control->begun, epoch + 1);
     block_counter_wait(&control->cleared, epoch);
+  }
+
+  // Interventions are the engine's alone.
+  __device__ __forceinline__ bool is_ablated(int layer, int head) const {
+    if constexpr (Cache::kManyLayers) return p.ablated.has_head(layer * p.num_heads + head);
+    return false;
   }
 
   __device__ __forceinline__ void release_stage() {

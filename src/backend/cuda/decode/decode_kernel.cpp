@@ -7,15 +7,18 @@ namespace clusterfusion::cuda {
 
 // The instances that the build has made, smallest first: STREAM_INSTANCE(dtype, iterations, head
 // steps) for each.
-#define STREAM_INSTANCE(dtype, iterations, head_steps) \
-  const void* decode_kernel_##dtype##_##iterations##_##head_steps();
+#define STREAM_INSTANCE(dtype, iterations, head_steps)                     \
+  const void* decode_kernel_plain_##dtype##_##iterations##_##head_steps(); \
+  const void* decode_kernel_any_##dtype##_##iterations##_##head_steps();
 #include "stream_instances.inc"
 #undef STREAM_INSTANCE
 
-const void* find_decode_kernel(DType dtype, int iterations, int head_dim) {
+const void* find_decode_kernel(plan::LayerKind kind, DType dtype, int iterations, int head_dim) {
 #define STREAM_INSTANCE(type, max_iterations, head_steps)                                    \
   if (dtype == DType::type && iterations <= max_iterations && head_dim <= 16 * (head_steps)) \
-    return decode_kernel_##type##_##max_iterations##_##head_steps();
+    return kind == plan::LayerKind::plain                                                    \
+               ? decode_kernel_plain_##type##_##max_iterations##_##head_steps()              \
+               : decode_kernel_any_##type##_##max_iterations##_##head_steps();
 #include "stream_instances.inc"
 #undef STREAM_INSTANCE
   fail(ErrorKind::unsupported,

@@ -34,9 +34,9 @@ inline constexpr int kConsumerRegisters = 224;
 
 // All steps of a launch, by the consumers.
 template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache = PagedCache,
-          typename Bias = float>
-class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, Bias> {
-  using Base = DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, Bias>;
+          typename Bias = float, plan::LayerKind kKind = plan::LayerKind::plain>
+class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
+  using Base = DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
 
  public:
   using Base::Base;
@@ -182,9 +182,10 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
     }
     multiply(
         stream, matrix, fragments,
-        [&](int row, float value) {
+        [&](int row, float value, float beside_gate = 1.0f) {
           if (stream == Stream::mlp_up) {
-            const float activated = control->ablates_mlp ? 0.0f : activate(p.activation, value);
+            float activated = control->ablates_mlp ? 0.0f : activate(p.activation, value);
+            if constexpr (kKind == plan::LayerKind::any) activated *= beside_gate;
             lamport_store(this->template lamport<T>(p.layout.mlp) + operand_order(row),
                           static_cast<T>(activated));
             return;
@@ -220,7 +221,7 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
   }
 };
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps>
+template <typename T, int kMaxIterations, int kMaxHeadSteps, plan::LayerKind kKind>
 __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(128) char shared[];
@@ -232,19 +233,20 @@ __global__ void __launch_bounds__(kDecodeBlockThreads, 1)
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < plan::kConsumerWarps) {
     take_registers<kConsumerRegisters>();
-    DecodeStep<T, kMaxIterations, kMaxHeadSteps>(params, cache, shared).consume();
+    DecodeStep<T, kMaxIterations, kMaxHeadSteps, PagedCache, float, kKind>(params, cache, shared)
+        .consume();
     return;
   }
   give_up_registers<kProducerRegisters>();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   switch (warp - plan::kConsumerWarps) {
     case 0:
-      if (elect_one()) produce(params, cache, control);
+      if (elect_one()) produce<kKind>(params, cache, control);
       break;
     case 1: clear_buffers(params, control, lane); break;
     case 2: SplitCombiner<T>(params, control).run(); break;
     default:
-      if (elect_one()) WorkScheduler(params, cache, control).run();
+      if (elect_one()) WorkScheduler<PagedCache, kKind>(params, cache, control).run();
   }
 }
 

@@ -61,6 +61,9 @@ struct StreamedLayer {
   const char* attention_out_bias;
   const char* mlp_up_bias;
   const char* mlp_down_bias;
+  const char* mlp_gate;  // of a gated MLP
+  const void* query_norm_weight;
+  const void* key_norm_weight;
 };
 
 // pointer_to(LayerTensor) gives the address of each tensor, null if the layer has none.
@@ -77,7 +80,10 @@ StreamedLayer streamed_layer(const PointerTo& pointer_to) {
           .qkv_bias = pointer_to(LayerTensor::qkv_bias),
           .attention_out_bias = pointer_to(LayerTensor::attention_out_bias),
           .mlp_up_bias = pointer_to(LayerTensor::mlp_up_bias),
-          .mlp_down_bias = pointer_to(LayerTensor::mlp_down_bias)};
+          .mlp_down_bias = pointer_to(LayerTensor::mlp_down_bias),
+          .mlp_gate = pointer_to(LayerTensor::mlp_gate_weight),
+          .query_norm_weight = pointer_to(LayerTensor::query_norm_weight),
+          .key_norm_weight = pointer_to(LayerTensor::key_norm_weight)};
 }
 
 // The best token that one SM has seen, with its score: the logit, or noisy_score() if sampled.
@@ -90,12 +96,13 @@ struct alignas(16) Candidate {
 // buffers (sync/lamport_buffer.cuh), at these byte offsets of a set. Epoch e uses set e %
 // kLamportSets.
 struct LamportLayout {
-  std::int32_t qkv;              // float32 [3 hidden], with bias, before the rotation
+  std::int32_t qkv;              // float32 [qkv_size], with bias, before the rotation
   std::int32_t mlp;              // 16-bit [intermediate], in operand_order
-  std::int32_t attention;        // 16-bit [hidden], in operand_order
+  std::int32_t attention;        // 16-bit [heads * head_dim], in operand_order
   std::int32_t delta_attention;  // float32 [hidden], with bias
   std::int32_t delta_mlp;        // float32 [hidden], with bias
-  // float32 [heads * splits, 2 + head_dim]: maximum (base 2), sum, output not normalised.
+  // float32 [KV heads, splits, heads of a group, 2 + head_dim]: maximum (base 2), sum, output not
+  // normalised.
   std::int32_t partials;
   std::int32_t candidates;  // Candidate [SMs]
   std::int32_t bytes;       // of a set, a multiple of 16
@@ -130,12 +137,14 @@ struct DecodeParams {
   const void* final_norm_bias;
   const float2* rotary;  // [positions, rotary_dim / 2]: cosine and sine
   std::int32_t num_layers, hidden_size, intermediate_size, num_heads, head_dim, rotary_dim;
+  std::int32_t num_kv_heads, head_group;  // heads that share one of keys and values
   std::int32_t vocab_size;
   std::int32_t drawable_vocab_size;  // tokens from here on are not chosen
   float layer_norm_eps;
   float inverse_hidden_size;
   Activation activation;
   bool parallel_residual;
+  bool rms_norm;
 
   std::int32_t stages, stage_bytes, sum_slots, max_in_flight;
   std::int32_t announced_ahead;  // stages of the ring, beside those with copies in flight

@@ -44,19 +44,20 @@ StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, bool pack
 }
 
 LamportLayout lamport_layout(const ModelConfig& config, std::int32_t sm_count) {
-  const auto tasks = std::max<std::int64_t>(sm_count, config.num_heads);
+  const std::int64_t tasks = std::max<std::int64_t>(sm_count, config.kv_heads());
+  const std::int64_t group = config.num_heads / config.kv_heads();
   LamportLayout layout{};
   const auto take = [&](std::int64_t bytes) {
     const std::int32_t offset = layout.bytes;
     layout.bytes += static_cast<std::int32_t>(round_up(bytes, 256));
     return offset;
   };
-  layout.qkv = take(config.hidden_size * 12);
+  layout.qkv = take(config.qkv_size() * 4);
   layout.mlp = take(config.intermediate_size * 2);
-  layout.attention = take(config.hidden_size * 2);
+  layout.attention = take(config.attention_size() * 2);
   layout.delta_attention = take(config.hidden_size * 4);
   layout.delta_mlp = take(config.hidden_size * 4);
-  layout.partials = take(tasks * (config.head_dim + 2) * 4);
+  layout.partials = take(tasks * group * (config.head_dim + 2) * 4);
   layout.candidates = take(sm_count * static_cast<std::int64_t>(sizeof(Candidate)));
   return layout;
 }
@@ -75,6 +76,9 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.mlp_down = matrix(plan.mlp_down);
   p.lm_head = matrix(plan.lm_head);
   set_shape(p, config, plan.kv);
+  p.num_kv_heads = static_cast<std::int32_t>(config.kv_heads());
+  p.head_group = p.num_heads / p.num_kv_heads;
+  p.rms_norm = config.norm == NormKind::rms_norm;
   p.drawable_vocab_size = p.vocab_size;
   p.stages = plan.stages;
   p.stage_bytes = static_cast<std::int32_t>(plan.stage_bytes);

@@ -5,9 +5,10 @@
 
 namespace clusterfusion::cuda {
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias>
-class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache, Bias> {
-  using Base = DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache, Bias>;
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
+          plan::LayerKind kKind>
+class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
+  using Base = DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
 
  public:
   using Base::Base;
@@ -15,7 +16,7 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
  protected:
   using Base::consumer_barrier, Base::control, Base::discard_prefetched, Base::epoch, Base::g,
       Base::kMaxPrefetched, Base::kPackedOperands, Base::lane, Base::load_iteration,
-      Base::make_indices_opaque, Base::next_id, Base::prefetched, Base::ring, Base::sums,
+      Base::make_indices_opaque, Base::next_id, Base::p, Base::prefetched, Base::ring, Base::sums,
       Base::thread;
   using typename Base::Frag;
   using typename Base::MmaMapping;
@@ -104,9 +105,10 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
     return slot;
   }
 
-  // Multiplies all chunks of `stream` that come next, and hands each row's sum, bias included, to
-  // `epilogue`. `before_epilogue` is called when the last chunk is multiplied, before rows are
-  // reduced: the place to issue loads of what comes next.
+  // Multiplies all chunks of `stream` that come next, and hands each row's number and sum, bias
+  // included, to `epilogue`; of a gated MLP's first matrices the gate's sum and the other's.
+  // `before_epilogue` is called when the last chunk is multiplied, before rows are reduced: the
+  // place to issue loads of what comes next.
   template <typename Epilogue, typename BeforeEpilogue>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
                                            const Frag& fragments, Epilogue&& epilogue,
@@ -137,17 +139,39 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
         slot = multiply_chunks(cursor, id, slot, max_slots, fragments);
       const bool over = next_id != id;
       if (over) break;
-      reduce_rows(matrix, slot, epilogue);
+      reduce(stream, matrix, slot, epilogue);
       cursor.sum_address -= slot * matrix.sums_per_chunk * 4;
       slot = 0;
     }
     before_epilogue();
-    if (slot > 0) reduce_rows(matrix, slot, epilogue);
+    if (slot > 0) reduce(stream, matrix, slot, epilogue);
   }
   template <typename Epilogue>
   __device__ __forceinline__ void multiply(Stream stream, const StreamedMatrix& matrix,
                                            const Frag& fragments, Epilogue&& epilogue) {
     multiply(stream, matrix, fragments, epilogue, [] {});
+  }
+
+  // This lane's share of a row's sums, which lies at `own`.
+  __device__ __forceinline__ static float lane_sum(const StreamedMatrix& matrix, const float* own) {
+    float value = 0.0f;
+    if (matrix.lane_sums_log2 >= 2) {
+      const float4 low = *reinterpret_cast<const float4*>(own);
+      value = (low.x + low.y) + (low.z + low.w);
+      if (matrix.lane_sums_log2 == 3) {
+        const float4 high = *reinterpret_cast<const float4*>(own + 4);
+        value += (high.x + high.y) + (high.z + high.w);
+      }
+    } else {
+      for (int sum = 0; sum < 1 << matrix.lane_sums_log2; ++sum) value += own[sum];
+    }
+    return value;
+  }
+  // The whole sum of a row, from the shares of its lanes.
+  __device__ __forceinline__ static float row_sum(const StreamedMatrix& matrix, float value) {
+    for (int distance = 1; distance < 1 << matrix.row_lanes_log2; distance *= 2)
+      value += __shfl_xor_sync(kAllLanes, value, distance);
+    return value;
   }
 
   // Adds up the sums of each row, by some lanes each.
@@ -162,21 +186,7 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
       const int i = first + (thread >> matrix.row_lanes_log2);
       const float* own =
           sums + (((first << matrix.row_lanes_log2) + thread) << matrix.lane_sums_log2);
-      float value = 0.0f;
-      if (i < count) {
-        if (matrix.lane_sums_log2 >= 2) {
-          const float4 low = *reinterpret_cast<const float4*>(own);
-          value = (low.x + low.y) + (low.z + low.w);
-          if (matrix.lane_sums_log2 == 3) {
-            const float4 high = *reinterpret_cast<const float4*>(own + 4);
-            value += (high.x + high.y) + (high.z + high.w);
-          }
-        } else {
-          for (int sum = 0; sum < 1 << matrix.lane_sums_log2; ++sum) value += own[sum];
-        }
-      }
-      for (int distance = 1; distance < 1 << matrix.row_lanes_log2; distance *= 2)
-        value += __shfl_xor_sync(kAllLanes, value, distance);
+      const float value = row_sum(matrix, i < count ? lane_sum(matrix, own) : 0.0f);
       if (i >= count || (thread & ((1 << matrix.row_lanes_log2) - 1)) != 0) continue;
       const int slot = matrix.slot_of(i);
       const int chunk = control->chunks[(before + slot) % kKnownChunks];
@@ -185,6 +195,47 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
     }
     consumer_barrier();
     if (thread == 0) control->finished_chunks = before + slots;
+  }
+
+  // The same where a chunk is rows of a gated MLP's gate and behind them the same rows of its other
+  // matrix: the epilogue gets both sums of a row.
+  template <typename Epilogue>
+  __device__ __forceinline__ void reduce_gated_rows(const StreamedMatrix& matrix, int slots,
+                                                    Epilogue&& epilogue) {
+    consumer_barrier();
+    const unsigned before = control->finished_chunks;
+    const int in_chunk = matrix.rows_per_chunk / 2;
+    const int count = slots * in_chunk;
+    const int rows_at_once = kConsumerThreads >> matrix.row_lanes_log2;
+    const int row_lane = thread & ((1 << matrix.row_lanes_log2) - 1);
+    for (int first = 0; first < count; first += rows_at_once) {
+      const int i = first + (thread >> matrix.row_lanes_log2);
+      const int slot = matrix.slot_of(2 * i);
+      const int gate_row = slot * in_chunk + i;
+      const auto sum_of = [&](int row) {
+        const int share = (row << matrix.row_lanes_log2) + row_lane;
+        return row_sum(
+            matrix, i < count ? lane_sum(matrix, sums + (share << matrix.lane_sums_log2)) : 0.0f);
+      };
+      const float gate = sum_of(gate_row);
+      const float value = sum_of(gate_row + in_chunk);
+      if (i >= count || row_lane != 0) continue;
+      const int chunk = control->chunks[(before + slot) % kKnownChunks];
+      const int row = (chunk - slot) * in_chunk + i;
+      if (row < matrix.rows / 2) epilogue(row, gate, value);
+    }
+    consumer_barrier();
+    if (thread == 0) control->finished_chunks = before + slots;
+  }
+
+  template <typename Epilogue>
+  __device__ __forceinline__ void reduce(Stream stream, const StreamedMatrix& matrix, int slots,
+                                         Epilogue&& epilogue) {
+    if constexpr (kKind == plan::LayerKind::any) {
+      if (stream == Stream::mlp_up && p.first_layer.mlp_gate != nullptr)
+        return reduce_gated_rows(matrix, slots, epilogue);
+    }
+    reduce_rows(matrix, slots, epilogue);
   }
 };
 

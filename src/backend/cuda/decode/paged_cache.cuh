@@ -19,7 +19,7 @@ struct PagedCache {
     const int first = block * p.kv_block_positions;
     const int block_in_page = first % plan::kKvPagePositions / p.kv_block_positions;
     return p.kv_pages[first / plan::kKvPagePositions] +
-           static_cast<std::int64_t>(layer * p.num_heads + head) * p.kv_head_bytes +
+           static_cast<std::int64_t>(layer * p.num_kv_heads + head) * p.kv_head_bytes +
            static_cast<std::int64_t>(block_in_page) * p.kv_block_bytes;
   }
 

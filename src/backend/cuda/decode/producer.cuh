@@ -6,7 +6,26 @@
 
 namespace clusterfusion::cuda {
 
-template <typename Cache>
+// A chunk of a matrix. Of a gated MLP's first matrices it comes from both.
+template <plan::LayerKind kKind>
+__device__ __forceinline__ void copy_chunk(const DecodeParams& p, const RingTask& task,
+                                           std::uint32_t barrier) {
+  const char* source = pointer_to(task.order.source);
+  std::uint32_t bytes = task.order.bytes;
+  if constexpr (kKind == plan::LayerKind::any) {
+    const StreamedLayer& layer = p.first_layer;
+    if (stream_of(task.order.id) == static_cast<int>(Stream::mlp_up) && layer.mlp_gate != nullptr) {
+      bytes /= 2;
+      // Behind the gate's rows of a whole chunk, which the last may have fewer of.
+      const int offset = p.mlp_up.rows_per_chunk / 2 * p.mlp_up.row_bytes;
+      bulk_copy_to_shared(task.target + offset, source + (layer.mlp_up - layer.mlp_gate), bytes,
+                          barrier);
+    }
+  }
+  bulk_copy_to_shared(task.target, source, bytes, barrier);
+}
+
+template <plan::LayerKind kKind = plan::LayerKind::plain, typename Cache>
 __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cache,
                                         SharedControl* control) {
   RingProducer ring(&control->ring, p.stages);
@@ -16,9 +35,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
     const int id = task.order.id;
     if (id == kRingEnd) return;
     if (static_cast<Stream>(stream_of(id)) != Stream::attention) {
-      ring.copy(task.order, [&](std::uint32_t barrier) {
-        bulk_copy_to_shared(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
-      });
+      ring.copy(task.order, [&](std::uint32_t barrier) { copy_chunk<kKind>(p, task, barrier); });
       continue;
     }
     if (id != attention_id) {

@@ -8,9 +8,11 @@
 
 namespace clusterfusion::cuda {
 
-template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias>
-class DecodeResidual : public DecodeActivations<T, kMaxIterations, kMaxHeadSteps, Cache, Bias> {
-  using Base = DecodeActivations<T, kMaxIterations, kMaxHeadSteps, Cache, Bias>;
+template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
+          plan::LayerKind kKind>
+class DecodeResidual
+    : public DecodeActivations<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
+  using Base = DecodeActivations<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
 
  public:
   using Base::Base;
@@ -48,6 +50,11 @@ class DecodeResidual : public DecodeActivations<T, kMaxIterations, kMaxHeadSteps
     if (!is_final) load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
   }
 
+  __device__ __forceinline__ bool has_rms_norm() const {
+    if constexpr (kKind == plan::LayerKind::any) return p.rms_norm;
+    return false;
+  }
+
   __device__ __forceinline__ void load_norm(const void* weight, const void* bias,
                                             Norm& norm) const {
 #pragma unroll
@@ -55,7 +62,8 @@ class DecodeResidual : public DecodeActivations<T, kMaxIterations, kMaxHeadSteps
       norm.weight[j] = norm.bias[j] = 0;
       if (!holds(j)) continue;
       norm.weight[j] = __ldg(static_cast<const std::uint32_t*>(weight) + element(j) / 2);
-      norm.bias[j] = __ldg(static_cast<const std::uint32_t*>(bias) + element(j) / 2);
+      if (!has_rms_norm())
+        norm.bias[j] = __ldg(static_cast<const std::uint32_t*>(bias) + element(j) / 2);
     }
   }
 
@@ -96,6 +104,8 @@ class DecodeResidual : public DecodeActivations<T, kMaxIterations, kMaxHeadSteps
   __device__ __forceinline__ Moments moments(bool first_of_epoch) {
     float2 sums = shifted_sums(mean_before, 0);
     if (first_of_epoch) begin_epoch();
+    if (has_rms_norm())  // whose mean_before is zero for ever
+      return {0.0f, rsqrtf(sums.y * p.inverse_hidden_size + p.layer_norm_eps)};
     float moved = sums.x * p.inverse_hidden_size;
     float variance = sums.y * p.inverse_hidden_size - moved * moved;
     float mean = mean_before + moved;

@@ -93,7 +93,7 @@ __device__ __forceinline__ void init_sources(const DecodeParams& p, SharedContro
   };
   const StreamedLayer& layer = p.first_layer;
   set(Stream::qkv, layer.qkv, layer.qkv_bias);
-  set(Stream::mlp_up, layer.mlp_up, layer.mlp_up_bias);
+  set(Stream::mlp_up, layer.mlp_gate != nullptr ? layer.mlp_gate : layer.mlp_up, layer.mlp_up_bias);
   set(Stream::mlp_down, layer.mlp_down, layer.mlp_down_bias);
   set(Stream::attention_out, layer.attention_out, layer.attention_out_bias);
   set(Stream::lm_head, p.lm_head_weight, nullptr);
@@ -108,10 +108,11 @@ __device__ __forceinline__ int epoch_of(int ring_id) { return ring_id / 8; }
 __device__ __forceinline__ int stream_of(int ring_id) { return ring_id % 8; }
 
 __device__ __forceinline__ plan::AttentionSplits splits_at(const DecodeParams& p, int position) {
-  return plan::attention_splits(position + 1, p.kv_block_positions, p.num_heads, p.head_dim,
+  return plan::attention_splits(position + 1, p.kv_block_positions, p.num_kv_heads, p.head_dim,
                                 gridDim.x);
 }
 
+// Pointers that are null in the first layer are not in the others: ask the first.
 __device__ __forceinline__ StreamedLayer layer_at(const DecodeParams& p, int layer) {
   const StreamedLayer& first = p.first_layer;
   return {of_layer(p, first.qkv, layer),
@@ -125,7 +126,10 @@ __device__ __forceinline__ StreamedLayer layer_at(const DecodeParams& p, int lay
           of_layer(p, first.qkv_bias, layer),
           of_layer(p, first.attention_out_bias, layer),
           of_layer(p, first.mlp_up_bias, layer),
-          of_layer(p, first.mlp_down_bias, layer)};
+          of_layer(p, first.mlp_down_bias, layer),
+          of_layer(p, first.mlp_gate, layer),
+          of_layer(p, first.query_norm_weight, layer),
+          of_layer(p, first.key_norm_weight, layer)};
 }
 
 }  // namespace clusterfusion::cuda

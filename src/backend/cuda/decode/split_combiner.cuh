@@ -38,9 +38,11 @@ class SplitCombiner {
   // Dimension `dim` of a head, which may be behind the last.
   __device__ __forceinline__ void combine(char* set, int layer, int head, int dim,
                                           int splits) const {
-    const int stride = p.head_dim + 2;
-    const float* partials =
-        reinterpret_cast<const float*>(set + p.layout.partials) + head * splits * stride;
+    // From one split of a head to the next; those of a group's heads lie side by side.
+    const int stride = p.head_group * (p.head_dim + 2);
+    const int kv_head = head / p.head_group, in_group = head % p.head_group;
+    const float* partials = reinterpret_cast<const float*>(set + p.layout.partials) +
+                            kv_head * splits * stride + in_group * (p.head_dim + 2);
     float maximum = -INFINITY, sum = 0.0f;
     if (lane < splits) {
       sum = lamport_wait(partials + lane * stride + 1);

@@ -14,7 +14,7 @@
 
 namespace clusterfusion::cuda {
 
-template <typename Cache>
+template <typename Cache, plan::LayerKind kKind = plan::LayerKind::plain>
 class WorkScheduler {
  public:
   __device__ __forceinline__ WorkScheduler(const DecodeParams& params, const Cache& kv_cache,
@@ -105,8 +105,17 @@ class WorkScheduler {
             matrix.rows * p.bias_element_bytes};
   }
 
+  __device__ __forceinline__ bool is_gated(int id) const {
+    if constexpr (kKind == plan::LayerKind::any)
+      return stream_of(id) == static_cast<int>(Stream::mlp_up) && p.first_layer.mlp_gate != nullptr;
+    return false;
+  }
+
   __device__ __forceinline__ void schedule_chunk(const Piece& piece, int index, int in_flight) {
-    const char* weights = piece.weights + static_cast<std::int64_t>(index) * piece.chunk_bytes;
+    std::int64_t offset = static_cast<std::int64_t>(index) * piece.chunk_bytes;
+    // Of a gated MLP's chunk half comes from each of its matrices.
+    if constexpr (kKind == plan::LayerKind::any) offset >>= is_gated(piece.id);
+    const char* weights = piece.weights + offset;
     const int bytes = index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes;
     const std::uint32_t biases = ring.wait_empty(reach(in_flight)) + p.bias_offset;
     // Biases come by 16 bytes: the chunk's first may lie in the midst of them.
@@ -126,7 +135,7 @@ class WorkScheduler {
   // From which of the first phase's chunks on this block draws no more tickets.
   __device__ __forceinline__ int leaves_first_phase_from(
       const plan::AttentionSplits& splits) const {
-    const int tasks = p.num_heads * splits.splits;
+    const int tasks = p.num_kv_heads * splits.splits;
     const bool leaves = p.parallel_residual && cache.block_number() < tasks &&
                         plan::leaves_for_attention(tasks, p.head_dim, static_cast<int>(gridDim.x));
     return leaves ? plan::leave_for_attention_from(p.qkv.chunks, p.mlp_up.chunks) : kNever;
@@ -188,7 +197,7 @@ class WorkScheduler {
   __device__ __forceinline__ void schedule_attention(int layer, int epoch,
                                                      const plan::AttentionSplits& splits,
                                                      int number) {
-    const int tasks = p.num_heads * splits.splits;
+    const int tasks = p.num_kv_heads * splits.splits;
     for (int task = number; task < tasks; task += static_cast<int>(gridDim.x)) {
       const int head = task / splits.splits;
       const int first = task % splits.splits * splits.blocks_per_split;
