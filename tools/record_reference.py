@@ -3,7 +3,7 @@
     python tools/record_reference.py family            # tests/data/family_reference.npz
     python tools/record_reference.py llama             # tests/data/llama_reference.npz
     python tools/record_reference.py demo              # tests/data/demo_reference.npz
-    python tools/record_reference.py smollm2 FOLDER    # tests/data/smollm2_reference.json
+    python tools/record_reference.py smollm2 FOLDER    # tests/data/smollm2_reference.npz
 
 FOLDER is what tools/unpack_smollm2.py wrote, in float32.
 
@@ -252,37 +252,101 @@ SMOLLM2_PROMPTS = (
     "Water boils at",
     "<|im_start|>user\nWhat is gravity?<|im_end|>\n<|im_start|>assistant\n",
     "1, 2, 3, 5, 8,",
+    "Dear Sir or Madam,\n\n",
+    "<|im_start|>system\nAnswer in one word.<|im_end|>\n<|im_start|>user\nIs water wet?<|im_end|>\n"
+    "<|im_start|>assistant\n",
 )
-SMOLLM2_TOKENS, SMOLLM2_WINDOW, SMOLLM2_BYTES = 32, 128, 1500
+# Eight more prompts of each length, on both sides of a KV page's border among them.
+SMOLLM2_LENGTHS = (
+    *(1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48, 63, 64, 65, 90),
+    *(128, 160, 210, 280, 370, 500, 720, 1000),
+)
+SMOLLM2_OF_A_LENGTH, SMOLLM2_TOKENS = 8, 32
+# Text, bytes of it, and window and stride of its perplexity.
+SMOLLM2_TEXTS = [
+    ("novels-valid.txt.xz", 24_000, 1024, 512),
+    ("wikitext-2-test.txt", 12_000, 256, 100),
+]
+SMOLLM2_ENCODED = (
+    "",
+    " ",
+    "  two  spaces ",
+    "\n\n\t tabs\r\n",
+    "It's we'll they'd I'M DON'T",
+    "3.14159 and 1,000,000 or 0x7fff",
+    "na\u00efve caf\u00e9 cafe\u0301 \u00dcber stra\u00dfe",
+    "\u4f60\u597d\uff0c\u4e16\u754c",
+    "\u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u0627\u0644\u0639\u0631\u0628\u064a\u0629",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \ufffd\u0000",
+    "for (int i = 0; i < n; ++i) { a[i] += b[i]; }  // sum",
+    "<|im_start|>user\nhi<|im_end|><|endoftext|>",
+    "a<|im_start|>b <|unknown|> <|im_end",
+    "https://example.org/a?b=c&d=%20#e",
+    "x" * 300,
+    "\u00a0\u3000\u2028 unusual white space",
+)
+
+
+def smollm2_prompts(
+    tokenizer: Tokenizer, texts: list[np.ndarray]
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """Return tokens, and where prompts lie in them: begin and length."""
+    short = [np.array(tokenizer.encode(prompt).ids) for prompt in SMOLLM2_PROMPTS]
+    tokens = np.concatenate([*texts, *short])
+    ends = len(tokens) - sum(map(len, short)) + np.cumsum([len(ids) for ids in short])
+    places = [(int(end) - len(ids), len(ids)) for end, ids in zip(ends, short, strict=True)]
+    count = len(SMOLLM2_LENGTHS) * SMOLLM2_OF_A_LENGTH
+    last = sum(map(len, texts)) - max(SMOLLM2_LENGTHS)
+    for number, begin in enumerate(np.linspace(0, last, count).astype(int)):
+        places.append((int(begin), SMOLLM2_LENGTHS[number % len(SMOLLM2_LENGTHS)]))
+    return tokens, places
 
 
 def record_smollm2(path: Path, folder: Path) -> None:
-    """Record greedy texts and a perplexity of SmolLM2-135M-Instruct by transformers in float32."""
+    """Record what transformers in float32 makes of SmolLM2-135M-Instruct, and its tokens."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = load_transformers(folder, "float32")
-    texts = []
-    for prompt in SMOLLM2_PROMPTS:
-        ids = tokenizer.encode(prompt).ids
-        tokens, margins = transformers_greedy(model, np.array([ids]), SMOLLM2_TOKENS)
-        texts.append(
+    texts, perplexities = [], []
+    for name, num_bytes, context, stride in SMOLLM2_TEXTS:
+        text = read_text(name).encode()[:num_bytes].decode(errors="ignore")
+        texts.append(np.array(tokenizer.encode(text).ids))
+        result = transformers_perplexity(model, texts[-1], context, stride)
+        perplexities.append(
             {
-                "prompt": ids,
-                "tokens": tokens[0].tolist(),
-                "smallest_margin": float(margins[0].min()),
+                "text": name,
+                "bytes": len(text.encode()),
+                "sha256": hashlib.sha256(text.encode()).hexdigest(),
+                "tokens": len(texts[-1]),
+                "context": context,
+                "stride": stride,
+                "perplexity": result["perplexity"],
             }
         )
-        print(tokenizer.decode([*ids, *tokens[0]]), margins[0].min(), file=sys.stderr)
-    text = read_text("wikitext-2-test.txt").encode()[:SMOLLM2_BYTES].decode(errors="ignore")
-    ids = np.array(tokenizer.encode(text).ids)
-    window = {"context": SMOLLM2_WINDOW, "stride": SMOLLM2_WINDOW // 2}
-    perplexity = transformers_perplexity(model, ids, **window)["perplexity"]
-    record = {
+        print(perplexities[-1], file=sys.stderr)
+    tokens, places = smollm2_prompts(tokenizer, texts)
+    greedy = np.zeros((len(places), SMOLLM2_TOKENS), np.uint16)
+    margins = np.zeros(greedy.shape, np.float32)
+    for length in sorted({length for _, length in places}):
+        chosen = [number for number, place in enumerate(places) if place[1] == length]
+        prompts = [tokens[places[number][0] :][:length] for number in chosen]
+        greedy[chosen], margins[chosen] = transformers_greedy(
+            model, np.array(prompts), SMOLLM2_TOKENS
+        )
+        print(f"{len(chosen)} prompts of {length} tokens", file=sys.stderr)
+    meta = {
         "versions": versions(),
         "digest": weights_digest(folder),
-        "texts": texts,
-        "perplexity": {"tokens": ids.tolist(), "value": perplexity} | window,
+        "perplexities": perplexities,
+        "encoded": [[text, tokenizer.encode(text).ids] for text in SMOLLM2_ENCODED],
     }
-    path.write_text(json.dumps(record, separators=(",", ":")) + "\n")
+    np.savez_compressed(
+        path,
+        meta=np.array(json.dumps(meta)),
+        tokens=tokens.astype(np.uint16),
+        prompts=np.array(places, np.int32),
+        greedy=greedy,
+        margins=margins,
+    )
 
 
 def main() -> None:
@@ -302,7 +366,7 @@ def main() -> None:
     elif what == "smollm2":
         if options.folder is None:
             parser.error("smollm2: expected a folder that tools/unpack_smollm2.py wrote")
-        record_smollm2(TEST_DATA / "smollm2_reference.json", options.folder)
+        record_smollm2(TEST_DATA / "smollm2_reference.npz", options.folder)
     else:
         record_demo(TEST_DATA / "demo_reference.npz")
 

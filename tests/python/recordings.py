@@ -75,3 +75,32 @@ def load_demo() -> DemoRecord:
             perplexities=perplexities,
             perplexity_tokens=[file[f"perplexity_tokens_{i}"] for i in range(len(perplexities))],
         )
+
+
+@dataclass(frozen=True)
+class SmolLM2Record:
+    """What transformers in float32 computed with SmolLM2-135M-Instruct."""
+
+    digest: str  # weights_digest() of the model
+    prompts: list[list[int]]
+    greedy: np.ndarray  # [prompts, 32]: their greedy continuations
+    margins: np.ndarray  # of each greedy token's logit over the next one's
+    texts: list[dict]  # of the shared data: name, bytes, digest, window, stride, perplexity
+    text_tokens: list[np.ndarray]
+    encoded: list[tuple[str, list[int]]]  # strings and their tokens
+
+
+def load_smollm2() -> SmolLM2Record:
+    with np.load(DATA / "smollm2_reference.npz") as file:
+        meta = json.loads(str(file["meta"]))
+        tokens = file["tokens"].astype(np.int64)
+        ends = np.cumsum([text["tokens"] for text in meta["perplexities"]])
+        return SmolLM2Record(
+            digest=meta["digest"],
+            prompts=[tokens[begin:][:length].tolist() for begin, length in file["prompts"]],
+            greedy=file["greedy"].astype(np.int64),
+            margins=file["margins"],
+            texts=meta["perplexities"],
+            text_tokens=np.split(tokens, ends)[: len(ends)],
+            encoded=[tuple(pair) for pair in meta["encoded"]],
+        )
