@@ -15,12 +15,12 @@
 namespace clusterfusion::plan {
 namespace {
 
-struct Shape {
+struct KnownLayer {
   const char* name;
   std::int64_t hidden, heads, kv_heads, head_dim, intermediate, vocab;
 };
 
-constexpr Shape kShapes[] = {
+constexpr KnownLayer kKnownLayers[] = {
     {"smollm2_135m", 576, 9, 3, 64, 1536, 49152},   {"llama32_1b", 2048, 32, 8, 64, 8192, 128256},
     {"llama32_3b", 3072, 24, 8, 128, 8192, 128256}, {"llama31_8b", 4096, 32, 8, 128, 14336, 128256},
     {"llama2_7b", 4096, 32, 32, 128, 11008, 32000}, {"tinyllama", 2048, 32, 4, 64, 5632, 32000},
@@ -29,7 +29,7 @@ constexpr Shape kShapes[] = {
     {"qwen3_8b", 4096, 32, 8, 128, 12288, 151936},  {"odd", 456, 6, 2, 48, 200, 301},
 };
 
-ModelConfig config_of(const Shape& shape) {
+ModelConfig any_config(const KnownLayer& shape) {
   ModelConfig config;
   config.hidden_size = shape.hidden;
   config.num_layers = 2;
@@ -44,7 +44,7 @@ ModelConfig config_of(const Shape& shape) {
   return config;
 }
 
-std::vector<MatrixPlan> matrices(const DecodePlan& plan) {
+std::vector<MatrixPlan> matrices_of(const DecodePlan& plan) {
   return {plan.qkv, plan.attention_out, plan.mlp_up, plan.mlp_down, plan.lm_head};
 }
 
@@ -84,7 +84,7 @@ void expect_plan(const ModelConfig& config, const DeviceLimits& limits) {
   EXPECT_EQ(plan.mlp_up.rows, 2 * config.intermediate_size);
   EXPECT_EQ(plan.mlp_up.rows_per_chunk % 2, 0) << "half of a chunk is the gate's";
   EXPECT_EQ(plan.attention_out.columns, config.attention_size());
-  for (const MatrixPlan& matrix : matrices(plan)) {
+  for (const MatrixPlan& matrix : matrices_of(plan)) {
     expect_each_weight_once(matrix, config);
     EXPECT_LE(matrix.chunk_bytes(), plan.data_bytes);
     for (const std::int32_t fragments : {kNarrowFragments, kWideFragments})
@@ -99,10 +99,10 @@ void expect_plan(const ModelConfig& config, const DeviceLimits& limits) {
             plan.sum_slots);
 }
 
-class AnyLayer : public testing::TestWithParam<Shape> {};
+class AnyLayer : public testing::TestWithParam<KnownLayer> {};
 
 TEST_P(AnyLayer, StreamsEachWeightOnceOnEveryChip) {
-  const ModelConfig config = config_of(GetParam());
+  const ModelConfig config = any_config(GetParam());
   EXPECT_EQ(unstreamed_because(config, kHopper), "");
   for (const auto& [name, limits] : kChips) {
     SCOPED_TRACE(name);
@@ -110,7 +110,7 @@ TEST_P(AnyLayer, StreamsEachWeightOnceOnEveryChip) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, AnyLayer, testing::ValuesIn(kShapes),
+INSTANTIATE_TEST_SUITE_P(Known, AnyLayer, testing::ValuesIn(kKnownLayers),
                          [](const auto& info) { return std::string(info.param.name); });
 
 TEST(AnyLayers, OfRandomSizesStreamOrAreRefused) {
@@ -118,7 +118,7 @@ TEST(AnyLayers, OfRandomSizesStreamOrAreRefused) {
   const auto below = [&](unsigned end) { return static_cast<std::int64_t>(random() % end); };
   int plans = 0;
   for (int round = 0; round < 50; ++round) {
-    ModelConfig config = config_of(kShapes[0]);
+    ModelConfig config = any_config(kKnownLayers[0]);
     config.head_dim = config.rotary_dim = 16 * (1 + below(16));
     config.num_kv_heads = 1 + below(8);
     config.num_heads = config.num_kv_heads * (1 + below(10));
@@ -138,10 +138,10 @@ TEST(AnyLayers, OfRandomSizesStreamOrAreRefused) {
 }
 
 TEST(AnyLayers, SayWhatDoesNotStream) {
-  ModelConfig config = config_of(kShapes[1]);
+  ModelConfig config = any_config(kKnownLayers[1]);
   config.num_kv_heads = 2;
   EXPECT_EQ(unstreamed_because(config), "groups of more than 8 heads");
-  config = config_of(kShapes[1]);
+  config = any_config(kKnownLayers[1]);
   config.mlp_bias = true;
   EXPECT_EQ(unstreamed_because(config), "biases of a gated MLP");
   config.gated_mlp = false;
