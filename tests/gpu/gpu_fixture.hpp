@@ -112,7 +112,7 @@ inline ModelConfig config_of(const Shape& shape) {
 inline plan::KvPlan kv_plan_of(const ModelConfig& config) {
   const plan::DeviceLimits limits = cuda::limits_of(cuda::device_properties());
   return plan::can_stream(config, limits) ? plan::make_decode_plan(config, limits).kv
-                                          : plan::make_page_plan(config);
+                                          : plan::make_page_plan(config, config.dtype);
 }
 
 inline std::vector<TokenId> random_tokens(std::int64_t vocab, int count, unsigned seed) {
