@@ -200,10 +200,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     models = [measure_model(name, bytes_per_second, args) for name in args.model]
     print_table(models)
     return {
-        "machine": timing.machine(args.device),
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "mode": "CUDA graph" if args.device.type == "cuda" else "eager",
+        **timing.conditions(args),
         "ceiling": ceiling,
         "models": models,
     }

@@ -212,10 +212,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]
     print_table(rows)
     return {
-        "machine": timing.machine(args.device),
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "mode": "CUDA graph" if args.device.type == "cuda" else "eager",
+        **timing.conditions(args),
         "ceiling": ceiling,
         "model": args.model,
         "layers": len(layers),

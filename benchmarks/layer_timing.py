@@ -115,6 +115,16 @@ def output_of(*command: str) -> str:
     return done.stdout.strip()
 
 
+def conditions(args: argparse.Namespace) -> dict[str, Any]:
+    """Describe how layer calls were measured: the arguments of add_layer_arguments()."""
+    return {
+        "machine": machine(args.device),
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "mode": "CUDA graph" if args.device.type == "cuda" else "eager",
+    }
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Describe what was measured on, and with what."""
     info = {

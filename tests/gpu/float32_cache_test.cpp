@@ -174,31 +174,7 @@ TEST_F(Float32Cache, CompanyDoesNotMatter) {
   for (const ModelConfig& config : some_configs()) {
     SCOPED_TRACE(description(config));
     const auto backend = on_gpu(make_random_model(config), DType::float32, DecodeMode::throughput);
-    const auto width = static_cast<std::size_t>(config.vocab_size);
-    std::vector<std::vector<TokenId>> prompts;
-    std::vector<std::vector<float>> found;
-    std::vector<SequenceId> ids;
-    for (unsigned i = 0; i < 20; ++i) {
-      const int count = 1 + static_cast<int>(random() % (i < 3 ? 150 : 12));
-      prompts.push_back(random_tokens(config.vocab_size, count + 1, 50 + i));
-      found.emplace_back(static_cast<std::size_t>(count) * width);
-      ids.push_back(backend->create_sequence({}));
-    }
-    std::vector<PrefillPart> parts;
-    std::vector<TokenId> inputs;
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      parts.emplace_back(ids[i], std::span(prompts[i]).first(prompts[i].size() - 1));
-      parts.back().output.all_logits = found[i];
-      inputs.push_back(prompts[i].back());
-    }
-    backend->prefill_together(parts);
-    std::vector<float> decoded(ids.size() * width);
-    backend->decode(ids, inputs, 1, {}, decoded);
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      const auto row = std::span(decoded).subspan(i * width, width);
-      found[i].insert(found[i].end(), row.begin(), row.end());
-      ASSERT_EQ(found[i], all_logits(*backend, config.vocab_size, prompts[i])) << "text " << i;
-    }
+    expect_company_does_not_matter(*backend, config.vocab_size, 150, random);
   }
 }
 
@@ -301,7 +277,7 @@ TEST_F(Float32Cache, TheOther16BitTypeIsRefused) {
                   ::testing::HasSubstr(std::string("kv_dtype ") + name_of(other) +
                                        " is not available on the GPU for this model: its KV "
                                        "cache has the weights' type, " +
-                                       name_of(dtype) + ", or float32"));
+                                       name_of(dtype) + "; leave kv_dtype out"));
     }
   }
 }

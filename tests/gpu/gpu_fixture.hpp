@@ -148,6 +148,37 @@ inline std::vector<float> decoded_logits(Backend& backend, std::int64_t vocab,
   return logits;
 }
 
+// Prompts of one pass, three of up to `longest` tokens among short ones, and rows of one decode
+// step: each has the logits that it has alone. For backends whose decode steps have prefill's bits.
+inline void expect_company_does_not_matter(Backend& backend, std::int64_t vocab, unsigned longest,
+                                           std::mt19937& random) {
+  const auto width = static_cast<std::size_t>(vocab);
+  std::vector<std::vector<TokenId>> prompts;
+  std::vector<std::vector<float>> found;
+  std::vector<SequenceId> ids;
+  for (unsigned i = 0; i < 20; ++i) {
+    const int count = 1 + static_cast<int>(random() % (i < 3 ? longest : 12));
+    prompts.push_back(random_tokens(vocab, count + 1, 50 + i));
+    found.emplace_back(static_cast<std::size_t>(count) * width);
+    ids.push_back(backend.create_sequence({}));
+  }
+  std::vector<PrefillPart> parts;
+  std::vector<TokenId> inputs;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    parts.emplace_back(ids[i], std::span(prompts[i]).first(prompts[i].size() - 1));
+    parts.back().output.all_logits = found[i];
+    inputs.push_back(prompts[i].back());
+  }
+  backend.prefill_together(parts);
+  std::vector<float> decoded(ids.size() * width);
+  backend.decode(ids, inputs, 1, {}, decoded);
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const auto row = std::span(decoded).subspan(i * width, width);
+    found[i].insert(found[i].end(), row.begin(), row.end());
+    ASSERT_EQ(found[i], all_logits(backend, vocab, prompts[i])) << "text " << i;
+  }
+}
+
 class GpuTest : public testing::Test {
  protected:
   void SetUp() override {

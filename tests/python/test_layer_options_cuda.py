@@ -21,7 +21,6 @@ from test_layer_options import (  # noqa: F401
     test_grouped_heads_without_biases,
     test_named_head_dim_is_the_usual_one,
     test_one_position_for_all_rows,
-    test_orders_of_rows_give_the_same_bits,
     test_pages,
     test_parts_of_other_layers,
     test_positions_of_one_row_without_pages,
@@ -45,6 +44,12 @@ TYPES = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int3
 TYPES["bfloat16"] = torch.bfloat16
 # The streaming kernels round what enters a product too, as tests/gpu/layer_test.cpp says.
 LIMITS = {"float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+# With as many heads of keys and values as heads one of the orders streams, and sums otherwise.
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_orders_of_rows_give_the_same_bits(num_kv_heads: int) -> None:
+    test_layer_options.test_orders_of_rows_give_the_same_bits(num_kv_heads)
 
 
 class Allocations:

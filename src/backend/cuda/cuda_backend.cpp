@@ -63,7 +63,7 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
   const DType kv_dtype = options.kv_dtype.value_or(config.dtype);
   require(kv_dtype == config.dtype || kv_dtype == DType::float32, ErrorKind::unsupported,
           "kv_dtype {} is not available on the GPU for this model: its KV cache has the weights' "
-          "type, {}, or float32; choose one of these, or device \"cpu\"",
+          "type, {}; leave kv_dtype out, or use device \"cpu\"",
           name_of(kv_dtype), name_of(config.dtype));
   return longest_context(config, options.max_positions);
 }
@@ -347,12 +347,12 @@ class CudaBackend final : public Backend {
     prepare_rows();
     if (!streams()) return;
     const int fragments = fragments_needed(config_, plan_);
-    kernel_ = find_decode_kernel(plan::layer_kind(config_), config_.dtype, fragments,
+    kernel_ = find_decode_kernel(plan_.kind, config_.dtype, fragments,
                                  static_cast<int>(config_.head_dim));
     prepare_kernel(kernel_, plan_, properties_);
     const int held =
         fragments <= plan::kNarrowFragments ? plan::kNarrowFragments : plan::kWideFragments;
-    const bool packs = has_packed_operands(plan::layer_kind(config_), held);
+    const bool packs = has_packed_operands(plan_.kind, held);
     params_ = stream_params(config_, plan_, properties_.multiProcessorCount, packs ? held : 0);
     read_more_late(params_);
     allocate_scratch();
@@ -442,14 +442,16 @@ class CudaBackend final : public Backend {
     const auto comes_alone = [&](const PrefillPart& part) {
       return find(part.sequence).interventions != nullptr || !part.output.activations.empty();
     };
-    std::vector<PromptPiece> pieces;
+    std::size_t count = 0;
+    PromptNeed need;
     for (const PrefillPart& part : parts) {
-      if (!pieces.empty() && comes_alone(part)) break;
-      pieces.push_back(piece_of(part, part.output));
-      if (!prefill_.fits(pieces)) return pieces.size() - 1;
+      if (count > 0 && comes_alone(part)) break;
+      need.add(piece_of(part, part.output));
+      if (!prefill_.fits(need)) break;
+      ++count;
       if (comes_alone(part)) break;
     }
-    return pieces.size();
+    return count;
   }
 
   PromptPiece piece_of(const PrefillPart& part, const PrefillOutput& output) {

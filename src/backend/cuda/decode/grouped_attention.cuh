@@ -2,7 +2,7 @@
 // row of the product with what lands of the keys, and a column of that with the values.
 #pragma once
 
-#include "backend/cuda/decode/residual.cuh"
+#include "backend/cuda/decode/kv_block.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
 #include "backend/cuda/ptx/bulk_copy.cuh"
 
@@ -11,16 +11,16 @@ namespace clusterfusion::cuda {
 template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
           plan::LayerKind kKind>
 class GroupedAttention
-    : public DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
-  using Base = DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
+    : public DecodeKvBlock<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
+  using Base = DecodeKvBlock<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
 
  public:
   using Base::Base;
 
  protected:
-  using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next, Base::lane,
-      Base::make_indices_opaque, Base::p, Base::q, Base::release_stage, Base::ring, Base::sums,
-      Base::thread, Base::warp;
+  using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next, Base::kGroup,
+      Base::kStepsAtOnce, Base::load_values, Base::lane, Base::make_indices_opaque, Base::p,
+      Base::q, Base::release_stage, Base::ring, Base::sums, Base::thread, Base::warp;
 
   // Queries, key and value of the current position for one head of keys and values, in shared
   // memory (plan::attention_sums): first as they come from the QKV matrix, normalised where the
@@ -161,14 +161,6 @@ class GroupedAttention
     return make_uint4(rounded.x, rest.x, rounded.y, rest.y);
   }
 
-  // Positions that a warp takes at once, in two halves of 8.
-  static constexpr int kGroup = plan::kMinKvBlockPositions;
-  static_assert(kGroup == 16);
-  // Steps of a head whose keys, or values, are under way together. What is behind the head's end is
-  // zero: no branch keeps loads and products apart.
-  static constexpr int kStepsAtOnce = kMaxHeadSteps <= 5 ? kMaxHeadSteps : 4;
-  static_assert(kMaxHeadSteps % kStepsAtOnce == 0);
-
   // This warp's group of positions of one block, which lies at `data` in shared memory. The warps
   // take the groups of one block after the other round-robin.
   __device__ __forceinline__ void attend_block(int block, int position, std::uint32_t data,
@@ -271,17 +263,6 @@ class GroupedAttention
         mma_16x8x16<T>(score[0], part[i], key[i][0].x, key[i][0].y);
         mma_16x8x16<T>(score[1], part[i], key[i][1].x, key[i][1].y);
       }
-    }
-  }
-
-  // Steps of a group's values from step `begin` on, as operands A.
-  __device__ __forceinline__ void load_values(std::uint32_t rows, int begin,
-                                              uint4 (&value)[kStepsAtOnce]) const {
-#pragma unroll
-    for (int i = 0; i < kStepsAtOnce; ++i) {
-      value[i] = make_uint4(0, 0, 0, 0);
-      if (16 * (begin + i) < p.head_dim)
-        value[i] = load_matrix_4_transposed(rows + (begin + i) * 32);
     }
   }
 

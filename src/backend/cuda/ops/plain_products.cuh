@@ -64,7 +64,8 @@ __device__ __forceinline__ RowMoments moments_of(const NormInput<T>& x, std::int
 // A thread an element of one row's result, or of both. Each warp takes the moments of the whole
 // input, which lies in L1 soon: nobody waits for another.
 template <typename T>
-__global__ void __launch_bounds__(kPlainThreads) normalise(const __grid_constant__ PlainParams p) {
+__global__ void __launch_bounds__(kPlainThreads, 1)
+    normalise(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
   const LayerWork& in = p.work;
@@ -235,7 +236,7 @@ __device__ __forceinline__ void multiply_up(const PlainParams& p, std::int64_t b
 // The blocks of queries, keys and values, if they are asked for, and behind them those of the MLP's
 // first matrix.
 template <int kTokens, typename T>
-__global__ void __launch_bounds__(kPlainThreads)
+__global__ void __launch_bounds__(kPlainThreads, 1)
     multiply_normed(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
@@ -257,7 +258,7 @@ __device__ __forceinline__ void multiply_attention(const PlainParams& p, Store&&
 
 // Attention's output as a result, and for the MLP that follows it.
 template <int kTokens, typename T>
-__global__ void __launch_bounds__(kPlainThreads)
+__global__ void __launch_bounds__(kPlainThreads, 1)
     project_attention(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
@@ -282,7 +283,8 @@ __device__ __forceinline__ void multiply_down(const PlainParams& p, const X* act
 // The layer's output: input, projected attention, and the MLP's second matrix. Where the MLP
 // follows attention, that is projected already.
 template <int kTokens, typename T>
-__global__ void __launch_bounds__(kPlainThreads) add_halves(const __grid_constant__ PlainParams p) {
+__global__ void __launch_bounds__(kPlainThreads, 1)
+    add_halves(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();
   const LayerWork& in = p.work;
@@ -302,7 +304,7 @@ __global__ void __launch_bounds__(kPlainThreads) add_halves(const __grid_constan
 
 // The second half alone, on what the caller has.
 template <int kTokens, typename T>
-__global__ void __launch_bounds__(kPlainThreads)
+__global__ void __launch_bounds__(kPlainThreads, 1)
     add_mlp_down(const __grid_constant__ PlainParams p) {
   device::start_dependents();
   device::wait_for_dependencies();

@@ -133,11 +133,12 @@ std::int64_t Prefill::num_graphs() const noexcept {
 }
 
 void Prefill::run(std::span<const PromptPiece> pieces, cudaStream_t stream) {
-  require(!pieces.empty() && input_.fits(pieces), ErrorKind::internal,
+  PromptNeed need;
+  for (const PromptPiece& piece : pieces) need.add(piece);
+  require(!pieces.empty() && input_.fits(need), ErrorKind::internal,
           "prefill: expected 1 to {} tokens and what pages they need, found {} pieces",
           max_tokens(), pieces.size());
-  count_ = 0;
-  for (const PromptPiece& piece : pieces) count_ += piece.count();
+  count_ = need.rows;
   rows_ = std::min(padded(count_), max_tokens());
   input_.send(pieces, rows_, stream);
   attention_.num_tiles = input_.num_tiles();

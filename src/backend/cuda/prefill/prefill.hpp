@@ -45,7 +45,7 @@ class Prefill {
   // The most tokens that one run() takes.
   std::int64_t max_tokens() const noexcept { return input_.max_rows(); }
   // Whether one run() takes them.
-  bool fits(std::span<const PromptPiece> pieces) const { return input_.fits(pieces); }
+  bool fits(const PromptNeed& need) const noexcept { return input_.fits(need); }
 
   // Appends the tokens of pieces, each to its own sequence, and waits for the outputs that are
   // asked for; PrefillOutput::sampled is the caller's business. A piece with interventions, or

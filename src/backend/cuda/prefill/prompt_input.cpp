@@ -40,15 +40,6 @@ std::int64_t PromptInputs::bytes() const {
   return place(ScratchArena(nullptr), nowhere);
 }
 
-bool PromptInputs::fits(std::span<const PromptPiece> pieces) const {
-  std::int64_t rows = 0, pages = 0;
-  for (const PromptPiece& piece : pieces) {
-    rows += piece.count();
-    pages += piece.num_pages();
-  }
-  return rows <= max_rows_ && pages <= max_pages_;
-}
-
 void PromptInputs::send(std::span<const PromptPiece> pieces, std::int64_t rows,
                         cudaStream_t stream) {
   std::int32_t pages = 0, row = 0;

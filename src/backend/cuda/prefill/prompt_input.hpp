@@ -27,6 +27,16 @@ struct PromptPiece {
   std::int64_t num_pages() const noexcept { return kv_pages_of(first_position + count()); }
 };
 
+// What the pieces of a pass take together.
+struct PromptNeed {
+  std::int64_t rows = 0, pages = 0;
+
+  void add(const PromptPiece& piece) noexcept {
+    rows += piece.count();
+    pages += piece.num_pages();
+  }
+};
+
 // One after the other, each aligned: counts first, then hands out.
 class ScratchArena {
  public:
@@ -51,7 +61,9 @@ class PromptInputs {
   PromptInputs(std::int64_t max_rows, std::int64_t max_positions, std::int64_t tile_rows);
 
   std::int64_t max_rows() const noexcept { return max_rows_; }
-  bool fits(std::span<const PromptPiece> pieces) const;
+  bool fits(const PromptNeed& need) const noexcept {
+    return need.rows <= max_rows_ && need.pages <= max_pages_;
+  }
 
   // Sends the pieces' rows one after the other, padded to `rows`. What the call before has sent
   // must have arrived.
