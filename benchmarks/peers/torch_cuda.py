@@ -1,11 +1,13 @@
 """Time what PyTorch and transformers make of a decode step and of a prompt on a GPU.
 
-Random float16 weights in a Pythia shape, batch 1, greedy, the whole step: embedding, layers, LM
-head, choice of the token. Times are wall-clock times of several steps without a wait between them.
-Prints one JSON object; a rival that does not run is in it with its error. Needs torch, transformers
-and an NVIDIA GPU.
+Random weights in a Pythia or Llama shape, batch 1, greedy, the whole step: embedding, layers, LM
+head, choice of the token. Of Llama and its relatives only transformers' own rivals are timed. Times
+are wall-clock times of several steps without a wait between them. Prints one JSON object; a rival
+that does not run is in it with its error. Needs torch, transformers and an NVIDIA GPU.
 
     python benchmarks/peers/torch_cuda.py --shape pythia-2.8b --contexts 16,128,1024,2047
+    python benchmarks/peers/torch_cuda.py --shape llama-3.1-8b --dtype bfloat16 \
+        --contexts 128,8192 --rivals static,eager
 """
 
 from __future__ import annotations
@@ -23,11 +25,32 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
-from transformers import GPTNeoXForCausalLM, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    StaticCache,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "python"))
 
 from checkpoints import PYTHIA_SHAPES, transformers_config
+
+# hidden, layers, heads, vocabulary, heads of keys and values, their size, intermediate, tied
+# embeddings: as benchmarks/cuda/random_model.hpp has them.
+LLAMA_SHAPES = {
+    "llama-3.2-1b": (LlamaConfig, 2048, 16, 32, 128256, 8, 64, 8192, True),
+    "llama-3.1-8b": (LlamaConfig, 4096, 32, 32, 128256, 8, 128, 14336, False),
+    "mistral-7b": (MistralConfig, 4096, 32, 32, 32768, 8, 128, 14336, False),
+    "qwen3-0.6b": (Qwen3Config, 1024, 28, 16, 151936, 8, 128, 3072, True),
+    "qwen3-1.7b": (Qwen3Config, 2048, 28, 16, 151936, 8, 128, 6144, True),
+    "qwen3-8b": (Qwen3Config, 4096, 36, 32, 151936, 8, 128, 12288, False),
+}
+
+PYTHIA_RIVALS = ("graph", "compiled-graph")
 
 # Steps between two readings of the clock, and readings.
 GRAPH_STEPS, GRAPH_ROUNDS = 20, 9
@@ -43,21 +66,45 @@ def parse_arguments() -> argparse.Namespace:
         return [int(item) for item in text.split(",") if item]
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="pythia-2.8b", choices=PYTHIA_SHAPES)
+    parser.add_argument("--shape", default="pythia-2.8b", choices=[*PYTHIA_SHAPES, *LLAMA_SHAPES])
+    parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
     parser.add_argument("--contexts", type=numbers, default=[16, 128, 1024, 2047])
     parser.add_argument("--prompts", type=numbers, default=[128, 512, 2048])
     parser.add_argument("--rivals", default=",".join(RIVALS), help="which ones, and prefill")
     parser.add_argument("--limit", type=int, default=60, help="seconds for each rival")
     parser.add_argument("--device", default="cuda", help="cpu only tries the script out")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    of_pythia = [rival for rival in arguments.rivals.split(",") if rival in PYTHIA_RIVALS]
+    if arguments.shape in LLAMA_SHAPES and of_pythia:
+        parser.error(f"{', '.join(of_pythia)}: of Pythia's shapes alone, found {arguments.shape}")
+    return arguments
 
 
-def make_model(shape: str, device: str) -> GPTNeoXForCausalLM:
+def llama_config(shape: str) -> LlamaConfig | MistralConfig | Qwen3Config:
+    """Configuration of one of LLAMA_SHAPES."""
+    kind, hidden, layers, heads, vocab, kv_heads, head_dim, inner, tied = LLAMA_SHAPES[shape]
+    return kind(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        vocab_size=vocab,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        tie_word_embeddings=tied,
+        max_position_embeddings=131072,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def make_model(shape: str, dtype: str, device: str) -> PreTrainedModel:
     """Transformers' model with its own random initialization, made where it is to run."""
     torch.manual_seed(0)
+    config = llama_config(shape) if shape in LLAMA_SHAPES else transformers_config(shape)
     with torch.device(device):
-        model = GPTNeoXForCausalLM._from_config(
-            transformers_config(shape), dtype=torch.float16, attn_implementation="sdpa"
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         )
     return model.eval()
 
@@ -91,7 +138,7 @@ def time_steps(step: Callable[[], object], steps: int, rounds: int) -> list[floa
     return seconds[1:]
 
 
-def prompt_of(model: GPTNeoXForCausalLM, count: int) -> torch.Tensor:
+def prompt_of(model: PreTrainedModel, count: int) -> torch.Tensor:
     """Token ids [1, count]."""
     return (torch.arange(count, device=model.device) * 7919 % model.config.vocab_size)[None]
 
@@ -214,7 +261,7 @@ def time_functional(model: GPTNeoXForCausalLM, contexts: list[int], compiled: bo
     return results
 
 
-def time_transformers(model: GPTNeoXForCausalLM, contexts: list[int]) -> list[dict]:
+def time_transformers(model: PreTrainedModel, contexts: list[int]) -> list[dict]:
     """Eager steps with transformers' growing cache; the context grows by one a step."""
     results = []
     for context in contexts:
@@ -230,7 +277,7 @@ def time_transformers(model: GPTNeoXForCausalLM, contexts: list[int]) -> list[di
     return results
 
 
-def time_static_cache(model: GPTNeoXForCausalLM, contexts: list[int]) -> list[dict]:
+def time_static_cache(model: PreTrainedModel, contexts: list[int]) -> list[dict]:
     """A static cache and torch.compile in the mode reduce-overhead, which uses CUDA graphs.
 
     Each step attends to all of the cache's positions, whatever the context.
@@ -257,7 +304,7 @@ def time_static_cache(model: GPTNeoXForCausalLM, contexts: list[int]) -> list[di
     return results
 
 
-def time_prefill(model: GPTNeoXForCausalLM, counts: list[int]) -> list[dict]:
+def time_prefill(model: PreTrainedModel, counts: list[int]) -> list[dict]:
     """Prompts by transformers, logits at the last position only."""
     results = []
     for count in counts:
@@ -271,7 +318,7 @@ def time_prefill(model: GPTNeoXForCausalLM, counts: list[int]) -> list[dict]:
     return results
 
 
-RIVALS: dict[str, tuple[str, Callable[[GPTNeoXForCausalLM, list[int]], list[dict]]]] = {
+RIVALS: dict[str, tuple[str, Callable[[PreTrainedModel, list[int]], list[dict]]]] = {
     "graph": (
         "PyTorch functional layers, CUDA graph",
         lambda model, contexts: time_functional(model, contexts, compiled=False),
@@ -321,7 +368,7 @@ def main() -> None:
     """Measure all rivals and print the result."""
     arguments = parse_arguments()
     begin = time.perf_counter()
-    model = make_model(arguments.shape, arguments.device)
+    model = make_model(arguments.shape, arguments.dtype, arguments.device)
     synchronize()
     print(f"model: {time.perf_counter() - begin:.1f} s", file=sys.stderr)
     cuda = arguments.device == "cuda"
@@ -330,7 +377,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "shape": arguments.shape,
-        "dtype": "float16",
+        "dtype": arguments.dtype,
         "rivals": [],
         "prefill": [],
     }

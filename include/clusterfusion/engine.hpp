@@ -25,8 +25,8 @@ struct EngineOptions {
   std::string device = "auto";     // "auto", "cpu" or "cuda"
   int threads = 0;                 // CPU worker threads; 0: one for each usable core
   std::int64_t max_positions = 0;  // the longest context; 0: the model's own
-  // Of the KV cache; nothing: float32 on the CPU, the weights' type on a GPU, which has no other
-  // yet.
+  // Of the KV cache; nothing: float32 on the CPU, the weights' type on a GPU, which has float32
+  // beside it.
   std::optional<DType> kv_dtype;
   DecodeMode mode = DecodeMode::latency;  // of a GPU: what it is to be quick at
   // Sequences that are computed together at most; others wait for their turn.

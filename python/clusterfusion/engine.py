@@ -259,7 +259,7 @@ class Engine:
             threads: CPU worker threads; 0 for one on each usable core.
             context: The longest context in tokens; None for the model's own.
             kv_dtype: Type of the KV cache, "float32", "float16" or "bfloat16"; None for float32 on
-                the CPU and the weights' type on a GPU, which has no other yet.
+                the CPU and the weights' type on a GPU, which has float32 beside it, more slowly.
             mode: What a GPU is to be quick at: "latency" of one sequence, or "throughput" of many,
                 of which up to 256 are decoded in a step. In each mode a text depends on its
                 request alone; the modes differ in last bits. On the CPU they are the same.

@@ -47,7 +47,8 @@ void add_engine_options(CLI::App& app, EngineSettings& settings) {
              0)
       ->capture_default_str();
   app.add_option("--kv-dtype", settings.kv_dtype,
-                 "type of the KV cache: float32, float16 or bfloat16; on a GPU the weights' type")
+                 "type of the KV cache: float32, float16 or bfloat16; on a GPU the weights' type "
+                 "or float32")
       ->transform(one_of({"float32", "float16", "bfloat16"}))
       ->type_name("NAME");
   app.add_option("--mode", settings.mode,

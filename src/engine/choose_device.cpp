@@ -39,10 +39,6 @@ std::unique_ptr<Backend> make_backend(const std::string& requested, DeviceChoice
                                       const BackendOptions& options) {
   if (choice.device == "cuda") {
     try {
-      // The backend has it, and tests of the backend compute it, but none has run on a GPU yet.
-      require(options.kv_dtype != DType::float32, ErrorKind::unsupported,
-              "kv_dtype float32 is not available on a GPU yet; use device \"cpu\", or leave "
-              "kv_dtype out for the weights' type");
       return make_cuda_backend(model, options);
     } catch (const Error& error) {
       const bool gpu_cannot =

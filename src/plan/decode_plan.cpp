@@ -14,6 +14,9 @@ namespace {
 // ones are bound by the rate of tickets, larger ones widen the skew at a phase's end. Matrices that
 // are too small for that are cut finer, so that each SM gets a share.
 constexpr std::int64_t kTargetChunkBytes = 20480;
+// Chunks of a row for each warp may be as large as this: results that cross between SMs wait behind
+// the copies of larger ones.
+constexpr std::int64_t kLargestChunkBytes = 28 * 1024;
 // A ring stage has room for this much of a KV page, or for all of it.
 constexpr std::int64_t kMinKvBlockBytes = 16384;
 constexpr std::int64_t kMaxHeadDim = 256;
@@ -33,12 +36,19 @@ constexpr std::int32_t kMinDecodeStages = 2;
 // Whether the kernel for such layers has code for rows whose last slices are shorter.
 bool takes_ragged(const LayerSpec& spec) { return layer_kind(spec) == LayerKind::any; }
 
+// Whether it takes rows of such a matrix in two stages.
+bool in_two_stages(const LayerSpec& spec, std::int64_t columns) {
+  return layer_kind(spec) == LayerKind::any && columns != spec.hidden_size &&
+         columns * 2 > kTargetChunkBytes;
+}
+
 // How rows become chunks.
 struct ChunkRule {
   std::int64_t target_bytes = 0;
   bool even = false;     // of a gated MLP: half of them are the gate's
   bool by_four = false;  // three or more rows become fours, which take packed operands
   bool ragged = false;   // the last slices of a row may be shorter
+  bool two_stages = false;
 
   std::int64_t rounded(std::int64_t rows) const {
     if (by_four && rows >= 3) return std::max<std::int64_t>(rows / 4, 1) * 4;
@@ -46,9 +56,27 @@ struct ChunkRule {
   }
 };
 
+// A row in two stages, if `max_iterations` fragments are enough.
+std::optional<MatrixPlan> cut_in_two_stages(std::int64_t rows, std::int64_t columns,
+                                            std::int32_t max_iterations) {
+  constexpr std::int64_t kStep = kConsumerWarps * 8 * 32;
+  const auto iterations = static_cast<std::int32_t>((columns + kStep - 1) / kStep);
+  if (iterations > max_iterations) return std::nullopt;
+  MatrixPlan plan;
+  plan.rows = rows;
+  plan.columns = columns;
+  plan.unit_rows = plan.rows_per_chunk = 1;
+  plan.segments = kConsumerWarps;
+  plan.iterations = iterations;
+  plan.stages = 2;
+  plan.chunks = static_cast<std::int32_t>(rows);
+  return plan;
+}
+
 // The cut with the fewest segments (fewest sums) that holds at most `max_iterations` fragments.
 std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int32_t max_iterations,
                               const ChunkRule& rule) {
+  if (rule.two_stages) return cut_in_two_stages(rows, columns, max_iterations);
   // More rows in a unit only where the columns need it.
   for (std::int32_t unit_rows : {1, 2, 4, 8}) {
     for (std::int32_t segments : {1, 2, 4, 8}) {
@@ -66,6 +94,8 @@ std::optional<MatrixPlan> cut(std::int64_t rows, std::int64_t columns, std::int3
       // One for each warp, where the chunk does not become much smaller by that.
       const std::int64_t warps = kConsumerWarps / segments;
       if (units > warps && 4 * warps >= 3 * units) units = warps;
+      if (rule.by_four && units < warps && warps * unit_rows * columns * 2 <= kLargestChunkBytes)
+        units = warps;
       if (unit_rows == 1) units = rule.rounded(units);
       plan.rows_per_chunk = static_cast<std::int32_t>(units) * unit_rows;
       plan.chunks =
@@ -95,14 +125,15 @@ std::span<const std::int32_t> packed_iterations(bool is_wide) {
   constexpr static std::int32_t kNarrow[] = {4, 5}, kWide[] = {4, 6, 8, 10};
   return is_wide ? std::span<const std::int32_t>(kWide) : kNarrow;
 }
-std::span<const std::int32_t> packed_pair_iterations(bool is_wide) {
-  constexpr static std::int32_t kNarrow[] = {8, 10}, kWide[] = {12, 14, 16};
-  return is_wide ? std::span<const std::int32_t>(kWide) : kNarrow;
+std::span<const std::int32_t> packed_pair_iterations() {
+  constexpr static std::int32_t kBoth[] = {8, 10};
+  return kBoth;
 }
 
 bool can_cut(const LayerSpec& spec, std::int64_t columns) {
   ChunkRule rule{kTargetChunkBytes};
   rule.ragged = takes_ragged(spec);
+  rule.two_stages = in_two_stages(spec, columns);
   return cut(1, columns, kMaxIterations, rule).has_value();
 }
 
@@ -144,14 +175,17 @@ std::int64_t fixed_bytes(const ModelConfig& config) {
 // stages as fit then, which may be too few.
 DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   const std::int64_t hidden = config.hidden_size;
-  const std::int64_t widest_row =
-      std::max({hidden, config.intermediate_size, config.attention_size()}) * 2;
+  std::int64_t widest_row = 0;  // in one stage
+  for (const std::int64_t columns : {hidden, config.intermediate_size, config.attention_size()})
+    if (!in_two_stages(config, columns)) widest_row = std::max(widest_row, columns * 2);
   const bool by_four = layer_kind(config) == LayerKind::any && hidden > kNarrowHidden;
   const auto cut_matrix = [&](const char* name, std::int64_t rows, std::int64_t columns,
                               bool even = false) {
     const std::int64_t share = rows * columns * 2 / limits.sm_count;
     const std::int64_t target = std::min(std::max(kTargetChunkBytes, widest_row), share);
-    return cut_or_fail(name, rows, columns, {target, even, by_four, takes_ragged(config)});
+    return cut_or_fail(
+        name, rows, columns,
+        {target, even, by_four, takes_ragged(config), in_two_stages(config, columns)});
   };
   DecodePlan plan;
   plan.kind = layer_kind(config);
@@ -162,7 +196,7 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   plan.lm_head = cut_matrix("the LM head", config.vocab_size, hidden);
   for (const MatrixPlan* matrix :
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head}) {
-    plan.data_bytes = std::max(plan.data_bytes, round_up(matrix->chunk_bytes(), 128));
+    plan.data_bytes = std::max(plan.data_bytes, round_up(matrix->stage_bytes(), 128));
   }
   const std::int64_t page_bytes = kKvPagePositions * config.head_dim * 4;
   plan.data_bytes = std::max(plan.data_bytes, std::min(page_bytes, kMinKvBlockBytes));
@@ -172,7 +206,8 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   for (const MatrixPlan* matrix : {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down})
     bias_bytes = std::max<std::int64_t>(bias_bytes, matrix->rows_per_chunk * 4 + 2 * 16);
   plan.stage_bytes = plan.data_bytes + round_up(bias_bytes, 128);
-  std::int64_t sum_slots = std::max(kMinSumSlots, attention_sums(config));
+  const std::int64_t over_inputs = plan.kind == LayerKind::any ? hidden : 0;
+  std::int64_t sum_slots = std::max(kMinSumSlots, attention_floats(config) - over_inputs);
   for (const MatrixPlan* matrix :
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head})
     sum_slots = std::max<std::int64_t>(sum_slots, matrix->sums_per_chunk());
@@ -216,7 +251,8 @@ std::string uncomputed_because(const LayerSpec& spec) {
 MatrixPlan with_packed_operands(MatrixPlan plan, std::int32_t fragments) {
   const bool is_wide = fragments > kNarrowFragments;
   const bool one_unit = plan.units_per_chunk() * plan.segments == kConsumerWarps;
-  if (plan.mapping != MmaMapping::two_pass || plan.unit_rows != 1 || !(one_unit || is_wide))
+  if (plan.mapping != MmaMapping::two_pass || plan.unit_rows != 1 || plan.stages != 1 ||
+      !(one_unit || is_wide))
     return plan;
   MatrixPlan packed = plan;
   // A half of the columns of two rows, or a quarter of those of four; each warp has one unit.
@@ -230,9 +266,8 @@ MatrixPlan with_packed_operands(MatrixPlan plan, std::int32_t fragments) {
   if (plan.columns % step != 0) return plan;
   packed.iterations = static_cast<std::int32_t>(plan.columns / step);
   const bool in_pairs = packed.mapping == MmaMapping::packed_pairs;
-  for (const std::int32_t known :
-       in_pairs ? packed_pair_iterations(is_wide) : packed_iterations(is_wide))
-    if (packed.iterations == known) return packed;
+  for (const std::int32_t known : in_pairs ? packed_pair_iterations() : packed_iterations(is_wide))
+    if (packed.iterations == known && (in_pairs || known <= fragments)) return packed;
   return plan;
 }
 

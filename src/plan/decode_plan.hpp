@@ -5,7 +5,7 @@
 //
 // Terms
 //   chunk    whole consecutive rows of a matrix, contiguous in memory: one bulk copy, one stage of
-//            the ring
+//            the ring. In layers of any kind a chunk of one wide row comes in two stages.
 //   unit     what one warp multiplies at a time: `unit_rows` rows x one segment of their columns,
 //            which is cut into `slices` equal slices. Lane (g, q) covers 8 consecutive elements at
 //              row g / slices, column segment + (g % slices) slice_columns + 32 i + 8 q
@@ -13,6 +13,7 @@
 //            operand A of a tensor-core product as they stand: words 0 and 2 of each lane's 16
 //            bytes in row g, words 1 and 3 in row g + 8.
 //            In layers of any kind the last slices of a row may have fewer elements, or none.
+//            Of a row in two stages each has half of the slices: of lanes with g < 4, and g >= 4.
 //   segment  is fixed for each warp (warp % segments), so a warp's activations stay in registers.
 #pragma once
 
@@ -61,17 +62,31 @@ struct MatrixPlan {
   std::int32_t unit_rows = 0;   // 1, 2, 4 or 8
   std::int32_t segments = 0;    // of a row: 1, 2, 4 or 8
   std::int32_t iterations = 0;  // 16-byte loads of a lane for one unit
+  std::int32_t stages = 1;      // of a chunk; 2 only of one row in eight segments
   MmaMapping mapping = MmaMapping::two_pass;
 
   std::int32_t slices() const noexcept {
     return mapping == MmaMapping::packed_pairs ? 4 : 8 / unit_rows;
   }
   std::int64_t slice_columns() const noexcept { return std::int64_t{iterations} * 32; }
-  std::int64_t segment_columns() const noexcept { return slice_columns() * slices(); }
+  // Of a segment in one stage.
+  std::int64_t segment_columns() const noexcept { return slice_columns() * slices() / stages; }
   // Slices go beyond the columns: the last ones are shorter or empty.
-  bool is_ragged() const noexcept { return segment_columns() * segments != columns; }
+  bool is_ragged() const noexcept { return segment_columns() * segments * stages != columns; }
+  // Columns that a chunk's first stage has; a second one has the rest.
+  std::int64_t first_stage_columns() const noexcept {
+    return stages == 1 ? columns : segment_columns() * segments;
+  }
+  // In a row, the first column of what lane (g, q) covers of a segment.
+  std::int64_t lane_column(std::int32_t segment, std::int32_t g, std::int32_t q) const noexcept {
+    const std::int32_t slice = g % slices(), in_stage = slices() / stages;
+    return slice / in_stage * first_stage_columns() + segment * segment_columns() +
+           slice % in_stage * slice_columns() + 8 * q;
+  }
   std::int64_t row_bytes() const noexcept { return columns * 2; }
   std::int64_t chunk_bytes() const noexcept { return rows_per_chunk * row_bytes(); }
+  // What one stage has to hold.
+  std::int64_t stage_bytes() const noexcept { return rows_per_chunk * first_stage_columns() * 2; }
   // Units of one segment in a chunk; the kConsumerWarps / segments warps of a segment share them.
   std::int32_t units_per_chunk() const noexcept { return rows_per_chunk / unit_rows; }
   // Partial sums that a chunk leaves behind: one for each row, segment and slice.
@@ -115,12 +130,13 @@ constexpr std::int64_t mlp_up_rows(const LayerSpec& spec) noexcept {
 
 // Floats that attention to one head of keys and values needs in shared memory: the warps' states
 // of each query head, behind them queries, key and value as they come, and these as they enter the
-// products (16-bit, the queries twice).
-inline std::int64_t attention_sums(const LayerSpec& spec) noexcept {
+// products (16-bit, the queries twice), and zeros. In layers of any kind they lie over the
+// normalised inputs, as many floats as the hidden size, which have been read by then.
+inline std::int64_t attention_floats(const LayerSpec& spec) noexcept {
   const std::int64_t group = spec.num_heads / spec.kv_heads();
   const std::int64_t states = kConsumerWarps * group * (spec.head_dim + 2);
   const std::int64_t raw = (group + 2) * spec.head_dim;
-  const std::int64_t ready = (2 * group + 2) * spec.head_dim / 2;
+  const std::int64_t ready = (2 * group + 2) * spec.head_dim / 2 + 4;
   return states + raw + ready;
 }
 
@@ -194,12 +210,6 @@ struct DecodePlan {
   std::int32_t sum_slots = 0;     // float32 partial sums that fit beside the ring
   std::int64_t shared_bytes = 0;  // of the whole block
   LayerKind kind = LayerKind::plain;
-
-  // Whether chunks of layers of any kind are so large that results wait too long behind two of
-  // them. (Plain layers wait for results half as often.)
-  bool chunks_are_large() const noexcept {
-    return kind == LayerKind::any && data_bytes > 28 * 1024;
-  }
 };
 
 // Errors: unsupported if the model's shape cannot be streamed by this kernel (names the number that

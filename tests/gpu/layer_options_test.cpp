@@ -140,6 +140,8 @@ class OptionLayer {
     for (const auto& [name, memory] : host_) upload(name);
     for (const char* name : {"attn_output", "mlp_intermediate", "output", "k_new", "v_new"})
       check(cudaMemset(device_.at(name).as<>(), results, host_.at(name).size()), "forgetting");
+    // Streams that do not wait for the default one may come next.
+    check(cudaDeviceSynchronize(), "waiting for the tensors");
   }
   void upload(const std::string& name) {
     const auto& memory = host_.at(name);

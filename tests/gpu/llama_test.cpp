@@ -139,6 +139,27 @@ TEST_F(LlamaTest, StreamsRandomSizes) {
   }
 }
 
+// MLPs so wide that a row comes in two stages: the second as long as the first, and shorter; with
+// rows of other matrices that chunks have two or four of, and with biases.
+TEST_F(LlamaTest, StreamsWideRowsInTwoStages) {
+  int round = 0;
+  for (const std::int64_t intermediate : {10296, 11008, 12288, 14336, 16384, 18944, 20480}) {
+    for (const std::int64_t hidden : {512, 3072, 4096}) {
+      ModelConfig config = llama_config(kKinds[round % 4]);
+      config.hidden_size = hidden;
+      config.intermediate_size = intermediate;
+      config.dtype = round % 2 == 0 ? DType::float16 : DType::bfloat16;
+      config.gated_mlp = round % 3 != 0;
+      config.mlp_bias = !config.gated_mlp;
+      config.parallel_residual = round % 5 == 0;
+      config.num_layers = 1;
+      ASSERT_EQ(plan::unstreamed_because(config, {132, 227 * 1024}), "");
+      expect_float64(config, 8);
+      ++round;
+    }
+  }
+}
+
 // Several splits of a head, and blocks of keys and values in several pages.
 TEST_F(LlamaTest, StreamsLongContexts) {
   for (const std::int64_t head_dim : {64, 128}) {

@@ -24,7 +24,7 @@ class StreamParams : public testing::TestWithParam<Shape> {
 TEST_P(StreamParams, ReadNoMoreLateUnlessAskedFor) {
   cuda::DecodeParams told = params(true);
   EXPECT_EQ(told.late_percent, 100);
-  cuda::read_more_late(told);
+  cuda::read_more_late(told, plan::LayerKind::plain);
   EXPECT_LT(told.late_percent, 100);
   EXPECT_GE(told.late_in_flight, told.max_in_flight);
   EXPECT_LE(told.late_in_flight, told.stages);

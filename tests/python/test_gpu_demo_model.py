@@ -123,7 +123,6 @@ def test_every_greedy_choice(recording, engine, cpu_engine):
     assert max(errors) < 2e-3
 
 
-@pytest.mark.skip(reason="refused on a GPU until its kernels have run there: choose_device.cpp")
 def test_float32_kv_cache(recording, demo_model, gpu, engine, cpu_engine, tmp_path):
     """Its logits are the CPU's, and saved prompts give the same text in another such engine."""
     wide = Engine(demo_model, device=gpu, kv_dtype="float32")

@@ -63,7 +63,7 @@ std::int64_t checked_context(const ModelConfig& config, const BackendOptions& op
   const DType kv_dtype = options.kv_dtype.value_or(config.dtype);
   require(kv_dtype == config.dtype || kv_dtype == DType::float32, ErrorKind::unsupported,
           "kv_dtype {} is not available on the GPU for this model: its KV cache has the weights' "
-          "type, {}; leave kv_dtype out, or use device \"cpu\"",
+          "type, {}, or float32; leave kv_dtype out, or use device \"cpu\"",
           name_of(kv_dtype), name_of(config.dtype));
   return longest_context(config, options.max_positions);
 }
@@ -346,15 +346,15 @@ class CudaBackend final : public Backend {
     host_logits_.resize(config_.vocab_size);
     prepare_rows();
     if (!streams()) return;
-    const int fragments = fragments_needed(config_, plan_);
-    kernel_ = find_decode_kernel(plan_.kind, config_.dtype, fragments,
-                                 static_cast<int>(config_.head_dim));
+    const DecodeKernel kernel =
+        find_decode_kernel(plan_.kind, config_.dtype, fragments_needed(config_, plan_),
+                           static_cast<int>(config_.head_dim));
+    kernel_ = kernel.function;
     prepare_kernel(kernel_, plan_, properties_);
-    const int held =
-        fragments <= plan::kNarrowFragments ? plan::kNarrowFragments : plan::kWideFragments;
-    const bool packs = has_packed_operands(plan_.kind, held);
-    params_ = stream_params(config_, plan_, properties_.multiProcessorCount, packs ? held : 0);
-    read_more_late(params_);
+    const bool packs = has_packed_operands(plan_.kind, kernel.fragments);
+    params_ = stream_params(config_, plan_, properties_.multiProcessorCount,
+                            packs ? kernel.fragments : 0);
+    read_more_late(params_, plan_.kind);
     allocate_scratch();
     weights_.tell(params_);
   }

@@ -86,17 +86,18 @@ void expect_plan(const ModelConfig& config, const DeviceLimits& limits) {
   EXPECT_EQ(plan.attention_out.columns, config.attention_size());
   for (const MatrixPlan& matrix : matrices_of(plan)) {
     expect_each_weight_once(matrix, config);
-    EXPECT_LE(matrix.chunk_bytes(), plan.data_bytes);
+    EXPECT_LE(matrix.stage_bytes(), plan.data_bytes);
+    EXPECT_LE(matrix.chunk_bytes(), matrix.stages * matrix.stage_bytes());
     for (const std::int32_t fragments : {kNarrowFragments, kWideFragments})
       EXPECT_LE(with_packed_operands(matrix, fragments).sums_per_chunk(), plan.sum_slots);
   }
   EXPECT_LE(plan.kv.block_bytes, plan.data_bytes);
   // States of the warps; queries, key and value as they come, and in 16 bits with what rounding
-  // took from the queries.
+  // took from the queries; zeros. They lie over the normalised inputs and the sums.
   const std::int64_t group = config.num_heads / config.kv_heads();
   EXPECT_LE(kConsumerWarps * group * (config.head_dim + 2) + (group + 2) * config.head_dim +
-                (2 * group + 2) * config.head_dim / 2,
-            plan.sum_slots);
+                (2 * group + 2) * config.head_dim / 2 + 4,
+            plan.sum_slots + config.hidden_size);
 }
 
 class AnyLayer : public testing::TestWithParam<KnownLayer> {};
@@ -112,6 +113,24 @@ TEST_P(AnyLayer, StreamsEachWeightOnceOnEveryChip) {
 
 INSTANTIATE_TEST_SUITE_P(Known, AnyLayer, testing::ValuesIn(kKnownLayers),
                          [](const auto& info) { return std::string(info.param.name); });
+
+// Of large chunks each result that crosses between SMs would wait for: two stages have half a row
+// each, and no stage of those models is half empty.
+TEST(AnyLayers, HaveWideRowsInTwoStages) {
+  for (const std::int64_t intermediate : {12288, 14336, 16384}) {
+    ModelConfig config = any_config(kKnownLayers[3]);
+    config.intermediate_size = intermediate;
+    const DecodePlan plan = make_decode_plan(config, kHopper);
+    EXPECT_EQ(plan.mlp_down.stages, 2);
+    EXPECT_EQ(plan.mlp_down.first_stage_columns(), intermediate / 2);
+    EXPECT_FALSE(plan.mlp_down.is_ragged());
+    EXPECT_EQ(plan.data_bytes, 16384);
+    for (const MatrixPlan& matrix : {plan.qkv, plan.attention_out, plan.mlp_up}) {
+      EXPECT_EQ(matrix.stages, 1);
+      EXPECT_EQ(matrix.chunk_bytes(), 16384);
+    }
+  }
+}
 
 TEST(AnyLayers, OfRandomSizesStreamOrAreRefused) {
   std::mt19937 random(3);

@@ -38,9 +38,8 @@ inline std::vector<int> touched(const MatrixPlan& plan, int chunks) {
             for (int element = 0; element < 8; ++element) {
               const int g = lane / 4, q = lane % 4;
               const std::int64_t row = turn * plan.unit_rows + g / plan.slices();
-              const std::int64_t column = warp % plan.segments * plan.segment_columns() +
-                                          g % plan.slices() * plan.slice_columns() + 32 * i +
-                                          8 * q + element;
+              const std::int64_t column =
+                  plan.lane_column(warp % plan.segments, g, q) + 32 * i + element;
               if (column < plan.columns)
                 ++count.at(chunk * chunk_elements + row * plan.columns + column);
             }

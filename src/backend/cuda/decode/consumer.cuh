@@ -29,8 +29,7 @@ class DecodeConsumer {
  public:
   using Frag = Fragments<kMaxIterations>;
   using MmaMapping = plan::MmaMapping;
-  static constexpr int kBatch = 5;  // loads under way together
-  static_assert(kMaxIterations % kBatch == 0);
+  static constexpr int kBatch = kMaxIterations % 5 == 0 ? 5 : 4;  // loads under way together
   static constexpr bool kPairs = kMaxIterations <= kBatch;  // of units are multiplied side by side
   // Whether this kernel has code for the mappings of plan::with_packed_operands.
   static constexpr bool kPackedOperands =
@@ -113,15 +112,18 @@ class DecodeConsumer {
 
   // Element offset of this lane's first 8 values in a row segment of its warp.
   __device__ __forceinline__ int lane_column(const StreamedMatrix& matrix) const {
-    return (warp & (matrix.segments - 1)) * matrix.segment_columns +
-           (g & ((1 << matrix.slices_log2) - 1)) * matrix.slice_columns + q * 8;
+    const int column = (warp & (matrix.segments - 1)) * matrix.segment_columns +
+                       (g & ((1 << matrix.slices_log2) - 1)) * matrix.slice_columns + q * 8;
+    if constexpr (kKind == plan::LayerKind::plain) return column;
+    if (g < 4 || matrix.first_stage_bytes == 0) return column;
+    return column - matrix.segment_columns + matrix.first_stage_bytes / 2;
   }
 
   // How many of a lane's iterations the matrix has columns for, where the first begins at column
   // `first`: the last slices of a ragged one are shorter.
   __device__ __forceinline__ int lane_iterations(const StreamedMatrix& matrix, int first) const {
     if constexpr (kKind == plan::LayerKind::plain) return matrix.iterations;
-    return min(matrix.iterations, max(matrix.columns - first + 31, 0) / 32);
+    return min(matrix.iterations, max(matrix.row_bytes / 2 - first + 31, 0) / 32);
   }
 
   // Slices that lie a multiple of 128 bytes apart would all be read from the same banks of shared
@@ -142,13 +144,16 @@ class DecodeConsumer {
 
   // Prefetch registers: this warp's part of the first chunks that it multiplies next, taken from
   // the ring while it waits for its input. That frees stages, so that memory need not wait as well.
-  // Only with packed operands; as many chunks as there are registers for (bfloat16 needs more).
-  static constexpr int kMaxPrefetched =
-      !kPairs || kFewRegisters || !Cache::kManyLayers || kMaxHeadSteps > 8 ? 0
-      : kMaxHeadSteps <= 5 && MmaInput<T>::kIsHalf                         ? 3
-                                                                           : 2;
+  // Only with packed operands, or of rows in two stages; as many chunks as there are registers for
+  // (bfloat16 needs more).
+  static constexpr int kMaxPrefetched = !kPackedOperands || kFewRegisters || kMaxHeadSteps > 8 ? 0
+                                        : !kPairs ? (kMaxIterations <= 8 ? 2 : 0)
+                                        : kMaxHeadSteps <= 5 && MmaInput<T>::kIsHalf ? 3
+                                                                                     : 2;
+  static constexpr int kPrefetchLoads = kPairs ? kBatch : 4;  // of a unit
   struct PrefetchRegisters {
-    uint4 weight[kPackedOperands ? (kMaxPrefetched > 2 ? kMaxPrefetched : 2) : 1][kBatch] = {};
+    uint4 weight[kPackedOperands ? (kMaxPrefetched > 2 ? kMaxPrefetched : 2) : 1][kPrefetchLoads] =
+        {};
     float bias[kMaxPrefetched > 0 ? kMaxPrefetched : 1] = {};
     int chunks = 0;
   };

@@ -5,26 +5,38 @@
 
 namespace clusterfusion::cuda {
 
-// The instances that the build has made, smallest first: STREAM_INSTANCE(dtype, iterations, head
-// steps) for each.
-#define STREAM_INSTANCE(dtype, iterations, head_steps)                     \
-  const void* decode_kernel_plain_##dtype##_##iterations##_##head_steps(); \
-  const void* decode_kernel_any_##dtype##_##iterations##_##head_steps();
-#include "stream_instances.inc"
-#undef STREAM_INSTANCE
+// The instances that the build has made, smallest first: INSTANCE(dtype, fragments, head steps) for
+// each.
+#define INSTANCE(dtype, fragments, head_steps) \
+  const void* decode_kernel_plain_##dtype##_##fragments##_##head_steps();
+#include "plain_instances.inc"
+#undef INSTANCE
+#define INSTANCE(dtype, fragments, head_steps) \
+  const void* decode_kernel_any_##dtype##_##fragments##_##head_steps();
+#include "any_instances.inc"
+#undef INSTANCE
 
-const void* find_decode_kernel(plan::LayerKind kind, DType dtype, int iterations, int head_dim) {
-#define STREAM_INSTANCE(type, max_iterations, head_steps)                                    \
-  if (dtype == DType::type && iterations <= max_iterations && head_dim <= 16 * (head_steps)) \
-    return kind == plan::LayerKind::plain                                                    \
-               ? decode_kernel_plain_##type##_##max_iterations##_##head_steps()              \
-               : decode_kernel_any_##type##_##max_iterations##_##head_steps();
-#include "stream_instances.inc"
-#undef STREAM_INSTANCE
+DecodeKernel find_decode_kernel(plan::LayerKind kind, DType dtype, int fragments, int head_dim) {
+  const auto fits = [&](DType its_dtype, int its_fragments, int head_steps) {
+    return dtype == its_dtype && fragments <= its_fragments && head_dim <= 16 * head_steps;
+  };
+  if (kind == plan::LayerKind::plain) {
+#define INSTANCE(type, its_fragments, head_steps)   \
+  if (fits(DType::type, its_fragments, head_steps)) \
+    return {decode_kernel_plain_##type##_##its_fragments##_##head_steps(), its_fragments};
+#include "plain_instances.inc"
+#undef INSTANCE
+  } else {
+#define INSTANCE(type, its_fragments, head_steps)   \
+  if (fits(DType::type, its_fragments, head_steps)) \
+    return {decode_kernel_any_##type##_##its_fragments##_##head_steps(), its_fragments};
+#include "any_instances.inc"
+#undef INSTANCE
+  }
   fail(ErrorKind::unsupported,
        "no decode kernel for {} weights with head size {} and {} fragments a lane; run this model "
        "on the CPU (device \"cpu\")",
-       name_of(dtype), head_dim, iterations);
+       name_of(dtype), head_dim, fragments);
 }
 
 void launch_decode(const void* kernel, const DecodeParams& params, int sm_count,

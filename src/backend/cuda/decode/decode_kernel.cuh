@@ -127,7 +127,7 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
   // and before the first layer a steering vector.
   __device__ __forceinline__ void prepare_input(int index, int part) {
     make_indices_opaque();
-    if (!norms_loaded) load_norms(index);
+    if (!norms_loaded) load_norms(index, part);
     const bool is_first = index == 0 && part == 0;
     if (!is_first || p.first_steering != nullptr) {
       char* set = lamport_set(p, part == 0 ? epoch - 1 : epoch);
@@ -140,8 +140,17 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
     }
     mark(TimelinePoint::input);
     const Moments m = moments(part == 0);
-    if (part == 0) normalise(m, norms.input, 0);
-    if (part == 1 || (p.parallel_residual && index < p.num_layers)) normalise(m, norms.post, 1);
+    const bool both = p.parallel_residual && index < p.num_layers;
+    if constexpr (kKind == plan::LayerKind::any) {
+      normalise(m, norms.input, part);
+      if (both) {
+        load_norms(index, 1);
+        normalise(m, norms.input, 1);
+      }
+    } else {
+      if (part == 0) normalise(m, norms.input, 0);
+      if (part == 1 || both) normalise(m, norms.post, 1);
+    }
     norms = LayerNorms{};
     norms_loaded = false;
     consumer_barrier();
@@ -210,7 +219,7 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
                                 p.parallel_residual ? p.layout.attention : p.layout.mlp, fragments);
           if (kPairs &&
               stream == (p.parallel_residual ? Stream::attention_out : Stream::mlp_down)) {
-            load_norms(index + 1);
+            load_norms(index + 1, 0);
             norms_loaded = true;
           }
         });

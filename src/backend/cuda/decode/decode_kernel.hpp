@@ -16,9 +16,14 @@ constexpr bool has_packed_operands(plan::LayerKind kind, int fragments) noexcept
   return kind == plan::LayerKind::any || fragments <= plan::kNarrowFragments;
 }
 
-// The kernel for such layers with weights of `dtype` (float16 or bfloat16), at most `iterations`
+struct DecodeKernel {
+  const void* function = nullptr;
+  int fragments = 0;  // that a lane can hold of a matrix
+};
+
+// The kernel for such layers with weights of `dtype` (float16 or bfloat16), at least `fragments`
 // fragments a matrix, and this head size. Errors: unsupported if there is none.
-const void* find_decode_kernel(plan::LayerKind kind, DType dtype, int iterations, int head_dim);
+DecodeKernel find_decode_kernel(plan::LayerKind kind, DType dtype, int fragments, int head_dim);
 
 // Launches on `stream`, one block on each of `sm_count` SMs, all resident together.
 // Errors: those of CUDA, among them a device on which the blocks do not fit together.

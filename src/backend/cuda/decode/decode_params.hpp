@@ -30,12 +30,12 @@ struct StreamedMatrix {
   std::int32_t slice_columns;
   std::int32_t segment_columns;
   std::int32_t row_bytes;
+  std::int32_t first_stage_bytes;  // of a row in two stages, else 0
   std::int32_t iterations;
   bool swaps;  // each two iterations in odd slices: see swap_columns
   plan::MmaMapping mapping;
   std::int32_t max_slots;         // chunks whose sums fit
   std::uint32_t rows_reciprocal;  // 2^32 / rows_per_chunk, rounded up
-  std::int32_t columns;
 
   // The chunk, of some that follow each other, that row `row` of them lies in: row /
   // rows_per_chunk without a division. Exact for rows below 2^16.

@@ -18,9 +18,8 @@ constexpr int kTicketChunks = 2;
 
 StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, int packed_fragments) {
   if (packed_fragments > 0) plan = plan::with_packed_operands(plan, packed_fragments);
-  StreamedMatrix matrix;
+  StreamedMatrix matrix{};
   matrix.rows = static_cast<std::int32_t>(plan.rows);
-  matrix.columns = static_cast<std::int32_t>(plan.columns);
   matrix.rows_per_chunk = plan.rows_per_chunk;
   matrix.chunks = plan.chunks;
   matrix.unit_rows = plan.unit_rows;
@@ -35,6 +34,8 @@ StreamedMatrix streamed(plan::MatrixPlan plan, std::int32_t sum_slots, int packe
   matrix.slice_columns = static_cast<std::int32_t>(plan.slice_columns());
   matrix.segment_columns = static_cast<std::int32_t>(plan.segment_columns());
   matrix.row_bytes = static_cast<std::int32_t>(plan.row_bytes());
+  if (plan.stages == 2)
+    matrix.first_stage_bytes = static_cast<std::int32_t>(plan.first_stage_columns() * 2);
   matrix.iterations = plan.iterations;
   matrix.swaps = plan.slice_columns() % 64 == 0 && plan.iterations % 2 == 0 && !plan.is_ragged();
   matrix.mapping = plan.mapping;
@@ -86,8 +87,7 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.bias_offset = static_cast<std::int32_t>(plan.data_bytes);
   p.bias_element_bytes = 4;
   p.sum_slots = plan.sum_slots;
-  p.max_in_flight =
-      std::min(plan.chunks_are_large() ? kMaxLargeInFlight : kMaxInFlight, plan.stages);
+  p.max_in_flight = std::min(kMaxInFlight, plan.stages);
   p.announced_ahead = kAnnouncedAhead;
   p.late_in_flight = p.max_in_flight;
   p.late_percent = 100;  // never
@@ -102,9 +102,10 @@ plan::DeviceLimits limits_of(const cudaDeviceProp& properties) {
           static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
 }
 
-void read_more_late(DecodeParams& params) {
-  params.late_in_flight = std::min(kLateInFlight, params.stages);
-  params.late_percent = params.max_in_flight < kMaxInFlight ? kLargeLatePercent : kLatePercent;
+void read_more_late(DecodeParams& params, plan::LayerKind kind) {
+  const bool is_plain = kind == plan::LayerKind::plain;
+  params.late_in_flight = std::min(is_plain ? kLateInFlight : kLateInFlightOfAny, params.stages);
+  params.late_percent = is_plain ? kLatePercent : kLatePercentOfAny;
 }
 
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan) {

@@ -12,11 +12,10 @@ namespace clusterfusion::cuda {
 // Settings of both streaming kernels.
 // Results that cross between SMs wait behind copies in flight: no more of them.
 inline constexpr std::int32_t kMaxInFlight = 2;
-inline constexpr std::int32_t kMaxLargeInFlight = 1;
-// Late in a phase they may be more.
-inline constexpr std::int32_t kLateInFlight = 3;
-inline constexpr std::int32_t kLatePercent = 60;
-inline constexpr std::int32_t kLargeLatePercent = 20;
+// Late in a phase they may be more; in layers of any kind, whose phases are longer and more,
+// earlier and more.
+inline constexpr std::int32_t kLateInFlight = 3, kLateInFlightOfAny = 4;
+inline constexpr std::int32_t kLatePercent = 60, kLatePercentOfAny = 20;
 // A part of a phase is assigned statically, so that nobody waits for a ticket when it begins.
 inline constexpr std::int32_t kStaticPercent = 30;
 
@@ -48,7 +47,7 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
 plan::DeviceLimits limits_of(const cudaDeviceProp& properties);
 
 // Lets more copies be under way late in a phase, for kernels of many layers.
-void read_more_late(DecodeParams& params);
+void read_more_late(DecodeParams& params, plan::LayerKind kind);
 
 // Fragments that a lane of the kernel must be able to hold.
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan);

@@ -1,5 +1,5 @@
-// Attention of one row where heads share keys and values by groups: each query head of a group is a
-// row of the product with what lands of the keys, and a column of that with the values.
+// Attention of one row where heads share keys and values by groups: each query head of a group has
+// two columns of the product with what lands of the keys, and a column of that with the values.
 #pragma once
 
 #include "backend/cuda/decode/kv_block.cuh"
@@ -19,25 +19,33 @@ class GroupedAttention
 
  protected:
   using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next, Base::kGroup,
-      Base::kStepsAtOnce, Base::load_values, Base::lane, Base::make_indices_opaque, Base::p,
-      Base::q, Base::release_stage, Base::ring, Base::sums, Base::thread, Base::warp;
+      Base::lane, Base::make_indices_opaque, Base::normed, Base::p, Base::q, Base::release_stage,
+      Base::ring, Base::thread, Base::warp;
+
+  // Of plan::attention_floats: where the normalised inputs lie, which have been read, and sums.
+  __device__ __forceinline__ float* scratch() const { return reinterpret_cast<float*>(normed); }
 
   // Queries, key and value of the current position for one head of keys and values, in shared
-  // memory (plan::attention_sums): first as they come from the QKV matrix, normalised where the
+  // memory (plan::attention_floats): first as they come from the QKV matrix, normalised where the
   // model does that; then rotated, the queries scaled, all rounded.
   struct GroupInputs {
     float* raw;  // [group + 2, head_dim]
-    T* ready;    // [group + 2 + group, head_dim]: the last are what rounding took from the queries
+    // [group + 2 + group, head_dim], the queries in operand_order: the last are what rounding took
+    // from them.
+    T* ready;
+    T* zero;  // [8] zeros
   };
   __device__ __forceinline__ GroupInputs group_inputs() const {
-    float* raw = sums + plan::kConsumerWarps * p.head_group * (p.head_dim + 2);
-    return {raw, reinterpret_cast<T*>(raw + (p.head_group + 2) * p.head_dim)};
+    float* raw = scratch() + plan::kConsumerWarps * p.head_group * (p.head_dim + 2);
+    T* ready = reinterpret_cast<T*>(raw + (p.head_group + 2) * p.head_dim);
+    return {raw, ready, ready + (2 * p.head_group + 2) * p.head_dim};
   }
 
   // All threads, a warp for each vector.
   __device__ __forceinline__ void prepare_group(int layer, int kv_head, int position) {
     for (int vector = warp; vector < p.head_group + 2; vector += plan::kConsumerWarps)
       prepare_vector(layer, kv_head, vector, position);
+    if (thread < 8) group_inputs().zero[thread] = static_cast<T>(0.0f);
     consumer_barrier();
   }
 
@@ -104,13 +112,14 @@ class GroupedAttention
         const float other = dim < half ? -raw[dim + half] : raw[dim - half];
         turned = turned * angle[j].x + other * angle[j].y;
       }
+      const int at = vector * p.head_dim + (vector < group ? operand_order(dim) : dim);
       if (vector < group) {
         turned *= scale;
         const float rounded = static_cast<float>(static_cast<T>(turned));
-        inputs.ready[(group + 2 + vector) * p.head_dim + dim] =
+        inputs.ready[(group + 2) * p.head_dim + at] =
             static_cast<T>(isinf(rounded) ? 0.0f : turned - rounded);
       }
-      inputs.ready[vector * p.head_dim + dim] = static_cast<T>(turned);
+      inputs.ready[at] = static_cast<T>(turned);
     }
   }
 
@@ -151,18 +160,9 @@ class GroupedAttention
     }
   }
 
-  // Step t of the queries as operand A: head g rounded in row g, what rounding took from it in row
-  // g + 8, so that its precision is that of twice as many bits; other rows are zero.
-  __device__ __forceinline__ uint4 query_step(int t) const {
-    if (g >= p.head_group || 16 * t >= p.head_dim) return make_uint4(0, 0, 0, 0);
-    const T* query = group_inputs().ready + g * p.head_dim + 16 * t + 4 * q;
-    const uint2 rounded = *reinterpret_cast<const uint2*>(query);
-    const uint2 rest = *reinterpret_cast<const uint2*>(query + (p.head_group + 2) * p.head_dim);
-    return make_uint4(rounded.x, rest.x, rounded.y, rest.y);
-  }
-
   // This warp's group of positions of one block, which lies at `data` in shared memory. The warps
-  // take the groups of one block after the other round-robin.
+  // take the groups of one block after the other round-robin. The current position's key and value
+  // are not in the block yet; what lies behind them must not reach a product.
   __device__ __forceinline__ void attend_block(int block, int position, std::uint32_t data,
                                                Softmax& state) const {
     const int groups = p.kv_block_positions / kGroup;
@@ -171,32 +171,24 @@ class GroupedAttention
     const int first = block * p.kv_block_positions + group * kGroup;
     if (first > position) return;
     const int row_bytes = p.head_dim * 2;
-    char* keys = static_cast<char*>(__cvta_shared_to_generic(data)) + group * kGroup * row_bytes;
-    char* values = keys + p.kv_block_positions * row_bytes;
-    if (position < first + kGroup) insert_current(position, keys, values);
-
-    float score[2][4] = {};  // of the group's halves
-    multiply_keys(shared_address(keys + g * row_bytes) + q * 8, score);
-    // Lanes point at the halves' rows, at the first and the second 8 dimensions of a step.
-    const std::uint32_t rows =
-        shared_address(values + (lane / 16 * 8 + lane % 8) * row_bytes) + lane / 8 % 2 * 16;
-    uint4 value[kStepsAtOnce];
-    load_values(rows, 0, value);
-    const Weights weights = weigh(first, position, score, state);
+    const GroupInputs inputs = group_inputs();
+    const std::uint32_t current = shared_address(inputs.ready + p.head_group * p.head_dim);
+    std::uint32_t keys[2];
+    ValueRow rows[2];
 #pragma unroll
-    for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
-      if (begin > 0) load_values(rows, begin, value);
-#pragma unroll
-      for (int i = 0; i < kStepsAtOnce; ++i) {
-        float(&output)[4] = state.output[begin + i];
-        output[0] *= weights.correction.x;
-        output[1] *= weights.correction.y;
-        output[2] *= weights.correction.x;
-        output[3] *= weights.correction.y;
-        mma_16x8x16<T>(output, value[i], weights.rounded[0], weights.rounded[1]);
-        mma_16x8x16<T>(output, value[i], weights.rest[0], weights.rest[1]);
-      }
+    for (int half = 0; half < 2; ++half) {
+      const std::uint32_t begin = data + (group * kGroup + 8 * half) * row_bytes;
+      const bool is_old = first + 8 * half + g < position;
+      keys[half] = (is_old ? begin + g * row_bytes : current) + 16 * q;
+      const int row = lane % 8, its_position = first + 8 * half + row;
+      const std::uint32_t old = begin + (p.kv_block_positions + row) * row_bytes;
+      rows[half] = its_position < position    ? ValueRow{old, ~0u}
+                   : its_position == position ? ValueRow{current + row_bytes, ~0u}
+                                              : ValueRow{shared_address(inputs.zero), 0u};
     }
+    float score[2][2];
+    score_positions(keys, score);
+    add_values(rows, weigh(first, position, score, state), state);
   }
 
   // What the values of a group are multiplied by, as operands B, a column for each head: rounded,
@@ -208,17 +200,14 @@ class GroupedAttention
   };
   // From the scores of a group, which begins at position `first`. Updates the state but for its
   // outputs.
-  __device__ __forceinline__ Weights weigh(int first, int position, float (&score)[2][4],
+  __device__ __forceinline__ Weights weigh(int first, int position, float (&score)[2][2],
                                            Softmax& state) const {
-    // Of each half, this lane has head g's scores of positions 2 q and 2 q + 1: of the rounded
-    // query, and of the rest.
     float maximum = state.maximum;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& own = score[half][i];
-        own = both_parts(own, score[half][i + 2]);
         if (first + 8 * half + 2 * q + i > position) own = -INFINITY;
         maximum = fmaxf(maximum, own);
       }
@@ -242,51 +231,104 @@ class GroupedAttention
     return weights;
   }
 
-  // score += queries keys, for the two halves of a group; `keys` is where this lane's part of the
-  // first half lies in shared memory.
-  __device__ __forceinline__ void multiply_keys(std::uint32_t keys, float (&score)[2][4]) const {
-    const int half_bytes = 8 * p.head_dim * 2;
+  // The scores of a group: of each half those that this lane has as operand B's row in weigh(), of
+  // head g at positions 2 q and 2 q + 1. keys[half]: where this lane's part of the half's position
+  // g lies in shared memory.
+  //
+  // Keys are operand A as they are loaded, 16 bytes a lane, words 0 and 2 in row g, words 1 and 3
+  // in row g + 8, as weights are (units.cuh); the queries, operand B, have a column for each half
+  // of a head's words. So rows of a power of two of bytes are read without many lanes at one bank.
+  __device__ __forceinline__ void score_positions(const std::uint32_t (&keys)[2],
+                                                  float (&score)[2][2]) const {
+    score[0][0] = score[0][1] = score[1][0] = score[1][1] = 0.0f;
+#pragma unroll 1
+    for (int first_head = 0; first_head < p.head_group; first_head += kHeadsAtOnce) {
+      float rounded[2][4] = {}, rest[2][4] = {};
+      multiply_keys(keys, first_head, rounded, rest);
 #pragma unroll
-    for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
-      uint4 part[kStepsAtOnce];
-      uint2 key[kStepsAtOnce][2];
+      for (int half = 0; half < 2; ++half) {
+        // Of position g, head first_head + q.
+        const float own =
+            both_parts(rounded[half][0] + rounded[half][3], rest[half][0] + rest[half][3]);
 #pragma unroll
-      for (int i = 0; i < kStepsAtOnce; ++i) {
-        const int t = begin + i;
-        part[i] = query_step(t);
-        const bool is_there = 16 * t < p.head_dim;
-        key[i][0] = load_shared_2_if(keys + t * 32, is_there);
-        key[i][1] = load_shared_2_if(keys + half_bytes + t * 32, is_there);
+        for (int i = 0; i < 2; ++i) {
+          const float other = __shfl_sync(kAllLanes, own, 4 * (2 * q + i) + g % kHeadsAtOnce);
+          if (g / kHeadsAtOnce * kHeadsAtOnce == first_head) score[half][i] = other;
+        }
       }
+    }
+  }
+  static constexpr int kHeadsAtOnce = 4;
+
+  __device__ __forceinline__ void multiply_keys(const std::uint32_t (&keys)[2], int first_head,
+                                                float (&rounded)[2][4], float (&rest)[2][4]) const {
+    const int head = first_head + g / 2;
+    const std::uint32_t query =
+        shared_address(group_inputs().ready + head * p.head_dim) + q * 16 + g % 2 * 8;
+    const int rest_bytes = (p.head_group + 2) * p.head_dim * 2;
 #pragma unroll
-      for (int i = 0; i < kStepsAtOnce; ++i) {
-        mma_16x8x16<T>(score[0], part[i], key[i][0].x, key[i][0].y);
-        mma_16x8x16<T>(score[1], part[i], key[i][1].x, key[i][1].y);
+    for (int i = 0; i < (kMaxHeadSteps + 1) / 2; ++i) {
+      const bool is_there = 32 * i + 8 * q < p.head_dim;
+      const bool has_query = is_there && head < p.head_group;
+      const uint2 query_rounded = load_shared_2_if(query + 64 * i, has_query);
+      const uint2 query_rest = load_shared_2_if(query + rest_bytes + 64 * i, has_query);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint4 key = make_uint4(0, 0, 0, 0);
+        if (is_there) key = load_shared_4(keys[half] + 64 * i);
+        mma_16x8x16<T>(rounded[half], key, query_rounded.x, query_rounded.y);
+        mma_16x8x16<T>(rest[half], key, query_rest.x, query_rest.y);
       }
     }
   }
 
-  // Puts the current position's key and value into the landed block, and clears the values behind
-  // it in this group: whatever lies there must not reach a product.
-  __device__ __forceinline__ void insert_current(int position, char* keys, char* values) const {
-    const int row = position % kGroup;
-    const T* ready = group_inputs().ready + p.head_group * p.head_dim;
-    for (int dim = lane; dim < p.head_dim; dim += 32) {
-      const T key = ready[dim];
-      const T value = ready[p.head_dim + dim];
-      reinterpret_cast<T*>(keys)[row * p.head_dim + dim] = key;
-      reinterpret_cast<T*>(values)[row * p.head_dim + dim] = value;
-      for (int later = row + 1; later < kGroup; ++later)
-        reinterpret_cast<T*>(values)[later * p.head_dim + dim] = static_cast<T>(0.0f);
+  // Where the values of one of a group's two halves lie, for this lane's loads: those of position
+  // lane % 8 of the half.
+  struct ValueRow {
+    std::uint32_t address;
+    std::uint32_t offsets;  // all ones, or zero where every chunk of the row is the same
+  };
+
+  // Dimensions 32 u to 32 u + 31 of a half's values, 8 positions: register c is a quarter of
+  // operand A, dimension 32 u + 8 c + g of positions 2 q and 2 q + 1. Each two positions' rows are
+  // read at another 16 bytes than the other rows, so that few are read from the same banks; what a
+  // lane gets is rotated by that.
+  __device__ __forceinline__ uint4 load_values_of_half(const ValueRow& row, int u) const {
+    const std::uint32_t chunk = 16 * ((lane / 8 + lane % 8 / 2) % 4);
+    const uint4 loaded = load_matrix_4_transposed(row.address + ((64 * u + chunk) & row.offsets));
+    const bool by_one = q % 2 != 0, by_two = q / 2 != 0;
+    const uint4 once = by_one ? make_uint4(loaded.w, loaded.x, loaded.y, loaded.z) : loaded;
+    return by_two ? make_uint4(once.z, once.w, once.x, once.y) : once;
+  }
+
+  // output += values weights, in operands A and B.
+  __device__ __forceinline__ void add_values(const ValueRow (&rows)[2], const Weights& weights,
+                                             Softmax& state) const {
+#pragma unroll
+    for (int u = 0; u < (kMaxHeadSteps + 1) / 2; ++u) {
+      if (32 * u >= p.head_dim) break;
+      const uint4 low = load_values_of_half(rows[0], u);
+      const uint4 high = load_values_of_half(rows[1], u);
+      add_step(2 * u, make_uint4(low.x, low.y, high.x, high.y), weights, state);
+      add_step(2 * u + 1, make_uint4(low.z, low.w, high.z, high.w), weights, state);
     }
-    fence_shared_before_bulk_copy();
-    __syncwarp();
+  }
+  __device__ __forceinline__ void add_step(int t, const uint4& value, const Weights& weights,
+                                           Softmax& state) const {
+    if (t >= kMaxHeadSteps) return;
+    float(&output)[4] = state.output[t];
+    output[0] *= weights.correction.x;
+    output[1] *= weights.correction.y;
+    output[2] *= weights.correction.x;
+    output[3] *= weights.correction.y;
+    mma_16x8x16<T>(output, value, weights.rounded[0], weights.rounded[1]);
+    mma_16x8x16<T>(output, value, weights.rest[0], weights.rest[1]);
   }
 
   // Leaves this warp's states where combine_warps() finds them.
   __device__ __forceinline__ void leave_state(const Softmax& state) const {
     const int stride = p.head_dim + 2;
-    float* own = sums + warp * p.head_group * stride;
+    float* own = scratch() + warp * p.head_group * stride;
 #pragma unroll
     for (int t = 0; t < kMaxHeadSteps; ++t) {
       if (16 * t >= p.head_dim) continue;
@@ -316,7 +358,7 @@ class GroupedAttention
     for (int i = thread; i < group * p.head_dim; i += kConsumerThreads) {
       const int in_group = i / p.head_dim, dim = i % p.head_dim;
       const int head = kv_head * group + in_group;
-      const float* states = sums + in_group * stride;
+      const float* states = scratch() + in_group * stride;
       const int next = group * stride;  // from one warp's to the next one's
       float maximum = -INFINITY;
       for (int w = 0; w < plan::kConsumerWarps; ++w) maximum = fmaxf(maximum, states[w * next]);

@@ -15,12 +15,13 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
 
  protected:
   using Base::consumer_barrier, Base::control, Base::discard_prefetched, Base::epoch, Base::g,
-      Base::kMaxPrefetched, Base::kPackedOperands, Base::lane, Base::load_iteration,
-      Base::make_indices_opaque, Base::next_id, Base::p, Base::prefetched, Base::ring, Base::sums,
-      Base::thread;
+      Base::has_two_stages, Base::kTwoStages, Base::kMaxPrefetched, Base::kPackedOperands,
+      Base::lane, Base::load_iteration, Base::make_indices_opaque, Base::next_id, Base::p,
+      Base::prefetched, Base::ring, Base::sums, Base::thread;
   using typename Base::Frag;
   using typename Base::MmaMapping;
   using typename Base::PackedProducts;
+  using typename Base::Products;
   using typename Base::UnitCursor;
 
   // Multiplies the chunks of stage id `id` that come next, until there are `max_slots`, of which
@@ -85,26 +86,16 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
       ring.wait_landed();
       if (two) ring.wait_next_landed();
       const typename UnitCursor::Chunk chunk = cursor.chunk(two && g >= 4 ? behind : next);
-      // Wide rows at most half at once: registers.
-      constexpr int kHalf = kIterations > 10 ? kIterations / 2 : 0;
-      PackedProducts products;
-      if constexpr (kHalf > 0) {
-        uint4 weight[kHalf];
+      uint4 weight[kIterations];
 #pragma unroll
-        for (int i = 0; i < kHalf; ++i)
-          weight[i] = load_iteration(chunk.data + cursor.offset, cursor.swap, i);
-#pragma unroll
-        for (int i = 0; i < kHalf; ++i) products.add_pair(i, weight[i], fragments);
-      }
-      uint4 weight[kIterations - kHalf];
-#pragma unroll
-      for (int i = kHalf; i < kIterations; ++i)
-        weight[i - kHalf] = load_iteration(chunk.data + cursor.offset, cursor.swap, i);
+      for (int i = 0; i < kIterations; ++i)
+        weight[i] = load_iteration(chunk.data + cursor.offset, cursor.swap, i);
       const float bias =
           load_shared_if(chunk.biases + cursor.bias_offset, cursor.holds_bias, Bias{});
       ring.release(lane, two);
+      PackedProducts products;
 #pragma unroll
-      for (int i = kHalf; i < kIterations; ++i) products.add_pair(i, weight[i - kHalf], fragments);
+      for (int i = 0; i < kIterations; ++i) products.add_pair(i, weight[i], fragments);
       next = ring.announcement();
       const float value = products.diagonal() + bias;
       if (cursor.holds_sum != 0 && (two || g < 4)) store_shared(cursor.sum_address, value);
@@ -119,8 +110,10 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
   __device__ __forceinline__ int multiply_packed(UnitCursor& cursor, int id, int slot,
                                                  int max_slots, const Frag& fragments) {
     if constexpr (kMaxIterations > plan::kNarrowFragments) {
+      if constexpr (kMaxIterations >= 10)
+        if (cursor.iterations == 10)
+          return multiply_packed<10>(cursor, id, slot, max_slots, fragments);
       switch (cursor.iterations) {
-        case 10: return multiply_packed<10>(cursor, id, slot, max_slots, fragments);
         case 8: return multiply_packed<8>(cursor, id, slot, max_slots, fragments);
         case 6: return multiply_packed<6>(cursor, id, slot, max_slots, fragments);
         default: return multiply_packed<4>(cursor, id, slot, max_slots, fragments);
@@ -132,17 +125,65 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
   }
   __device__ __forceinline__ int multiply_packed_pairs(UnitCursor& cursor, int id, int slot,
                                                        int max_slots, const Frag& fragments) {
-    if constexpr (kMaxIterations > plan::kNarrowFragments) {
-      switch (cursor.iterations) {
-        case 16: return multiply_packed_pairs<16>(cursor, id, slot, max_slots, fragments);
-        case 14: return multiply_packed_pairs<14>(cursor, id, slot, max_slots, fragments);
-        default: return multiply_packed_pairs<12>(cursor, id, slot, max_slots, fragments);
-      }
-    } else {
-      return cursor.iterations == 10
-                 ? multiply_packed_pairs<10>(cursor, id, slot, max_slots, fragments)
-                 : multiply_packed_pairs<8>(cursor, id, slot, max_slots, fragments);
+    return cursor.iterations == 10
+               ? multiply_packed_pairs<10>(cursor, id, slot, max_slots, fragments)
+               : multiply_packed_pairs<8>(cursor, id, slot, max_slots, fragments);
+  }
+
+  // The same where a chunk is one row in two stages: lanes of g < 4 have the first, the others the
+  // second.
+  template <int kIterations>
+  __device__ __forceinline__ int multiply_in_two_stages(UnitCursor& cursor, int first_stage_bytes,
+                                                        int id, int slot, int max_slots,
+                                                        const Frag& fragments) {
+    if (next_id != id) return slot;
+    const int offset = cursor.offset - (g < 4 ? 0 : first_stage_bytes);
+    RingAnnouncement next = ring.announcement();
+    do {
+      const RingAnnouncement behind = ring.next_announcement();
+      ring.wait_landed();
+      ring.wait_next_landed();
+      const std::uint32_t data = (g < 4 ? next.data : behind.data) + offset;
+      // At most eight at once: registers.
+      constexpr int kFirst = kIterations > 8 ? kIterations - 8 : 0;
+      Products products;
+      const auto load = [&](int i) {
+        return i < cursor.iterations ? load_iteration(data, cursor.swap, i)
+                                     : make_uint4(0, 0, 0, 0);
+      };
+#pragma unroll
+      for (int i = 0; i < kFirst; ++i) products.add(i, load(i), fragments.value[i]);
+      uint4 weight[kIterations - kFirst];
+#pragma unroll
+      for (int i = kFirst; i < kIterations; ++i) weight[i - kFirst] = load(i);
+      const float bias = load_shared_if(cursor.chunk(next).biases, cursor.holds_bias, Bias{});
+      ring.release(lane, true);
+#pragma unroll
+      for (int i = kFirst; i < kIterations; ++i)
+        products.add(i, weight[i - kFirst], fragments.value[i]);
+      next = ring.announcement();
+      const float value = products.diagonal() + bias;
+      if (cursor.holds_sum != 0) store_shared(cursor.sum_address, value);
+      cursor.sum_address += cursor.sum_step;
+      ++slot;
+    } while (next.id == id && slot < max_slots);
+    next_id = next.id;
+    return slot;
+  }
+  __device__ __forceinline__ int multiply_in_two_stages(UnitCursor& cursor,
+                                                        const StreamedMatrix& matrix, int id,
+                                                        int slot, const Frag& fragments) {
+    const auto multiply = [&](auto constant) {
+      constexpr int kIterations = constant;
+      return multiply_in_two_stages<kIterations>(cursor, matrix.first_stage_bytes, id, slot,
+                                                 matrix.max_slots, fragments);
+    };
+    if constexpr (kTwoStages) {
+      if (matrix.iterations <= 6) return multiply(std::integral_constant<int, 6>{});
+      if (matrix.iterations == 7) return multiply(std::integral_constant<int, 7>{});
+      if (matrix.iterations == 8) return multiply(std::integral_constant<int, 8>{});
     }
+    return multiply(std::integral_constant<int, kMaxIterations>{});
   }
 
   // Multiplies all chunks of `stream` that come next, and hands each row's number and sum, bias
@@ -170,6 +211,8 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
         slot = multiply_packed(cursor, id, slot, max_slots, fragments);
       else if (kPackedOperands && cursor.mapping == MmaMapping::packed_pairs)
         slot = multiply_packed_pairs(cursor, id, slot, max_slots, fragments);
+      else if (has_two_stages(matrix))
+        slot = multiply_in_two_stages(cursor, matrix, id, slot, fragments);
       else
         slot = multiply_chunks(cursor, id, slot, max_slots, fragments);
       const bool over = next_id != id;
@@ -250,6 +293,7 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
     const int count = slots * in_chunk;
     const int rows_at_once = kConsumerThreads >> matrix.row_lanes_log2;
     const int row_lane = thread & ((1 << matrix.row_lanes_log2) - 1);
+#pragma unroll 1
     for (int first = 0; first < count; first += rows_at_once) {
       const int i = first + (thread >> matrix.row_lanes_log2);
       const int slot = matrix.slot_of(2 * i);

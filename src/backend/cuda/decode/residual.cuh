@@ -41,13 +41,17 @@ class DecodeResidual
     }
   }
 
-  // Those of layer `index`, or the final one's behind the last layer.
-  __device__ __forceinline__ void load_norms(int index) {
+  // Those of layer `index`, or the final one's behind the last layer. Of layers of any kind the
+  // one that their part `part` begins with, as norms.input: there are registers for one.
+  __device__ __forceinline__ void load_norms(int index, int part) {
     const StreamedLayer layer = layer_at(p, index);
     const bool is_final = index == p.num_layers;
+    if constexpr (kKind == plan::LayerKind::any)
+      if (part == 1) return load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.input);
     load_norm(is_final ? p.final_norm_weight : layer.input_norm_weight,
               is_final ? p.final_norm_bias : layer.input_norm_bias, norms.input);
-    if (!is_final) load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
+    if constexpr (kKind == plan::LayerKind::plain)
+      if (!is_final) load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
   }
 
   __device__ __forceinline__ bool has_rms_norm() const {
@@ -121,7 +125,8 @@ class DecodeResidual
 
   // Writes normalised x, rounded, to one of the two inputs in shared memory.
   __device__ __forceinline__ void normalise(const Moments& moments, const Norm& norm, int input) {
-    auto* output = reinterpret_cast<std::uint32_t*>(normed + input * p.hidden_size);
+    auto* output = reinterpret_cast<std::uint32_t*>(normed + input * p.hidden_size) +
+                   operand_order(element(0)) / 2;
 #pragma unroll
     for (int j = 0; j < kMaxIterations; ++j) {
       const float2 weight = unpack<T>(norm.weight[j]);
@@ -130,7 +135,7 @@ class DecodeResidual
       const float second = (x[j].y - moments.mean) * moments.inverse_deviation;
       const std::uint32_t rounded =
           pack<T>(fmaf(first, weight.x, bias.x), fmaf(second, weight.y, bias.y));
-      if (holds(j)) output[operand_order(element(j)) / 2] = rounded;
+      if (holds(j)) output[kConsumerThreads * j] = rounded;  // in groups of eight elements
     }
   }
 
@@ -147,14 +152,17 @@ class DecodeResidual
     }
   }
 
+  // Pairs of elements whose loads are under way together: where results cross often all of them.
+  static constexpr int kUpdateBatch = kKind == plan::LayerKind::any ? kMaxIterations : kBatch;
+
   // All loads of a batch are issued first, and repeated only for missing elements: they share the
   // way from L2 with the weights.
   __device__ __forceinline__ void add_buffers(const float* first, const float* second) {
 #pragma unroll
-    for (int begin = 0; begin < kMaxIterations; begin += kBatch) {
-      uint2 delta[kBatch], other[kBatch];
+    for (int begin = 0; begin < kMaxIterations; begin += kUpdateBatch) {
+      uint2 delta[kUpdateBatch], other[kUpdateBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kUpdateBatch; ++i) {
         delta[i] = other[i] = make_uint2(0, 0);
         if (!holds(begin + i)) continue;
         delta[i] = lamport_load_2(first + element(begin + i));
@@ -165,7 +173,7 @@ class DecodeResidual
         prefetch_chunks();
         missing = false;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
+        for (int i = 0; i < kUpdateBatch; ++i) {
           if (any_not_ready(delta[i])) {
             missing = true;
             delta[i] = lamport_load_2(first + element(begin + i));
@@ -177,7 +185,7 @@ class DecodeResidual
         }
       }
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kUpdateBatch; ++i) {
         x[begin + i].x += __uint_as_float(delta[i].x) + __uint_as_float(other[i].x);
         x[begin + i].y += __uint_as_float(delta[i].y) + __uint_as_float(other[i].y);
       }

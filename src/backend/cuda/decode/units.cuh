@@ -18,11 +18,18 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
 
  protected:
   using Base::control, Base::g, Base::kBatch, Base::kFewRegisters, Base::kMaxPrefetched,
-      Base::kPackedOperands, Base::kPairs, Base::lane, Base::make_indices_opaque, Base::next_id,
-      Base::prefetched, Base::ring;
+      Base::kPackedOperands, Base::kPairs, Base::kPrefetchLoads, Base::lane,
+      Base::make_indices_opaque, Base::next_id, Base::prefetched, Base::ring;
   using typename Base::Frag;
   using typename Base::MmaMapping;
   using typename Base::PrefetchRegisters;
+
+  // Only wide kernels need code for rows in two stages.
+  static constexpr bool kTwoStages =
+      kKind == plan::LayerKind::any && kMaxIterations > plan::kNarrowFragments;
+  __device__ __forceinline__ static bool has_two_stages(const StreamedMatrix& matrix) {
+    return kTwoStages && matrix.first_stage_bytes > 0;
+  }
 
   // What dot() multiplies, in shared memory.
   struct Unit {
@@ -226,39 +233,49 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
       offset -= chunk_bytes;
     }
     // Loads this warp's only unit of a chunk.
-    __device__ __forceinline__ void load(Chunk chunk, uint4 (&weight)[kBatch],
+    __device__ __forceinline__ void load(Chunk chunk, uint4 (&weight)[kPrefetchLoads],
                                          float& of_row) const {
       of_row = load_shared_if(chunk.biases + bias_offset + unit_index * unit_bias_bytes, holds_bias,
                               Bias{});
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
+      for (int i = 0; i < kPrefetchLoads; ++i) {
         weight[i] = make_uint4(0, 0, 0, 0);
         if (i < iterations) weight[i] = load_iteration(chunk.data + offset, swap, i);
       }
     }
-    // The same of this warp's unit of two chunks.
-    __device__ __forceinline__ void load_pair(Chunk chunk, PrefetchRegisters& prefetched) const {
-      prefetched.bias[0] = load_shared_if(chunk.biases + bias_offset, holds_bias, Bias{});
+    // The same of this warp's unit of two stages; `data`: where the row lies that this lane has a
+    // part of.
+    __device__ __forceinline__ void load_pair(std::uint32_t data, std::uint32_t biases,
+                                              PrefetchRegisters& prefetched) const {
+      prefetched.bias[0] = load_shared_if(biases + bias_offset, holds_bias, Bias{});
 #pragma unroll
-      for (int i = 0; i < 2 * kBatch; ++i) {
-        prefetched.weight[i / kBatch][i % kBatch] = make_uint4(0, 0, 0, 0);
-        if (i < iterations)
-          prefetched.weight[i / kBatch][i % kBatch] = load_iteration(chunk.data + offset, swap, i);
+      for (int i = 0; i < 2 * kPrefetchLoads; ++i) {
+        uint4& weight = prefetched.weight[i / kPrefetchLoads][i % kPrefetchLoads];
+        weight = make_uint4(0, 0, 0, 0);
+        if (i < iterations) weight = load_iteration(data + offset, swap, i);
       }
     }
     // Multiplies what load() or load_pair() has loaded.
     __device__ __forceinline__ void multiply(const PrefetchRegisters& prefetched,
                                              const Frag& fragments) {
+      const auto weight_at = [&](int i) {
+        return prefetched.weight[i / kPrefetchLoads][i % kPrefetchLoads];
+      };
       if (mapping == MmaMapping::packed_pairs) {
         PackedProducts products;
 #pragma unroll
-        for (int i = 0; i < 2 * kBatch; ++i)
-          products.add_pair(i, prefetched.weight[i / kBatch][i % kBatch], fragments);
+        for (int i = 0; i < 2 * kPrefetchLoads; ++i) products.add_pair(i, weight_at(i), fragments);
+        if (holds_sum != 0) store_shared(sum_address, products.diagonal() + prefetched.bias[0]);
+      } else if (kTwoStages && mapping == MmaMapping::two_pass) {
+        Products products;
+#pragma unroll
+        for (int i = 0; i < (kTwoStages ? 2 * kPrefetchLoads : 0); ++i)
+          products.add(i, weight_at(i), fragments.value[i]);
         if (holds_sum != 0) store_shared(sum_address, products.diagonal() + prefetched.bias[0]);
       } else {
         PackedProducts products[kMaxPrefetched > 0 ? kMaxPrefetched : 1];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
+        for (int i = 0; i < kPrefetchLoads; ++i)
 #pragma unroll
           for (int which = 0; which < kMaxPrefetched; ++which)
             products[which].add(i, prefetched.weight[which][i], fragments.value[i]);
@@ -299,14 +316,19 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
       if (!ring.peek().holds(next_id)) return;
       make_indices_opaque();
       const StreamedMatrix& matrix = control->matrices[stream];
-      if (matrix.mapping == MmaMapping::two_pass) return;
+      const bool two_stages = has_two_stages(matrix);
+      const bool in_pairs = matrix.mapping == MmaMapping::packed_pairs;
+      if (matrix.mapping == MmaMapping::two_pass && !two_stages) return;
+      if (!kPairs && matrix.iterations > (two_stages || in_pairs ? 2 : 1) * kPrefetchLoads) return;
       const UnitCursor cursor(*this, matrix, control->has_bias[stream]);
-      if (cursor.mapping == MmaMapping::packed_pairs) {
+      if (in_pairs || two_stages) {
         const RingPeek first = ring.peek(), second = ring.peek_next();
         if (prefetched.chunks > 0 || matrix.max_slots < 3 || !second.holds(next_id)) return;
-        cursor.load_pair(cursor.chunk(g < 4 ? first.what : second.what), prefetched);
+        const RingAnnouncement& own = g < 4 ? first.what : second.what;
+        cursor.load_pair(g < 4 || in_pairs ? own.data : own.data - matrix.first_stage_bytes,
+                         cursor.chunk(own).biases, prefetched);
         ring.release(lane, true);
-        prefetched.chunks = 2;
+        prefetched.chunks = in_pairs ? 2 : 1;
         return;
       }
 #pragma unroll

@@ -87,7 +87,8 @@ class WorkScheduler {
     const char* biases;
     int chunks;
     int chunk_bytes;
-    int last_bytes;  // of the last chunk
+    int last_bytes;         // of the last chunk
+    int first_stage_bytes;  // 0 if a chunk has one stage
     int chunk_bias_bytes;
     int bias_bytes;  // of all rows
   };
@@ -101,6 +102,7 @@ class WorkScheduler {
             matrix.chunks,
             matrix.rows_per_chunk * matrix.row_bytes,
             last_rows * matrix.row_bytes,
+            matrix.first_stage_bytes,
             matrix.rows_per_chunk * p.bias_element_bytes,
             matrix.rows * p.bias_element_bytes};
   }
@@ -116,18 +118,34 @@ class WorkScheduler {
     // Of a gated MLP's chunk half comes from each of its matrices.
     if constexpr (kKind == plan::LayerKind::any) offset >>= is_gated(piece.id);
     const char* weights = piece.weights + offset;
-    const int bytes = index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes;
+    int bytes = index + 1 < piece.chunks ? piece.chunk_bytes : piece.last_bytes;
+    int second_bytes = 0;  // in a second stage
+    if constexpr (kKind == plan::LayerKind::any) {
+      if (piece.first_stage_bytes > 0) {
+        second_bytes = bytes - piece.first_stage_bytes;
+        bytes = piece.first_stage_bytes;
+      }
+    }
     const std::uint32_t biases = ring.wait_empty(reach(in_flight)) + p.bias_offset;
     // Biases come by 16 bytes: the chunk's first may lie in the midst of them.
     const int first = index * piece.chunk_bias_bytes;
     control->chunks[chunks_scheduled++ % kKnownChunks] = index;
     ring.announce({static_cast<int>(biases) + (first & 15), 0},
                   {piece.id, static_cast<std::uint32_t>(bytes), address_of(weights), in_flight});
-    if (piece.biases == nullptr) return ring.add(0, nullptr, 0);
     // To the 16 bytes of the last: there are a multiple of 16 bytes of biases.
     const int begin = first & ~15;
     const int end = (min(first + piece.chunk_bias_bytes, piece.bias_bytes) + 15) & ~15;
-    ring.add(biases, piece.biases + begin, end - begin);
+    if (piece.biases == nullptr)
+      ring.add(0, nullptr, 0);
+    else
+      ring.add(biases, piece.biases + begin, end - begin);
+    if (second_bytes > 0) schedule_second_stage(piece.id, weights + bytes, second_bytes, in_flight);
+  }
+  __device__ __forceinline__ void schedule_second_stage(int id, const char* weights, int bytes,
+                                                        int in_flight) {
+    ring.wait_empty(reach(in_flight));
+    ring.announce({}, {id, static_cast<std::uint32_t>(bytes), address_of(weights), in_flight});
+    ring.add(0, nullptr, 0);
   }
 
   static constexpr int kLateChunks = 16;  // of a block, in a phase

@@ -7,21 +7,21 @@
 
 namespace clusterfusion::cuda {
 
-// The instances that the build has made, smallest first: STREAM_INSTANCE(dtype, iterations, head
+// The instances that the build has made, smallest first: INSTANCE(dtype, iterations, head
 // steps) for each.
-#define STREAM_INSTANCE(dtype, iterations, head_steps)              \
+#define INSTANCE(dtype, iterations, head_steps)                     \
   const void* layer_kernel_##dtype##_##iterations##_##head_steps(); \
   const void* paged_layer_kernel_##dtype##_##iterations##_##head_steps();
-#include "stream_instances.inc"
-#undef STREAM_INSTANCE
+#include "plain_instances.inc"
+#undef INSTANCE
 
 const void* find_layer_kernel(DType dtype, int iterations, int head_dim, bool in_pages) {
-#define STREAM_INSTANCE(type, max_iterations, head_steps)                                    \
+#define INSTANCE(type, max_iterations, head_steps)                                           \
   if (dtype == DType::type && iterations <= max_iterations && head_dim <= 16 * (head_steps)) \
     return in_pages ? paged_layer_kernel_##type##_##max_iterations##_##head_steps()          \
                     : layer_kernel_##type##_##max_iterations##_##head_steps();
-#include "stream_instances.inc"
-#undef STREAM_INSTANCE
+#include "plain_instances.inc"
+#undef INSTANCE
   return nullptr;
 }
 

@@ -198,7 +198,7 @@ class LayerStep : public DecodeStep<T, kMaxIterations, kMaxHeadSteps, Cache, T> 
     }
     set_shift = control->scratch_half;
     const int position = position_of(layer);
-    this->load_norms(0);
+    this->load_norms(0, 0);
     load_input();
     next_id = ring.announcement().id;
     if (!multiply_normed(position))

@@ -89,10 +89,12 @@ struct LayerPlan {
   bool streams() const noexcept { return kernel != nullptr; }
 };
 
-// The streaming kernels for `config`, if there are any.
+// The streaming kernels for `config`, if there are any. They have code for plain layers alone: of a
+// hidden size that is no multiple of the heads' there is none.
 void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, LayerPlan& result) {
   const plan::DeviceLimits limits = limits_of(properties);
-  if (!plan::can_stream(config, limits)) return;
+  if (plan::layer_kind(config) != plan::LayerKind::plain || !plan::can_stream(config, limits))
+    return;
   result.plan = plan::make_decode_plan(config, limits);
   const int fragments = fragments_needed(config, result.plan);
   const auto head_dim = static_cast<int>(config.head_dim);
