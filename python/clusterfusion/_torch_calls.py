@@ -97,8 +97,10 @@ def _dispatch(
     if call.settings[0] == POSITION:
         position, *rest = settings
         if OTHER_POSITION in call.settings:
-            other = rest.pop(call.settings.index(OTHER_POSITION) - 1)
-            position = _one_position(position, other)
+            # No pop(): to torch.compile `rest` is a tuple.
+            at = call.settings.index(OTHER_POSITION) - 1
+            position = _one_position(position, rest[at])
+            rest = [*rest[:at], *rest[at + 1 :]]
         if isinstance(position, torch.Tensor):
             settings = (0, position, *rest)
         else:

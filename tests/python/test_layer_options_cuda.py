@@ -25,7 +25,6 @@ from test_layer_options import (  # noqa: F401
     test_parts_of_other_layers,
     test_positions_of_one_row_without_pages,
     test_random_layers,
-    test_rows,
     test_rows_outside,
     test_rows_that_are_all_outside,
     test_table_of_rows_that_lie_apart,
@@ -50,6 +49,12 @@ LIMITS = {"float16": 2e-3, "bfloat16": 1.6e-2}
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
 def test_orders_of_rows_give_the_same_bits(num_kv_heads: int) -> None:
     test_layer_options.test_orders_of_rows_give_the_same_bits(num_kv_heads)
+
+
+# A row alone streams through the second half of any MLP, and sums otherwise.
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_rows(rows: int) -> None:
+    test_layer_options.test_rows(rows, down_streams=True)
 
 
 class Allocations:
