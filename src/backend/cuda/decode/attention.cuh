@@ -2,7 +2,7 @@
 // threads, with an online softmax in each warp.
 #pragma once
 
-#include "backend/cuda/decode/kv_block.cuh"
+#include "backend/cuda/decode/residual.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
 #include "backend/cuda/ptx/bulk_copy.cuh"
 
@@ -10,17 +10,25 @@ namespace clusterfusion::cuda {
 
 template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
           plan::LayerKind kKind>
-class DecodeAttention : public DecodeKvBlock<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
-  using Base = DecodeKvBlock<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
+class DecodeAttention
+    : public DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
+  using Base = DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
 
  public:
   using Base::Base;
 
  protected:
-  using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next, Base::kGroup,
-      Base::kStepsAtOnce, Base::load_values, Base::kQueryInRegisters, Base::lane,
-      Base::make_indices_opaque, Base::p, Base::q, Base::release_stage, Base::ring, Base::sums,
-      Base::thread, Base::warp;
+  using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next,
+      Base::kQueryInRegisters, Base::lane, Base::make_indices_opaque, Base::p, Base::q,
+      Base::release_stage, Base::ring, Base::sums, Base::thread, Base::warp;
+
+  // Positions that a warp takes at once, in two halves of 8.
+  static constexpr int kGroup = plan::kMinKvBlockPositions;
+  static_assert(kGroup == 16);
+  // Steps of a head whose keys, or values, are under way together. What is behind the head's end is
+  // zero: no branch keeps loads and products apart.
+  static constexpr int kStepsAtOnce = kMaxHeadSteps <= 5 ? kMaxHeadSteps : 4;
+  static_assert(kMaxHeadSteps % kStepsAtOnce == 0);
 
   // Query, key and value of the current position for one head, in shared memory: first as they come
   // from the QKV matrix, then the query rotated and scaled, the key rotated, all rounded.
@@ -161,6 +169,17 @@ class DecodeAttention : public DecodeKvBlock<T, kMaxIterations, kMaxHeadSteps, C
         for (float& element : output) element *= correction;
         mma_16x8x16<T>(output, value[i], weights[0], weights[1]);
       }
+    }
+  }
+
+  // Steps of a group's values from step `begin` on, as operands A.
+  __device__ __forceinline__ void load_values(std::uint32_t rows, int begin,
+                                              uint4 (&value)[kStepsAtOnce]) const {
+#pragma unroll
+    for (int i = 0; i < kStepsAtOnce; ++i) {
+      value[i] = make_uint4(0, 0, 0, 0);
+      if (16 * (begin + i) < p.head_dim)
+        value[i] = load_matrix_4_transposed(rows + (begin + i) * 32);
     }
   }
 

@@ -2,7 +2,7 @@
 // two columns of the product with what lands of the keys, and a column of that with the values.
 #pragma once
 
-#include "backend/cuda/decode/kv_block.cuh"
+#include "backend/cuda/decode/residual.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
 #include "backend/cuda/ptx/bulk_copy.cuh"
 
@@ -11,16 +11,20 @@ namespace clusterfusion::cuda {
 template <typename T, int kMaxIterations, int kMaxHeadSteps, typename Cache, typename Bias,
           plan::LayerKind kKind>
 class GroupedAttention
-    : public DecodeKvBlock<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
-  using Base = DecodeKvBlock<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
+    : public DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind> {
+  using Base = DecodeResidual<T, kMaxIterations, kMaxHeadSteps, Cache, Bias, kKind>;
 
  public:
   using Base::Base;
 
  protected:
-  using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next, Base::kGroup,
-      Base::lane, Base::make_indices_opaque, Base::normed, Base::p, Base::q, Base::release_stage,
-      Base::ring, Base::thread, Base::warp;
+  using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next, Base::lane,
+      Base::make_indices_opaque, Base::normed, Base::p, Base::q, Base::release_stage, Base::ring,
+      Base::thread, Base::warp;
+
+  // Positions that a warp takes at once, in two halves of 8.
+  static constexpr int kGroup = plan::kMinKvBlockPositions;
+  static_assert(kGroup == 16);
 
   // Of plan::attention_floats: where the normalised inputs lie, which have been read, and sums.
   __device__ __forceinline__ float* scratch() const { return reinterpret_cast<float*>(normed); }
