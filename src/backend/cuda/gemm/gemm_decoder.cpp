@@ -151,8 +151,9 @@ void GemmDecoder::normalize(std::int32_t layer, bool begins_layer, const Inputs*
   launch_residual(config_.dtype, params_, r, stream);
 }
 
-void GemmDecoder::run_products(ProductParams products, std::int32_t layer,
+void GemmDecoder::run_products(const ProductParams& of_first, std::int32_t layer,
                                cudaStream_t stream) const {
+  ProductParams products = of_first;
   for (std::int32_t i = 0; i < products.count; ++i) {
     ProductOperand& operand = products.operands[i];
     operand.layer = layer;

@@ -55,8 +55,8 @@ class GemmDecoder final : public RowDecoder {
   void begin(std::span<const DecodeRow> rows, cudaStream_t stream);
   void run_step(std::int32_t step, const Inputs& inputs, std::int32_t* chosen, cudaStream_t stream);
   void run_layer(std::int32_t layer, std::int32_t step, cudaStream_t stream);
-  // `products` are those of the first layer.
-  void run_products(ProductParams products, std::int32_t layer, cudaStream_t stream) const;
+  // `of_first`: the products of the first layer.
+  void run_products(const ProductParams& of_first, std::int32_t layer, cudaStream_t stream) const;
   ProductParams products_of(std::span<const plan::Stream> streams) const;
   // A matrix of the first layer, what it multiplies, and where the result goes.
   struct Matrix {
