@@ -33,13 +33,13 @@ LAYER_SPILLS = {"90a": {}, "120a": {(5, 16): 48, (10, 16): 40}}  # others none
 # Of the decode kernel for layers of any kind: by iterations, head steps and type.
 ANY_LAYER_SPILLS = {
     "90a": {
-        (5, 5, "__half"): 16,
-        (5, 8, "__nv_bfloat16"): 16,
-        (8, 8, "__nv_bfloat16"): 24,
-        (10, 8, "__nv_bfloat16"): 24,
-        (10, 16, "__half"): 348,
+        (5, 5, "__half"): 36,
+        (5, 8, "__nv_bfloat16"): 24,
+        (8, 8, "__nv_bfloat16"): 36,
+        (10, 8, "__nv_bfloat16"): 36,
+        (10, 16, "__half"): 508,
     },
-    "120a": {(5, 8, "__nv_bfloat16"): 352},
+    "120a": {(5, 8, "__nv_bfloat16"): 124},
 }
 # Of the kernel for many rows, by its operand rows, pieces and head steps; for sm_90a alone.
 ROWS_TEMPLATE = CUDA / "stream" / "stream_instance.cu.in"
