@@ -7,7 +7,7 @@ that does not run is in it with its error. Needs torch, transformers and an NVID
 
     python benchmarks/peers/torch_cuda.py --shape pythia-2.8b --contexts 16,128,1024,2047
     python benchmarks/peers/torch_cuda.py --shape llama-3.1-8b --dtype bfloat16 \
-        --contexts 128,8192 --rivals static,eager
+        --contexts 128,8192 --rivals static
 """
 
 from __future__ import annotations
@@ -70,12 +70,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
     parser.add_argument("--contexts", type=numbers, default=[16, 128, 1024, 2047])
     parser.add_argument("--prompts", type=numbers, default=[128, 512, 2048])
-    parser.add_argument("--rivals", default=",".join(RIVALS), help="which ones, and prefill")
+    parser.add_argument("--rivals", help="which ones, and prefill; all of the shape's unless given")
     parser.add_argument("--limit", type=int, default=60, help="seconds for each rival")
     parser.add_argument("--device", default="cuda", help="cpu only tries the script out")
     arguments = parser.parse_args()
-    of_pythia = [rival for rival in arguments.rivals.split(",") if rival in PYTHIA_RIVALS]
-    if arguments.shape in LLAMA_SHAPES and of_pythia:
+    others = PYTHIA_RIVALS if arguments.shape in LLAMA_SHAPES else ()
+    if arguments.rivals is None:
+        arguments.rivals = ",".join(rival for rival in RIVALS if rival not in others)
+    of_pythia = [rival for rival in arguments.rivals.split(",") if rival in others]
+    if of_pythia:
         parser.error(f"{', '.join(of_pythia)}: of Pythia's shapes alone, found {arguments.shape}")
     return arguments
 

@@ -36,7 +36,8 @@ constexpr std::int32_t kMinDecodeStages = 2;
 // Whether the kernel for such layers has code for rows whose last slices are shorter.
 bool takes_ragged(const LayerSpec& spec) { return layer_kind(spec) == LayerKind::any; }
 
-// Whether it takes rows of such a matrix in two stages.
+// Whether it takes rows of such a matrix in two stages. Rows of the hidden size never are so wide
+// where a kernel holds the residual stream, and two of a gated MLP's lie in a chunk.
 bool in_two_stages(const LayerSpec& spec, std::int64_t columns) {
   return layer_kind(spec) == LayerKind::any && columns != spec.hidden_size &&
          columns * 2 > kTargetChunkBytes;
@@ -55,6 +56,13 @@ struct ChunkRule {
     return even ? std::max<std::int64_t>(rows / 2, 1) * 2 : rows;
   }
 };
+
+ChunkRule rule_of(const LayerSpec& spec, std::int64_t columns, std::int64_t target_bytes) {
+  return {.target_bytes = target_bytes,
+          .by_four = layer_kind(spec) == LayerKind::any && spec.hidden_size > kNarrowHidden,
+          .ragged = takes_ragged(spec),
+          .two_stages = in_two_stages(spec, columns)};
+}
 
 // A row in two stages, if `max_iterations` fragments are enough.
 std::optional<MatrixPlan> cut_in_two_stages(std::int64_t rows, std::int64_t columns,
@@ -131,10 +139,7 @@ std::span<const std::int32_t> packed_pair_iterations() {
 }
 
 bool can_cut(const LayerSpec& spec, std::int64_t columns) {
-  ChunkRule rule{kTargetChunkBytes};
-  rule.ragged = takes_ragged(spec);
-  rule.two_stages = in_two_stages(spec, columns);
-  return cut(1, columns, kMaxIterations, rule).has_value();
+  return cut(1, columns, kMaxIterations, rule_of(spec, columns, kTargetChunkBytes)).has_value();
 }
 
 bool can_attend(std::int64_t head_dim) { return head_dim % 16 == 0 && head_dim <= kMaxHeadDim; }
@@ -178,14 +183,13 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   std::int64_t widest_row = 0;  // in one stage
   for (const std::int64_t columns : {hidden, config.intermediate_size, config.attention_size()})
     if (!in_two_stages(config, columns)) widest_row = std::max(widest_row, columns * 2);
-  const bool by_four = layer_kind(config) == LayerKind::any && hidden > kNarrowHidden;
   const auto cut_matrix = [&](const char* name, std::int64_t rows, std::int64_t columns,
                               bool even = false) {
     const std::int64_t share = rows * columns * 2 / limits.sm_count;
     const std::int64_t target = std::min(std::max(kTargetChunkBytes, widest_row), share);
-    return cut_or_fail(
-        name, rows, columns,
-        {target, even, by_four, takes_ragged(config), in_two_stages(config, columns)});
+    ChunkRule rule = rule_of(config, columns, target);
+    rule.even = even;
+    return cut_or_fail(name, rows, columns, rule);
   };
   DecodePlan plan;
   plan.kind = layer_kind(config);

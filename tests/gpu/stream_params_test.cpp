@@ -22,12 +22,14 @@ class StreamParams : public testing::TestWithParam<Shape> {
 
 // Else callers that set max_in_flight would be overruled late in a phase, which may be all of it.
 TEST_P(StreamParams, ReadNoMoreLateUnlessAskedFor) {
-  cuda::DecodeParams told = params(true);
-  EXPECT_EQ(told.late_percent, 100);
-  cuda::read_more_late(told, plan::LayerKind::plain);
-  EXPECT_LT(told.late_percent, 100);
-  EXPECT_GE(told.late_in_flight, told.max_in_flight);
-  EXPECT_LE(told.late_in_flight, told.stages);
+  for (const plan::LayerKind kind : {plan::LayerKind::plain, plan::LayerKind::any}) {
+    cuda::DecodeParams told = params(true);
+    EXPECT_EQ(told.late_percent, 100);
+    cuda::read_more_late(told, kind);
+    EXPECT_LT(told.late_percent, 100);
+    EXPECT_GE(told.late_in_flight, told.max_in_flight);
+    EXPECT_LE(told.late_in_flight, told.stages);
+  }
 }
 
 // The lanes of a row share all of its sums, and a row's lanes lie in one warp.

@@ -201,7 +201,8 @@ def test_pages(kind, page_size, dtype):
 def test_rows(rows, down_streams=False):
     """Each has the bits that it has alone, and alone in caches of rows.
 
-    Except what `mlp_down` gives where it streams one row, and sums otherwise (`down_streams`).
+    Except what `mlp_down` gives where it streams one row, and sums otherwise (`down_streams`): that
+    is the same in any company.
     """
     positions = np.random.default_rng(rows).integers(0, 100, rows).tolist()
     arrays, table = paged_layer(PAGED_SMALL, np.float16, positions, 16)
@@ -220,6 +221,12 @@ def test_rows(rows, down_streams=False):
         alone = run_parts(one, None, PAGED_SMALL, **at)
         assert bits(alone[:-1]) == bits(mine[:-1])
         if down_streams:
+            both = [row, (row + 1) % rows]
+            two = arrays | {name: arrays[name][both] for name in ("input", "cos", "sin")}
+            pair = run_parts(
+                two, None, PAGED_SMALL, **where([positions[i] for i in both], table[both])
+            )
+            assert bits(part[:1] for part in pair) == bits(mine)
             assert relative_error(alone[-1].astype(np.float64), mine[-1].astype(np.float64)) < 1e-3
         else:
             assert bits(alone[-1:]) == bits(mine[-1:])

@@ -54,7 +54,7 @@ def test_orders_of_rows_give_the_same_bits(num_kv_heads: int) -> None:
 # A row alone streams through the second half of any MLP, and sums otherwise.
 @pytest.mark.parametrize("rows", range(1, 17))
 def test_rows(rows: int) -> None:
-    test_layer_options.test_rows(rows, down_streams=True)
+    test_layer_options.test_rows(rows, down_streams=rows > 1 and not DEVICE.startswith("cpu"))
 
 
 class Allocations:

@@ -26,7 +26,7 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
 
   // Multiplies the chunks of stage id `id` that come next, until there are `max_slots`, of which
   // `slot` are there; returns how many there are then. With as few instructions as can be, because
-  // each takes time. (These three loops have no common frame: where it calls a body, ptxas keeps an
+  // each takes time. (These four loops have no common frame: where it calls a body, ptxas keeps an
   // announcement on the stack.)
   __device__ __forceinline__ int multiply_chunks(UnitCursor& cursor, int id, int slot,
                                                  int max_slots, const Frag& fragments) {
