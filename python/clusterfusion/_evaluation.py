@@ -80,7 +80,7 @@ def batch_requests(batch_size: int | str, max_batch_size: int | None) -> int:
     Raises:
         ValueError: It is neither a positive integer nor "auto" or "auto:N".
     """
-    most = 64 if max_batch_size is None else int(max_batch_size)
+    most = 512 if max_batch_size is None else int(max_batch_size)
     text = str(batch_size)
     if text == "auto" or text.startswith("auto:"):
         return max(1, most)

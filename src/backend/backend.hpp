@@ -96,6 +96,9 @@ struct PrefillOutput {
   // each other and to tokens.size(), or zero.
   std::span<const TokenId> targets;
   std::span<float> target_logprobs;
+  // Beside target_logprobs, or empty: 1 where the target is the likeliest token (of equally likely
+  // ones the one with the lowest id), else 0.
+  std::span<std::uint8_t> target_is_likeliest;
   // The token sampled at the last position, with the sequence's SamplingParams.
   SampledToken* sampled = nullptr;
   // Activations of the tokens of this piece.

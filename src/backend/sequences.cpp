@@ -64,6 +64,11 @@ void SequenceChecks::prefill(SequenceId id, const BackendSequence& sequence,
           ErrorKind::invalid_argument,
           "targets and target_logprobs must both have {} elements or none, but have {} and {}",
           tokens.size(), output.targets.size(), output.target_logprobs.size());
+  require(output.target_is_likeliest.empty() ||
+              output.target_is_likeliest.size() == output.targets.size(),
+          ErrorKind::invalid_argument,
+          "target_is_likeliest must have as many elements as targets ({}) or none, but has {}",
+          output.targets.size(), output.target_is_likeliest.size());
   for (std::size_t i = 0; i < output.targets.size(); ++i) {
     if (output.targets[i] != -1) token(output.targets[i], i, "targets");
   }
@@ -144,6 +149,8 @@ PrefillOutput output_of_piece(const PrefillOutput& output, std::int64_t hidden_s
   if (!output.targets.empty()) {
     piece.targets = output.targets.subspan(begin, count);
     piece.target_logprobs = output.target_logprobs.subspan(begin, count);
+    if (!output.target_is_likeliest.empty())
+      piece.target_is_likeliest = output.target_is_likeliest.subspan(begin, count);
   }
   piece.activations = rows_from(static_cast<std::int64_t>(begin), hidden_size, output.activations);
   if (begin + count < total) return piece;

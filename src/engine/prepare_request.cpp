@@ -143,7 +143,7 @@ PreparedRequest prepare_request(GenerateRequest request, const RequestLimits& li
   }
   prepared.skip_special_tokens = request.skip_special_tokens;
   if (request.num_prompt_logprobs >= 0) {
-    prepared.prompt_detail = {.num_top = request.num_prompt_logprobs, .want_likeliest = false};
+    prepared.prompt_detail = {.num_top = request.num_prompt_logprobs};
   }
   restrict_sampling(request, limits, prepared);
   return prepared;

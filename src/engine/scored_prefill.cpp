@@ -26,9 +26,11 @@ ScoredPiece::ScoredPiece(std::int64_t vocab_size, SequenceId sequence,
   all_targets_.assign(tokens.size(), kNoTarget);
   std::ranges::copy(targets, all_targets_.begin());
   logprobs_.resize(tokens.size());
+  is_likeliest_.resize(tokens.size());
   if (detail.needs_logits()) logits_.resize(tokens.size() * static_cast<std::size_t>(vocab_size));
   part_.output.targets = all_targets_;
   part_.output.target_logprobs = logprobs_;
+  part_.output.target_is_likeliest = is_likeliest_;
   part_.output.all_logits = logits_;
 }
 
@@ -37,9 +39,9 @@ void ScoredPiece::collect() const {
   for (std::size_t i = 0; i < targets_.size(); ++i) {
     scores_[i].token = targets_[i];
     scores_[i].logprob = logprobs_[i];
+    scores_[i].is_likeliest = is_likeliest_[i] != 0;
     if (!detail_.needs_logits()) continue;
     const std::span row = std::span<const float>(logits_).subspan(i * vocab, vocab);
-    scores_[i].is_likeliest = likeliest_token(row) == targets_[i];
     scores_[i].top = likeliest_tokens(row, detail_.num_top);
   }
 }

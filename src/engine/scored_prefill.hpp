@@ -12,11 +12,11 @@ namespace clusterfusion {
 
 // What to tell of each token.
 struct ScoreDetail {
-  std::int32_t num_top = 0;    // how many of the most likely tokens
-  bool want_likeliest = true;  // whether ScoredToken::is_likeliest is wanted
+  std::int32_t num_top = 0;  // how many of the most likely tokens
 
-  // The device alone tells log-probabilities; for the rest, logits come to the host.
-  bool needs_logits() const noexcept { return num_top > 0 || want_likeliest; }
+  // The device tells log-probabilities and which targets are the likeliest; for the most likely
+  // tokens logits come to the host.
+  bool needs_logits() const noexcept { return num_top > 0; }
 };
 
 // The most tokens to prefill at once: the backend's piece, or fewer where logits of each are needed
@@ -47,6 +47,7 @@ class ScoredPiece {
   std::span<ScoredToken> scores_;
   std::vector<TokenId> all_targets_;
   std::vector<float> logprobs_;
+  std::vector<std::uint8_t> is_likeliest_;
   std::vector<float> logits_;
   PrefillPart part_;
 };

@@ -143,8 +143,6 @@ LoglikelihoodResult loglikelihood_result(std::vector<ScoredToken> scores) {
   return result;
 }
 
-constexpr ScoreDetail kLogprobsOnly{.num_top = 0, .want_likeliest = false};
-
 }  // namespace
 
 void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
@@ -168,7 +166,7 @@ void compute_logits(SharedBackend& backend, std::span<const TokenId> tokens,
 ScoreResult compute_score(SharedBackend& backend, std::span<const TokenId> tokens) {
   check_score(tokens, backend);
   const TextToScore text{{tokens.begin(), tokens.end()}, 1};
-  return score_result(tokens, TextScorer(backend, kLogprobsOnly).score({&text, 1}).front());
+  return score_result(tokens, TextScorer(backend, {}).score({&text, 1}).front());
 }
 
 std::vector<ScoreResult> compute_scores(SharedBackend& backend,
@@ -178,7 +176,7 @@ std::vector<ScoreResult> compute_scores(SharedBackend& backend,
     check_numbered("texts", i, [&] { check_score(texts[i], backend); });
     to_score.push_back({texts[i], 1});
   }
-  const auto scores = TextScorer(backend, kLogprobsOnly).score(to_score);
+  const auto scores = TextScorer(backend, {}).score(to_score);
   std::vector<ScoreResult> results;
   for (std::size_t i = 0; i < texts.size(); ++i) {
     results.push_back(score_result(texts[i], scores[i]));

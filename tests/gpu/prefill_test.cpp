@@ -20,8 +20,10 @@
 #include "backend/cuda/captured_graph.hpp"
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/device_model.hpp"
+#include "backend/cuda/prefill/row_kernels.hpp"
 #include "clusterfusion/error.hpp"
 #include "gpu_fixture.hpp"
+#include "sampling/sampler.hpp"
 #include "support/reference_model.hpp"
 
 namespace clusterfusion::test {
@@ -404,6 +406,66 @@ TEST_F(PrefillTest, LogProbabilitiesOfTargets) {
     double sum = 0;
     for (const double logit : logits) sum += std::exp(logit);
     EXPECT_NEAR(logprobs[row], logits[targets[row]] - std::log(sum), 0.02) << row;
+  }
+}
+
+TEST_F(PrefillTest, TellsWhichTargetsAreTheLikeliest) {
+  const ModelConfig config = config_of(kShape);
+  const auto backend = make_cuda_backend(make_random_model(config), {});
+  const auto tokens = tokens_without_0(config.vocab_size, 100, 11);
+  const auto width = static_cast<std::size_t>(config.vocab_size);
+  std::vector<float> logits(tokens.size() * width);
+  PrefillOutput all;
+  all.all_logits = logits;
+  backend->prefill(backend->create_sequence({}), tokens, all);
+  const auto likeliest = [&](std::size_t row) {
+    return likeliest_token(std::span<const float>(logits).subspan(row * width, width));
+  };
+  auto targets = random_tokens(config.vocab_size, 100, 12);
+  for (std::size_t row = 0; row < targets.size(); row += 2) targets[row] = likeliest(row);
+  targets[7] = -1;
+  std::vector<float> logprobs(targets.size());
+  std::vector<std::uint8_t> is_likeliest(targets.size(), 2);
+  PrefillOutput output;
+  output.targets = targets;
+  output.target_logprobs = logprobs;
+  output.target_is_likeliest = is_likeliest;
+  backend->prefill(backend->create_sequence({}), tokens, output);
+  for (std::size_t row = 0; row < targets.size(); ++row) {
+    const int expected = targets[row] < 0 ? 2 : targets[row] == likeliest(row) ? 1 : 0;
+    EXPECT_EQ(is_likeliest[row], expected) << row;
+  }
+}
+
+// Of equally likely tokens the one with the lowest id is the likeliest.
+TEST(RowScores, KnowTies) {
+  constexpr std::int64_t kVocab = 3000;
+  std::vector<float> logits(3 * kVocab, 1.0f);
+  logits[kVocab + 2100] = logits[kVocab + 1500] = 2.0f;
+  logits[2 * kVocab + 2999] = logits[2 * kVocab + 40] = logits[2 * kVocab + 1064] = 3.0f;
+  const std::vector<std::vector<std::int32_t>> targets = {
+      {0, 1500, 40}, {1, 2100, 1064}, {2999, 0, 2999}, {-1, -1, -1}};
+  cuda::DeviceMemory device_logits(std::ssize(logits) * 4, "logits");
+  cuda::DeviceMemory device_targets(3 * 4, "targets");
+  cuda::DeviceMemory device_scores(3 * static_cast<std::int64_t>(sizeof(cuda::RowScore)), "scores");
+  const auto send = [](const cuda::DeviceMemory& to, const auto& from) {
+    cuda::check(
+        cudaMemcpy(to.as<>(), from.data(), std::span(from).size_bytes(), cudaMemcpyHostToDevice),
+        "sending");
+  };
+  send(device_logits, logits);
+  for (std::size_t round = 0; round < targets.size(); ++round) {
+    send(device_targets, targets[round]);
+    cuda::launch_score(device_logits.as<float>(), device_targets.as<std::int32_t>(),
+                       device_scores.as<cuda::RowScore>(), 3, kVocab, nullptr);
+    std::vector<cuda::RowScore> scores(3);
+    cuda::check(cudaMemcpy(scores.data(), device_scores.as<>(), std::span(scores).size_bytes(),
+                           cudaMemcpyDeviceToHost),
+                "fetching scores");
+    for (const cuda::RowScore& score : scores) {
+      EXPECT_EQ(score.all_finite, 1);
+      EXPECT_EQ(score.target_is_likeliest, round == 0 ? 1 : 0) << round;
+    }
   }
 }
 

@@ -82,7 +82,7 @@ def test_cut_at_stops():
 def test_batch_requests():
     assert _evaluation.batch_requests(8, None) == 8
     assert _evaluation.batch_requests("8", 4) == 8
-    assert _evaluation.batch_requests("auto", None) == 64
+    assert _evaluation.batch_requests("auto", None) == 512
     assert _evaluation.batch_requests("auto:4", 16) == 16
     for wrong in (0, -1, "many", 1.5):
         with pytest.raises(ValueError, match="batch_size: expected a positive integer or auto"):

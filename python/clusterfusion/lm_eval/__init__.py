@@ -70,7 +70,7 @@ class ClusterFusionLM(TemplateLM):
             dtype: "auto" or the checkpoint's own; the engine does not convert weights. On the CPU
                 also "float32", in which all sums are computed there.
             batch_size: Requests that go to the engine at once; "auto" for max_batch_size.
-            max_batch_size: Of batch_size="auto"; 64 if not given.
+            max_batch_size: Of batch_size="auto"; 512 if not given.
             max_length: The longest context in tokens; None for the model's own.
             max_gen_toks: New tokens of a generation for which the task sets no limit.
             add_bos_token: Whether texts begin with the bos token; None for the tokenizer's way.

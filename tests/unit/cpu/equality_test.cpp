@@ -169,7 +169,9 @@ TEST_P(Equality, EveryOutputOfAPrefillAgrees) {
   const auto vocab = static_cast<std::size_t>(config_.vocab_size);
   std::vector<TokenId> targets(kTokens);
   for (std::size_t i = 0; i + 1 < kTokens; ++i) targets[i] = tokens_[i + 1];
+  for (std::size_t i = 0; i + 1 < kTokens; i += 3) targets[i] = likeliest_token(row(i));
   targets[17] = targets[kTokens - 1] = -1;
+  std::vector<std::uint8_t> is_likeliest(kTokens, 2);
   std::vector<float> with_all(kTokens, 1.0f), alone(kTokens, 1.0f), all(kTokens * vocab);
   std::vector<float> last(vocab);
   SampledToken sampled;
@@ -180,6 +182,7 @@ TEST_P(Equality, EveryOutputOfAPrefillAgrees) {
     output.last_logits = last;
     output.targets = targets;
     output.target_logprobs = wants_all ? with_all : alone;
+    output.target_is_likeliest = is_likeliest;
     output.sampled = &sampled;
     backend_->prefill(id, tokens_, output);
     EXPECT_EQ(last, row(kTokens - 1));
@@ -189,8 +192,10 @@ TEST_P(Equality, EveryOutputOfAPrefillAgrees) {
   EXPECT_EQ(all, want_);
   EXPECT_EQ(alone, with_all);
   EXPECT_EQ(alone[17], 1.0f) << "a target of -1 is left alone";
+  EXPECT_EQ(is_likeliest[17], 2) << "a target of -1 is left alone";
   for (std::size_t i = 0; i < kTokens; ++i) {
     if (targets[i] == -1) continue;
+    EXPECT_EQ(is_likeliest[i], targets[i] == likeliest_token(row(i)) ? 1 : 0);
     double sum = 0;
     for (const float logit : row(i)) sum += std::exp(static_cast<double>(logit));
     const double want = row(i)[static_cast<std::size_t>(targets[i])] - std::log(sum);

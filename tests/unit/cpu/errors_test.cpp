@@ -169,6 +169,12 @@ TEST_F(Errors, Sizes) {
   output.targets = tokens_;
   expect_error(ErrorKind::invalid_argument, HasSubstr("target_logprobs"),
                [&] { backend_->prefill(id_, tokens_, output); });
+  std::vector<float> logprobs(tokens_.size());
+  std::vector<std::uint8_t> is_likeliest(tokens_.size() - 1);
+  output.target_logprobs = logprobs;
+  output.target_is_likeliest = is_likeliest;
+  expect_error(ErrorKind::invalid_argument, HasSubstr("target_is_likeliest must have as many"),
+               [&] { backend_->prefill(id_, tokens_, output); });
   const TokenId input[] = {1};
   expect_error(ErrorKind::invalid_argument, HasSubstr("batch x vocabulary"), [&] {
     backend_->decode({&id_, 1}, input, 1, {}, wrong);

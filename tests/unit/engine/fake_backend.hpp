@@ -167,6 +167,8 @@ class FakeBackend final : public Backend {
       }
       if (!output.targets.empty() && output.targets[i] >= 0) {
         output.target_logprobs[i] = log_probability(logits, output.targets[i]);
+        if (!output.target_is_likeliest.empty())
+          output.target_is_likeliest[i] = likeliest_token(logits) == output.targets[i] ? 1 : 0;
       }
       if (i + 1 == tokens.size() && !output.last_logits.empty()) {
         std::ranges::copy(logits, output.last_logits.begin());

@@ -357,8 +357,10 @@ void Prefill::collect_scores(std::span<const PromptPiece> pieces) const {
             "the logits after position {} are not finite: the checkpoint holds NaN or infinity, or "
             "an activation overflowed",
             pieces[number].first_position + token);
-    if (!output.targets.empty() && output.targets[token] >= 0)
-      output.target_logprobs[token] = host_scores_[i].target_logprob;
+    if (output.targets.empty() || output.targets[token] < 0) continue;
+    output.target_logprobs[token] = host_scores_[i].target_logprob;
+    if (!output.target_is_likeliest.empty())
+      output.target_is_likeliest[token] = host_scores_[i].target_is_likeliest;
   }
 }
 

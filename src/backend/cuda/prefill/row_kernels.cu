@@ -256,13 +256,18 @@ __global__ void __launch_bounds__(kScoreThreads)
   if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = maximum;
   finite = __syncthreads_and(finite);
   for (int warp = 0; warp < kWarps; ++warp) maximum = fmaxf(maximum, largest[warp]);
+  const std::int32_t target = targets[blockIdx.x];
   float sum = 0.0f;
-  for (int i = threadIdx.x; i < vocab; i += kScoreThreads) sum += expf(row[i] - maximum);
+  bool is_beaten = target < 0 || row[target] < maximum;
+  for (int i = threadIdx.x; i < vocab; i += kScoreThreads) {
+    sum += expf(row[i] - maximum);
+    is_beaten = is_beaten || (i < target && row[i] == maximum);
+  }
+  is_beaten = __syncthreads_or(is_beaten);
   sum = block_sum(sum, partial);
   if (threadIdx.x != 0) return;
-  const std::int32_t target = targets[blockIdx.x];
   const float logprob = target < 0 ? 0.0f : row[target] - maximum - logf(sum);
-  scores[blockIdx.x] = {logprob, finite};
+  scores[blockIdx.x] = {logprob, finite, !is_beaten};
 }
 
 }  // namespace

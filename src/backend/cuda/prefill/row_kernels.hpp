@@ -66,8 +66,9 @@ void launch_rotary(DType dtype, const RotaryParams& rotary, const HeadNorms& nor
                    const AttentionParams& attention, cudaStream_t stream);
 
 struct RowScore {
-  float target_logprob;     // of the row's target; 0 if it has none
-  std::int32_t all_finite;  // 1 if every logit of the row is a finite number
+  float target_logprob;              // of the row's target; 0 if it has none
+  std::uint8_t all_finite;           // 1 if every logit of the row is a finite number
+  std::uint8_t target_is_likeliest;  // 1 if no token is likelier, and none of a lower id as likely
 };
 
 // scores[row] of logits[count, vocab]; targets[row] is a token or -1.
