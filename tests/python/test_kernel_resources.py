@@ -1,5 +1,5 @@
-"""What the compiler says that the streaming kernels need: every instance, for both architectures;
-and the plain layer kernels.
+"""What ptxas says of the kernels' registers, in the build that CLUSTERFUSION_BUILD_DIR names: all
+kernels, for all architectures that it has. The build keeps that beside its objects.
 
 A spilled register costs a trip to L2 behind the weights, so the instances that matter most spill
 nothing, and none may begin to spill more than it does.
@@ -7,184 +7,195 @@ nothing, and none may begin to spill more than it does.
 
 from __future__ import annotations
 
+import json
 import re
-import shutil
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-CUDA = ROOT / "src" / "backend" / "cuda"
-TEMPLATES = {
-    "decode": CUDA / "decode" / "decode_instance.cu.in",
-    "layer": CUDA / "ops" / "layer_instance.cu.in",
-    "paged_layer": CUDA / "ops" / "paged_layer_instance.cu.in",
-}
-# As src/backend/cuda/CMakeLists.txt makes them.
-ITERATIONS, HEAD_STEPS = (5, 10), (5, 8, 16)
-# Bytes that an instance may store and load again, by its iterations and head steps. On sm_120,
-# ptxas ignores setmaxnreg, so there are fewer registers.
-DECODE_SPILLS = {
-    "90a": {(5, 5): 0, (5, 8): 0, (5, 16): 0, (10, 5): 0, (10, 8): 0, (10, 16): 500},
-    "120a": {(5, 5): 0, (5, 8): 232, (5, 16): 596, (10, 5): 636, (10, 8): 788, (10, 16): 1272},
-}
-LAYER_SPILLS = {"90a": {}, "120a": {(5, 16): 48, (10, 16): 40}}  # others none
-# Of the decode kernel for layers of any kind: by iterations, head steps and type.
-ANY_LAYER_SPILLS = {
-    "90a": {
-        (5, 5, "__half"): 36,
-        (5, 8, "__nv_bfloat16"): 24,
-        (8, 8, "__nv_bfloat16"): 36,
-        (10, 8, "__nv_bfloat16"): 36,
-        (10, 16, "__half"): 508,
+LAUNCHER = ROOT / "cmake" / "keep_ptxas_report.sh"
+# Bytes that a kernel may store and load again, by compute capability; what is not here spills
+# nothing. The last argument of decode_kernel says which layers: plain ones (0) or any (1).
+SPILLS = {
+    "90": {
+        "decode_kernel<__half, 10, 16, (plan::LayerKind)0>": 500,
+        "decode_kernel<__half, 5, 5, (plan::LayerKind)1>": 36,
+        "decode_kernel<__half, 10, 16, (plan::LayerKind)1>": 508,
+        "decode_kernel<__nv_bfloat16, 5, 8, (plan::LayerKind)1>": 24,
+        "decode_kernel<__nv_bfloat16, 8, 8, (plan::LayerKind)1>": 36,
+        "decode_kernel<__nv_bfloat16, 10, 8, (plan::LayerKind)1>": 36,
+        "stream::stream_kernel<__half, 8, 2, 5>": 24,
+        "stream::stream_kernel<__half, 8, 2, 8>": 124,
+        "stream::stream_kernel<__half, 8, 2, 16>": 296,
+        "stream::stream_kernel<__half, 16, 2, 5>": 264,
+        "stream::stream_kernel<__half, 16, 2, 8>": 636,
+        "stream::stream_kernel<__half, 16, 2, 16>": 1160,
+        "stream::stream_kernel<__half, 8, 4, 8>": 892,
+        "stream::stream_kernel<__half, 8, 4, 16>": 1464,
+        "stream::stream_kernel<__half, 16, 4, 8>": 1892,
+        "stream::stream_kernel<__half, 16, 4, 16>": 2348,
+        "gemm::attention_kernel<__half, 8>": 92,
+        "gemm::attention_kernel<__half, 16>": 124,
     },
-    "120a": {(5, 8, "__nv_bfloat16"): 124},
+    # Here ptxas ignores setmaxnreg, so there are fewer registers.
+    "120": {
+        "decode_kernel<__half, 5, 8, (plan::LayerKind)0>": 232,
+        "decode_kernel<__half, 5, 16, (plan::LayerKind)0>": 596,
+        "decode_kernel<__half, 10, 5, (plan::LayerKind)0>": 636,
+        "decode_kernel<__half, 10, 8, (plan::LayerKind)0>": 788,
+        "decode_kernel<__half, 10, 16, (plan::LayerKind)0>": 1272,
+        "decode_kernel<__nv_bfloat16, 5, 8, (plan::LayerKind)1>": 124,
+        "layer_kernel<__half, 5, 16, RowCache>": 48,
+        "layer_kernel<__half, 5, 16, PageCache>": 48,
+        "layer_kernel<__half, 10, 16, RowCache>": 40,
+        "layer_kernel<__half, 10, 16, PageCache>": 40,
+    },
 }
-# Of the kernel for many rows, by its operand rows, pieces and head steps; for sm_90a alone.
-ROWS_TEMPLATE = CUDA / "stream" / "stream_instance.cu.in"
-ROWS_SPILLS = {
-    (8, 2, 5): 24,
-    (8, 2, 8): 124,
-    (8, 2, 16): 296,
-    (16, 2, 5): 264,
-    (16, 2, 8): 636,
-    (16, 2, 16): 1160,
-    (8, 4, 8): 892,
-    (8, 4, 16): 1464,
-    (16, 4, 8): 1892,
-    (16, 4, 16): 2348,
-}
-# Of the series of kernels for more rows: attention's by head steps; nothing else spills.
-GEMM = CUDA / "gemm"
-GEMM_ATTENTION_SPILLS = {5: 0, 8: 92, 16: 124}
-PLAIN_LAYER = CUDA / "ops" / "plain_layer.cu"
-INSTANCES = [(i, h, "__half") for i in ITERATIONS for h in HEAD_STEPS] + [(5, 5, "__nv_bfloat16")]
+
+
+def spilled_bytes(report: str) -> dict[tuple[str | None, str | None], int]:
+    """By architecture and function, what is stored and loaded again, as `ptxas -v` says."""
+    spilled: dict[tuple[str | None, str | None], int] = {}
+    architecture = function = None
+    for line in report.splitlines():
+        if "bytes gmem" in line:  # the next architecture's code
+            architecture = function = None
+        elif entry := re.search(r"Compiling entry function '\S+' for 'sm_(\w+)'", line):
+            architecture = entry[1]
+        elif properties := re.search(r"Function properties for (\S+)", line):
+            function = properties[1]
+        elif spills := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            key = (architecture, function)
+            spilled[key] = max(spilled.get(key, 0), sum(map(int, spills.groups())))
+    return spilled
+
+
+def names_of(functions: list[str]) -> list[str]:
+    """Functions with their template arguments, without parameters and what all names begin with."""
+    demangled = subprocess.run(
+        ["c++filt", "--no-params"],
+        input="\n".join(functions),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    common = r"_INTERNAL_\w+::|clusterfusion::(cuda::)?|\(anonymous namespace\)::"
+    return [re.sub(common, "", name) for name in demangled.stdout.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def nvcc() -> list[str]:
-    compiler = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if compiler is None:
-        pytest.skip("there is no CUDA compiler (nvcc)")
-    return [*filter(None, [shutil.which("ccache")]), compiler]
+def reports(build_dir) -> dict[Path, set[str]]:
+    """The file of each CUDA object that keeps what ptxas said, and the object's architectures."""
+    commands = [
+        (Path(entry["directory"]), shlex.split(entry["command"]))
+        for entry in json.loads((build_dir / "compile_commands.json").read_text())
+        if entry["file"].endswith(".cu")
+    ]
+    if not commands:
+        pytest.skip(f"{build_dir} has no CUDA code")
+    found = {}
+    for folder, command in commands:
+        if re.search("-DCLUSTERFUSION_(AS_CHIP|RACECHECK)", shlex.join(command)):
+            pytest.skip(f"{build_dir} has kernels for tests alone")
+        if "-Xptxas=-v" in command:
+            report = folder / (command[command.index("-o") + 1] + ".ptxas")
+            found[report] = set(re.findall(r"code=\[?sm_(\w+)", shlex.join(command)))
+    assert found, "no CUDA file is compiled with -Xptxas=-v"
+    return found
 
 
-def spilled_bytes(nvcc: list[str], source: Path, arch: str) -> list[int]:
-    """What each kernel of a file stores and loads again."""
-    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
-    target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
-    includes = ["-I", str(ROOT / "include"), "-I", str(ROOT / "src")]
-    done = subprocess.run(
-        # -cubin leaves out the host's code; ccache takes it for a compilation only beside -c.
-        [*nvcc, *flags, *target, *includes, "-c", "-cubin", source.name, "-o", "kernels.cubin"],
-        cwd=source.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    report = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    return [sum(map(int, kernel)) for kernel in report]
+@pytest.fixture(scope="module")
+def spilled(reports) -> dict[str, dict[str, int]]:
+    """By compute capability and kernel, what is stored and loaded again in the build."""
+    of_functions: dict[tuple[str, str], int] = {}
+    for report in reports:
+        for (architecture, function), spills in spilled_bytes(report.read_text()).items():
+            key = (str(architecture).removesuffix("a"), str(function))
+            of_functions[key] = max(of_functions.get(key, 0), spills)
+    names = names_of([function for _, function in of_functions])
+    found: dict[str, dict[str, int]] = {}
+    for ((capability, _), spills), name in zip(of_functions.items(), names, strict=True):
+        kernels = found.setdefault(capability, {})
+        kernels[name] = max(kernels.get(name, 0), spills)
+    return found
 
 
-def instance_of(template: Path, values: dict[str, object]) -> str:
-    source = template.read_text()
-    for name, value in values.items():
-        source = source.replace(f"@{name}@", str(value))
-    return source
+def test_every_object_has_its_report(reports):
+    missing = [str(report) for report in reports if not report.exists()]
+    assert not missing, f"the build left no {missing}; build these objects anew"
+    for report, architectures in reports.items():
+        said = {architecture for architecture, _ in spilled_bytes(report.read_text())}
+        assert said == architectures, report
 
 
-@pytest.mark.parametrize("arch", DECODE_SPILLS)
-@pytest.mark.parametrize("instance", INSTANCES, ids=lambda i: "-".join(map(str, i)))
-@pytest.mark.parametrize("kernel", TEMPLATES)
-def test_spills_no_more_than_it_may(nvcc, tmp_path, kernel, instance, arch):
-    iterations, head_steps, element = instance
-    values = {
-        "element": element,
-        "dtype": "tested",
-        "iterations": iterations,
-        "head_steps": head_steps,
-        "kind": "plain",
-    }
-    (tmp_path / "instance.cu").write_text(instance_of(TEMPLATES[kernel], values))
-    [spilled] = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
-    allowed = DECODE_SPILLS if kernel == "decode" else LAYER_SPILLS
-    assert spilled <= allowed[arch].get((iterations, head_steps), 0)
+@pytest.mark.parametrize("capability", SPILLS)
+def test_kernels_spill_no_more_than_they_may(spilled, capability):
+    if capability not in spilled:
+        pytest.skip(f"the build has no code for compute capability {capability}")
+    allowed = SPILLS[capability]
+    more = [
+        f'"{name}": {spills},  # {allowed.get(name, 0)} allowed'
+        for name, spills in sorted(spilled[capability].items())
+        if spills > allowed.get(name, 0)
+    ]
+    assert not more, "\n".join([f"kernels for {capability} spill more than they may:", *more])
 
 
-@pytest.mark.parametrize(
-    ("arch", "instance"),
-    [(arch, instance) for arch, all_spills in ANY_LAYER_SPILLS.items() for instance in all_spills],
+DECODE = (
+    "_ZN13clusterfusion4cuda13decode_kernelI6__halfLi5ELi5ELNS_4plan9LayerKindE1EEE"
+    "vNS0_12DecodeParamsE"
 )
-def test_kernel_for_any_layers_spills_no_more_than_it_may(nvcc, tmp_path, arch, instance):
-    iterations, head_steps, element = instance
-    values = {
-        "element": element,
-        "dtype": "tested",
-        "iterations": iterations,
-        "head_steps": head_steps,
-        "kind": "any",
+ACTIVATED = (
+    "_ZN42_INTERNAL_7449b37b_11_instance_cu_f8c2bb0713clusterfusion4cuda"
+    "44_GLOBAL__N__7449b37b_11_instance_cu_f8c2bb079activatedI6__halfEEjNS0_10ActivationEff"
+)
+REPORT = f"""\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '{DECODE}' for 'sm_90a'
+ptxas info    : Function properties for {DECODE}
+    16 bytes stack frame, 16 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers, 16 bytes cumulative stack size
+ptxas info    : Compile time = 5505.573 ms
+ptxas info    : 0 bytes gmem, 12 bytes cmem[4]
+ptxas info    : Compiling entry function '{DECODE}' for 'sm_120'
+ptxas info    : Function properties for {DECODE}
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 2 barriers, 1712 bytes cmem[0], 120 bytes cmem[2]
+ptxas info    : Compile time = 2418.299 ms
+ptxas info    : Function properties for {ACTIVATED}
+    8 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+"""
+
+
+def test_reports_are_read():
+    assert spilled_bytes(REPORT) == {
+        ("90a", DECODE): 36,
+        ("120", DECODE): 0,
+        ("120", ACTIVATED): 12,
     }
-    (tmp_path / "instance.cu").write_text(instance_of(TEMPLATES["decode"], values))
-    [spilled] = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
-    assert spilled <= ANY_LAYER_SPILLS[arch][instance]
+    assert names_of([DECODE, ACTIVATED]) == [
+        "decode_kernel<__half, 5, 5, (plan::LayerKind)1>",
+        "activated<__half>",
+    ]
 
 
-@pytest.mark.parametrize("instance", ROWS_SPILLS, ids=lambda i: "-".join(map(str, i)))
-def test_kernel_for_rows_spills_no_more_than_it_may(nvcc, tmp_path, instance):
-    operand_rows, pieces, head_steps = instance
-    values = {
-        "element": "__half",
-        "dtype": "tested",
-        "operand_rows": operand_rows,
-        "pieces": pieces,
-        "head_steps": head_steps,
-    }
-    (tmp_path / "instance.cu").write_text(instance_of(ROWS_TEMPLATE, values))
-    [spilled] = spilled_bytes(nvcc, tmp_path / "instance.cu", "90a")
-    assert spilled <= ROWS_SPILLS[instance]
-
-
-@pytest.mark.parametrize("head_steps", GEMM_ATTENTION_SPILLS)
-def test_attention_for_more_rows_spills_no_more_than_it_may(nvcc, tmp_path, head_steps):
-    values = {"element": "__half", "dtype": "tested", "head_steps": head_steps}
-    source = instance_of(GEMM / "attention_instance.cu.in", values)
-    (tmp_path / "instance.cu").write_text(source)
-    spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", "90a")
-    assert spilled
-    assert max(spilled) <= GEMM_ATTENTION_SPILLS[head_steps]
-
-
-def test_products_of_more_rows_spill_nothing(nvcc, tmp_path):
-    source = (GEMM / "product_kernel.cu").relative_to(ROOT / "src")
-    (tmp_path / "instance.cu").write_text(f'#include "{source}"\n')
-    spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", "90a")
-    assert spilled
-    assert not any(spilled)
-
-
-@pytest.mark.parametrize("arch", DECODE_SPILLS)
-def test_products_of_prompts_spill_nothing(nvcc, tmp_path, arch):
-    source = (CUDA / "prefill" / "matrix_product.cu").relative_to(ROOT / "src")
-    (tmp_path / "instance.cu").write_text(f'#include "{source}"\n')
-    spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
-    assert spilled
-    assert not any(spilled)
-
-
-@pytest.mark.parametrize("arch", DECODE_SPILLS)
-def test_plain_layer_kernels_spill_nothing(nvcc, tmp_path, arch):
-    (tmp_path / "instance.cu").write_text(f'#include "{PLAIN_LAYER.relative_to(ROOT / "src")}"\n')
-    spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
-    assert spilled
-    assert not any(spilled)
-
-
-@pytest.mark.parametrize("arch", DECODE_SPILLS)
-def test_attention_over_float32_spills_nothing(nvcc, tmp_path, arch):
-    source = (CUDA / "prefill" / "float32_attention.cu").relative_to(ROOT / "src")
-    (tmp_path / "instance.cu").write_text(f'#include "{source}"\n')
-    spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
-    assert spilled
-    assert not any(spilled)
+def test_launcher_keeps_the_report_and_prints_the_rest(tmp_path):
+    first, second = (
+        "kernel.cu(5): warning #177-D: variable was declared but never referenced\n",
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async is serialized\n",
+    )
+    compiler = tmp_path / "a compiler"
+    compiler.write_text(
+        f"#!/bin/sh\ncat <<'END' >&2\n{first}{REPORT}{second}END\necho \"$3\"\nexit 3\n"
+    )
+    compiler.chmod(0o755)
+    command = ["sh", LAUNCHER, compiler, "-o", "an object.o", "two  words"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 3
+    assert result.stdout == "two  words\n"
+    assert result.stderr == first + second
+    assert (tmp_path / "an object.o.ptxas").read_text() == REPORT
+    assert len(list(tmp_path.iterdir())) == 2

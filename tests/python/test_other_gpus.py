@@ -6,11 +6,15 @@ Instruction by instruction ptxas refuses there what such a chip does not have.
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from test_kernel_resources import CUDA, ROOT, instance_of, nvcc, spilled_bytes  # noqa: F401
+from conftest import ROOT
 
+CUDA = ROOT / "src" / "backend" / "cuda"
 # The smallest instance of each template.
 SMALLEST = {
     "element": "__half",
@@ -32,6 +36,39 @@ SPILLS = {
 }
 
 
+@pytest.fixture(scope="module")
+def nvcc() -> list[str]:
+    compiler = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if compiler is None:
+        pytest.skip("there is no CUDA compiler (nvcc)")
+    return [*filter(None, [shutil.which("ccache")]), compiler]
+
+
+def spilled_bytes(nvcc: list[str], source: Path, arch: str) -> list[int]:
+    """What each kernel of a file stores and loads again."""
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+    target = ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    includes = ["-I", str(ROOT / "include"), "-I", str(ROOT / "src")]
+    done = subprocess.run(
+        # -cubin leaves out the host's code; ccache takes it for a compilation only beside -c.
+        [*nvcc, *flags, *target, *includes, "-c", "-cubin", source.name, "-o", "kernels.cubin"],
+        cwd=source.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    return [sum(map(int, kernel)) for kernel in report]
+
+
+def instance_of(template: Path, values: dict[str, object]) -> str:
+    source = template.read_text()
+    for name, value in values.items():
+        source = source.replace(f"@{name}@", str(value))
+    return source
+
+
 def name_of(template: tuple[Path, str]) -> str:
     path, kind = template
     name = path.name.removesuffix("_instance.cu.in")
@@ -40,7 +77,7 @@ def name_of(template: tuple[Path, str]) -> str:
 
 @pytest.mark.parametrize("arch", SPILLS)
 @pytest.mark.parametrize("template", TEMPLATES, ids=name_of)
-def test_instances(nvcc, tmp_path, template, arch):  # noqa: F811
+def test_instances(nvcc, tmp_path, template, arch):
     path, kind = template
     (tmp_path / "instance.cu").write_text(instance_of(path, SMALLEST | {"kind": kind}))
     spilled = spilled_bytes(nvcc, tmp_path / "instance.cu", arch)
@@ -54,7 +91,7 @@ def name_of_file(path: Path) -> str:
 
 @pytest.mark.parametrize("arch", SPILLS)
 @pytest.mark.parametrize("source", sorted(CUDA.rglob("*.cu")), ids=name_of_file)
-def test_files(nvcc, tmp_path, source, arch):  # noqa: F811
+def test_files(nvcc, tmp_path, source, arch):
     (tmp_path / "file.cu").write_text(f'#include "{source.relative_to(ROOT / "src")}"\n')
     spilled = spilled_bytes(nvcc, tmp_path / "file.cu", arch)
     assert spilled
