@@ -22,6 +22,7 @@ LAUNCHER = ROOT / "cmake" / "keep_ptxas_report.sh"
 SPILLS = {
     "90": {
         "decode_kernel<__half, 10, 16, (plan::LayerKind)0>": 500,
+        "decode_kernel<__nv_bfloat16, 10, 16, (plan::LayerKind)0>": 700,
         "decode_kernel<__half, 5, 5, (plan::LayerKind)1>": 36,
         "decode_kernel<__half, 10, 16, (plan::LayerKind)1>": 508,
         "decode_kernel<__nv_bfloat16, 5, 8, (plan::LayerKind)1>": 24,
@@ -37,8 +38,10 @@ SPILLS = {
         "stream::stream_kernel<__half, 8, 4, 16>": 1464,
         "stream::stream_kernel<__half, 16, 4, 8>": 1892,
         "stream::stream_kernel<__half, 16, 4, 16>": 2348,
+        "stream::stream_kernel<__nv_bfloat16, 16, 4, 16>": 2348,
         "gemm::attention_kernel<__half, 8>": 92,
         "gemm::attention_kernel<__half, 16>": 124,
+        "gemm::attention_kernel<__nv_bfloat16, 16>": 124,
     },
     # Here ptxas ignores setmaxnreg, so there are fewer registers.
     "120": {
@@ -47,11 +50,14 @@ SPILLS = {
         "decode_kernel<__half, 10, 5, (plan::LayerKind)0>": 636,
         "decode_kernel<__half, 10, 8, (plan::LayerKind)0>": 788,
         "decode_kernel<__half, 10, 16, (plan::LayerKind)0>": 1272,
+        "decode_kernel<__nv_bfloat16, 10, 16, (plan::LayerKind)0>": 1572,
         "decode_kernel<__nv_bfloat16, 5, 8, (plan::LayerKind)1>": 124,
         "layer_kernel<__half, 5, 16, RowCache>": 48,
         "layer_kernel<__half, 5, 16, PageCache>": 48,
         "layer_kernel<__half, 10, 16, RowCache>": 40,
         "layer_kernel<__half, 10, 16, PageCache>": 40,
+        "layer_kernel<__nv_bfloat16, 5, 16, RowCache>": 40,
+        "gemm::attention_kernel<__nv_bfloat16, 16>": 144,
     },
 }
 
