@@ -26,9 +26,9 @@ constexpr std::int32_t kGoodIterations = kNarrowFragments;
 constexpr std::int32_t kMaxIterations = kWideFragments;
 // Of wider models narrow kernels do not hold the residual stream: a pair of elements a fragment.
 constexpr std::int64_t kNarrowHidden = kConsumerThreads * 2 * kNarrowFragments;
-// Partial sums: enough for most of what one SM multiplies in a phase; what the ring leaves over is
-// added.
-constexpr std::int64_t kMinSumSlots = 2048;
+// Partial sums: enough for most of what one SM multiplies in a phase, of layers of any kind for
+// half of it, since a longer ring gains more there; what the ring leaves over is added.
+constexpr std::int64_t kMinSumSlots = 2048, kMinSumSlotsOfAny = 1536;
 constexpr std::int64_t kMaxSumSlots = 8192;
 // Of the ring: one is filled while another is read.
 constexpr std::int32_t kMinDecodeStages = 2;
@@ -171,11 +171,6 @@ KvPlan plan_kv(const ModelConfig& config, std::int64_t stage_bytes) {
   return kv;
 }
 
-// Shared memory beside the sums and the ring.
-std::int64_t fixed_bytes(const ModelConfig& config) {
-  return kControlBytes + round_up(config.hidden_size * 4, 128);
-}
-
 // All but the share of the sums in what the ring leaves over: with the fewest of them, and as many
 // stages as fit then, which may be too few.
 DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
@@ -210,14 +205,16 @@ DecodePlan draft_plan(const ModelConfig& config, const DeviceLimits& limits) {
   for (const MatrixPlan* matrix : {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down})
     bias_bytes = std::max<std::int64_t>(bias_bytes, matrix->rows_per_chunk * 4 + 2 * 16);
   plan.stage_bytes = plan.data_bytes + round_up(bias_bytes, 128);
-  const std::int64_t over_inputs = plan.kind == LayerKind::any ? hidden : 0;
-  std::int64_t sum_slots = std::max(kMinSumSlots, attention_floats(config) - over_inputs);
+  plan.input_bytes = round_up(normed_inputs(config) * hidden * 2, 128);
+  const bool is_any = plan.kind == LayerKind::any;
+  std::int64_t sum_slots = std::max(is_any ? kMinSumSlotsOfAny : kMinSumSlots,
+                                    attention_floats(config) - (is_any ? plan.input_bytes / 4 : 0));
   for (const MatrixPlan* matrix :
        {&plan.qkv, &plan.attention_out, &plan.mlp_up, &plan.mlp_down, &plan.lm_head})
     sum_slots = std::max<std::int64_t>(sum_slots, matrix->sums_per_chunk());
   plan.sum_slots = static_cast<std::int32_t>(round_up(sum_slots, 32));
   const std::int64_t room =
-      limits.shared_bytes_per_block - fixed_bytes(config) - plan.sum_slots * 4;
+      limits.shared_bytes_per_block - kControlBytes - plan.input_bytes - plan.sum_slots * 4;
   plan.stages =
       static_cast<std::int32_t>(std::min<std::int64_t>(kMaxStages, room / plan.stage_bytes));
   return plan;
@@ -280,7 +277,7 @@ DecodePlan make_decode_plan(const ModelConfig& config, const DeviceLimits& limit
   require(unstreamed.empty(), ErrorKind::internal, "the streaming decode kernel has no {}",
           unstreamed);
   DecodePlan plan = draft_plan(config, limits);
-  const std::int64_t fixed = fixed_bytes(config);
+  const std::int64_t fixed = kControlBytes + plan.input_bytes;  // beside the sums and the ring
   require(plan.stages >= kMinDecodeStages, ErrorKind::unsupported,
           "the streaming decode kernel needs {} bytes of shared memory a block for hidden size {}, "
           "the device has {}; run this model on the CPU (device \"cpu\")",

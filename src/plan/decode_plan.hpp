@@ -17,6 +17,7 @@
 //   segment  is fixed for each warp (warp % segments), so a warp's activations stay in registers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -31,7 +32,7 @@ inline constexpr std::int32_t kConsumerThreads = kConsumerWarps * 32;
 // Stages of a ring, at most.
 inline constexpr std::int32_t kMaxStages = 16;
 // Shared memory for barriers, labels and small reductions.
-inline constexpr std::int64_t kControlBytes = 3072;
+inline constexpr std::int64_t kControlBytes = 3200;
 
 // What a kernel must know of its device.
 struct DeviceLimits {
@@ -128,13 +129,25 @@ constexpr std::int64_t mlp_up_rows(const LayerSpec& spec) noexcept {
   return spec.gated_mlp ? 2 * spec.intermediate_size : spec.intermediate_size;
 }
 
+// Normalised inputs of a layer that are in shared memory together. With a sequential residual one
+// is enough, but the code for plain layers has places for two.
+inline std::int64_t normed_inputs(const LayerSpec& spec) {
+  return layer_kind(spec) == LayerKind::any && !spec.parallel_residual ? 1 : 2;
+}
+
+// Dimensions of a head that the warps of attention merge together, in layers of any kind.
+inline constexpr std::int32_t kMergedDims = 64;
+
 // Floats that attention to one head of keys and values needs in shared memory: the warps' states
 // of each query head, behind them queries, key and value as they come, and these as they enter the
 // products (16-bit, the queries twice), and zeros. In layers of any kind they lie over the
-// normalised inputs, as many floats as the hidden size, which have been read by then.
-inline std::int64_t attention_floats(const LayerSpec& spec) noexcept {
+// normalised inputs, which have been read by then.
+inline std::int64_t attention_floats(const LayerSpec& spec) {
   const std::int64_t group = spec.num_heads / spec.kv_heads();
-  const std::int64_t states = kConsumerWarps * group * (spec.head_dim + 2);
+  const bool in_parts = layer_kind(spec) == LayerKind::any;
+  const std::int64_t merged =
+      in_parts ? std::min<std::int64_t>(spec.head_dim, kMergedDims) : spec.head_dim;
+  const std::int64_t states = kConsumerWarps * group * (merged + 2);
   const std::int64_t raw = (group + 2) * spec.head_dim;
   const std::int64_t ready = (2 * group + 2) * spec.head_dim / 2 + 4;
   return states + raw + ready;
@@ -207,6 +220,7 @@ struct DecodePlan {
   std::int64_t data_bytes = 0;
   std::int64_t stage_bytes = 0;
   std::int32_t stages = 0;
+  std::int64_t input_bytes = 0;   // of the normalised inputs, a multiple of 128
   std::int32_t sum_slots = 0;     // float32 partial sums that fit beside the ring
   std::int64_t shared_bytes = 0;  // of the whole block
   LayerKind kind = LayerKind::plain;

@@ -21,15 +21,20 @@ class StreamParams : public testing::TestWithParam<Shape> {
 };
 
 // Else callers that set max_in_flight would be overruled late in a phase, which may be all of it.
-TEST_P(StreamParams, ReadNoMoreLateUnlessAskedFor) {
-  for (const plan::LayerKind kind : {plan::LayerKind::plain, plan::LayerKind::any}) {
-    cuda::DecodeParams told = params(true);
-    EXPECT_EQ(told.late_percent, 100);
-    cuda::read_more_late(told, kind);
-    EXPECT_LT(told.late_percent, 100);
-    EXPECT_GE(told.late_in_flight, told.max_in_flight);
-    EXPECT_LE(told.late_in_flight, told.stages);
-  }
+TEST_P(StreamParams, ReadNoMoreAtOnceUnlessAskedFor) {
+  const cuda::DecodeParams by_itself = params(true);
+  EXPECT_EQ(by_itself.late_percent, 100);
+  EXPECT_EQ(by_itself.busy_in_flight, 0);
+  cuda::DecodeParams plain = by_itself, any = by_itself;
+  cuda::read_more_at_once(plain, plan::LayerKind::plain);
+  EXPECT_LT(plain.late_percent, 100);
+  EXPECT_GE(plain.late_in_flight, plain.max_in_flight);
+  EXPECT_LE(plain.late_in_flight, plain.stages);
+  EXPECT_EQ(plain.busy_in_flight, 0);
+  cuda::read_more_at_once(any, plan::LayerKind::any);
+  EXPECT_EQ(any.late_percent, 100);
+  EXPECT_GE(any.busy_in_flight, any.max_in_flight);
+  EXPECT_LE(any.busy_in_flight, any.stages);
 }
 
 // The lanes of a row share all of its sums, and a row's lanes lie in one warp.

@@ -354,7 +354,7 @@ class CudaBackend final : public Backend {
     const bool packs = has_packed_operands(plan_.kind, kernel.fragments);
     params_ = stream_params(config_, plan_, properties_.multiProcessorCount,
                             packs ? kernel.fragments : 0);
-    read_more_late(params_, plan_.kind);
+    read_more_at_once(params_, plan_.kind);
     allocate_scratch();
     weights_.tell(params_);
   }

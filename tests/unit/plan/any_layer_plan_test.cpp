@@ -92,12 +92,16 @@ void expect_plan(const ModelConfig& config, const DeviceLimits& limits) {
       EXPECT_LE(with_packed_operands(matrix, fragments).sums_per_chunk(), plan.sum_slots);
   }
   EXPECT_LE(plan.kv.block_bytes, plan.data_bytes);
-  // States of the warps; queries, key and value as they come, and in 16 bits with what rounding
-  // took from the queries; zeros. They lie over the normalised inputs and the sums.
+  EXPECT_GE(plan.input_bytes, (config.parallel_residual ? 2 : 1) * config.hidden_size * 2);
+  EXPECT_EQ(plan.input_bytes % 128, 0);
+  // States of the warps, 64 dimensions at a time; queries, key and value as they come, and in 16
+  // bits with what rounding took from the queries; zeros. They lie over the normalised inputs and
+  // the sums.
   const std::int64_t group = config.num_heads / config.kv_heads();
-  EXPECT_LE(kConsumerWarps * group * (config.head_dim + 2) + (group + 2) * config.head_dim +
+  const std::int64_t merged = std::min<std::int64_t>(config.head_dim, 64);
+  EXPECT_LE(kConsumerWarps * group * (merged + 2) + (group + 2) * config.head_dim +
                 (2 * group + 2) * config.head_dim / 2 + 4,
-            plan.sum_slots + config.hidden_size);
+            plan.sum_slots + plan.input_bytes / 4);
 }
 
 class AnyLayer : public testing::TestWithParam<KnownLayer> {};
@@ -125,6 +129,7 @@ TEST(AnyLayers, HaveWideRowsInTwoStages) {
     EXPECT_EQ(plan.mlp_down.first_stage_columns(), intermediate / 2);
     EXPECT_FALSE(plan.mlp_down.is_ragged());
     EXPECT_EQ(plan.data_bytes, 16384);
+    EXPECT_EQ(plan.stages, 13);
     for (const MatrixPlan& matrix : {plan.qkv, plan.attention_out, plan.mlp_up}) {
       EXPECT_EQ(matrix.stages, 1);
       EXPECT_EQ(matrix.chunk_bytes(), 16384);

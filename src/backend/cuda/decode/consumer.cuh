@@ -168,7 +168,7 @@ class DecodeConsumer {
   const DecodeParams& p;
   const Cache& cache;
   SharedControl* control;
-  T* normed;    // [2, hidden]: the two normalised inputs of a layer
+  T* normed;    // [1 or 2, hidden]: normalised inputs of a layer (plan::normed_inputs)
   float* sums;  // [sum_slots]: partial sums of rows; states of attention
   int thread, warp, lane, g, q;
   RingConsumer ring;

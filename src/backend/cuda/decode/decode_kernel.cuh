@@ -69,9 +69,9 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
  protected:
   using Base::add_pending_updates, Base::attend, Base::await_activations, Base::begin_epoch,
       Base::best, Base::choose_token, Base::consumer_barrier, Base::control,
-      Base::discard_prefetched, Base::embed, Base::epoch, Base::is_next, Base::kPairs,
-      Base::load_normed, Base::load_norms, Base::make_indices_opaque, Base::mark, Base::mean_before,
-      Base::moments, Base::multiply, Base::next_id, Base::normalise, Base::norms,
+      Base::discard_prefetched, Base::embed, Base::epoch, Base::input_of_part, Base::is_next,
+      Base::kPairs, Base::load_normed, Base::load_norms, Base::make_indices_opaque, Base::mark,
+      Base::mean_before, Base::moments, Base::multiply, Base::next_id, Base::normalise, Base::norms,
       Base::norms_loaded, Base::p, Base::request_activations, Base::ring, Base::thread;
   using typename Base::Frag;
   using typename Base::LayerNorms;
@@ -142,7 +142,7 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
     const Moments m = moments(part == 0);
     const bool both = p.parallel_residual && index < p.num_layers;
     if constexpr (kKind == plan::LayerKind::any) {
-      normalise(m, norms.input, part);
+      normalise(m, norms.input, input_of_part(part));
       if (both) {
         load_norms(index, 1);
         normalise(m, norms.input, 1);
@@ -167,7 +167,7 @@ class DecodeStep : public DecodeChoice<T, kMaxIterations, kMaxHeadSteps, Cache, 
       await_activations(matrix, source, fragments);
       mark(stream == Stream::mlp_down ? TimelinePoint::mlp : TimelinePoint::attention_in);
     } else {
-      load_normed(matrix, stream == Stream::mlp_up ? 1 : 0, fragments);
+      load_normed(matrix, input_of_part(stream == Stream::mlp_up), fragments);
     }
   }
 

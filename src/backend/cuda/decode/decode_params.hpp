@@ -147,15 +147,18 @@ struct DecodeParams {
   bool parallel_residual;
   bool rms_norm;
 
-  std::int32_t stages, stage_bytes, sum_slots, max_in_flight;
+  std::int32_t stages, stage_bytes, input_bytes, sum_slots, max_in_flight;
   std::int32_t announced_ahead;  // stages of the ring, beside those with copies in flight
   std::int32_t bias_offset;      // in a stage, of the biases
   std::int32_t
       bias_element_bytes;  // 4: float32 (the engine's), 2: the weights' type (the callers')
   std::int32_t
       static_percent;  // of a phase's chunks that are assigned round-robin; the rest by ticket
+  std::int32_t long_static_percent;  // the same of a long phase
   // Copies that may be in flight once so many percent of a long phase's chunks are assigned.
   std::int32_t late_in_flight, late_percent;
+  // Copies that may be in flight while the SM multiplies, in layers of any kind; 0: no others.
+  std::int32_t busy_in_flight;
   std::uint32_t ticket_chunks;  // that one ticket stands for
 
   char* const* kv_pages;  // of this sequence: the page of each 64 positions

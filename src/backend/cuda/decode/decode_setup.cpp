@@ -85,12 +85,14 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
   p.stages = plan.stages;
   p.stage_bytes = static_cast<std::int32_t>(plan.stage_bytes);
   p.bias_offset = static_cast<std::int32_t>(plan.data_bytes);
+  p.input_bytes = static_cast<std::int32_t>(plan.input_bytes);
   p.bias_element_bytes = 4;
   p.sum_slots = plan.sum_slots;
   p.max_in_flight = std::min(kMaxInFlight, plan.stages);
   p.announced_ahead = kAnnouncedAhead;
   p.late_in_flight = p.max_in_flight;
   p.late_percent = 100;  // never
+  p.long_static_percent = kStaticPercent;
   p.static_percent = kStaticPercent;
   p.ticket_chunks = kTicketChunks;
   p.layout = lamport_layout(config, sm_count);
@@ -102,10 +104,14 @@ plan::DeviceLimits limits_of(const cudaDeviceProp& properties) {
           static_cast<std::int64_t>(properties.sharedMemPerBlockOptin)};
 }
 
-void read_more_late(DecodeParams& params, plan::LayerKind kind) {
-  const bool is_plain = kind == plan::LayerKind::plain;
-  params.late_in_flight = std::min(is_plain ? kLateInFlight : kLateInFlightOfAny, params.stages);
-  params.late_percent = is_plain ? kLatePercent : kLatePercentOfAny;
+void read_more_at_once(DecodeParams& params, plan::LayerKind kind) {
+  if (kind == plan::LayerKind::plain) {
+    params.late_in_flight = std::min(kLateInFlight, params.stages);
+    params.late_percent = kLatePercent;
+  } else {
+    params.busy_in_flight = std::min(kBusyInFlightOfAny, params.stages);
+    params.long_static_percent = kLongStaticPercentOfAny;
+  }
 }
 
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan) {

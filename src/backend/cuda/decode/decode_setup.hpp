@@ -12,12 +12,13 @@ namespace clusterfusion::cuda {
 // Settings of both streaming kernels.
 // Results that cross between SMs wait behind copies in flight: no more of them.
 inline constexpr std::int32_t kMaxInFlight = 2;
-// Late in a phase they may be more; in layers of any kind, whose phases are longer and more,
-// earlier and more.
-inline constexpr std::int32_t kLateInFlight = 3, kLateInFlightOfAny = 4;
-inline constexpr std::int32_t kLatePercent = 60, kLatePercentOfAny = 20;
-// A part of a phase is assigned statically, so that nobody waits for a ticket when it begins.
-inline constexpr std::int32_t kStaticPercent = 30;
+// Late in a phase they may be more; in layers of any kind, which have more phases and wait more
+// often, while an SM multiplies.
+inline constexpr std::int32_t kLateInFlight = 3, kLatePercent = 60;
+inline constexpr std::int32_t kBusyInFlightOfAny = 4;
+// A part of a phase is assigned statically, so that nobody waits for a ticket when it begins; of a
+// long phase of layers of any kind more.
+inline constexpr std::int32_t kStaticPercent = 30, kLongStaticPercentOfAny = 60;
 
 // What both kernels' parameters say of a model's shape and of its KV cache.
 template <typename Params>
@@ -46,8 +47,9 @@ DecodeParams stream_params(const ModelConfig& config, const plan::DecodePlan& pl
 // What plans must know of the device.
 plan::DeviceLimits limits_of(const cudaDeviceProp& properties);
 
-// Lets more copies be under way late in a phase, for kernels of many layers.
-void read_more_late(DecodeParams& params, plan::LayerKind kind);
+// Lets more copies be under way late in a phase, or while an SM multiplies: for kernels of many
+// layers.
+void read_more_at_once(DecodeParams& params, plan::LayerKind kind);
 
 // Fragments that a lane of the kernel must be able to hold.
 int fragments_needed(const ModelConfig& config, const plan::DecodePlan& plan);

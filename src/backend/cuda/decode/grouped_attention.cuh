@@ -18,13 +18,16 @@ class GroupedAttention
   using Base::Base;
 
  protected:
-  using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next, Base::lane,
-      Base::make_indices_opaque, Base::normed, Base::p, Base::q, Base::release_stage, Base::ring,
-      Base::thread, Base::warp;
+  using Base::cache, Base::consumer_barrier, Base::control, Base::g, Base::is_ablated,
+      Base::is_next, Base::lane, Base::make_indices_opaque, Base::normed, Base::p, Base::q,
+      Base::release_stage, Base::ring, Base::thread, Base::warp;
 
   // Positions that a warp takes at once, in two halves of 8.
   static constexpr int kGroup = plan::kMinKvBlockPositions;
   static_assert(kGroup == 16);
+
+  // Dimensions that the warps merge together.
+  __device__ __forceinline__ int merged_dims() const { return min(p.head_dim, plan::kMergedDims); }
 
   // Of plan::attention_floats: where the normalised inputs lie, which have been read, and sums.
   __device__ __forceinline__ float* scratch() const { return reinterpret_cast<float*>(normed); }
@@ -40,7 +43,7 @@ class GroupedAttention
     T* zero;  // [8] zeros
   };
   __device__ __forceinline__ GroupInputs group_inputs() const {
-    float* raw = scratch() + plan::kConsumerWarps * p.head_group * (p.head_dim + 2);
+    float* raw = scratch() + plan::kConsumerWarps * p.head_group * (merged_dims() + 2);
     T* ready = reinterpret_cast<T*>(raw + (p.head_group + 2) * p.head_dim);
     return {raw, ready, ready + (2 * p.head_group + 2) * p.head_dim};
   }
@@ -137,7 +140,8 @@ class GroupedAttention
 
   __device__ __forceinline__ void attend(int layer, int position) {
     make_indices_opaque();
-    const plan::AttentionSplits splits = splits_at(p, position);
+    // The work scheduler has announced by these what comes.
+    const plan::AttentionSplits& splits = control->splits[position % 2];
     Softmax state;
     int task = -1, kv_head = 0, last_block = 0;
     while (is_next(Stream::attention)) {
@@ -329,19 +333,21 @@ class GroupedAttention
     mma_16x8x16<T>(output, value, weights.rest[0], weights.rest[1]);
   }
 
-  // Leaves this warp's states where combine_warps() finds them.
-  __device__ __forceinline__ void leave_state(const Softmax& state) const {
-    const int stride = p.head_dim + 2;
+  // Leaves this warp's states where merge() finds them, the outputs from dimension `first` on.
+  __device__ __forceinline__ void leave_state(const Softmax& state, int first) const {
+    const int stride = merged_dims() + 2;
     float* own = scratch() + warp * p.head_group * stride;
+    const int end = min(p.head_dim - first, merged_dims());
 #pragma unroll
     for (int t = 0; t < kMaxHeadSteps; ++t) {
-      if (16 * t >= p.head_dim) continue;
+      const int dim = 16 * t - first;
+      if (dim < 0 || dim >= end) continue;
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int head = 2 * q + i;
         if (head >= p.head_group) continue;
-        own[head * stride + 2 + 16 * t + g] = state.output[t][i];
-        own[head * stride + 2 + 16 * t + g + 8] = state.output[t][i + 2];
+        own[head * stride + 2 + dim + g] = state.output[t][i];
+        own[head * stride + 2 + dim + g + 8] = state.output[t][i + 2];
       }
     }
     const float sum = warp_sum<4>(state.sum);
@@ -355,12 +361,24 @@ class GroupedAttention
   // partial results for the combiners. A barrier is to lie behind it.
   __device__ __forceinline__ void combine_warps(int layer, int kv_head, int task, int num_splits,
                                                 const Softmax& state) {
-    leave_state(state);
-    consumer_barrier();
-    const int stride = p.head_dim + 2, group = p.head_group;
-    float* partials = this->template lamport<float>(p.layout.partials) + task * group * stride;
-    for (int i = thread; i < group * p.head_dim; i += kConsumerThreads) {
-      const int in_group = i / p.head_dim, dim = i % p.head_dim;
+#pragma unroll 1
+    for (int first = 0; first < p.head_dim; first += plan::kMergedDims) {
+      if (first > 0) consumer_barrier();
+      leave_state(state, first);
+      consumer_barrier();
+      merge(layer, kv_head, task, num_splits, first);
+    }
+  }
+
+  // Of the dimensions that leave_state() has left, from `first` on.
+  __device__ __forceinline__ void merge(int layer, int kv_head, int task, int num_splits,
+                                        int first) const {
+    const int stride = merged_dims() + 2, group = p.head_group, partial_stride = p.head_dim + 2;
+    const int dims = min(p.head_dim - first, merged_dims());
+    float* partials =
+        this->template lamport<float>(p.layout.partials) + task * group * partial_stride;
+    for (int i = thread; i < group * dims; i += kConsumerThreads) {
+      const int in_group = i / dims, dim = i % dims;
       const int head = kv_head * group + in_group;
       const float* states = scratch() + in_group * stride;
       const int next = group * stride;  // from one warp's to the next one's
@@ -371,18 +389,19 @@ class GroupedAttention
       float total = is_ablated(layer, head) ? INFINITY : 0.0f;
       float value = 0.0f;
       for (int w = 0; w < plan::kConsumerWarps; ++w) {
-        const float factor = exp2f(states[w * next] - maximum);
+        const float factor = exp2_approximately(states[w * next] - maximum);
         total += states[w * next + 1] * factor;
         value += states[w * next + 2 + dim] * factor;
       }
       if (num_splits == 1) {
-        lamport_store(
-            this->template lamport<T>(p.layout.attention) + operand_order(head * p.head_dim + dim),
-            static_cast<T>(value / total));
+        lamport_store(this->template lamport<T>(p.layout.attention) +
+                          operand_order(head * p.head_dim + first + dim),
+                      static_cast<T>(value / total));
         continue;
       }
-      lamport_store(partials + in_group * stride + 2 + dim, value);
-      if (dim < 2) lamport_store(partials + in_group * stride + dim, dim == 0 ? maximum : total);
+      float* partial = partials + in_group * partial_stride;
+      lamport_store(partial + 2 + first + dim, value);
+      if (first + dim < 2) lamport_store(partial + first + dim, first + dim == 0 ? maximum : total);
     }
   }
 

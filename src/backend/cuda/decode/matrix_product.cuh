@@ -181,7 +181,8 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
     if constexpr (kTwoStages) {
       if (matrix.iterations <= 6) return multiply(std::integral_constant<int, 6>{});
       if (matrix.iterations == 7) return multiply(std::integral_constant<int, 7>{});
-      if (matrix.iterations == 8) return multiply(std::integral_constant<int, 8>{});
+      if (kMaxIterations > 8 && matrix.iterations == 8)
+        return multiply(std::integral_constant<int, 8>{});
     }
     return multiply(std::integral_constant<int, kMaxIterations>{});
   }
@@ -197,6 +198,8 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
     make_indices_opaque();
     const int max_slots = matrix.max_slots;
     const int id = ring_id(epoch, stream);
+    if constexpr (kKind == plan::LayerKind::any)
+      if (thread == 0) block_counter_store(&control->multiplies, 1);
     UnitCursor cursor(*this, matrix, control->has_bias[static_cast<int>(stream)]);
     int slot = 0;
     if (kMaxPrefetched > 0 && prefetched.chunks > 0) {
@@ -218,8 +221,11 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
       const bool over = next_id != id;
       if constexpr (kKind == plan::LayerKind::any) {
         // One copy of the code that finishes rows, which is longer here.
-        if (over) before_epilogue();
-        if (slot > 0) reduce(stream, matrix, slot, epilogue);
+        if (over) {
+          if (thread == 0) block_counter_store(&control->multiplies, 0);
+          before_epilogue();
+        }
+        if (slot > 0) reduce_any_rows(stream, matrix, slot, epilogue);
       }
       if (over) break;
       if constexpr (kKind == plan::LayerKind::plain) reduce_rows(matrix, slot, epilogue);
@@ -282,45 +288,40 @@ class DecodeProduct : public DecodeUnits<T, kMaxIterations, kMaxHeadSteps, Cache
     if (thread == 0) control->finished_chunks = before + slots;
   }
 
-  // The same where a chunk is rows of a gated MLP's gate and behind them the same rows of its other
-  // matrix: the epilogue gets both sums of a row.
+  // The same of layers of any kind: one copy of the code, since what a layer runs through has to
+  // fit into the instruction cache. A chunk of a gated MLP's first matrices is rows of its gate and
+  // behind them the same rows of the other: the epilogue gets both sums of a row.
   template <typename Epilogue>
-  __device__ __forceinline__ void reduce_gated_rows(const StreamedMatrix& matrix, int slots,
-                                                    Epilogue&& epilogue) {
+  __device__ __forceinline__ void reduce_any_rows(Stream stream, const StreamedMatrix& matrix,
+                                                  int slots, Epilogue&& epilogue) {
     consumer_barrier();
     const unsigned before = control->finished_chunks;
-    const int in_chunk = matrix.rows_per_chunk / 2;
+    const int gated = stream == Stream::mlp_up && p.first_layer.mlp_gate != nullptr ? 1 : 0;
+    const int in_chunk = matrix.rows_per_chunk >> gated;
     const int count = slots * in_chunk;
     const int rows_at_once = kConsumerThreads >> matrix.row_lanes_log2;
     const int row_lane = thread & ((1 << matrix.row_lanes_log2) - 1);
 #pragma unroll 1
     for (int first = 0; first < count; first += rows_at_once) {
       const int i = first + (thread >> matrix.row_lanes_log2);
-      const int slot = matrix.slot_of(2 * i);
-      const int gate_row = slot * in_chunk + i;
-      const auto sum_of = [&](int row) {
-        const int share = (row << matrix.row_lanes_log2) + row_lane;
-        return row_sum(
+      const int slot = matrix.slot_of(i << gated);
+      const int in_slot = i - slot * in_chunk;
+      int share = ((slot * matrix.rows_per_chunk + in_slot) << matrix.row_lanes_log2) + row_lane;
+      float value = 0.0f, beside_gate = 1.0f;
+#pragma unroll 1
+      for (int part = 0; part <= gated; ++part) {
+        const float sum = row_sum(
             matrix, i < count ? lane_sum(matrix, sums + (share << matrix.lane_sums_log2)) : 0.0f);
-      };
-      const float gate = sum_of(gate_row);
-      const float value = sum_of(gate_row + in_chunk);
+        (part == 0 ? value : beside_gate) = sum;
+        share += in_chunk << matrix.row_lanes_log2;
+      }
       if (i >= count || row_lane != 0) continue;
       const int chunk = control->chunks[(before + slot) % kKnownChunks];
-      const int row = (chunk - slot) * in_chunk + i;
-      if (row < matrix.rows / 2) epilogue(row, gate, value);
+      const int row = chunk * in_chunk + in_slot;
+      if (row < matrix.rows >> gated) epilogue(row, value, beside_gate);
     }
     consumer_barrier();
     if (thread == 0) control->finished_chunks = before + slots;
-  }
-
-  template <typename Epilogue>
-  __device__ __forceinline__ void reduce(Stream stream, const StreamedMatrix& matrix, int slots,
-                                         Epilogue&& epilogue) {
-    if (stream == Stream::mlp_up && p.first_layer.mlp_gate != nullptr)
-      reduce_gated_rows(matrix, slots, epilogue);
-    else
-      reduce_rows(matrix, slots, epilogue);
   }
 };
 

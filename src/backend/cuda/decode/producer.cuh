@@ -30,8 +30,11 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
   RingProducer ring(&control->ring, p.stages);
   int attention_id = kRingEnd;  // of the attention that may be copied
   while (true) {
-    const RingTask task = ring.next();
+    RingTask task = ring.next();
     const int id = task.order.id;
+    if constexpr (kKind == plan::LayerKind::any)
+      if (block_counter_load(&control->multiplies) != 0)
+        task.order.in_flight = max(task.order.in_flight, p.busy_in_flight);
     if (id == kRingEnd) return ring.finish();
     if (static_cast<Stream>(stream_of(id)) != Stream::attention) {
       ring.copy(task.order, [&](std::uint32_t barrier) { copy_chunk<kKind>(p, task, barrier); });

@@ -46,10 +46,13 @@ class DecodeResidual
   __device__ __forceinline__ void load_norms(int index, int part) {
     const StreamedLayer layer = layer_at(p, index);
     const bool is_final = index == p.num_layers;
-    if constexpr (kKind == plan::LayerKind::any)
-      if (part == 1) return load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.input);
-    load_norm(is_final ? p.final_norm_weight : layer.input_norm_weight,
-              is_final ? p.final_norm_bias : layer.input_norm_bias, norms.input);
+    const void* weight = is_final ? p.final_norm_weight : layer.input_norm_weight;
+    const void* bias = is_final ? p.final_norm_bias : layer.input_norm_bias;
+    if (kKind == plan::LayerKind::any && part == 1) {
+      weight = layer.post_norm_weight;
+      bias = layer.post_norm_bias;
+    }
+    load_norm(weight, bias, norms.input);
     if constexpr (kKind == plan::LayerKind::plain)
       if (!is_final) load_norm(layer.post_norm_weight, layer.post_norm_bias, norms.post);
   }
@@ -123,7 +126,12 @@ class DecodeResidual
     return {mean, rsqrtf(variance + p.layer_norm_eps)};
   }
 
-  // Writes normalised x, rounded, to one of the two inputs in shared memory.
+  // Where the input of a layer's part lies among the normalised inputs: plan::normed_inputs.
+  __device__ __forceinline__ int input_of_part(int part) const {
+    return kKind == plan::LayerKind::any && !p.parallel_residual ? 0 : part;
+  }
+
+  // Writes normalised x, rounded, to one of the inputs in shared memory.
   __device__ __forceinline__ void normalise(const Moments& moments, const Norm& norm, int input) {
     auto* output = reinterpret_cast<std::uint32_t*>(normed + input * p.hidden_size) +
                    operand_order(element(0)) / 2;

@@ -49,8 +49,14 @@ struct SharedControl {
     bool attention_before;
   };
   PhaseSchedule phases[kMaxPhases];
+  // Of attention, by the step's position % 2: the work scheduler is less than a step ahead.
+  plan::AttentionSplits splits[2];
+  int leave_from;  // of the step's layers (WorkScheduler::leaves_first_phase_from)
   int token;
-  bool ablates_mlp;           // of this epoch's layer
+  bool ablates_mlp;  // of this epoch's layer
+  // Consumers multiply what has landed: nobody here waits for what crosses between SMs. Of layers
+  // of any kind.
+  std::uint32_t multiplies;
   std::uint32_t opaque_zero;  // 0: see DecodeStep::opaque_zero()
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;
@@ -70,7 +76,7 @@ __device__ __forceinline__ SharedControl* shared_control(char* shared) {
   return reinterpret_cast<SharedControl*>(shared);
 }
 __device__ __forceinline__ float* shared_sums(const DecodeParams& p, char* shared) {
-  return reinterpret_cast<float*>(shared + plan::kControlBytes) + (p.hidden_size + 31) / 32 * 32;
+  return reinterpret_cast<float*>(shared + plan::kControlBytes + p.input_bytes);
 }
 __device__ __forceinline__ char* shared_ring(const DecodeParams& p, char* shared) {
   return reinterpret_cast<char*>(shared_sums(p, shared) + p.sum_slots);
@@ -86,6 +92,7 @@ __device__ __forceinline__ void init_shared(const DecodeParams& p, char* shared)
   control->matrices[static_cast<int>(Stream::attention_out)] = p.attention_out;
   control->matrices[static_cast<int>(Stream::lm_head)] = p.lm_head;
   control->begun = control->cleared = control->opaque_zero = control->finished_chunks = 0;
+  control->multiplies = 0;
 }
 // By another one.
 __device__ __forceinline__ void init_sources(const DecodeParams& p, SharedControl* control) {

@@ -324,9 +324,12 @@ class DecodeUnits : public DecodeConsumer<T, kMaxIterations, kMaxHeadSteps, Cach
       if (in_pairs || two_stages) {
         const RingPeek first = ring.peek(), second = ring.peek_next();
         if (prefetched.chunks > 0 || matrix.max_slots < 3 || !second.holds(next_id)) return;
-        const RingAnnouncement& own = g < 4 ? first.what : second.what;
-        cursor.load_pair(g < 4 || in_pairs ? own.data : own.data - matrix.first_stage_bytes,
-                         cursor.chunk(own).biases, prefetched);
+        const bool is_first = g < 4;
+        const std::uint32_t data = is_first   ? first.what.data
+                                   : in_pairs ? second.what.data
+                                              : second.what.data - matrix.first_stage_bytes;
+        const int biases = is_first ? first.what.label.first : second.what.label.first;
+        cursor.load_pair(data, static_cast<std::uint32_t>(biases), prefetched);
         ring.release(lane, true);
         prefetched.chunks = in_pairs ? 2 : 1;
         return;

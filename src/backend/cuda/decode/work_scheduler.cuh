@@ -34,8 +34,10 @@ class WorkScheduler {
     for (int step = 0; step < p.steps; ++step) {
       const int position = p.first_position + step;
       const bool scored = step >= p.first_scored_step;
-      const plan::AttentionSplits splits = splits_at(p, position);
-      const int leave_from = leaves_first_phase_from(splits);
+      // In shared memory: registers are few, and what they spill comes back behind the weights.
+      plan::AttentionSplits& splits = control->splits[position % 2];
+      splits = splits_at(p, position);
+      control->leave_from = leaves_first_phase_from(splits);
 #pragma unroll 1
       for (int layer = 0; layer < p.num_layers + scored; ++layer, ++epoch) {
         // One copy of the code for all phases: it must fit into few registers.
@@ -46,7 +48,7 @@ class WorkScheduler {
         do {
           if (control->phases[index].attention_before) schedule_attention(layer, epoch, splits);
           schedule_phase(is_lm_head ? 0 : layer, epoch, control->phases[index], NoHooks{},
-                         index > 0 ? kNever : leave_from);
+                         index > 0 ? kNever : control->leave_from);
         } while (++index < end);
       }
       epoch += !scored;
@@ -57,6 +59,7 @@ class WorkScheduler {
  protected:
   // How many stages are announced and have not landed, at most.
   __device__ __forceinline__ int reach(int in_flight) const {
+    if constexpr (kKind == plan::LayerKind::any) in_flight = max(in_flight, p.busy_in_flight);
     return min(in_flight + p.announced_ahead, p.stages);
   }
 
@@ -71,10 +74,11 @@ class WorkScheduler {
       return stream == Stream::none ? 0 : control->matrices[static_cast<int>(stream)].chunks;
     };
     const int chunks = chunks_of(phase.first) + chunks_of(phase.second);
-    const plan::WorkSchedule schedule =
-        plan::work_schedule(chunks, p.static_percent, static_cast<std::int32_t>(gridDim.x));
-    // Short phases are over before more copies under way could be of use.
+    // Short phases are over before more copies under way could be of use, or tickets even them out.
     const bool is_long = chunks >= kLateChunks * static_cast<int>(gridDim.x);
+    const plan::WorkSchedule schedule =
+        plan::work_schedule(chunks, is_long ? p.long_static_percent : p.static_percent,
+                            static_cast<std::int32_t>(gridDim.x));
     const int late_from = is_long ? chunks * p.late_percent / 100 : kNever;
     return {phase.first, phase.second,          chunks, schedule.first_dynamic,
             late_from,   phase.attention_before};
