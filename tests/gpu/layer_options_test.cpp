@@ -23,6 +23,7 @@
 #include "backend/cuda/memory.hpp"
 #include "held_sms.hpp"
 #include "ops/layer_fixture.hpp"
+#include "recorded_bits.hpp"
 
 namespace clusterfusion::test {
 namespace {
@@ -557,6 +558,10 @@ class LayerOptionCases : public LayerOptions, public testing::WithParamInterface
 TEST_P(LayerOptionCases, AgreeWithTheCpu) {
   OptionLayer layer(GetParam().kind, GetParam().rows);
   expect_as_on_the_cpu(layer);
+  layer.upload();
+  layer.run(Call::layer, true);
+  for (const char* name : kLayerResults)
+    expect_recorded_bits("options/" + GetParam().name + "/" + name, layer.download(name));
 }
 
 INSTANTIATE_TEST_SUITE_P(Gpu, LayerOptionCases, testing::ValuesIn(option_cases()),
