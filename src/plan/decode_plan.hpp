@@ -32,7 +32,7 @@ inline constexpr std::int32_t kConsumerThreads = kConsumerWarps * 32;
 // Stages of a ring, at most.
 inline constexpr std::int32_t kMaxStages = 16;
 // Shared memory for barriers, labels and small reductions.
-inline constexpr std::int64_t kControlBytes = 3200;
+inline constexpr std::int64_t kControlBytes = 3328;
 
 // What a kernel must know of its device.
 struct DeviceLimits {

@@ -33,7 +33,6 @@ namespace clusterfusion {
 namespace cuda {
 namespace {
 
-constexpr std::int32_t kDecodeAhead = 16;  // steps of one launch, at most
 // A pass of so many tokens takes half as long again as one of a single token.
 constexpr std::int64_t kLeastPiece = 256;
 // Up to so many rows the streaming kernel is quicker than the series of kernels.
@@ -114,7 +113,7 @@ class CudaBackend final : public Backend {
         prefill_(config_, weights_, plan_.kv, max_positions_,
                  prefill_budget(static_cast<std::int64_t>(properties_.totalGlobalMem))),
         interventions_(config_, weights_),
-        sampler_(config_.vocab_size, kDecodeAhead),
+        sampler_(config_.vocab_size, kStepsOfLaunch),
         sequences_(config_, info_) {
     info_.name = "cuda";
     info_.device = fmt::format("{}, {} SMs", properties_.name, properties_.multiProcessorCount);
@@ -123,7 +122,7 @@ class CudaBackend final : public Backend {
     info_.max_positions = max_positions_;
     info_.prefill_chunk = prefill_.max_tokens();
     info_.least_piece = std::min(kLeastPiece, prefill_.max_tokens());
-    info_.decode_ahead = kDecodeAhead;
+    info_.decode_ahead = kStepsOfLaunch;
     prepare();
     if (!unstreamed_.empty()) info_.device += fmt::format(", {} ({})", path(), unstreamed_);
     if (decodes_rows()) info_.verify_rows = static_cast<std::int32_t>(max_rows());
@@ -365,11 +364,11 @@ class CudaBackend final : public Backend {
           !StreamDecoder::supports(config_, plan_.kv, properties_))
         return;
       stream_decoder_.emplace(config_, plan_.kv, weights_, properties_, max_positions_,
-                              kDecodeAhead);
+                              kStepsOfLaunch);
     }
     if (plan_.kv.dtype == config_.dtype && GemmDecoder::supports(config_, properties_))
       gemm_decoder_.emplace(config_, plan_.kv, weights_, properties_.multiProcessorCount,
-                            max_positions_, kDecodeAhead);
+                            max_positions_, kStepsOfLaunch);
   }
   // Whether a step takes several rows.
   bool decodes_rows() const noexcept { return stream_decoder_ || gemm_decoder_; }
@@ -410,20 +409,20 @@ class CudaBackend final : public Backend {
 
   void allocate_scratch() {
     const std::int64_t phases = num_phases(config_.num_layers, config_.parallel_residual);
-    counters_ = DeviceMemory((kDecodeAhead * phases + 1) * 4, "counters");
+    counters_ = DeviceMemory((kStepsOfLaunch * phases + 1) * 4, "counters");
     params_.tickets = counters_.as<std::uint32_t>();
-    params_.arrivals = params_.tickets + kDecodeAhead * phases;
+    params_.arrivals = params_.tickets + kStepsOfLaunch * phases;
     lamport_ = DeviceMemory(std::int64_t{kLamportSets} * params_.layout.bytes, "Lamport buffers");
     params_.lamport = lamport_.as<>();
-    logits_ = DeviceMemory(kDecodeAhead * config_.vocab_size * 4, "logits");
-    tokens_ = DeviceMemory(kDecodeAhead * 4 * 2, "tokens");
+    logits_ = DeviceMemory(kStepsOfLaunch * config_.vocab_size * 4, "logits");
+    tokens_ = DeviceMemory(kStepsOfLaunch * 4 * 2, "tokens");
     const std::int64_t pages = info_.max_positions / kKvPagePositions + 1;
     page_table_ = DeviceMemory(pages * sizeof(char*), "the page table");
     params_.kv_pages = page_table_.as<char*>();
     params_.given_tokens = tokens_.as<std::int32_t>();
     params_.given_count = 1;
-    params_.chosen = tokens_.as<std::int32_t>() + kDecodeAhead;
-    host_chosen_.resize(kDecodeAhead);
+    params_.chosen = tokens_.as<std::int32_t>() + kStepsOfLaunch;
+    host_chosen_.resize(kStepsOfLaunch);
   }
 
   Sequence& find(SequenceId id) { return sequences_.find(id); }
@@ -686,7 +685,7 @@ class CudaBackend final : public Backend {
   void enqueue_with_samplers(RowDecoder& decoder, const DecodeCall& call,
                              std::vector<DecodeRow> rows, std::span<const std::size_t> filtered) {
     while (row_samplers_.size() < filtered.size())
-      row_samplers_.emplace_back(config_.vocab_size, kDecodeAhead);
+      row_samplers_.emplace_back(config_.vocab_size, kStepsOfLaunch);
     for (std::size_t i = 0; i < filtered.size(); ++i) {
       const Sequence& sequence = find(call.sequence(filtered[i]));
       const std::span<const TokenId> before = sequence.sampler.tokens();
@@ -807,7 +806,7 @@ class CudaBackend final : public Backend {
   void enqueue_samplers(RowDecoder& decoder, const Proposal& proposal, const VerifiedRows& rows) {
     const Sequence& sequence = find(proposal.sequence);
     while (row_samplers_.size() < *rows.first_sampler + proposal.tokens.size())
-      row_samplers_.emplace_back(config_.vocab_size, kDecodeAhead);
+      row_samplers_.emplace_back(config_.vocab_size, kStepsOfLaunch);
     const std::span<const TokenId> before = sequence.sampler.tokens();
     std::vector<TokenId> tokens(before.begin(), before.end());
     for (std::size_t i = 0; i < proposal.tokens.size(); ++i) {

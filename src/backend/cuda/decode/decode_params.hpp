@@ -11,6 +11,8 @@
 
 namespace clusterfusion::cuda {
 
+// Steps of one launch, at most.
+inline constexpr std::int32_t kStepsOfLaunch = 16;
 // Chunks whose sums one SM may collect before it finishes their rows.
 inline constexpr std::int32_t kMaxChunkSlots = 240;
 
@@ -154,7 +156,7 @@ struct DecodeParams {
       bias_element_bytes;  // 4: float32 (the engine's), 2: the weights' type (the callers')
   std::int32_t
       static_percent;  // of a phase's chunks that are assigned round-robin; the rest by ticket
-  std::int32_t long_static_percent;  // the same of a long phase
+  std::int32_t long_static_percent;  // the same of a long phase in layers of any kind
   // Copies that may be in flight once so many percent of a long phase's chunks are assigned.
   std::int32_t late_in_flight, late_percent;
   // Copies that may be in flight while the SM multiplies, in layers of any kind; 0: no others.

@@ -18,7 +18,7 @@ inline constexpr std::int32_t kLateInFlight = 3, kLatePercent = 60;
 inline constexpr std::int32_t kBusyInFlightOfAny = 4;
 // A part of a phase is assigned statically, so that nobody waits for a ticket when it begins; of a
 // long phase of layers of any kind more.
-inline constexpr std::int32_t kStaticPercent = 30, kLongStaticPercentOfAny = 60;
+inline constexpr std::int32_t kStaticPercent = 30, kLongStaticPercentOfAny = 80;
 
 // What both kernels' parameters say of a model's shape and of its KV cache.
 template <typename Params>

@@ -141,7 +141,7 @@ class GroupedAttention
   __device__ __forceinline__ void attend(int layer, int position) {
     make_indices_opaque();
     // The work scheduler has announced by these what comes.
-    const plan::AttentionSplits& splits = control->splits[position % 2];
+    const plan::AttentionSplits& splits = control->splits[position - p.first_position];
     Softmax state;
     int task = -1, kv_head = 0, last_block = 0;
     while (is_next(Stream::attention)) {

@@ -49,8 +49,8 @@ struct SharedControl {
     bool attention_before;
   };
   PhaseSchedule phases[kMaxPhases];
-  // Of attention, by the step's position % 2: the work scheduler is less than a step ahead.
-  plan::AttentionSplits splits[2];
+  // Of attention, by step: the work scheduler of a small model may be many steps ahead.
+  plan::AttentionSplits splits[kStepsOfLaunch];
   int leave_from;  // of the step's layers (WorkScheduler::leaves_first_phase_from)
   int token;
   bool ablates_mlp;  // of this epoch's layer

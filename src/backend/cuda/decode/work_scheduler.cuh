@@ -34,10 +34,14 @@ class WorkScheduler {
     for (int step = 0; step < p.steps; ++step) {
       const int position = p.first_position + step;
       const bool scored = step >= p.first_scored_step;
-      // In shared memory: registers are few, and what they spill comes back behind the weights.
-      plan::AttentionSplits& splits = control->splits[position % 2];
+      plan::AttentionSplits own_splits;
+      int own_leave_from;
+      // Of layers of any kind in shared memory: registers are few, and what they spill comes back
+      // behind the weights. Attention looks there too.
+      plan::AttentionSplits& splits = kShares ? control->splits[step] : own_splits;
+      int& leave_from = kShares ? control->leave_from : own_leave_from;
       splits = splits_at(p, position);
-      control->leave_from = leaves_first_phase_from(splits);
+      leave_from = leaves_first_phase_from(splits);
 #pragma unroll 1
       for (int layer = 0; layer < p.num_layers + scored; ++layer, ++epoch) {
         // One copy of the code for all phases: it must fit into few registers.
@@ -48,7 +52,7 @@ class WorkScheduler {
         do {
           if (control->phases[index].attention_before) schedule_attention(layer, epoch, splits);
           schedule_phase(is_lm_head ? 0 : layer, epoch, control->phases[index], NoHooks{},
-                         index > 0 ? kNever : control->leave_from);
+                         index > 0 ? kNever : leave_from);
         } while (++index < end);
       }
       epoch += !scored;
@@ -74,10 +78,10 @@ class WorkScheduler {
       return stream == Stream::none ? 0 : control->matrices[static_cast<int>(stream)].chunks;
     };
     const int chunks = chunks_of(phase.first) + chunks_of(phase.second);
-    // Short phases are over before more copies under way could be of use, or tickets even them out.
+    // Short phases are over before more copies under way could be of use.
     const bool is_long = chunks >= kLateChunks * static_cast<int>(gridDim.x);
     const plan::WorkSchedule schedule =
-        plan::work_schedule(chunks, is_long ? p.long_static_percent : p.static_percent,
+        plan::work_schedule(chunks, kShares && is_long ? p.long_static_percent : p.static_percent,
                             static_cast<std::int32_t>(gridDim.x));
     const int late_from = is_long ? chunks * p.late_percent / 100 : kNever;
     return {phase.first, phase.second,          chunks, schedule.first_dynamic,
@@ -153,6 +157,7 @@ class WorkScheduler {
   }
 
   static constexpr int kLateChunks = 16;  // of a block, in a phase
+  static constexpr bool kShares = kKind == plan::LayerKind::any;
 
   // From which of the first phase's chunks on this block draws no more tickets.
   __device__ __forceinline__ int leaves_first_phase_from(
