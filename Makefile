@@ -44,7 +44,7 @@ deps:
 .PHONY: deps
 
 build: deps  ## all targets; with a CUDA toolkit the CUDA targets too
-	$(call stage,the release build with its tests,2 minutes; with CUDA 13 7 minutes)
+	$(call stage,the release build with its tests,2 minutes; with CUDA 13 8 more an architecture)
 	cmake --preset release $(CMAKE_ARGS)
 	cmake --build --preset release -j $(JOBS)
 
@@ -81,7 +81,7 @@ wheel:  ## dist/*.whl: the package and the program, for other machines
 PYTEST_OPTIONS ?= $(if $(GPU),,-n 2 --dist loadfile)
 
 python-test: build python-package  ## Python tests, on the installed package and the built program
-	$(call stage,Python tests,5 minutes; with CUDA 13 8 minutes)
+	$(call stage,Python tests,5 minutes; with CUDA 13 6 minutes)
 	CLUSTERFUSION_BIN=$(CURDIR)/$(BIN)/clusterfusion CLUSTERFUSION_BUILD_DIR=$(CURDIR)/build/release \
 	  $(PYTHON) -m pytest $(PYTEST_OPTIONS)
 
