@@ -438,7 +438,7 @@ TEST_F(PrefillTest, TellsWhichTargetsAreTheLikeliest) {
 }
 
 // Of equally likely tokens the one with the lowest id is the likeliest.
-TEST(RowScores, KnowTies) {
+TEST_F(PrefillTest, ScoresKnowTies) {
   constexpr std::int64_t kVocab = 3000;
   std::vector<float> logits(3 * kVocab, 1.0f);
   logits[kVocab + 2100] = logits[kVocab + 1500] = 2.0f;
