@@ -81,7 +81,7 @@ wheel:  ## dist/*.whl: the package and the program, for other machines
 PYTEST_OPTIONS ?= $(if $(GPU),,-n 2 --dist loadfile)
 
 python-test: build python-package  ## Python tests, on the installed package and the built program
-	$(call stage,Python tests,5 minutes; with CUDA 13 6 minutes)
+	$(call stage,Python tests,5 minutes; with CUDA 13 8 minutes)
 	CLUSTERFUSION_BIN=$(CURDIR)/$(BIN)/clusterfusion CLUSTERFUSION_BUILD_DIR=$(CURDIR)/build/release \
 	  $(PYTHON) -m pytest $(PYTEST_OPTIONS)
 

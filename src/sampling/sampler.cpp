@@ -171,10 +171,12 @@ SampledToken Sampler::sample(std::span<const float> logits) {
   return sampled;
 }
 
-float log_probability(std::span<const float> logits, TokenId token) {
+TargetScore score_target(std::span<const float> logits, TokenId token) {
   require(token >= 0 && token < std::ssize(logits), ErrorKind::out_of_range,
           "token {} is not in [0, {})", token, logits.size());
-  return LogSoftmax(logits, logits[static_cast<std::size_t>(argmax(logits))])(token);
+  const TokenId likeliest = argmax(logits);
+  return {LogSoftmax(logits, logits[static_cast<std::size_t>(likeliest)])(token),
+          likeliest == token};
 }
 
 TokenId likeliest_token(std::span<const float> logits) { return argmax(logits); }

@@ -44,9 +44,13 @@ class Sampler {
   std::vector<float> adjusted_logits_;  // scratch, [vocab_size] if something adjusts them
 };
 
-// Natural log of softmax(logits)[token]; the sum runs in float64, in the order of the ids.
+// How likely a token is.
+struct TargetScore {
+  float logprob;      // natural log of softmax(logits)[token]; the sum in float64, in order of ids
+  bool is_likeliest;  // whether it is likeliest_token()
+};
 // Errors: out_of_range (token), non_finite (NaN or +inf among the logits, or all are -inf).
-float log_probability(std::span<const float> logits, TokenId token);
+TargetScore score_target(std::span<const float> logits, TokenId token);
 
 // The id of the largest logit, the lowest on a tie. Errors: non_finite as above.
 TokenId likeliest_token(std::span<const float> logits);

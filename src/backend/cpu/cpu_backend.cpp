@@ -312,10 +312,10 @@ void CpuBackend::answer(std::span<const AskedRow> asked) {
     const std::span<const float> one(logits + static_cast<std::size_t>(i) * vocab, vocab);
     require_finite(one, row.position, row.part->sequence);
     if (!output.targets.empty() && output.targets[row.index] != -1) {
-      const TokenId target = output.targets[row.index];
-      output.target_logprobs[row.index] = log_probability(one, target);
+      const TargetScore score = score_target(one, output.targets[row.index]);
+      output.target_logprobs[row.index] = score.logprob;
       if (!output.target_is_likeliest.empty())
-        output.target_is_likeliest[row.index] = likeliest_token(one) == target ? 1 : 0;
+        output.target_is_likeliest[row.index] = score.is_likeliest ? 1 : 0;
     }
     if (row.index + 1 < row.part->tokens.size()) return;
     std::copy_n(one.begin(), output.last_logits.size(), output.last_logits.begin());

@@ -254,7 +254,7 @@ TEST_P(Equality, PiecesTogether) {
         EXPECT_EQ(sampled[c].token, likeliest_token(row(end - 1)));
       }
       for (std::size_t i = 1; i < targets[c].size(); ++i) {
-        EXPECT_EQ(logprobs[c][i], log_probability(row(begin + i), 5));
+        EXPECT_EQ(logprobs[c][i], score_target(row(begin + i), 5).logprob);
       }
       if (end == kTokens) continue;
       EXPECT_EQ(decode_logits(*backend, config_, parts[c].sequence, tokens_[end]), row(end));

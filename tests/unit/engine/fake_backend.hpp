@@ -166,9 +166,10 @@ class FakeBackend final : public Backend {
         std::ranges::copy(logits, output.all_logits.subspan(i * width, width).begin());
       }
       if (!output.targets.empty() && output.targets[i] >= 0) {
-        output.target_logprobs[i] = log_probability(logits, output.targets[i]);
+        const TargetScore score = score_target(logits, output.targets[i]);
+        output.target_logprobs[i] = score.logprob;
         if (!output.target_is_likeliest.empty())
-          output.target_is_likeliest[i] = likeliest_token(logits) == output.targets[i] ? 1 : 0;
+          output.target_is_likeliest[i] = score.is_likeliest ? 1 : 0;
       }
       if (i + 1 == tokens.size() && !output.last_logits.empty()) {
         std::ranges::copy(logits, output.last_logits.begin());

@@ -121,7 +121,7 @@ TEST(DrawableVocabulary, IsAllThatIsDrawn) {
   const SampledToken token = Sampler(params, 5).sample(logits);
   EXPECT_EQ(token.token, 2);
   EXPECT_EQ(token.top[0].token, 4);
-  EXPECT_EQ(token.logprob, log_probability(logits, 2));
+  EXPECT_EQ(token.logprob, score_target(logits, 2).logprob);
 }
 
 TEST(Sampler, SaysThatEveryTokenIsForbidden) {

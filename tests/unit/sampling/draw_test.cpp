@@ -194,16 +194,16 @@ TEST(LogProbability, EqualsFloat64) {
     for (int i = 0; i < 20; ++i) {
       const auto token = static_cast<TokenId>(random() % vocab);
       const double expected = reference_log_probability(logits, token);
-      EXPECT_NEAR(log_probability(logits, token), expected, 1e-6 + 2e-7 * std::abs(expected));
+      EXPECT_NEAR(score_target(logits, token).logprob, expected, 1e-6 + 2e-7 * std::abs(expected));
     }
   }
 }
 
 TEST(LogProbability, LargeAndForbiddenLogits) {
-  EXPECT_FLOAT_EQ(log_probability(std::vector<float>{1e30f, 1e30f}, 0), std::log(0.5f));
-  EXPECT_FLOAT_EQ(log_probability(std::vector<float>{-1e30f, -1e30f}, 1), std::log(0.5f));
-  EXPECT_EQ(log_probability(std::vector<float>{0, -kInf}, 1), -kInf);
-  EXPECT_EQ(log_probability(std::vector<float>{0, -kInf}, 0), 0);
+  EXPECT_FLOAT_EQ(score_target(std::vector<float>{1e30f, 1e30f}, 0).logprob, std::log(0.5f));
+  EXPECT_FLOAT_EQ(score_target(std::vector<float>{-1e30f, -1e30f}, 1).logprob, std::log(0.5f));
+  EXPECT_EQ(score_target(std::vector<float>{0, -kInf}, 1).logprob, -kInf);
+  EXPECT_EQ(score_target(std::vector<float>{0, -kInf}, 0).logprob, 0);
 }
 
 TEST(Logprobs, AreTheModelsOwnBeforeAnyFilter) {
@@ -259,7 +259,7 @@ TEST(SamplerErrors, NonFiniteLogits) {
     });
   }
   expect_error(ErrorKind::non_finite, "the logit of token 1 is nan", [] {
-    log_probability(std::vector<float>{1, kNan}, 0);
+    score_target(std::vector<float>{1, kNan}, 0);
   });
 }
 
@@ -274,7 +274,7 @@ TEST(SamplerErrors, WrongSizesAndIds) {
   expect_error(ErrorKind::invalid_argument, "cannot truncate a sequence of 0 tokens to 1",
                [&] { sampler.truncate(1); });
   expect_error(ErrorKind::out_of_range, "token -1 is not in [0, 2)", [] {
-    log_probability(std::vector<float>{1, 2}, -1);
+    score_target(std::vector<float>{1, 2}, -1);
   });
   expect_error(ErrorKind::invalid_argument, "top_p", [] { Sampler({.top_p = 0}, 3); });
   expect_error(ErrorKind::invalid_argument, "vocab_size", [] { Sampler({}, 0); });

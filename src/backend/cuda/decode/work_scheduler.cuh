@@ -38,8 +38,8 @@ class WorkScheduler {
       int own_leave_from;
       // Of layers of any kind in shared memory: registers are few, and what they spill comes back
       // behind the weights. Attention looks there too.
-      plan::AttentionSplits& splits = kShares ? control->splits[step] : own_splits;
-      int& leave_from = kShares ? control->leave_from : own_leave_from;
+      plan::AttentionSplits& splits = kIsAny ? control->splits[step] : own_splits;
+      int& leave_from = kIsAny ? control->leave_from : own_leave_from;
       splits = splits_at(p, position);
       leave_from = leaves_first_phase_from(splits);
 #pragma unroll 1
@@ -63,7 +63,7 @@ class WorkScheduler {
  protected:
   // How many stages are announced and have not landed, at most.
   __device__ __forceinline__ int reach(int in_flight) const {
-    if constexpr (kKind == plan::LayerKind::any) in_flight = max(in_flight, p.busy_in_flight);
+    if constexpr (kIsAny) in_flight = max(in_flight, p.busy_in_flight);
     return min(in_flight + p.announced_ahead, p.stages);
   }
 
@@ -81,7 +81,7 @@ class WorkScheduler {
     // Short phases are over before more copies under way could be of use.
     const bool is_long = chunks >= kLateChunks * static_cast<int>(gridDim.x);
     const plan::WorkSchedule schedule =
-        plan::work_schedule(chunks, kShares && is_long ? p.long_static_percent : p.static_percent,
+        plan::work_schedule(chunks, kIsAny && is_long ? p.long_static_percent : p.static_percent,
                             static_cast<std::int32_t>(gridDim.x));
     const int late_from = is_long ? chunks * p.late_percent / 100 : kNever;
     return {phase.first, phase.second,          chunks, schedule.first_dynamic,
@@ -157,7 +157,7 @@ class WorkScheduler {
   }
 
   static constexpr int kLateChunks = 16;  // of a block, in a phase
-  static constexpr bool kShares = kKind == plan::LayerKind::any;
+  static constexpr bool kIsAny = kKind == plan::LayerKind::any;
 
   // From which of the first phase's chunks on this block draws no more tickets.
   __device__ __forceinline__ int leaves_first_phase_from(
