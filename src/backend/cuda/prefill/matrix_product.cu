@@ -136,11 +136,13 @@ void for_each_shape(const Function& function) {
     function(TileShape<2, 96, 1>{});
     function(TileShape<2, 64, 1>{});
     function(TileShape<2, 32, 1>{});
+    function(TileShape<1, 64, 1>{});
+    function(TileShape<1, 32, 1>{});
   } else {
-    function(TileShape<1, 128, 1>{});
+    function(TileShape<1, 128, 1, 1>{});
+    function(TileShape<1, 64, 1, 1>{});
+    function(TileShape<1, 32, 1, 1>{});
   }
-  function(TileShape<1, 64, 1>{});
-  function(TileShape<1, 32, 1>{});
 }
 
 // Calls function(candidate) with the shape that takes the least time.

@@ -6,8 +6,11 @@
 // multiplies a whole tile, 64 rows at a time, and writes what comes out through a little shared
 // memory of each warp's own, so that rows go to global memory in whole sectors; where there are
 // two, they take tiles in turns, and one writes while the other multiplies. Blocks of a cluster
-// have the same rows and neighbouring columns: each brings its share of the rows for all. Without
-// clusters, each block brings all of them.
+// have the same rows and neighbouring columns: each brings its share of the rows for all.
+//
+// Where warps multiply by themselves (mma.sync), a block is alone in its cluster. They read stages
+// by ldmatrix, and an arrival at a barrier of the cluster seems to overtake that, even at the
+// block's own (docs/prefill.md); one by its plain address keeps the order.
 #pragma once
 
 #include <cuda.h>
@@ -45,12 +48,12 @@ inline constexpr int kStripColumns = 32;
 inline constexpr int kStripRow = (kStripColumns + 8) * 4;
 inline constexpr int kStripBytes = 16 * kStripRow;
 
-template <int kTheParts, int kTheColumns, int kTheGroups>
+template <int kTheParts, int kTheColumns, int kTheGroups, int kTheCluster = 2>
 struct TileShape {
   static constexpr int kParts = kTheParts;  // of 64 rows, in a tile
   static constexpr int kColumns = kTheColumns;
-  static constexpr int kGroups = kTheGroups;  // warpgroups that multiply
-  static constexpr int kCluster = 2;          // blocks
+  static constexpr int kGroups = kTheGroups;    // warpgroups that multiply
+  static constexpr int kCluster = kTheCluster;  // blocks
   static constexpr int kRows = kParts * kPartRows;
   static constexpr int kStripsBytes = kGroups * 4 * kStripBytes;
   // Two groups' sums need more registers than a launch gives to all: then the producer is a
@@ -85,10 +88,6 @@ struct Ring {
   std::uint64_t full[kMaxStages], empty[kMaxStages];
   std::uint64_t turn[2];  // of a group: the other one has seen all its steps
 };
-
-// Blocks that bring something into each other's stages.
-template <typename Shape>
-inline constexpr int kSharers = kBulkCopies ? Shape::kCluster : 1;
 
 struct TilePlace {
   int row, column;  // the first of each
@@ -152,19 +151,15 @@ class Producer {
   }
 
  private:
-  // Multicast is what sm_90a is made for; elsewhere each block brings all shares for itself.
   __device__ __forceinline__ void copy_input(int stage, TilePlace at, int step) const {
     const std::uint32_t input = stages_ + stage * p.stage_bytes, full = full_ + 8 * stage;
-    const int share_bytes = p.share_rows * kRowBytes, column = step * kStepColumns;
-    if constexpr (kWarpgroups) {
+    const int column = step * kStepColumns;
+    if constexpr (Shape::kCluster > 1) {
       const auto share = static_cast<int>(cluster_rank());
-      tensor_copy_to_blocks(input + share * share_bytes, p.x, column, at.row + share * p.share_rows,
-                            full, (1 << Shape::kCluster) - 1);
+      tensor_copy_to_blocks(input + share * p.share_rows * kRowBytes, p.x, column,
+                            at.row + share * p.share_rows, full, (1 << Shape::kCluster) - 1);
     } else {
-#pragma unroll
-      for (int share = 0; share < Shape::kCluster; ++share)
-        tensor_copy_to_shared(input + share * share_bytes, p.x, column,
-                              at.row + share * p.share_rows, full);
+      tensor_copy_to_shared(input, p.x, column, at.row, full);
     }
   }
   __device__ __forceinline__ void copy_weights(int stage, TilePlace at, int step) const {
@@ -346,7 +341,9 @@ class Consumer {
         stages_(stages),
         strip_(strips + threadIdx.x / 32 * kStripBytes),
         full_(shared_address(ring.full)),
-        empty_(address_in_block(shared_address(ring.empty), lane_ % kSharers<Shape>)),
+        empty_(Shape::kCluster > 1
+                   ? address_in_block(shared_address(ring.empty), lane_ % Shape::kCluster)
+                   : shared_address(ring.empty)),
         turn_(shared_address(ring.turn)) {}
 
   __device__ __forceinline__ void run() {
@@ -456,7 +453,11 @@ class Consumer {
 
   // To all blocks that bring something into the stage.
   __device__ __forceinline__ void release(int stage) const {
-    if (lane_ < kSharers<Shape>) mbarrier_arrive_in_cluster(empty_ + 8 * stage);
+    if constexpr (Shape::kCluster > 1) {
+      if (lane_ < Shape::kCluster) mbarrier_arrive_in_cluster(empty_ + 8 * stage);
+    } else if (lane_ == 0) {
+      mbarrier_arrive(empty_ + 8 * stage);
+    }
   }
   __device__ __forceinline__ std::uint32_t input_of(int stage) const {
     return stages_ + stage * p.stage_bytes;
@@ -568,7 +569,7 @@ __device__ __forceinline__ void prepare_ring(Ring& ring, int stages) {
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < stages; ++stage) {
       mbarrier_init(&ring.full[stage], kBulkCopies ? 1 : kGroupThreads);
-      mbarrier_init(&ring.empty[stage], 4 * kSharers<Shape>);
+      mbarrier_init(&ring.empty[stage], 4 * Shape::kCluster);
     }
     for (std::uint64_t& turn : ring.turn) mbarrier_init(&turn, 1);
     mbarrier_fence_init();
@@ -580,6 +581,7 @@ template <typename T, typename Shape, ProductUnit kUnit>
 __global__ void __launch_bounds__(kBulkCopies ? Shape::kThreads : Shape::kMostThreads,
                                   Shape::kGroups == 2 || Shape::kColumns >= 128 ? 1 : 2)
     multiply(const __grid_constant__ ProductParams p) {
+  static_assert(kUnit == ProductUnit::warpgroup || Shape::kCluster == 1);
   if constexpr (kWarpgroups || kUnit == ProductUnit::warp) {
     start_dependents();
     extern __shared__ char shared[];
