@@ -176,13 +176,15 @@ std::vector<float2> rotary_turns(const LayerSpec& spec, std::int64_t positions) 
   return turns;
 }
 
+// Waits until the values are there: cudaMemcpy may return when they have been staged, and the
+// backend's streams wait for no other.
 template <typename T>
 DeviceMemory to_device(const std::vector<T>& values, const char* purpose) {
   DeviceMemory memory(static_cast<std::int64_t>(values.size() * sizeof(T)), purpose);
-  if (!values.empty())
-    check(
-        cudaMemcpy(memory.as<>(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
+  if (values.empty()) return memory;
+  check(cudaMemcpy(memory.as<>(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice),
         "copying tables");
+  check(cudaStreamSynchronize(cudaStreamLegacy), "copying tables");
   return memory;
 }
 
