@@ -235,6 +235,8 @@ std::string unstreamed_because(const LayerSpec& spec) {
   if (spec.num_heads > kMaxHeadGroup * spec.kv_heads())
     return fmt::format("groups of more than {} heads", kMaxHeadGroup);
   if (spec.gated_mlp && spec.mlp_bias) return "biases of a gated MLP";
+  if (layer_kind(spec) == LayerKind::any && spec.rotary_dim % 8 != 0)
+    return "a rotation of dimensions that are no multiple of 8";
   return "";
 }
 

@@ -171,6 +171,12 @@ TEST(AnyLayers, SayWhatDoesNotStream) {
   config.gated_mlp = false;
   EXPECT_EQ(unstreamed_because(config), "");
   EXPECT_EQ(layer_kind(config), LayerKind::any);
+  config.rotary_dim = 20;
+  EXPECT_EQ(unstreamed_because(config), "a rotation of dimensions that are no multiple of 8");
+  config = ModelConfig{};
+  config.rotary_dim = 20;  // Pythia-2.8B's
+  EXPECT_EQ(layer_kind(config), LayerKind::plain);
+  EXPECT_EQ(unstreamed_because(config), "");
 }
 
 }  // namespace

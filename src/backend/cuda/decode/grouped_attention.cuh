@@ -5,6 +5,7 @@
 #include "backend/cuda/decode/residual.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
 #include "backend/cuda/ptx/bulk_copy.cuh"
+#include "backend/cuda/ptx/shared_memory.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -19,8 +20,8 @@ class GroupedAttention
 
  protected:
   using Base::cache, Base::consumer_barrier, Base::control, Base::g, Base::is_ablated,
-      Base::is_next, Base::lane, Base::make_indices_opaque, Base::normed, Base::p, Base::q,
-      Base::release_stage, Base::ring, Base::thread, Base::warp;
+      Base::is_next, Base::lane, Base::make_indices_opaque, Base::next_id, Base::normed, Base::p,
+      Base::q, Base::ring, Base::thread, Base::warp;
 
   // Positions that a warp takes at once, in two halves of 8.
   static constexpr int kGroup = plan::kMinKvBlockPositions;
@@ -56,77 +57,117 @@ class GroupedAttention
     consumer_barrier();
   }
 
-  // A query, the key or the value, by one warp.
+  // A query, the key or the value, by one warp: four neighbouring dimensions a lane. (A layer whose
+  // rotation ends within four does not stream: plan::unstreamed_because.)
   __device__ __forceinline__ void prepare_vector(int layer, int kv_head, int vector,
                                                  int position) const {
-    constexpr int kElements = (16 * kMaxHeadSteps + 31) / 32;
+    constexpr int kQuads = (16 * kMaxHeadSteps + 127) / 128;
     const int group = p.head_group;
     const float* source = this->template lamport<const float>(p.layout.qkv) +
                           (kv_head * (group + 2) + vector) * p.head_dim;
-    const bool is_query = vector < group, is_rotated = vector <= group;
-    const void* norm = is_query ? p.first_layer.query_norm_weight : p.first_layer.key_norm_weight;
+    const bool is_rotated = vector <= group;
+    const void* norm =
+        vector < group ? p.first_layer.query_norm_weight : p.first_layer.key_norm_weight;
     const bool is_normed = is_rotated && norm != nullptr;
-    std::uint32_t bits[kElements];
-    float2 angle[kElements];
-    float weight[kElements], value[kElements];
+    uint4 bits[kQuads];
+    float4 turns[kQuads][2];  // cosines and sines of two dimensions each
+    uint2 weight[kQuads];
 #pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      const int dim = lane + 32 * j;
-      bits[j] = 0;
-      angle[j] = make_float2(1.0f, 0.0f);
-      weight[j] = 1.0f;
+    for (int j = 0; j < kQuads; ++j) {
+      const int dim = 4 * lane + 128 * j;
+      bits[j] = make_uint4(0, 0, 0, 0);
+      weight[j] = make_uint2(0, 0);
+      turns[j][0] = turns[j][1] = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
       if (dim >= p.head_dim) continue;
-      bits[j] = lamport_load(source + dim);
-      if (is_rotated && dim < p.rotary_dim) angle[j] = cache.angle(position, dim);
+      bits[j] = lamport_load_4(source + dim);
+      if (is_rotated && dim < p.rotary_dim) cache.turns(position, dim, turns[j]);
       if (is_normed)
-        weight[j] = static_cast<float>(reinterpret_cast<const T*>(of_layer(p, norm, layer))[dim]);
+        weight[j] = *reinterpret_cast<const uint2*>(
+            reinterpret_cast<const T*>(of_layer(p, norm, layer)) + dim);
     }
+    float4 value[kQuads];
+#pragma unroll
+    for (int j = 0; j < kQuads; ++j) {
+      while (any_not_ready(bits[j])) bits[j] = lamport_load_4(source + 4 * lane + 128 * j);
+      value[j] = make_float4(__uint_as_float(bits[j].x), __uint_as_float(bits[j].y),
+                             __uint_as_float(bits[j].z), __uint_as_float(bits[j].w));
+    }
+    if (is_normed) normalise_head(weight, value);
+    rotate_and_round(vector, value, turns);
+  }
+
+  template <int kQuads>
+  __device__ __forceinline__ void normalise_head(const uint2 (&weight)[kQuads],
+                                                 float4 (&value)[kQuads]) const {
     float squares = 0.0f;
 #pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      while (bits[j] == kNotReady) bits[j] = lamport_load(source + lane + 32 * j);
-      value[j] = __uint_as_float(bits[j]);
-      squares = fmaf(value[j], value[j], squares);
-    }
-    if (is_normed) {
-      const float mean = warp_sum(squares) / static_cast<float>(p.head_dim);
-      const float inverse_deviation = rsqrtf(mean + p.layer_norm_eps);
+    for (int j = 0; j < kQuads; ++j)
+      squares += (value[j].x * value[j].x + value[j].y * value[j].y) +
+                 (value[j].z * value[j].z + value[j].w * value[j].w);
+    const float mean = warp_sum(squares) / static_cast<float>(p.head_dim);
+    const float inverse_deviation = rsqrtf(mean + p.layer_norm_eps);
 #pragma unroll
-      for (int j = 0; j < kElements; ++j) value[j] = value[j] * inverse_deviation * weight[j];
+    for (int j = 0; j < kQuads; ++j) {
+      const float2 low = unpack<T>(weight[j].x), high = unpack<T>(weight[j].y);
+      value[j] = make_float4(
+          value[j].x * inverse_deviation * low.x, value[j].y * inverse_deviation * low.y,
+          value[j].z * inverse_deviation * high.x, value[j].w * inverse_deviation * high.y);
     }
-    rotate_and_round(vector, value, angle);
   }
 
   // The rotation needs elements of other lanes, which come through shared memory.
-  template <int kElements>
-  __device__ __forceinline__ void rotate_and_round(int vector, const float (&value)[kElements],
-                                                   const float2 (&angle)[kElements]) const {
+  template <int kQuads>
+  __device__ __forceinline__ void rotate_and_round(int vector, const float4 (&value)[kQuads],
+                                                   const float4 (&turns)[kQuads][2]) const {
     const GroupInputs inputs = group_inputs();
-    float* raw = inputs.raw + vector * p.head_dim;
+    const std::uint32_t raw = shared_address(inputs.raw + vector * p.head_dim);
     const int group = p.head_group, half = p.rotary_dim / 2;
-    // Scores come out as base-2 logarithms.
-    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * kLog2E;
 #pragma unroll
-    for (int j = 0; j < kElements; ++j)
-      if (lane + 32 * j < p.head_dim) raw[lane + 32 * j] = value[j];
+    for (int j = 0; j < kQuads; ++j) {
+      const int dim = 4 * lane + 128 * j;
+      if (vector <= group && dim < p.rotary_dim) store_shared_4(raw + 4 * dim, value[j]);
+    }
     __syncwarp();
 #pragma unroll
-    for (int j = 0; j < kElements; ++j) {
-      const int dim = lane + 32 * j;
+    for (int j = 0; j < kQuads; ++j) {
+      const int dim = 4 * lane + 128 * j;
       if (dim >= p.head_dim) continue;
-      float turned = value[j];
+      float4 turned = value[j];
       if (vector <= group && dim < p.rotary_dim) {
-        const float other = dim < half ? -raw[dim + half] : raw[dim - half];
-        turned = turned * angle[j].x + other * angle[j].y;
+        const bool is_low = dim < half;
+        const float4 other = load_shared_float_4(raw + 4 * (is_low ? dim + half : dim - half));
+        const float sign = is_low ? -1.0f : 1.0f;
+        const float4 &first = turns[j][0], &second = turns[j][1];
+        turned = make_float4(value[j].x * first.x + sign * other.x * first.y,
+                             value[j].y * first.z + sign * other.y * first.w,
+                             value[j].z * second.x + sign * other.z * second.y,
+                             value[j].w * second.z + sign * other.w * second.w);
       }
-      const int at = vector * p.head_dim + (vector < group ? operand_order(dim) : dim);
-      if (vector < group) {
-        turned *= scale;
-        const float rounded = static_cast<float>(static_cast<T>(turned));
-        inputs.ready[(group + 2) * p.head_dim + at] =
-            static_cast<T>(isinf(rounded) ? 0.0f : turned - rounded);
-      }
-      inputs.ready[at] = static_cast<T>(turned);
+      T* to = inputs.ready + vector * p.head_dim;
+      if (vector < group)
+        store_query(to, to + (group + 2) * p.head_dim, dim, turned);
+      else
+        *reinterpret_cast<uint2*>(to + dim) =
+            make_uint2(pack<T>(turned.x, turned.y), pack<T>(turned.z, turned.w));
+    }
+  }
+
+  // Four dimensions of a query, scaled and rounded, and what rounding took.
+  __device__ __forceinline__ void store_query(T* to, T* rest_to, int dim,
+                                              const float4& query) const {
+    // Scores come out as base-2 logarithms.
+    const float scale = rsqrtf(static_cast<float>(p.head_dim)) * kLog2E;
+    const float2 pairs[2] = {make_float2(query.x * scale, query.y * scale),
+                             make_float2(query.z * scale, query.w * scale)};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const std::uint32_t word = pack<T>(pairs[i].x, pairs[i].y);
+      const float2 rounded = unpack<T>(word);
+      const int at = operand_order(dim + 2 * i);
+      *reinterpret_cast<std::uint32_t*>(to + at) = word;
+      *reinterpret_cast<std::uint32_t*>(rest_to + at) =
+          pack<T>(isinf(rounded.x) ? 0.0f : pairs[i].x - rounded.x,
+                  isinf(rounded.y) ? 0.0f : pairs[i].y - rounded.y);
     }
   }
 
@@ -142,42 +183,45 @@ class GroupedAttention
     make_indices_opaque();
     // The work scheduler has announced by these what comes.
     const plan::AttentionSplits& splits = control->splits[position - p.first_position];
-    Softmax state;
-    int task = -1, kv_head = 0, last_block = 0;
     while (is_next(Stream::attention)) {
-      const RingAnnouncement what = ring.wait();
-      if (what.label.first != task) {
-        task = what.label.first;
-        kv_head = task / splits.splits;
-        const int split = task % splits.splits;
-        last_block = min((split + 1) * splits.blocks_per_split, splits.blocks) - 1;
-        prepare_group(layer, kv_head, position);
-        state.maximum = -INFINITY;
-        state.sum = 0.0f;
+      const RingLabel begin = ring.announcement().label;
+      const int task = begin.first;
+      const int kv_head = task / splits.splits, split = task % splits.splits;
+      const int end_block = min((split + 1) * splits.blocks_per_split, splits.blocks);
+      prepare_group(layer, kv_head, position);
+      Softmax state;
+      state.maximum = -INFINITY;
+      state.sum = 0.0f;
 #pragma unroll
-        for (int t = 0; t < kMaxHeadSteps; ++t)
-          state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
-      }
-      const int block = what.label.second;
-      attend_block(block, position, what.data, state);
-      release_stage();
-      if (block < last_block) continue;
+      for (int t = 0; t < kMaxHeadSteps; ++t)
+        state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
+      attend_blocks(begin.second, end_block, position, state);
       combine_warps(layer, kv_head, task, splits.splits, state);
-      if (last_block == splits.blocks - 1) store_current(layer, kv_head, position);
+      if (end_block == splits.blocks) store_current(layer, kv_head, position);
       consumer_barrier();
     }
   }
 
-  // This warp's group of positions of one block, which lies at `data` in shared memory. The warps
-  // take the groups of one block after the other round-robin. The current position's key and value
-  // are not in the block yet; what lies behind them must not reach a product.
-  __device__ __forceinline__ void attend_block(int block, int position, std::uint32_t data,
-                                               Softmax& state) const {
+  // A task's blocks, which follow each other in the ring. The warps take the groups of one block
+  // after the other round-robin.
+  __device__ __forceinline__ void attend_blocks(int begin, int end, int position, Softmax& state) {
     const int groups = p.kv_block_positions / kGroup;
-    const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
-    if (group >= groups) return;
-    const int first = block * p.kv_block_positions + group * kGroup;
-    if (first > position) return;
+    for (int block = begin; block < end; ++block) {
+      ring.wait_landed();
+      const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
+      const int first = block * p.kv_block_positions + group * kGroup;
+      if (group < groups && first <= position)
+        attend_group(first, ring.data() + group * kGroup * p.head_dim * 2, position, state);
+      ring.release(lane);
+    }
+    next_id = ring.announcement().id;
+  }
+
+  // Sixteen positions from `first` on, whose keys lie at `data` in shared memory. The current
+  // position's key and value are not in the block yet; what lies behind them must not reach a
+  // product.
+  __device__ __forceinline__ void attend_group(int first, std::uint32_t data, int position,
+                                               Softmax& state) const {
     const int row_bytes = p.head_dim * 2;
     const GroupInputs inputs = group_inputs();
     const std::uint32_t current = shared_address(inputs.ready + p.head_group * p.head_dim);
@@ -185,7 +229,7 @@ class GroupedAttention
     ValueRow rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const std::uint32_t begin = data + (group * kGroup + 8 * half) * row_bytes;
+      const std::uint32_t begin = data + 8 * half * row_bytes;
       const bool is_old = first + 8 * half + g < position;
       keys[half] = (is_old ? begin + g * row_bytes : current) + 16 * q;
       const int row = lane % 8, its_position = first + 8 * half + row;
@@ -309,16 +353,28 @@ class GroupedAttention
     return by_two ? make_uint4(once.z, once.w, once.x, once.y) : once;
   }
 
-  // output += values weights, in operands A and B.
+  // output += values weights, in operands A and B. Several units are loaded before the first is
+  // multiplied.
   __device__ __forceinline__ void add_values(const ValueRow (&rows)[2], const Weights& weights,
                                              Softmax& state) const {
+    constexpr int kUnits = (kMaxHeadSteps + 1) / 2, kAtOnce = 4;
 #pragma unroll
-    for (int u = 0; u < (kMaxHeadSteps + 1) / 2; ++u) {
-      if (32 * u >= p.head_dim) break;
-      const uint4 low = load_values_of_half(rows[0], u);
-      const uint4 high = load_values_of_half(rows[1], u);
-      add_step(2 * u, make_uint4(low.x, low.y, high.x, high.y), weights, state);
-      add_step(2 * u + 1, make_uint4(low.z, low.w, high.z, high.w), weights, state);
+    for (int first = 0; first < kUnits; first += kAtOnce) {
+      if (32 * first >= p.head_dim) break;
+      uint4 low[kAtOnce] = {}, high[kAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int u = first + i;
+        if (u >= kUnits || 32 * u >= p.head_dim) continue;
+        low[i] = load_values_of_half(rows[0], u);
+        high[i] = load_values_of_half(rows[1], u);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int t = 2 * (first + i);
+        add_step(t, make_uint4(low[i].x, low[i].y, high[i].x, high[i].y), weights, state);
+        add_step(t + 1, make_uint4(low[i].z, low[i].w, high[i].z, high[i].w), weights, state);
+      }
     }
   }
   __device__ __forceinline__ void add_step(int t, const uint4& value, const Weights& weights,

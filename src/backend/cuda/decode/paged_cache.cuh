@@ -54,6 +54,15 @@ struct PagedCache {
                  (dim < half ? dim : dim - half));
   }
 
+  // The same of four dimensions from `dim` on, two in each; multiples of four are rotated.
+  __device__ __forceinline__ void turns(int position, int dim, float4 (&to)[2]) const {
+    const int half = p.rotary_dim / 2;
+    const auto* from = reinterpret_cast<const float4*>(
+        p.rotary + static_cast<std::int64_t>(position) * half + (dim < half ? dim : dim - half));
+    to[0] = __ldg(from);
+    to[1] = __ldg(from + 1);
+  }
+
   template <typename T>
   __device__ __forceinline__ void store(int layer, int head, int position, int dim, T key,
                                         T value) const {

@@ -74,6 +74,10 @@ __device__ __forceinline__ uint4 lamport_load_4(const void* elements) {
 __device__ __forceinline__ bool any_not_ready(const uint2& elements) {
   return elements.x == kNotReady || elements.y == kNotReady;
 }
+__device__ __forceinline__ bool any_not_ready(const uint4& elements) {
+  return elements.x == kNotReady || elements.y == kNotReady || elements.z == kNotReady ||
+         elements.w == kNotReady;
+}
 
 // Whether a half of a word is not ready: as "has a zero half" of its complement.
 __device__ __forceinline__ std::uint32_t half_not_ready(std::uint32_t word) {

@@ -308,6 +308,8 @@ class RingConsumer : public RingCursor {
     wait_landed();
     return what(stage_);
   }
+  // The data of the current stage, which has landed: an address in shared memory.
+  __device__ __forceinline__ std::uint32_t data() const { return what(stage_).data; }
   // Looks at the current stage, or at the one behind it, without waiting for anything.
   __device__ __forceinline__ RingPeek peek() const { return peek(stage_, parity_); }
   __device__ __forceinline__ RingPeek peek_next() const {
