@@ -230,13 +230,21 @@ class Loglikelihood:
 
     @classmethod
     def _from_native(cls, fields: Mapping[str, Any]) -> "Loglikelihood":
-        scored = [TokenLogprobs._from_native(token) for token in fields["tokens"]]
+        tokens = np.from_dlpack(fields["tokens"]).tolist()
+        top_shape = (len(tokens), -1) if tokens else (0, 0)
+        top_tokens, top_logprobs = (
+            np.from_dlpack(fields[name]).reshape(top_shape).tolist()
+            for name in ("top_tokens", "top_logprobs")
+        )
         return cls(
-            tokens=[one.token for one in scored],
-            logprobs=np.array([one.logprob for one in scored], dtype=np.float32),
+            tokens=tokens,
+            logprobs=np.array(np.from_dlpack(fields["logprobs"]), dtype=np.float32),
             total=fields["total"],
             is_greedy=bool(fields["is_greedy"]),
-            top=[one.top for one in scored],
+            top=[
+                dict(zip(*likely, strict=True))
+                for likely in zip(top_tokens, top_logprobs, strict=True)
+            ],
         )
 
 

@@ -219,10 +219,26 @@ Fields to_ffi(ScoreResult result) {
   };
 }
 
+// Arrays over all tokens: an object for each would take longer than the device does.
 Fields to_ffi(const LoglikelihoodResult& result) {
-  ffi::Array<ffi::Any> tokens;
-  for (const ScoredToken& token : result.tokens) tokens.push_back(to_ffi(token));
-  return {{"tokens", tokens}, {"total", result.total}, {"is_greedy", result.is_greedy}};
+  std::vector<TokenId> tokens, top_tokens;
+  std::vector<float> logprobs, top_logprobs;
+  for (const ScoredToken& scored : result.tokens) {
+    tokens.push_back(scored.token);
+    logprobs.push_back(scored.logprob);
+    for (const TokenLogprob& likely : scored.top) {
+      top_tokens.push_back(likely.token);
+      top_logprobs.push_back(likely.logprob);
+    }
+  }
+  return {
+      {"tokens", to_tensor(std::move(tokens))},
+      {"logprobs", to_tensor(std::move(logprobs))},
+      {"total", result.total},
+      {"is_greedy", result.is_greedy},
+      {"top_tokens", to_tensor(std::move(top_tokens))},
+      {"top_logprobs", to_tensor(std::move(top_logprobs))},
+  };
 }
 
 std::vector<std::vector<TokenId>> to_token_lists(const ffi::Array<ffi::Tensor>& lists) {

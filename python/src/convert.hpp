@@ -56,6 +56,7 @@ Fields to_ffi(const GenerateResult& result);
 Fields to_ffi(const ModelConfig& config);
 Fields to_ffi(const PerplexityResult& result);
 Fields to_ffi(ScoreResult result);
+// The likeliest tokens of all places one after the other: as many of each.
 Fields to_ffi(const LoglikelihoodResult& result);
 
 std::vector<std::vector<TokenId>> to_token_lists(const ffi::Array<ffi::Tensor>& lists);
