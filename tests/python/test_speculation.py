@@ -104,7 +104,9 @@ class TestProgram:
                 if statistics["draft_steps"]:
                     mean = statistics["draft_accepted"] / statistics["draft_steps"]
                     assert statistics["mean_accepted"] == pytest.approx(mean)
-                    assert f"draft: {statistics['draft_proposed']} tokens" in ended.stderr
+                    proposed = statistics["draft_proposed"]
+                    noun = "token" if proposed == 1 else "tokens"
+                    assert f"draft: {proposed} {noun} " in ended.stderr
 
     def test_what_is_no_draft(self, demo_model, stranger):
         refused = generate(demo_model, "-p", PROMPT, "--draft", stranger)
