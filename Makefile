@@ -78,7 +78,7 @@ wheel:  ## dist/*.whl: the package and the program, for other machines
 .PHONY: wheel
 
 # Two files at once, each by one process, which starts a file's servers once. One GPU is for one.
-PYTEST_OPTIONS ?= $(if $(GPU),,-n 2 --dist loadfile)
+PYTEST_OPTIONS ?= $(if $(GPU),,-n 2 --dist loadfile --no-loadscope-reorder)
 
 python-test: build python-package  ## Python tests, on the installed package and the built program
 	$(call stage,Python tests,5 minutes; with CUDA 13 8 minutes)

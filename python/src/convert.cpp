@@ -219,7 +219,7 @@ Fields to_ffi(ScoreResult result) {
   };
 }
 
-// Arrays over all tokens: an object for each would take longer than the device does.
+// Arrays over all tokens, not an object for each.
 Fields to_ffi(const LoglikelihoodResult& result) {
   std::vector<TokenId> tokens, top_tokens;
   std::vector<float> logprobs, top_logprobs;

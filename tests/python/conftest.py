@@ -12,6 +12,13 @@ import clusterfusion
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# Files that take half a minute and more.
+LONGEST = ("test_smollm2.py", "test_serve_many_clients.py", "test_researchers_day.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the longest files first, so that processes that share the files end together."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session", autouse=True)
