@@ -51,9 +51,10 @@ __device__ __forceinline__ std::uint32_t address_in_block(std::uint32_t address,
   return mapped;
 }
 
-// Arrives at the mbarrier at `address`, as address_in_block() gives it. What this thread has read
-// was read before; of what it wrote to memory, other blocks of the cluster learn nothing (that
-// would take a fence, and half a microsecond).
+// Arrives at the mbarrier at `address`, as address_in_block() gives it. It waits for nothing: what
+// this thread has read must have come before (of wgmma, behind its wait), and of what it wrote to
+// memory, other blocks of the cluster learn nothing (that would take a fence, and half a
+// microsecond).
 __device__ __forceinline__ void mbarrier_arrive_in_cluster(std::uint32_t address) {
   if constexpr (kBulkCopies)
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
