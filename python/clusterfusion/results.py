@@ -231,9 +231,8 @@ class Loglikelihood:
     @classmethod
     def _from_native(cls, fields: Mapping[str, Any]) -> "Loglikelihood":
         tokens = np.from_dlpack(fields["tokens"]).tolist()
-        top_shape = (len(tokens), -1) if tokens else (0, 0)
         top_tokens, top_logprobs = (
-            np.from_dlpack(fields[name]).reshape(top_shape).tolist()
+            np.from_dlpack(fields[name]).reshape(len(tokens), -1).tolist()
             for name in ("top_tokens", "top_logprobs")
         )
         return cls(

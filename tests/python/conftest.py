@@ -12,7 +12,7 @@ import clusterfusion
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Files that take half a minute and more.
+# Files with a test of half a minute and more.
 LONGEST = ("test_smollm2.py", "test_serve_many_clients.py", "test_researchers_day.py")
 
 

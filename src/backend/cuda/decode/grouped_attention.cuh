@@ -70,17 +70,17 @@ class GroupedAttention
         vector < group ? p.first_layer.query_norm_weight : p.first_layer.key_norm_weight;
     const bool is_normed = is_rotated && norm != nullptr;
     uint4 bits[kQuads];
-    float4 turns[kQuads][2];  // cosines and sines of two dimensions each
+    float4 angles[kQuads][2];  // cosines and sines of two dimensions each
     uint2 weight[kQuads];
 #pragma unroll
     for (int j = 0; j < kQuads; ++j) {
       const int dim = 4 * lane + 128 * j;
       bits[j] = make_uint4(0, 0, 0, 0);
       weight[j] = make_uint2(0, 0);
-      turns[j][0] = turns[j][1] = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
+      angles[j][0] = angles[j][1] = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
       if (dim >= p.head_dim) continue;
       bits[j] = lamport_load_4(source + dim);
-      if (is_rotated && dim < p.rotary_dim) cache.turns(position, dim, turns[j]);
+      if (is_rotated && dim < p.rotary_dim) cache.angles(position, dim, angles[j]);
       if (is_normed)
         weight[j] = *reinterpret_cast<const uint2*>(
             reinterpret_cast<const T*>(of_layer(p, norm, layer)) + dim);
@@ -93,7 +93,7 @@ class GroupedAttention
                              __uint_as_float(bits[j].z), __uint_as_float(bits[j].w));
     }
     if (is_normed) normalise_head(weight, value);
-    rotate_and_round(vector, value, turns);
+    rotate_and_round(vector, value, angles);
   }
 
   template <int kQuads>
@@ -118,7 +118,7 @@ class GroupedAttention
   // The rotation needs elements of other lanes, which come through shared memory.
   template <int kQuads>
   __device__ __forceinline__ void rotate_and_round(int vector, const float4 (&value)[kQuads],
-                                                   const float4 (&turns)[kQuads][2]) const {
+                                                   const float4 (&angles)[kQuads][2]) const {
     const GroupInputs inputs = group_inputs();
     const std::uint32_t raw = shared_address(inputs.raw + vector * p.head_dim);
     const int group = p.head_group, half = p.rotary_dim / 2;
@@ -137,7 +137,7 @@ class GroupedAttention
         const bool is_low = dim < half;
         const float4 other = load_shared_float_4(raw + 4 * (is_low ? dim + half : dim - half));
         const float sign = is_low ? -1.0f : 1.0f;
-        const float4 &first = turns[j][0], &second = turns[j][1];
+        const float4 &first = angles[j][0], &second = angles[j][1];
         turned = make_float4(value[j].x * first.x + sign * other.x * first.y,
                              value[j].y * first.z + sign * other.y * first.w,
                              value[j].z * second.x + sign * other.z * second.y,

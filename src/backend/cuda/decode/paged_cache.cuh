@@ -49,18 +49,17 @@ struct PagedCache {
 
   // Cosine and sine for element `dim` (below rotary_dim) of a query or key.
   __device__ __forceinline__ float2 angle(int position, int dim) const {
-    const int half = p.rotary_dim / 2;
-    return __ldg(p.rotary + static_cast<std::int64_t>(position) * half +
-                 (dim < half ? dim : dim - half));
+    return __ldg(angles_from(position, dim));
   }
-
   // The same of four dimensions from `dim` on, two in each; multiples of four are rotated.
-  __device__ __forceinline__ void turns(int position, int dim, float4 (&to)[2]) const {
-    const int half = p.rotary_dim / 2;
-    const auto* from = reinterpret_cast<const float4*>(
-        p.rotary + static_cast<std::int64_t>(position) * half + (dim < half ? dim : dim - half));
+  __device__ __forceinline__ void angles(int position, int dim, float4 (&to)[2]) const {
+    const auto* from = reinterpret_cast<const float4*>(angles_from(position, dim));
     to[0] = __ldg(from);
     to[1] = __ldg(from + 1);
+  }
+  __device__ __forceinline__ const float2* angles_from(int position, int dim) const {
+    const int half = p.rotary_dim / 2;
+    return p.rotary + static_cast<std::int64_t>(position) * half + (dim < half ? dim : dim - half);
   }
 
   template <typename T>

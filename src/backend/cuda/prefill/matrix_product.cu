@@ -18,7 +18,7 @@ using products::TileShape;
 
 struct Machine {
   std::int64_t multiprocessors, shared_bytes;
-  bool by_maps;  // copies by tensor maps, in clusters
+  bool by_maps;  // copies by tensor maps
 };
 
 // Up to so many, mma.sync is quicker: its chains of sums are shorter.

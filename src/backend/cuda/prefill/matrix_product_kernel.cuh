@@ -9,8 +9,8 @@
 // have the same rows and neighbouring columns: each brings its share of the rows for all.
 //
 // Where warps multiply by themselves (mma.sync), a block is alone in its cluster. They read stages
-// by ldmatrix, and an arrival at a barrier of the cluster seems to overtake that, even at the
-// block's own (docs/prefill.md); one by its plain address keeps the order.
+// by ldmatrix, and an arrival at a barrier of the cluster is suspected to overtake that, even at
+// the block's own: they arrive by its plain address (docs/prefill.md has what was seen).
 #pragma once
 
 #include <cuda.h>
