@@ -399,30 +399,29 @@ class Consumer {
     release(previous);
   }
 
-  // The operands of sixteen elements come from shared memory while those before are multiplied.
+  // The operands of sixteen elements come from shared memory while those before are multiplied. A
+  // step's stage is free when the next step has arrived: by then its products have begun, and so
+  // all reads of it have ended.
   __device__ __forceinline__ void multiply_in_warp(RingPlace& place) {
     Fragments fragments[2];
-    wait_for_step(0, place);
-    fragments[0].load(*this, place.stage, 0);
+    int previous = -1;
 #pragma unroll 1
     for (int step = 0; step < p.steps; ++step) {
       const int stage = place.stage;
-      place.advance(p.stages);
+      wait_for_step(step, place);
+      __syncwarp();
+      if (previous >= 0) release(previous);
+      fragments[0].load(*this, stage, 0);
 #pragma unroll
       for (int i = 0; i < kProducts; ++i) {
-        if (i + 1 < kProducts) {
-          fragments[(i + 1) % 2].load(*this, stage, i + 1);
-        } else {
-          __syncwarp();
-          release(stage);
-          if (step + 1 < p.steps) {
-            wait_for_step(step + 1, place);
-            fragments[0].load(*this, place.stage, 0);
-          }
-        }
+        if (i + 1 < kProducts) fragments[(i + 1) % 2].load(*this, stage, i + 1);
         multiply(fragments[i % 2]);
       }
+      previous = stage;
+      place.advance(p.stages);
     }
+    __syncwarp();
+    release(previous);
   }
 
   __device__ __forceinline__ void wait_for_step(int step, const RingPlace& place) const {
