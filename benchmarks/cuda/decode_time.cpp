@@ -1,19 +1,22 @@
 // Time a token of the streaming decode kernel, for the shapes of known models and several contexts,
 // beside the read ceiling that the same process measures.
-//   decode_time [--contexts 16,128,...] [--repeats 7] [--warm-up 3] [--phases] [SHAPE ...]
+//   decode_time [--contexts 16,128,...] [--repeats 7] [--warm-up 3] [--phases]
+//               [--bfloat16] [SHAPE ...]
 //   default: contexts 16,128,1024,2047 of pythia-2.8b
 // Before the first time it decodes for as many seconds as --warm-up says: a card at its power limit
 // lowers its clock only after a second or so, first too far.
 // A time is that of 256 greedy tokens, from the host, at about the same context: 16 at a time, then
 // the sequence is cut back. --phases prints when the phases of a layer end, in the median.
-// Weights are random (float16, or bfloat16 of Llama's relatives); all layers come from one host
-// matrix, but lie apart on the device. Prints one JSON document on stdout, a table on stderr.
+// Weights are random (float16; bfloat16 of Llama's relatives, or if asked); all layers come from
+// one host matrix, but lie apart on the device. Prints one JSON document on stdout, a table on
+// stderr.
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -77,10 +80,11 @@ struct Settings {
   int repeats = 7;
   double warm_up_seconds = 3.0;
   bool phases = false;
+  std::optional<DType> dtype;  // if not the shape's own
 };
 
 std::string measure(const Shape& shape, const Settings& settings) {
-  const auto model = std::make_shared<SharedModel>(shape);
+  const auto model = std::make_shared<SharedModel>(shape, settings.dtype);
   const auto backend = make_cuda_backend(model, {});
   const double ceiling = backend->measure_read_ceiling();
   std::string rows;
@@ -124,8 +128,8 @@ std::string measure(const Shape& shape, const Settings& settings) {
         rows.empty() ? "" : ", ", context, time.median, time.low, time.high, share);
   }
   return fmt::format(
-      R"({{"model": "{}", "device": "{}", "read_ceiling_bytes_per_second": {:.4e}, "contexts": [{}]}})",
-      shape.name, backend->info().device, ceiling, rows);
+      R"({{"model": "{}", "dtype": "{}", "device": "{}", "read_ceiling_bytes_per_second": {:.4e}, "contexts": [{}]}})",
+      shape.name, name_of(model->config().dtype), backend->info().device, ceiling, rows);
 }
 
 }  // namespace
@@ -138,6 +142,7 @@ int main(int argc, char** argv) {
     settings.repeats = static_cast<int>(arguments.numbers("--repeats", {7}).at(0));
     settings.warm_up_seconds = static_cast<double>(arguments.numbers("--warm-up", {3}).at(0));
     settings.phases = arguments.flag("--phases");
+    if (arguments.flag("--bfloat16")) settings.dtype = DType::bfloat16;
     std::vector<std::string> results;
     for (const Shape* shape : arguments.shapes()) results.push_back(measure(*shape, settings));
     return results;

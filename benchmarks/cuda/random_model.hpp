@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -93,8 +94,10 @@ inline ModelConfig config_of(const Shape& shape) {
 // Every tensor of a kind shares one host array; on the device each has its own place.
 class SharedModel final : public Model {
  public:
-  explicit SharedModel(const Shape& shape) {
+  // In the shape's own type, or in `dtype`.
+  explicit SharedModel(const Shape& shape, std::optional<DType> dtype = {}) {
     config_ = config_of(shape);
+    if (dtype) config_.dtype = *dtype;
     const ModelConfig& c = config_;
     const std::int64_t most = std::max(c.vocab_size, c.intermediate_size) * c.hidden_size;
     values_.resize(most);

@@ -19,8 +19,8 @@ class DecodeAttention
 
  protected:
   using Base::cache, Base::consumer_barrier, Base::g, Base::is_ablated, Base::is_next,
-      Base::kQueryInRegisters, Base::lane, Base::make_indices_opaque, Base::p, Base::q,
-      Base::release_stage, Base::ring, Base::sums, Base::thread, Base::warp;
+      Base::kQueryInRegisters, Base::lane, Base::make_indices_opaque, Base::next_id, Base::p,
+      Base::q, Base::ring, Base::sums, Base::thread, Base::warp;
 
   // Positions that a warp takes at once, in two halves of 8.
   static constexpr int kGroup = plan::kMinKvBlockPositions;
@@ -91,32 +91,47 @@ class DecodeAttention
     float output[kMaxHeadSteps][4];
   };
 
+  struct Query {
+    uint2 step[kQueryInRegisters ? kMaxHeadSteps : 1];
+  };
+
   __device__ __forceinline__ void attend(int layer, int position) {
     make_indices_opaque();
     const plan::AttentionSplits splits = splits_at(p, position);
-    Query query;
-    Softmax state;
-    int task = -1, head = 0, last_block = 0;
     while (is_next(Stream::attention)) {
-      const RingAnnouncement what = ring.wait();
-      if (what.label.first != task) {
-        task = what.label.first;
-        head = task / splits.splits;
-        const int split = task % splits.splits;
-        last_block = min((split + 1) * splits.blocks_per_split, splits.blocks) - 1;
-        prepare_head(head, position);
-        load_query(query);
-        state.maximum = -INFINITY;
-        state.sum = 0.0f;
+      const RingLabel begin = ring.announcement().label;
+      const int task = begin.first;
+      const int head = task / splits.splits, split = task % splits.splits;
+      const int end_block = min((split + 1) * splits.blocks_per_split, splits.blocks);
+      prepare_head(head, position);
+      Query query;
+      load_query(query);
+      Softmax state;
+      state.maximum = -INFINITY;
+      state.sum = 0.0f;
 #pragma unroll
-        for (int t = 0; t < kMaxHeadSteps; ++t)
-          state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
-      }
-      const int block = what.label.second;
-      attend_block(layer, head, block, position, what.data, query, state);
-      release_stage();
-      if (block == last_block) combine_warps(layer, head, task, splits.splits, state);
+      for (int t = 0; t < kMaxHeadSteps; ++t)
+        state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
+      attend_blocks(layer, head, begin.second, end_block, position, query, state);
+      combine_warps(layer, head, task, splits.splits, state);
     }
+  }
+
+  // A task's blocks, which follow each other in the ring. The warps take the groups of one block
+  // after the other round-robin.
+  __device__ __forceinline__ void attend_blocks(int layer, int head, int begin, int end,
+                                                int position, const Query& query, Softmax& state) {
+    const int groups = p.kv_block_positions / kGroup;
+    for (int block = begin; block < end; ++block) {
+      ring.wait_landed();
+      const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
+      const int first = block * p.kv_block_positions + group * kGroup;
+      if (group < groups && first <= position)
+        attend_group(layer, head, first, ring.data() + group * kGroup * p.head_dim * 2, position,
+                     query, state);
+      ring.release(lane);
+    }
+    next_id = ring.announcement().id;
   }
 
   // Step t of the query as operand A: rounded in row 0, what rounding took from it in row 1, so
@@ -126,9 +141,6 @@ class DecodeAttention
     const T* query = head_inputs().ready + (g == 0 ? 0 : 3 * p.head_dim);
     return *reinterpret_cast<const uint2*>(query + 16 * t + 4 * q);
   }
-  struct Query {
-    uint2 step[kQueryInRegisters ? kMaxHeadSteps : 1];
-  };
   __device__ __forceinline__ void load_query(Query& query) const {
     if constexpr (kQueryInRegisters) {
 #pragma unroll
@@ -136,18 +148,11 @@ class DecodeAttention
     }
   }
 
-  // This warp's group of positions of one block, which lies at `data` in shared memory. The warps
-  // take the groups of one block after the other round-robin.
-  __device__ __forceinline__ void attend_block(int layer, int head, int block, int position,
-                                               std::uint32_t data, const Query& query,
-                                               Softmax& state) {
-    const int groups = p.kv_block_positions / kGroup;
-    const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
-    if (group >= groups) return;
-    const int first = block * p.kv_block_positions + group * kGroup;
-    if (first > position) return;
+  // Sixteen positions from `first` on, whose keys lie at `data` in shared memory.
+  __device__ __forceinline__ void attend_group(int layer, int head, int first, std::uint32_t data,
+                                               int position, const Query& query, Softmax& state) {
     const int row_bytes = p.head_dim * 2;
-    char* keys = static_cast<char*>(__cvta_shared_to_generic(data)) + group * kGroup * row_bytes;
+    char* keys = static_cast<char*>(__cvta_shared_to_generic(data));
     char* values = keys + p.kv_block_positions * row_bytes;
     if (position < first + kGroup) insert_current(layer, head, position, keys, values);
 
