@@ -4,7 +4,6 @@
 
 #include "backend/cuda/decode/residual.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
-#include "backend/cuda/ptx/bulk_copy.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -34,7 +33,7 @@ class DecodeAttention
   // from the QKV matrix, then the query rotated and scaled, the key rotated, all rounded.
   struct HeadInputs {
     float* raw;  // [3, head_dim]
-    T* ready;    // [4, head_dim]: query, key, value, and what rounding took from the query
+    T* ready;    // [4, head_dim]: query, key, value, what rounding took from the query; 8 zeros
   };
   __device__ __forceinline__ HeadInputs head_inputs() const {
     float* raw = sums + plan::kConsumerWarps * (p.head_dim + 2);  // behind the warps' states
@@ -80,6 +79,7 @@ class DecodeAttention
       }
       inputs.ready[i] = static_cast<T>(value);
     }
+    if (thread < 8) inputs.ready[4 * p.head_dim + thread] = static_cast<T>(0.0f);
     consumer_barrier();
   }
 
@@ -112,23 +112,23 @@ class DecodeAttention
 #pragma unroll
       for (int t = 0; t < kMaxHeadSteps; ++t)
         state.output[t][0] = state.output[t][1] = state.output[t][2] = state.output[t][3] = 0.0f;
-      attend_blocks(layer, head, begin.second, end_block, position, query, state);
+      attend_blocks(begin.second, end_block, position, query, state);
       combine_warps(layer, head, task, splits.splits, state);
+      if (end_block == splits.blocks) store_current(layer, head, position);
     }
   }
 
   // A task's blocks, which follow each other in the ring. The warps take the groups of one block
   // after the other round-robin.
-  __device__ __forceinline__ void attend_blocks(int layer, int head, int begin, int end,
-                                                int position, const Query& query, Softmax& state) {
+  __device__ __forceinline__ void attend_blocks(int begin, int end, int position,
+                                                const Query& query, Softmax& state) {
     const int groups = p.kv_block_positions / kGroup;
     for (int block = begin; block < end; ++block) {
       ring.wait_landed();
       const int group = (warp - block * groups) & (plan::kConsumerWarps - 1);
       const int first = block * p.kv_block_positions + group * kGroup;
       if (group < groups && first <= position)
-        attend_group(layer, head, first, ring.data() + group * kGroup * p.head_dim * 2, position,
-                     query, state);
+        attend_group(first, ring.data() + group * kGroup * p.head_dim * 2, position, query, state);
       ring.release(lane);
     }
     next_id = ring.announcement().id;
@@ -148,26 +148,28 @@ class DecodeAttention
     }
   }
 
-  // Sixteen positions from `first` on, whose keys lie at `data` in shared memory.
-  __device__ __forceinline__ void attend_group(int layer, int head, int first, std::uint32_t data,
-                                               int position, const Query& query, Softmax& state) {
+  // Sixteen positions from `first` on, whose keys lie at `data` in shared memory. The current
+  // position's key and value are not in the block; what lies behind them must not reach a product.
+  __device__ __forceinline__ void attend_group(int first, std::uint32_t data, int position,
+                                               const Query& query, Softmax& state) const {
     const int row_bytes = p.head_dim * 2;
-    char* keys = static_cast<char*>(__cvta_shared_to_generic(data));
-    char* values = keys + p.kv_block_positions * row_bytes;
-    if (position < first + kGroup) insert_current(layer, head, position, keys, values);
-
+    const std::uint32_t current = shared_address(head_inputs().ready + p.head_dim);  // its key
+    std::uint32_t keys[2];  // of position g of each half
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool is_old = first + 8 * half + g < position;
+      keys[half] = (is_old ? data + (8 * half + g) * row_bytes : current) + q * 8;
+    }
     float score[2][4] = {};  // of the group's halves
-    multiply_keys(query, shared_address(keys + g * row_bytes) + q * 8, score);
-    // Lanes point at the halves' rows, at the first and the second 8 dimensions of a step.
-    const std::uint32_t rows =
-        shared_address(values + (lane / 16 * 8 + lane % 8) * row_bytes) + lane / 8 % 2 * 16;
+    multiply_keys(query, keys, score);
+    const ValueRow row = value_row(first, data + p.kv_block_positions * row_bytes, position);
     uint4 value[kStepsAtOnce];
-    load_values(rows, 0, value);
+    load_values(row, 0, value);
     std::uint32_t weights[2];
     const float correction = weigh(first, position, score, state, weights);
 #pragma unroll
     for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
-      if (begin > 0) load_values(rows, begin, value);
+      if (begin > 0) load_values(row, begin, value);
 #pragma unroll
       for (int i = 0; i < kStepsAtOnce; ++i) {
         float(&output)[4] = state.output[begin + i];
@@ -177,14 +179,30 @@ class DecodeAttention
     }
   }
 
+  // Where the values of one position lie, for this lane's loads.
+  struct ValueRow {
+    std::uint32_t address;
+    std::uint32_t offsets;  // all ones, or zero where every 16 bytes of the row are the same
+  };
+  // Lanes point at the positions of the halves, at the first and the second 8 dimensions of a step.
+  __device__ __forceinline__ ValueRow value_row(int first, std::uint32_t values,
+                                                int position) const {
+    const int row = lane / 16 * 8 + lane % 8;
+    const T* current = head_inputs().ready + 2 * p.head_dim;
+    if (first + row < position) return {values + row * p.head_dim * 2, ~0u};
+    if (first + row == position) return {shared_address(current), ~0u};
+    return {shared_address(current + 2 * p.head_dim), 0u};
+  }
   // Steps of a group's values from step `begin` on, as operands A.
-  __device__ __forceinline__ void load_values(std::uint32_t rows, int begin,
+  __device__ __forceinline__ void load_values(const ValueRow& row, int begin,
                                               uint4 (&value)[kStepsAtOnce]) const {
+    const std::uint32_t column = lane / 8 % 2 * 16;
 #pragma unroll
     for (int i = 0; i < kStepsAtOnce; ++i) {
       value[i] = make_uint4(0, 0, 0, 0);
       if (16 * (begin + i) < p.head_dim)
-        value[i] = load_matrix_4_transposed(rows + (begin + i) * 32);
+        value[i] =
+            load_matrix_4_transposed(row.address + ((column + (begin + i) * 32) & row.offsets));
     }
   }
 
@@ -223,11 +241,10 @@ class DecodeAttention
     return correction;
   }
 
-  // score += query keys, for the two halves of a group; `keys` is where this lane's part of the
-  // first half lies in shared memory.
-  __device__ __forceinline__ void multiply_keys(const Query& query, std::uint32_t keys,
+  // score += query keys, for the two halves of a group; `keys`: where this lane's parts of their
+  // positions g lie in shared memory.
+  __device__ __forceinline__ void multiply_keys(const Query& query, const std::uint32_t (&keys)[2],
                                                 float (&score)[2][4]) const {
-    const int half_bytes = 8 * p.head_dim * 2;
 #pragma unroll
     for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
       uint2 part[kStepsAtOnce], key[kStepsAtOnce][2];
@@ -239,8 +256,8 @@ class DecodeAttention
         else
           part[i] = query_step(t);
         const bool is_there = 16 * t < p.head_dim;
-        key[i][0] = load_shared_2_if(keys + t * 32, is_there);
-        key[i][1] = load_shared_2_if(keys + half_bytes + t * 32, is_there);
+        key[i][0] = load_shared_2_if(keys[0] + t * 32, is_there);
+        key[i][1] = load_shared_2_if(keys[1] + t * 32, is_there);
       }
 #pragma unroll
       for (int i = 0; i < kStepsAtOnce; ++i) {
@@ -251,23 +268,12 @@ class DecodeAttention
     }
   }
 
-  // Puts the current position's key and value into the landed block and into the cache, and clears
-  // the values behind it in this group: whatever lies there must not reach a product.
-  __device__ __forceinline__ void insert_current(int layer, int head, int position, char* keys,
-                                                 char* values) {
-    const int row = position % kGroup;
+  // Puts the current position's key and value into the cache: behind all that others wait for. (The
+  // producers of later steps wait, and have the fence.)
+  __device__ __forceinline__ void store_current(int layer, int head, int position) const {
     const T* ready = head_inputs().ready;
-    for (int dim = lane; dim < p.head_dim; dim += 32) {
-      const T key = ready[p.head_dim + dim];
-      const T value = ready[2 * p.head_dim + dim];
-      reinterpret_cast<T*>(keys)[row * p.head_dim + dim] = key;
-      reinterpret_cast<T*>(values)[row * p.head_dim + dim] = value;
-      cache.store(layer, head, position, dim, key, value);
-      for (int later = row + 1; later < kGroup; ++later)
-        reinterpret_cast<T*>(values)[later * p.head_dim + dim] = static_cast<T>(0.0f);
-    }
-    fence_before_bulk_copy();
-    __syncwarp();
+    for (int dim = thread; dim < p.head_dim; dim += kConsumerThreads)
+      cache.store(layer, head, position, dim, ready[p.head_dim + dim], ready[2 * p.head_dim + dim]);
   }
 
   // Merges the eight warps' states of one task: the head's output if it has one split, else a

@@ -4,7 +4,6 @@
 
 #include "backend/cuda/decode/residual.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
-#include "backend/cuda/ptx/bulk_copy.cuh"
 #include "backend/cuda/ptx/shared_memory.cuh"
 
 namespace clusterfusion::cuda {
@@ -461,12 +460,12 @@ class GroupedAttention
     }
   }
 
-  // Puts the current position's key and value into the cache: behind all that others wait for.
+  // Puts the current position's key and value into the cache: behind all that others wait for. (The
+  // producers of later steps wait, and have the fence.)
   __device__ __forceinline__ void store_current(int layer, int kv_head, int position) const {
     const T* ready = group_inputs().ready + p.head_group * p.head_dim;
     for (int dim = thread; dim < p.head_dim; dim += kConsumerThreads)
       cache.store(layer, kv_head, position, dim, ready[dim], ready[p.head_dim + dim]);
-    fence_before_bulk_copy();
   }
 };
 
