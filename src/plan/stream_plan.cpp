@@ -45,16 +45,6 @@ ProductCut cut(const char* name, std::int64_t rows, std::int64_t columns, std::i
   return result;
 }
 
-// Of attention: the warps' states of one query, queries, and the keys and values of a step's rows
-// of one sequence.
-std::int64_t attention_bytes(const ModelConfig& config, std::int32_t rows) {
-  const std::int64_t states = kConsumerWarps * (config.head_dim + 2) * 4;
-  const std::int64_t queries = std::int64_t{kTaskQueries} * 2 * config.head_dim * 2;
-  const std::int64_t keys_and_values =
-      std::int64_t{std::min(rows, kMaxSequenceRows)} * 2 * config.head_dim * 2;
-  return states + queries + keys_and_values;
-}
-
 }  // namespace
 
 ProductCuts cut_products(const ModelConfig& config) {
@@ -93,28 +83,39 @@ StreamPlan make_stream_plan(const ModelConfig& config, const KvPlan& kv,
           pieces);
   plan.data_bytes = std::max(plan.data_bytes, round_up(kv.block_bytes, 128));
   plan.stage_bytes = plan.data_bytes + 128;
-  stream_memory(plan, config, limits, kMaxRows);
+  require(config.num_heads <= limits.sm_count, ErrorKind::unsupported,
+          "the streaming kernel takes as many heads as there are SMs, {}, found {}; run this model "
+          "on the CPU (device \"cpu\")",
+          limits.sm_count, config.num_heads);
+  stream_memory(plan, config, limits, kMaxRows, {kTaskQueries, kMaxSequenceRows});
   return plan;
 }
 
 StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
-                           const DeviceLimits& limits, std::int32_t rows) {
+                           const DeviceLimits& limits, std::int32_t rows,
+                           const TaskExtent& extent) {
   StreamMemory memory;
   const std::int64_t partials =
       std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4;
   const std::int64_t normalised = rows == 1 ? 2 * config.hidden_size * 2 : 0;
-  memory.scratch_bytes =
-      round_up(std::max({partials, normalised, attention_bytes(config, rows)}), 128);
-  const std::int64_t fixed = kStreamControlBytes + memory.scratch_bytes;
-  const std::int64_t room = limits.shared_bytes_per_block - fixed;
-  memory.stages =
-      static_cast<std::int32_t>(std::min<std::int64_t>(kMaxStages, room / plan.stage_bytes));
+  memory.task = task_layout(config.head_dim, extent);
+  const std::int64_t least =
+      round_up(std::max({partials, normalised, std::int64_t{memory.task.bytes}}), 128);
+  const std::int64_t room = limits.shared_bytes_per_block - kStreamControlBytes;
+  memory.stages = static_cast<std::int32_t>(
+      std::min<std::int64_t>(kMaxStages, (room - least) / plan.stage_bytes));
   require(memory.stages >= kMinStreamStages, ErrorKind::unsupported,
           "the streaming kernel needs {} bytes of shared memory a block for hidden size {}, the "
           "device has {}; run this model on the CPU (device \"cpu\")",
-          fixed + kMinStreamStages * plan.stage_bytes, config.hidden_size,
+          kStreamControlBytes + least + kMinStreamStages * plan.stage_bytes, config.hidden_size,
           limits.shared_bytes_per_block);
-  memory.shared_bytes = fixed + memory.stages * plan.stage_bytes;
+  const std::int64_t left = room - memory.stages * plan.stage_bytes;
+  memory.task_slots = static_cast<std::int32_t>(
+      std::clamp<std::int64_t>(left / memory.task.bytes, 1, std::min(rows, kMaxTaskSlots)));
+  memory.scratch_bytes =
+      std::max(least, round_up(std::int64_t{memory.task_slots} * memory.task.bytes, 128));
+  memory.shared_bytes =
+      kStreamControlBytes + memory.scratch_bytes + memory.stages * plan.stage_bytes;
   return memory;
 }
 

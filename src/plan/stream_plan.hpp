@@ -38,7 +38,7 @@ inline constexpr std::int32_t kTaskQueries = 4;
 // Rows of one sequence in a step, at most.
 inline constexpr std::int32_t kMaxSequenceRows = 16;
 // Shared memory for barriers, labels, tables and small reductions.
-inline constexpr std::int64_t kStreamControlBytes = 8704;
+inline constexpr std::int64_t kStreamControlBytes = 8064;
 // Buffers through which the reducers get the consumer warps' sums of a chunk.
 inline constexpr std::int32_t kPartialBuffers = 4;
 
@@ -80,10 +80,40 @@ struct StreamPlan : ProductCuts {
   std::int64_t stage_bytes = 0;
 };
 
+// Tasks of attention that an SM computes as one batch, at most.
+inline constexpr std::int32_t kMaxTaskSlots = 4;
+
+// What a task of attention has in shared memory, as byte offsets: first its queries, then keys and
+// values of its sequence that are not in the cache yet, then the states of the shares of its
+// positions.
+struct TaskLayout {
+  std::int32_t fresh = 0;
+  std::int32_t states = 0;
+  std::int32_t bytes = 0;
+};
+// Of a step's tasks: queries, and rows of one sequence, at most.
+struct TaskExtent {
+  std::int32_t queries = 1;
+  std::int32_t sequence_rows = 1;
+};
+constexpr TaskLayout task_layout(std::int64_t head_dim, const TaskExtent& extent) {
+  // Queries, and what rounding took from them; keys and values: 16-bit.
+  const auto vectors = static_cast<std::int32_t>(2 * head_dim * 2);
+  // Maximum, sum and output of every share: float32.
+  const auto states = static_cast<std::int32_t>(kConsumerWarps * (head_dim + 2) * 4);
+  TaskLayout memory;
+  memory.fresh = extent.queries * vectors;
+  memory.states = memory.fresh + extent.sequence_rows * vectors;
+  memory.bytes = memory.states + extent.queries * states;
+  return memory;
+}
+
 // The shared memory of a block that computes so many rows.
 struct StreamMemory {
   // What the reducers' partial sums, the normalised input and attention use in turn.
   std::int64_t scratch_bytes = 0;
+  TaskLayout task;
+  std::int32_t task_slots = 1;
   std::int32_t stages = 0;
   std::int64_t shared_bytes = 0;  // of the whole block
 };
@@ -98,9 +128,10 @@ ProductCuts cut_products(const ModelConfig& config);
 StreamPlan make_stream_plan(const ModelConfig& config, const KvPlan& kv,
                             const DeviceLimits& limits);
 
+// As many tasks are a batch as cost no stage of the ring.
 // Errors: unsupported if the device's shared memory is too small for the ring.
 StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
-                           const DeviceLimits& limits, std::int32_t rows);
+                           const DeviceLimits& limits, std::int32_t rows, const TaskExtent& extent);
 
 // Rows of the activations that a kernel for `rows` rows holds: 8 or 16. More of them than rows hold
 // several input vectors at once: of one row all that a phase needs.

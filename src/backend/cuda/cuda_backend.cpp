@@ -35,8 +35,6 @@ namespace {
 
 // A pass of so many tokens takes half as long again as one of a single token.
 constexpr std::int64_t kLeastPiece = 256;
-// Up to so many rows the streaming kernel is quicker than the series of kernels.
-constexpr std::size_t kStreamedRows = 12;
 
 // What takes a look at all logits together: the decode kernel by itself knows greedy and plain
 // temperature sampling.
@@ -375,15 +373,11 @@ class CudaBackend final : public Backend {
   std::size_t max_rows() const noexcept {
     return static_cast<std::size_t>(gemm_decoder_ ? kMaxGemmRows : plan::kMaxRows);
   }
-  // The quicker one of those that there are, for rows of as many sequences; the bits are the same.
+  // The quicker one of those that there are; the bits are the same.
   RowDecoder& decoder_of(std::size_t rows) {
-    if (stream_decoder_ && (rows <= kStreamedRows || !gemm_decoder_)) return *stream_decoder_;
-    return *gemm_decoder_;
-  }
-  // The same for several rows of each sequence, whose attention is few tasks.
-  RowDecoder& verifier_of(std::size_t rows) {
     const bool streams = stream_decoder_ && rows <= static_cast<std::size_t>(plan::kMaxRows);
-    return streams ? *stream_decoder_ : decoder_of(rows);
+    if (streams || !gemm_decoder_) return *stream_decoder_;
+    return *gemm_decoder_;
   }
 
   // By default nine tenths of what the weights and scratch memory have left.
@@ -787,7 +781,7 @@ class CudaBackend final : public Backend {
       }
       verified.push_back(own);
     }
-    RowDecoder& decoder = verifier_of(rows.size());
+    RowDecoder& decoder = decoder_of(rows.size());
     tell_interventions(decoder, find(proposals.front()->sequence));
     decoder.enqueue(rows, 1, with_logits, stream_);
     for (std::size_t i = 0; i < proposals.size(); ++i) {

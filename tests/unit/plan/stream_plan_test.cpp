@@ -77,6 +77,11 @@ TEST_P(StreamPlanOfSize, HasEveryRowInOneChunk) {
   }
 }
 
+// All rows of one sequence.
+TaskExtent one_sequence(std::int32_t rows) {
+  return {std::min(rows, kTaskQueries), std::min(rows, kMaxSequenceRows)};
+}
+
 TEST_P(StreamPlanOfSize, CopiesByMultiplesOfSixteenBytes) {
   for (const ProductCut* cut : products()) {
     EXPECT_EQ(cut->piece_columns() * 2 % 16, 0);
@@ -94,15 +99,34 @@ TEST_P(StreamPlanOfSize, FitsForEveryNumberOfRows) {
   EXPECT_EQ(plan.lm_head.parts, 1);
   for (const ProductCut* cut : products()) EXPECT_LE(cut->stage_bytes(), plan.data_bytes);
   EXPECT_LE(plan.kv.block_bytes, plan.data_bytes);
-  for (std::int32_t rows = 1; rows <= kMaxRows; ++rows) {
-    const StreamMemory memory = stream_memory(plan, config, kHopper, rows);
-    EXPECT_LE(memory.shared_bytes, kHopper.shared_bytes_per_block);
-    EXPECT_EQ(memory.shared_bytes,
-              kStreamControlBytes + memory.scratch_bytes + memory.stages * plan.stage_bytes);
-    EXPECT_GT(memory.stages, plan.pieces) << "a chunk is read while another one lands";
-    EXPECT_GE(operand_rows(rows), rows);
-    EXPECT_GE(memory.scratch_bytes,
-              std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4);
+  for (std::int32_t rows = 1; rows <= kMaxRows; ++rows)
+    for (const TaskExtent& extent : {TaskExtent{}, one_sequence(rows)}) {
+      const StreamMemory memory = stream_memory(plan, config, kHopper, rows, extent);
+      EXPECT_LE(memory.shared_bytes, kHopper.shared_bytes_per_block);
+      EXPECT_EQ(memory.shared_bytes,
+                kStreamControlBytes + memory.scratch_bytes + memory.stages * plan.stage_bytes);
+      EXPECT_GT(memory.stages, plan.pieces) << "a chunk is read while another one lands";
+      EXPECT_GE(operand_rows(rows), rows);
+      EXPECT_GE(memory.scratch_bytes,
+                std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4);
+      EXPECT_GE(memory.task_slots, 1);
+      EXPECT_LE(memory.task_slots, kMaxTaskSlots);
+      EXPECT_LE(std::int64_t{memory.task_slots} * memory.task.bytes, memory.scratch_bytes);
+    }
+}
+
+TEST_P(StreamPlanOfSize, KeepsWhatATaskHasApart) {
+  for (const TaskExtent& extent :
+       {TaskExtent{}, TaskExtent{1, 7}, one_sequence(2), one_sequence(kMaxRows)}) {
+    const TaskLayout memory = task_layout(config.head_dim, extent);
+    EXPECT_EQ(memory.fresh, extent.queries * 2 * config.head_dim * 2);
+    EXPECT_EQ(memory.states - memory.fresh, extent.sequence_rows * 2 * config.head_dim * 2);
+    EXPECT_EQ(memory.bytes - memory.states,
+              extent.queries * kConsumerWarps * (config.head_dim + 2) * 4);
+    // Matrices are loaded by rows of 16 bytes.
+    EXPECT_EQ(memory.fresh % 16, 0);
+    EXPECT_EQ(memory.states % 16, 0);
+    EXPECT_EQ(memory.bytes % 16, 0);
   }
 }
 
@@ -113,7 +137,7 @@ TEST_P(StreamPlanOfSize, FitsOnEachChipOrIsRefused) {
     try {
       const StreamPlan there = make_stream_plan(config, plan.kv, limits);
       for (const std::int32_t rows : {1, 8, 16, kMaxRows}) {
-        const StreamMemory memory = stream_memory(there, config, limits, rows);
+        const StreamMemory memory = stream_memory(there, config, limits, rows, one_sequence(rows));
         EXPECT_LE(memory.shared_bytes, limits.shared_bytes_per_block);
       }
     } catch (const Error& error) {

@@ -1,50 +1,25 @@
 // Attention of many rows as a kernel of its own. A block of few warps has a task of the streaming
-// kernel (stream/attention.cuh) and does what that kernel's eight warps do, each of its warps
-// several of them one after the other, with the same arithmetic in the same order. Groups of 16
-// positions come by asynchronous copies into a ring of each warp's own.
+// kernel (stream/attention_task.cuh) and computes its shares, each of its warps several of them one
+// after the other. Groups of 16 positions come by asynchronous copies into a ring of each warp's
+// own.
 #pragma once
 
 #include "backend/cuda/gemm/attention_memory.hpp"
 #include "backend/cuda/gemm/product_input.hpp"
 #include "backend/cuda/ptx/async_copy.cuh"
 #include "backend/cuda/ptx/grid_dependency.cuh"
-#include "backend/cuda/stream/attention.cuh"
+#include "backend/cuda/stream/attention_inputs.cuh"
+#include "backend/cuda/stream/attention_merge.cuh"
+#include "backend/cuda/stream/attention_share.cuh"
 #include "backend/cuda/stream/split_combiner.cuh"
 
 namespace clusterfusion::cuda::gemm {
 
 using namespace device;
 
-// What stands for stream::Consumer.
-struct AttentionBlock {
-  static constexpr int kThreads = kAttentionWarps * 32;  // that share a task
-  static constexpr int kInputsAtOnce = 4;                // of a thread, whose loads are under way
+// Where inputs come from and results go.
+struct RowsPlace {
   const StreamParams& p;
-  char* scratch;
-  int thread, warp, lane, g, q;  // warp: the streaming kernel's
-  float inverse_head_dim;
-  struct Ring {
-    const char* from;  // the KV block that is attended to, in its page
-    __device__ __forceinline__ std::uint64_t copied_from() const {
-      return reinterpret_cast<std::uint64_t>(from);
-    }
-  } ring;
-
-  __device__ __forceinline__ AttentionBlock(const StreamParams& params, char* scratch)
-      : p(params),
-        scratch(scratch),
-        thread(static_cast<int>(threadIdx.x)),
-        warp(0),
-        lane(thread % 32),
-        g(lane / 4),
-        q(lane % 4),
-        inverse_head_dim(1.0f / static_cast<float>(params.head_dim)),
-        ring{} {}
-  __device__ __forceinline__ void barrier() const { __syncthreads(); }
-  // index / head_dim: exact, as both are small.
-  __device__ __forceinline__ int vector_of(int index) const {
-    return static_cast<int>((static_cast<float>(index) + 0.5f) * inverse_head_dim);
-  }
   template <typename Element>
   __device__ __forceinline__ Element* lamport(std::int32_t offset) const {
     return reinterpret_cast<Element*>(p.lamport + offset);
@@ -62,33 +37,33 @@ __device__ __forceinline__ plan::AttentionSplits splits_of(const StreamParams& p
                                 p.num_heads, p.head_dim, sm_count);
 }
 
-// The groups of positions of one split, in the order of the streaming kernel's warps, of which this
-// warp does every kAttentionWarps-th. Group n of the context is warp n % 8's.
+// The groups of positions of one split, share after share, of which this warp does every
+// kAttentionWarps-th.
 class GroupOrder {
  public:
-  __device__ __forceinline__ GroupOrder(int first_warp, int begin, int end)
-      : begin_(begin), end_(end), warp_(first_warp) {
+  __device__ __forceinline__ GroupOrder(int first_share, int begin, int end)
+      : begin_(begin), end_(end), share_(first_share) {
     find();
   }
-  __device__ __forceinline__ bool is_over() const { return warp_ >= plan::kConsumerWarps; }
+  __device__ __forceinline__ bool is_over() const { return share_ >= plan::kConsumerWarps; }
   __device__ __forceinline__ int group() const { return group_; }
-  __device__ __forceinline__ int warp() const { return warp_; }
+  __device__ __forceinline__ int share() const { return share_; }
   __device__ __forceinline__ void advance() {
     group_ += plan::kConsumerWarps;
     if (group_ < end_) return;
-    warp_ += kAttentionWarps;
+    share_ += kAttentionWarps;
     find();
   }
 
  private:
   __device__ __forceinline__ void find() {
-    for (; warp_ < plan::kConsumerWarps; warp_ += kAttentionWarps) {
-      group_ = begin_ + ((warp_ - begin_) & (plan::kConsumerWarps - 1));
+    for (; share_ < plan::kConsumerWarps; share_ += kAttentionWarps) {
+      group_ = begin_ + ((share_ - begin_) & (plan::kConsumerWarps - 1));
       if (group_ < end_) return;
     }
   }
   int begin_, end_;
-  int warp_, group_ = 0;
+  int share_, group_ = 0;
 };
 
 // One warp's ring of groups of positions: 16 keys and 16 values of a head each.
@@ -157,21 +132,6 @@ __device__ __forceinline__ Extent extent_of(const StreamParams& p, int row, int 
   return {cut.splits, begin, min(begin + groups_of_split, groups)};
 }
 
-template <typename Task>
-__device__ __forceinline__ Task task_of(const StreamParams& p, const RowGroup& group, int head,
-                                        int split, int splits, int layer, int step) {
-  Task task;
-  task.head = head;
-  task.split = split;
-  task.splits = splits;
-  task.ablated = p.ablated.has_head(layer * p.num_heads + head);
-  task.first_row = group.first_row;
-  task.rows = group.rows;
-  task.first_fresh = group.sequence_first;
-  task.first_position = p.row_table[group.sequence_first].position + step;
-  return task;
-}
-
 // Loads a warp's groups into its ring, one after the other.
 class GroupLoader {
  public:
@@ -195,61 +155,51 @@ class GroupLoader {
   GroupOrder coming_;
 };
 
-// Where the warps' states of each query are in scratch: the first query's where the streaming
-// kernel has them, further ones' behind the rest.
-class KeptStates {
- public:
-  __device__ __forceinline__ KeptStates(char* scratch, int head_dim, int extra_floats)
-      : first_(reinterpret_cast<float*>(scratch)),
-        floats_(plan::kConsumerWarps * (head_dim + 2)),
-        extra_floats_(extra_floats) {}
-  __device__ __forceinline__ float* of_query(int r) const {
-    return first_ + (r == 0 ? 0 : extra_floats_ + (r - 1) * floats_);
-  }
-
- private:
-  float* first_;
-  int floats_, extra_floats_;
-};
-
-// A split, by the warps of the streaming kernel that this warp stands for, and what they found.
-template <typename Attention>
-__device__ __forceinline__ void attend_split(AttentionBlock& block, int warp, const Extent& extent,
-                                             const typename Attention::Task& task,
-                                             const GroupRing& ring, GroupLoader& loader,
-                                             int extra_floats) {
+// A task, whose shares the block's warps compute in turn.
+template <typename T, int kHeadSteps>
+__device__ __forceinline__ void attend_split(const StreamParams& p,
+                                             const stream::AttentionTask& task,
+                                             const Extent& extent, const GroupRing& ring,
+                                             GroupLoader& loader, bool ablated, char* zeros,
+                                             char* task_memory) {
   constexpr int kStages = kAttentionStages;
-  Attention attention(block);
-  typename Attention::Query query;
-  typename Attention::Softmax state;
-  attention.begin(task, query, state);
-  const KeptStates kept(block.scratch, block.p.head_dim, extra_floats);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const RowsPlace place{p};
+  const stream::TaskMemory<T> memory(task_memory, p);
+  const stream::Team team{thread, kAttentionWarps * 32};
+  stream::AttentionInputs<T>(p, place.lamport<const float>(p.layout.qkv))
+      .prepare(task, memory, team);
+  if (thread < kZeroBytes / 4) reinterpret_cast<std::uint32_t*>(zeros)[thread] = 0;
+  __syncthreads();
+  stream::AttentionShare<T, kHeadSteps> share(p.head_dim, lane, zeros);
+  share.begin(task, memory);
   int stage = 0;
   GroupOrder order(warp, extent.begin, extent.end);
-  for (block.warp = warp; block.warp < plan::kConsumerWarps; block.warp += kAttentionWarps) {
-    attention.clear(state);
-    for (; !order.is_over() && order.warp() == block.warp; order.advance()) {
+  for (int which = warp; which < plan::kConsumerWarps; which += kAttentionWarps) {
+    share.clear();
+    for (; !order.is_over() && order.share() == which; order.advance()) {
       wait_for_copies_but<kStages - 2>();
       __syncwarp();
       loader.load(stage == 0 ? kStages - 1 : stage - 1);
-      block.ring.from = ring.block_of(order.group());
-      attention.attend_group(task, order.group() * GroupRing::kGroup, ring.keys(stage),
-                             ring.values(stage), query, state);
+      const int first = order.group() * GroupRing::kGroup;
+      share.attend(task, first, shared_address(ring.keys(stage)),
+                   shared_address(ring.values(stage)));
+      if (task.position(0) < first + GroupRing::kGroup)
+        stream::store_fresh<T>(task, memory, p, first, ring.block_of(order.group()), lane);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
-    for (int r = 0; r < task.rows; ++r)
-      attention.keep(state, r, kept.of_query(r) + block.warp * (block.p.head_dim + 2));
+    for (int r = 0; r < task.rows; ++r) share.keep(r, memory.state(r, which));
   }
   __syncthreads();
-  for (int r = 0; r < task.rows; ++r) attention.merge(task, task.first_row + r, kept.of_query(r));
+  for (int r = 0; r < task.rows; ++r)
+    stream::merge_shares<T>(place, task, memory, r, ablated, team);
 }
 
 // Grid: heads, groups of rows, splits. A block has a task.
 template <typename T, int kHeadSteps>
 __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
-    attention_kernel(const __grid_constant__ StreamParams p, AttentionMemory memory,
-                     std::int32_t layer, std::int32_t step, std::int32_t sm_count) {
-  using Attention = stream::Attention<T, kHeadSteps, AttentionBlock>;
+    attention_kernel(const __grid_constant__ StreamParams p, std::int32_t layer, std::int32_t step,
+                     std::int32_t sm_count) {
   start_dependents();
   extern __shared__ __align__(128) char shared[];
   const int warp = static_cast<int>(threadIdx.x) / 32;
@@ -257,19 +207,21 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
   const int last = group.first_row + group.rows - 1;
   const int head = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.z);
   const Extent extent = extent_of(p, last, split, step, sm_count, static_cast<int>(gridDim.z));
-  const auto task =
-      task_of<typename Attention::Task>(p, group, head, split, extent.splits, layer, step);
+  const stream::AttentionTask task = stream::make_task(
+      group, p.row_table[group.sequence_first].position + step, head, split, extent.splits);
   if (split >= extent.splits) return;
 
-  AttentionBlock block(p, shared + kAttentionWarps * memory.ring_bytes);
-  const GroupRing ring(p, p.row_table[last].kv_pages, layer, head,
-                       shared + warp * memory.ring_bytes);
+  const int ring_bytes = attention_ring_bytes(p.head_dim);
+  char* zeros = shared + kAttentionWarps * ring_bytes;
+  const GroupRing ring(p, p.row_table[last].kv_pages, layer, head, shared + warp * ring_bytes);
   GroupLoader loader(ring, warp, extent);
   // Keys and values of earlier steps are there: before this layer's products the kernel of the
   // residual stream lets others begin when all before it is over, and no sooner.
   loader.load_first();
   wait_for_dependencies();
-  attend_split<Attention>(block, warp, extent, task, ring, loader, memory.extra_floats);
+  attend_split<T, kHeadSteps>(p, task, extent, ring, loader,
+                              p.ablated.has_head(layer * p.num_heads + head), zeros,
+                              zeros + kZeroBytes);
 }
 
 // Grid: elements of a row by threads, rows.

@@ -12,19 +12,16 @@ inline constexpr std::int32_t kAttentionWarps = 2;
 // Groups of positions in a warp's ring.
 inline constexpr std::int32_t kAttentionStages = 2;
 
-struct AttentionMemory {
-  std::int32_t ring_bytes;    // of each warp; then scratch of stream::Attention
-  std::int32_t extra_floats;  // in scratch, where the states of further rows begin
-  std::int32_t bytes;         // of a block
-};
-// `rows` of a task, at most, and of its sequence in a step.
-constexpr AttentionMemory attention_memory(std::int32_t head_dim, std::int32_t rows,
-                                           std::int32_t sequence_rows) {
-  const std::int32_t ring = kAttentionStages * 2 * plan::kMinKvBlockPositions * head_dim * 2;
-  const std::int32_t states = plan::kConsumerWarps * (head_dim + 2);
-  const std::int32_t vectors = (plan::kTaskQueries + sequence_rows) * 2 * head_dim * 2;
-  const std::int32_t extra = states + vectors / 4;
-  return {ring, extra, kAttentionWarps * ring + (extra + (rows - 1) * states) * 4};
+// Of a warp's ring: keys and values.
+constexpr std::int32_t attention_ring_bytes(std::int32_t head_dim) {
+  return kAttentionStages * 2 * plan::kMinKvBlockPositions * head_dim * 2;
+}
+// Zeros that stand for the values behind the last position.
+inline constexpr std::int32_t kZeroBytes = 16;
+
+// Of a block: the warps' rings, zeros, its task's.
+constexpr std::int32_t attention_bytes(std::int32_t head_dim, const plan::TaskLayout& task) {
+  return kAttentionWarps * attention_ring_bytes(head_dim) + kZeroBytes + task.bytes;
 }
 
 }  // namespace clusterfusion::cuda::gemm

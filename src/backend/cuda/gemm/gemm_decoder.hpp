@@ -79,7 +79,7 @@ class GemmDecoder final : public RowDecoder {
   StreamParams params_;
   RowTables tables_;
   // For the rows of begin():
-  RowTables::Extent extent_;
+  plan::TaskExtent extent_;
   std::vector<ProductParams> phases_;    // of the first layer, and the LM head
   std::int32_t splits_ = 1;              // of attention in this step, at most
   std::vector<std::int32_t> positions_;  // of the rows, in the first step

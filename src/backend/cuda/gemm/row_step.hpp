@@ -49,7 +49,7 @@ class RowsAttention {
   RowsAttention(DType dtype, std::int64_t head_dim, std::int32_t sm_count);
 
   // No group has more than `splits` splits.
-  void launch(const StreamParams& params, const RowTables::Extent& extent, std::int32_t splits,
+  void launch(const StreamParams& params, const plan::TaskExtent& extent, std::int32_t splits,
               std::int32_t layer, std::int32_t step, cudaStream_t stream) const;
 
  private:

@@ -45,24 +45,25 @@ RowsAttention::RowsAttention(DType dtype, std::int64_t head_dim, std::int32_t sm
   const Kernels kernels = find_kernels(dtype, head_dim);
   attend_ = kernels.attend;
   combine_ = kernels.combine;
-  const auto most = gemm::attention_memory(static_cast<std::int32_t>(head_dim), plan::kTaskQueries,
-                                           plan::kMaxSequenceRows);
-  check(cudaFuncSetAttribute(attend_, cudaFuncAttributeMaxDynamicSharedMemorySize, most.bytes),
+  const plan::TaskLayout most =
+      plan::task_layout(head_dim, {plan::kTaskQueries, plan::kMaxSequenceRows});
+  check(cudaFuncSetAttribute(attend_, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             gemm::attention_bytes(static_cast<std::int32_t>(head_dim), most)),
         "reserving shared memory for attention");
 }
 
-void RowsAttention::launch(const StreamParams& params, const RowTables::Extent& extent,
+void RowsAttention::launch(const StreamParams& params, const plan::TaskExtent& extent,
                            std::int32_t splits, std::int32_t layer, std::int32_t step,
                            cudaStream_t stream) const {
   StreamParams copy = params;
-  gemm::AttentionMemory memory =
-      gemm::attention_memory(params.head_dim, extent.group_rows, extent.sequence_rows);
+  copy.task_layout = plan::task_layout(params.head_dim, extent);
   std::int32_t the_layer = layer, the_step = step, sm_count = sm_count_;
-  void* arguments[] = {&copy, &memory, &the_layer, &the_step, &sm_count};
+  void* arguments[] = {&copy, &the_layer, &the_step, &sm_count};
   const DependentLaunch how(
       dim3(static_cast<unsigned>(params.num_heads), static_cast<unsigned>(params.groups),
            static_cast<unsigned>(splits)),
-      dim3(gemm::kAttentionWarps * 32), static_cast<std::size_t>(memory.bytes), stream);
+      dim3(gemm::kAttentionWarps * 32),
+      static_cast<std::size_t>(gemm::attention_bytes(params.head_dim, copy.task_layout)), stream);
   check(cudaLaunchKernelExC(how.config(), attend_, arguments), "starting attention of many rows");
   if (splits == 1) return;
   void* combine_arguments[] = {&copy, &the_layer, &the_step, &sm_count};

@@ -49,11 +49,10 @@ class Activations {
     }
   };
 
-  // Waits for all that `sources` name, in Lamport buffers. For whole warps. If there is `much`, at
-  // first only for one element of each row: what comes from one SM comes together, and asking for
-  // all of it again and again would hold up the weights.
-  __device__ __forceinline__ void await(const Sources& sources, bool much) {
-    bool missing = much;
+  // Waits for one element of each row that `sources` name: what comes from one SM comes together,
+  // and asking for all of it again and again would hold up the weights. For whole warps.
+  __device__ __forceinline__ void await_first(const Sources& sources) const {
+    bool missing = true;
     while (__any_sync(kAllLanes, missing)) {
       missing = false;
 #pragma unroll
@@ -61,8 +60,12 @@ class Activations {
         if (sources.has(t, 0, 0))
           missing |= any_half_not_ready(lamport_load_4(sources.at(t, 0, 0)));
     }
+  }
+
+  // Loads all that `sources` name, from Lamport buffers, when it is there. For whole warps.
+  __device__ __forceinline__ void await(const Sources& sources) {
+    bool missing = true;
     load(sources, [](const char* from) { return lamport_load_4(from); });
-    missing = true;
     while (__any_sync(kAllLanes, missing)) {
       missing = false;
       for_each([&](int t, int piece, int i) {

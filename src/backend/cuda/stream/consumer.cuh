@@ -30,8 +30,6 @@ class StreamRing : public RingConsumer {
 };
 
 struct Consumer {
-  static constexpr int kThreads = kConsumerThreads;  // that share a task
-  static constexpr int kInputsAtOnce = 2;            // of a thread, whose loads are under way
   const StreamParams& p;
   StreamShared* control;
   char* scratch;
@@ -67,10 +65,9 @@ struct Consumer {
   // A Lamport buffer of this epoch.
   template <typename Element>
   __device__ __forceinline__ Element* lamport(std::int32_t offset) const {
-    return reinterpret_cast<Element*>(lamport_set(p, epoch) + offset);
+    return lamport_of<Element>(p, epoch, offset);
   }
 
-  __device__ __forceinline__ int vector_of(int index) const { return index / p.head_dim; }
   // Element `index` of attention's output for a row.
   template <typename T>
   __device__ __forceinline__ T* attention_output(int row, int index) const {

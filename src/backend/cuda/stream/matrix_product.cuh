@@ -148,7 +148,12 @@ class MatrixProduct {
 #pragma unroll
     for (int t = 0; t < Inputs::kTiles; ++t)
       sources.offset[t] = offset_of(8 * t + c.g, index, wanted);
-    inputs.await(sources, c.p.rows > 1);
+    // One warp asks whether it is there; all of them together would hold up the weights.
+    if (c.p.rows > 1) {
+      if (c.warp == 0) inputs.await_first(sources);
+      c.barrier();
+    }
+    inputs.await(sources);
     if (!fits) return now_holds(wanted);
     for (int number = 0; number < c.control->phases[index].operands; ++number)
       if (operands[number].stream == operands[wanted].stream) now_holds(number);

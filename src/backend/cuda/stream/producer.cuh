@@ -26,6 +26,17 @@ __device__ __forceinline__ void copy_piece(const Operand::Copy& copy, const Ring
   }
 }
 
+// As many keys, and as many values, of a KV block as are in the cache.
+__device__ __forceinline__ void copy_kv_block(const StreamParams& p, const RingTask& task,
+                                              std::uint32_t barrier) {
+  const std::uint32_t bytes = task.order.bytes / 2;
+  if (bytes == 0) return;
+  const char* source = pointer_to(task.order.source);
+  const std::uint32_t values = p.kv_block_bytes / 2;
+  copy_to_stage(task.target, source, bytes, barrier);
+  copy_to_stage(task.target + values, source + values, bytes, barrier);
+}
+
 __device__ __forceinline__ void produce(const StreamParams& p, StreamShared* control) {
   RingProducer ring(&control->ring, p.stages);
   int attention_id = kRingEnd;  // of the attention that may be copied
@@ -48,9 +59,7 @@ __device__ __forceinline__ void produce(const StreamParams& p, StreamShared* con
         fence_before_bulk_copy();
       }
     }
-    ring.copy(task.order, [&](std::uint32_t barrier) {
-      copy_to_stage(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
-    });
+    ring.copy(task.order, [&](std::uint32_t barrier) { copy_kv_block(p, task, barrier); });
   }
 }
 

@@ -46,9 +46,8 @@ RowTables::RowTables(std::int32_t max_rows, std::int64_t max_pages, std::int32_t
       device_(count * bytes_, "tables of rows"),
       host_(count * bytes_, "tables of rows") {}
 
-RowTables::Extent RowTables::send(std::span<const DecodeRow> rows, std::int32_t index,
-                                  std::int32_t sm_count, StreamParams& params,
-                                  cudaStream_t stream) {
+plan::TaskExtent RowTables::send(std::span<const DecodeRow> rows, std::int32_t index,
+                                 std::int32_t sm_count, StreamParams& params, cudaStream_t stream) {
   require(index < count_ && std::ssize(rows) <= max_rows_, ErrorKind::internal,
           "rows: expected at most {} of them and {} tables, found {} rows for table {}", max_rows_,
           count_, rows.size(), index);
@@ -64,9 +63,9 @@ RowTables::Extent RowTables::send(std::span<const DecodeRow> rows, std::int32_t 
   params.groups = static_cast<std::int32_t>(groups.size());
   params.row_table = reinterpret_cast<const StreamedRow*>(device);
   params.group_table = reinterpret_cast<const RowGroup*>(device + groups_);
-  Extent extent;
+  plan::TaskExtent extent;
   for (const RowGroup& group : groups) {
-    extent.group_rows = std::max(extent.group_rows, group.rows);
+    extent.queries = std::max(extent.queries, group.rows);
     extent.sequence_rows =
         std::max(extent.sequence_rows, group.first_row + group.rows - group.sequence_first);
   }

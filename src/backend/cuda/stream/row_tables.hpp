@@ -18,13 +18,10 @@ class RowTables {
   // Room for `count` tables of up to `max_rows` rows, whose sequences have up to `max_pages` pages.
   RowTables(std::int32_t max_rows, std::int64_t max_pages, std::int32_t count);
 
-  // Rows that share attention, and those of one sequence, at most.
-  struct Extent {
-    std::int32_t group_rows = 1, sequence_rows = 1;
-  };
-  // Sends table `index`, and points `params` at it. `params` says how attention is split.
-  Extent send(std::span<const DecodeRow> rows, std::int32_t index, std::int32_t sm_count,
-              StreamParams& params, cudaStream_t stream);
+  // Sends table `index`, and points `params` at it. `params` says how attention is split. Returns
+  // what its tasks have at most.
+  plan::TaskExtent send(std::span<const DecodeRow> rows, std::int32_t index, std::int32_t sm_count,
+                        StreamParams& params, cudaStream_t stream);
   // Where row `row` of table `index` keeps its input, on the device.
   TokenId* input(std::int32_t index, std::size_t row) const noexcept;
 

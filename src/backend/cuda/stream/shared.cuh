@@ -6,6 +6,7 @@
 #include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/ptx/elect.cuh"
 #include "backend/cuda/ptx/mbarrier.cuh"
+#include "backend/cuda/stream/attention_task.cuh"
 #include "backend/cuda/stream/stream_params.hpp"
 #include "backend/cuda/sync/counter.cuh"
 #include "backend/cuda/sync/lamport_buffer.cuh"
@@ -72,7 +73,12 @@ struct StreamShared {
   RowGroup groups[plan::kMaxRows];
   // Of the scheduler alone: this step's tasks of each group.
   plan::AttentionSplits splits[plan::kMaxRows];
-  int first_task[plan::kMaxRows];
+  int task_of_group[plan::kMaxRows];
+  int cached[plan::kMaxRows];  // positions before those of the step
+  // Of the consumers, which are behind the scheduler: this step's tasks of this block.
+  AttentionTask tasks[plan::kMaxRows];
+  int num_tasks;
+  uint4 zeros;
   int token;
   // Epochs that the consumers have begun: what they wrote and read in earlier ones is done.
   std::uint32_t begun;
@@ -93,11 +99,15 @@ __device__ __forceinline__ char* shared_ring(const StreamParams& p, char* shared
   return shared + plan::kStreamControlBytes + p.scratch_bytes;
 }
 
+// A Lamport buffer of an epoch.
+template <typename Element>
+__device__ __forceinline__ Element* lamport_of(const StreamParams& p, int epoch,
+                                               std::int32_t offset) {
+  return reinterpret_cast<Element*>(lamport_set(p, epoch) + offset);
+}
+
 // The id of a ring stage: which epoch and phase it belongs to, and which operand.
 inline constexpr int kAttentionPhase = 7;
-// In the label of a task of attention: its head is left out.
-inline constexpr int kAblatedHead = -0x7fffffff - 1;  // the sign
-__device__ __forceinline__ bool is_ablated(int label) { return label < 0; }
 __device__ __forceinline__ int phase_id(int epoch, int phase) { return epoch * 8 + phase; }
 __device__ __forceinline__ int ring_id(int phase_id, int operand) { return phase_id * 8 + operand; }
 __device__ __forceinline__ int phase_id_of(int ring_id) { return ring_id >> 3; }

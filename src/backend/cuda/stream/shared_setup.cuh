@@ -35,6 +35,7 @@ class SharedSetup {
       mbarrier_init(&control->partial_empty[buffer], kArrivals);
     }
     mbarrier_fence_init();
+    control->zeros = make_uint4(0, 0, 0, 0);
     control->begun = control->cleared = 0;
   }
 

@@ -81,16 +81,18 @@ void StreamDecoder::describe_ring() {
   p.ticket_bytes = kTicketBytes;
 }
 
-void StreamDecoder::launch(std::span<const DecodeRow> rows, std::int32_t steps,
-                           cudaStream_t stream) {
+void StreamDecoder::launch(std::span<const DecodeRow> rows, const plan::TaskExtent& extent,
+                           std::int32_t steps, cudaStream_t stream) {
   const auto count = static_cast<std::int32_t>(rows.size());
   require(steps <= max_steps_, ErrorKind::internal,
           "streaming: expected at most {} steps, found {}", max_steps_, steps);
   params_.steps = steps;
   params_.layout = rows_layout(config_, plan_, limits_.sm_count, count);
-  const plan::StreamMemory memory = plan::stream_memory(plan_, config_, limits_, count);
+  const plan::StreamMemory memory = plan::stream_memory(plan_, config_, limits_, count, extent);
   params_.stages = memory.stages;
   params_.scratch_bytes = static_cast<std::int32_t>(memory.scratch_bytes);
+  params_.task_layout = memory.task;
+  params_.task_slots = memory.task_slots;
   check(cudaMemsetAsync(counters_.as<>(), 0, counters_.bytes(), stream), "clearing counters");
   check(cudaMemsetAsync(lamport_.as<>(), 0xff,
                         static_cast<std::size_t>(kLamportSets) * params_.layout.bytes, stream),
@@ -103,29 +105,30 @@ void StreamDecoder::launch(std::span<const DecodeRow> rows, std::int32_t steps,
   launch_stream(kernel, params_, limits_.sm_count, memory.shared_bytes, stream);
 }
 
-void StreamDecoder::send(std::span<const DecodeRow> rows, std::int32_t index, cudaStream_t stream) {
-  tables_.send(rows, index, limits_.sm_count, params_, stream);
+plan::TaskExtent StreamDecoder::send(std::span<const DecodeRow> rows, std::int32_t index,
+                                     cudaStream_t stream) {
   params_.chosen = chosen_.as<std::int32_t>() + index * plan::kMaxRows;
+  return tables_.send(rows, index, limits_.sm_count, params_, stream);
 }
 
 void StreamDecoder::enqueue(std::span<const DecodeRow> rows, std::int32_t steps, bool with_logits,
                             cudaStream_t stream) {
-  send(rows, 0, stream);
+  const plan::TaskExtent extent = send(rows, 0, stream);
   params_.logits = with_logits ? logits_.as<float>() : nullptr;
-  launch(rows, steps, stream);
+  launch(rows, extent, steps, stream);
 }
 
 void StreamDecoder::enqueue_step(std::span<const DecodeRow> rows, std::int32_t index,
                                  std::span<const TokenId* const> device_inputs,
                                  cudaStream_t stream) {
-  send(rows, index, stream);
+  const plan::TaskExtent extent = send(rows, index, stream);
   for (std::size_t i = 0; i < device_inputs.size(); ++i)
     if (device_inputs[i] != nullptr)
       check(cudaMemcpyAsync(tables_.input(index, i), device_inputs[i], sizeof(TokenId),
                             cudaMemcpyDeviceToDevice, stream),
             "handing on tokens");
   params_.logits = logits_.as<float>();
-  launch(rows, 1, stream);
+  launch(rows, extent, 1, stream);
 }
 
 }  // namespace clusterfusion::cuda

@@ -51,8 +51,9 @@ class StreamDecoder final : public RowDecoder {
  private:
   void describe_ring();
   // Sends the rows of step `index` of a series.
-  void send(std::span<const DecodeRow> rows, std::int32_t index, cudaStream_t stream);
-  void launch(std::span<const DecodeRow> rows, std::int32_t steps, cudaStream_t stream);
+  plan::TaskExtent send(std::span<const DecodeRow> rows, std::int32_t index, cudaStream_t stream);
+  void launch(std::span<const DecodeRow> rows, const plan::TaskExtent& extent, std::int32_t steps,
+              cudaStream_t stream);
 
   ModelConfig config_;
   plan::StreamPlan plan_;

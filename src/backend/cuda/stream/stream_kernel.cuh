@@ -65,10 +65,11 @@ class DecodeStep {
     int token = residual.holds_row() ? c.control->rows[residual.row].token : 0;
     for (int step = 0; step < p.steps; ++step) {
       if (residual.holds_row()) residual.embed(token);
+      attention.plan_step(step);
 #pragma unroll 1
       for (int layer = 0; layer <= p.num_layers; ++layer, ++c.epoch) {
         c.mark(StreamPoint::begin);
-        run_layer(layer, step);
+        run_layer(layer);
         if (layer < p.num_layers) continue;
         product.partials.tell_all(c.warp, c.lane, kEndOfHead);
         if (!residual.holds_row()) continue;
@@ -81,7 +82,7 @@ class DecodeStep {
 
  private:
   // The phases of a layer, or of the LM head behind the last one.
-  __device__ __forceinline__ void run_layer(int layer, int step) {
+  __device__ __forceinline__ void run_layer(int layer) {
     const int phases = plan::layer_phases(c.p.parallel_residual);
     const bool is_lm_head = layer == c.p.num_layers;
     const int end = is_lm_head ? phases + 1 : phases;
@@ -95,7 +96,7 @@ class DecodeStep {
       if (phase.attention_before) {
         if (c.is_next(kAttentionPhase)) {
           product.partials.drain();
-          attention.run(step);
+          attention.run(layer);
         }
         c.mark(StreamPoint::attention);
       }

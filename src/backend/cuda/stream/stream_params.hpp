@@ -86,6 +86,8 @@ struct StreamParams {
   std::int32_t static_percent;  // of a phase's chunks that are assigned round-robin; then by ticket
   std::int32_t ticket_bytes;    // of weights that one ticket stands for, about
 
+  plan::TaskLayout task_layout;  // of a task of attention, in scratch
+  std::int32_t task_slots;       // for so many
   std::int32_t kv_head_bytes, kv_block_bytes, kv_block_positions, max_splits;
 
   std::int32_t rows, groups, steps;

@@ -10,7 +10,7 @@
 // it.
 #pragma once
 
-#include "backend/cuda/stream/shared.cuh"
+#include "backend/cuda/stream/attention_schedule.cuh"
 
 namespace clusterfusion::cuda::stream {
 
@@ -159,24 +159,17 @@ class WorkScheduler {
   __device__ __forceinline__ void plan_attention(int step) {
     int before = 0;
     for (int index = 0; index < p.groups; ++index) {
-      const RowGroup& group = control->groups[index];
-      const int last = control->rows[group.first_row + group.rows - 1].position + step;
-      const plan::AttentionSplits splits =
-          plan::attention_splits(last + 1, p.kv_block_positions, p.num_heads, p.head_dim, blocks());
-      control->splits[index] = splits;
-      // Task t of the group is for block (before + t) % blocks.
-      const int first = block_number() - before % blocks();
-      control->first_task[index] = first < 0 ? first + blocks() : first;
-      before += p.num_heads * splits.splits;
+      control->splits[index] = splits_of_group(p, *control, index, step);
+      control->task_of_group[index] = task_of_block(before);
+      control->cached[index] = control->rows[control->groups[index].sequence_first].position + step;
+      before += p.num_heads * control->splits[index].splits;
     }
   }
 
   __device__ __forceinline__ void schedule_attention(int layer, int epoch) {
-    for (int group = 0; group < p.groups; ++group) {
-      const int tasks = p.num_heads * control->splits[group].splits;
-      for (int task = control->first_task[group]; task < tasks; task += blocks())
-        schedule_task(layer, epoch, group, task);
-    }
+    for (int group = 0; group < p.groups; ++group)
+      if (control->task_of_group[group] < p.num_heads * control->splits[group].splits)
+        schedule_task(layer, epoch, group, control->task_of_group[group]);
   }
   __device__ __forceinline__ void schedule_task(int layer, int epoch, int group, int task) {
     const plan::AttentionSplits splits = control->splits[group];
@@ -184,19 +177,19 @@ class WorkScheduler {
     const int head = task / splits.splits, split = task % splits.splits;
     const int first = split * splits.blocks_per_split;
     const int end = min(first + splits.blocks_per_split, splits.blocks);
-    int label = group | head << 5 | split << 14 | splits.splits << 19;
-    if (p.ablated.has_head(layer * p.num_heads + head)) label |= kAblatedHead;
+    const int cached = control->cached[group];
     const char* next = kv_block(p, pages, layer, head, first);
 #pragma unroll 1
     for (int block = first; block < end; ++block) {
       // The page table is in global memory, so this looks one block ahead.
       const char* source = next;
       next = kv_block(p, pages, layer, head, min(block + 1, end - 1));
+      const int positions =
+          min(max(cached - block * p.kv_block_positions, 0), p.kv_block_positions);
       ring.wait_empty(reach(p.max_in_flight));
-      ring.announce(
-          {label, block | (block + 1 == end) << 30},
-          {ring_id(phase_id(epoch, kAttentionPhase), 0),
-           static_cast<std::uint32_t>(p.kv_block_bytes), address_of(source), p.max_in_flight});
+      ring.announce({block, end}, {ring_id(phase_id(epoch, kAttentionPhase), 0),
+                                   static_cast<std::uint32_t>(positions * p.head_dim * 4),
+                                   address_of(source), p.max_in_flight});
       ring.add(0, nullptr, 0);
     }
   }

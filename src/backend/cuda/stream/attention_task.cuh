@@ -1,0 +1,67 @@
+// A task of attention: a split of one head's context for one group of rows, up to four rows of one
+// sequence at consecutive positions, each of which sees its own past only.
+//
+// Positions are taken in groups of 16. Group n of the context belongs to share n % 8, and every
+// share has an online softmax of its own; at the end the shares are merged in their order. So it
+// does not matter which warp computes which share.
+#pragma once
+
+#include "backend/cuda/numeric/reduce.cuh"
+#include "backend/cuda/stream/stream_params.hpp"
+
+namespace clusterfusion::cuda::stream {
+
+using namespace device;
+
+struct AttentionTask {
+  int head, split, splits;
+  int first_row, rows;  // of the step: the queries
+  int first_fresh;      // first row of the step that is of the same sequence
+  int first_position;   // of row first_fresh
+  // Rows whose keys and values are not in the cache yet.
+  __device__ __forceinline__ int fresh_rows() const { return first_row + rows - first_fresh; }
+  // Of query r.
+  __device__ __forceinline__ int position(int r) const {
+    return first_position + (first_row - first_fresh) + r;
+  }
+  __device__ __forceinline__ int last_position() const { return position(rows - 1); }
+};
+
+// `position`: of the first row of the group's sequence in this step.
+__device__ __forceinline__ AttentionTask make_task(const RowGroup& group, int position, int head,
+                                                   int split, int splits) {
+  return {head, split, splits, group.first_row, group.rows, group.sequence_first, position};
+}
+
+// Threads that do something for a task together.
+struct Team {
+  int thread, threads;  // which of them this is, and how many there are
+};
+
+// What a task has in shared memory (plan::TaskLayout).
+template <typename T>
+class TaskMemory {
+ public:
+  __device__ __forceinline__ TaskMemory(char* memory, const StreamParams& p)
+      : memory_(memory), p_(p) {}
+
+  // Query r, and head_dim behind it what rounding took from it.
+  __device__ __forceinline__ T* query(int r) const {
+    return reinterpret_cast<T*>(memory_) + r * 2 * p_.head_dim;
+  }
+  // The key of fresh row f, and head_dim behind it its value.
+  __device__ __forceinline__ T* fresh(int f) const {
+    return reinterpret_cast<T*>(memory_ + p_.task_layout.fresh) + f * 2 * p_.head_dim;
+  }
+  // What a share has found for query r: maximum, sum, and the output, not normalised.
+  __device__ __forceinline__ float* state(int r, int share) const {
+    return reinterpret_cast<float*>(memory_ + p_.task_layout.states) +
+           (r * plan::kConsumerWarps + share) * (p_.head_dim + 2);
+  }
+
+ private:
+  char* memory_;
+  const StreamParams& p_;
+};
+
+}  // namespace clusterfusion::cuda::stream
