@@ -91,10 +91,12 @@ struct TaskLayout {
   std::int32_t states = 0;
   std::int32_t bytes = 0;
 };
-// Of a step's tasks: queries, and rows of one sequence, at most.
+// Of a step's tasks: queries, and rows of one sequence, at most; and the positions that those of
+// one head attend to, in all.
 struct TaskExtent {
   std::int32_t queries = 1;
   std::int32_t sequence_rows = 1;
+  std::int64_t positions = 0;
 };
 constexpr TaskLayout task_layout(std::int64_t head_dim, const TaskExtent& extent) {
   // Queries, and what rounding took from them; keys and values: 16-bit.

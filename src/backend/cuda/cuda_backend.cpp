@@ -5,6 +5,7 @@
 #include <deque>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "backend/cuda/check.hpp"
@@ -375,8 +376,10 @@ class CudaBackend final : public Backend {
   }
   // The quicker one of those that there are; the bits are the same.
   RowDecoder& decoder_of(std::size_t rows) {
-    const bool streams = stream_decoder_ && rows <= static_cast<std::size_t>(plan::kMaxRows);
-    if (streams || !gemm_decoder_) return *stream_decoder_;
+    if (!gemm_decoder_) return *stream_decoder_;
+    const bool streams =
+        stream_decoder_ && std::cmp_less_equal(rows, stream_decoder_->quick_rows());
+    if (streams) return *stream_decoder_;
     return *gemm_decoder_;
   }
 

@@ -149,7 +149,7 @@ class MatrixProduct {
     for (int t = 0; t < Inputs::kTiles; ++t)
       sources.offset[t] = offset_of(8 * t + c.g, index, wanted);
     // One warp asks whether it is there; all of them together would hold up the weights.
-    if (c.p.rows > 1) {
+    if (c.p.rows > 1 && comes_late(index, wanted)) {
       if (c.warp == 0) inputs.await_first(sources);
       c.barrier();
     }
@@ -157,6 +157,15 @@ class MatrixProduct {
     if (!fits) return now_holds(wanted);
     for (int number = 0; number < c.control->phases[index].operands; ++number)
       if (operands[number].stream == operands[wanted].stream) now_holds(number);
+  }
+
+  // Whether this block may have to wait for operand `wanted`: not for the second of the normalised
+  // vectors, nor behind its attention for the MLP's activations.
+  __device__ __forceinline__ bool comes_late(int index, int wanted) const {
+    const StreamPhase& phase = c.control->phases[index];
+    if (phase.normalizes) return wanted == 0;
+    const bool is_mlp = c.control->operands[index][wanted].stream == Stream::mlp_down;
+    return !(is_mlp && phase.attention_before && c.control->num_tasks > 0);
   }
 
   // Where the residual stream is kept in every block, the normalised inputs lie in scratch, which

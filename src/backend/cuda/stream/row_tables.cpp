@@ -66,8 +66,9 @@ plan::TaskExtent RowTables::send(std::span<const DecodeRow> rows, std::int32_t i
   plan::TaskExtent extent;
   for (const RowGroup& group : groups) {
     extent.queries = std::max(extent.queries, group.rows);
-    extent.sequence_rows =
-        std::max(extent.sequence_rows, group.first_row + group.rows - group.sequence_first);
+    const std::int32_t end = group.first_row + group.rows;
+    extent.sequence_rows = std::max(extent.sequence_rows, end - group.sequence_first);
+    extent.positions += rows[end - 1].position + 1;
   }
   return extent;
 }

@@ -52,6 +52,7 @@ struct StreamPhase {
   int slots;           // input vectors of all operands
   int second_product;  // its first operand
   int chunks;          // of all operands
+  int static_percent;  // of the chunks that are assigned round-robin
   int first_dynamic;   // first chunk that is drawn by ticket, unless the phase rotates
   int late_from;       // from this chunk on p.late_in_flight copies may be under way
   int ticket_chunks;

@@ -57,13 +57,17 @@ class SharedSetup {
     if (of_plan.second != Stream::none) add_operands(index, of_plan.second);
     phase.rotates = phase.slots > vectors_at_once && !phase.normalizes;
     const int blocks = static_cast<int>(gridDim.x);
-    phase.first_dynamic = plan::work_schedule(phase.chunks, p.static_percent, blocks).first_dynamic;
-    // Short phases are over before more copies under way could be of use.
-    constexpr int kLateChunks = 8;  // of a block, in a phase
+    // Short phases are over before more copies under way could be of use, and have too few chunks
+    // for tickets of many.
+    constexpr int kLongChunks = 8;  // of a block, in a phase
+    const bool is_long = phase.chunks >= kLongChunks * blocks;
+    phase.static_percent = is_long ? p.long_static_percent : p.static_percent;
+    phase.first_dynamic =
+        plan::work_schedule(phase.chunks, phase.static_percent, blocks).first_dynamic;
+    phase.ticket_chunks = max(1, min(phase.ticket_chunks, phase.chunks / (3 * blocks)));
     phase.late_from =
-        phase.chunks >= kLateChunks * blocks
-            ? static_cast<int>(static_cast<std::int64_t>(phase.chunks) * p.late_percent / 100)
-            : kNever;
+        is_long ? static_cast<int>(static_cast<std::int64_t>(phase.chunks) * p.late_percent / 100)
+                : kNever;
   }
 
   __device__ __forceinline__ void add_operands(int index, Stream stream) {

@@ -15,6 +15,9 @@ namespace {
 // Time enough to draw a ticket while a copy lands.
 constexpr std::int32_t kAnnouncedAhead = 2;
 constexpr std::int32_t kTicketBytes = 40960;
+// Where attention is little, of long phases: few tickets, and large ones. (With long contexts that
+// lost 5 %.)
+constexpr std::int32_t kLargeTicketBytes = 163840, kLargeStaticPercent = 80;
 
 constexpr std::int32_t operand_index(std::int32_t operand_rows) {
   return operand_rows == 8 ? 0 : 1;
@@ -78,7 +81,17 @@ void StreamDecoder::describe_ring() {
   p.late_in_flight = kLateInFlight;
   p.late_percent = kLatePercent;
   p.static_percent = kStaticPercent;
-  p.ticket_bytes = kTicketBytes;
+}
+
+void StreamDecoder::describe_tickets(const plan::TaskExtent& extent) {
+  std::int64_t weights = 0;
+  for (const plan::ProductCut* cut :
+       {&plan_.qkv, &plan_.mlp_up, &plan_.mlp_down, &plan_.attention_out})
+    weights += cut->rows * cut->columns;
+  const std::int64_t keys_and_values = extent.positions * 2 * config_.attention_size();
+  const bool is_little = 4 * keys_and_values < weights;
+  params_.long_static_percent = is_little ? kLargeStaticPercent : kStaticPercent;
+  params_.ticket_bytes = is_little ? kLargeTicketBytes : kTicketBytes;
 }
 
 void StreamDecoder::launch(std::span<const DecodeRow> rows, const plan::TaskExtent& extent,
@@ -87,6 +100,7 @@ void StreamDecoder::launch(std::span<const DecodeRow> rows, const plan::TaskExte
   require(steps <= max_steps_, ErrorKind::internal,
           "streaming: expected at most {} steps, found {}", max_steps_, steps);
   params_.steps = steps;
+  describe_tickets(extent);
   params_.layout = rows_layout(config_, plan_, limits_.sm_count, count);
   const plan::StreamMemory memory = plan::stream_memory(plan_, config_, limits_, count, extent);
   params_.stages = memory.stages;

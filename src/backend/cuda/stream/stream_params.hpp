@@ -83,8 +83,9 @@ struct StreamParams {
   std::int32_t announced_ahead;  // stages of the ring, beside those with copies in flight
   // Copies that may be in flight once so many percent of a long phase's chunks are assigned.
   std::int32_t late_in_flight, late_percent;
-  std::int32_t static_percent;  // of a phase's chunks that are assigned round-robin; then by ticket
-  std::int32_t ticket_bytes;    // of weights that one ticket stands for, about
+  // Of a phase's chunks that are assigned round-robin, then by ticket; and of a long phase's.
+  std::int32_t static_percent, long_static_percent;
+  std::int32_t ticket_bytes;  // of weights that one ticket stands for, about, of a long phase
 
   plan::TaskLayout task_layout;  // of a task of attention, in scratch
   std::int32_t task_slots;       // for so many

@@ -120,7 +120,7 @@ class WorkScheduler {
     const Chunks chunks = chunks_of(operands[number], ring_id(id, number));
     const int sharers = (blocks() - number + phase.operands - 1) / phase.operands;
     const int first_dynamic =
-        plan::work_schedule(chunks.count, p.static_percent, sharers).first_dynamic;
+        plan::work_schedule(chunks.count, phase.static_percent, sharers).first_dynamic;
     const int ticket_chunks = phase.ticket_chunks;
     int begin = begins ? block_number() / phase.operands : first_dynamic;
     int end = first_dynamic, stride = sharers;
