@@ -4,6 +4,7 @@
 
 #include "backend/cuda/decode/residual.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
+#include "backend/cuda/numeric/value_row.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -164,12 +165,12 @@ class DecodeAttention
     multiply_keys(query, keys, score);
     const ValueRow row = value_row(first, data + p.kv_block_positions * row_bytes, position);
     uint4 value[kStepsAtOnce];
-    load_values(row, 0, value);
+    load_value_steps(row, lane, 0, p.head_dim, value);
     std::uint32_t weights[2];
     const float correction = weigh(first, position, score, state, weights);
 #pragma unroll
     for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
-      if (begin > 0) load_values(row, begin, value);
+      if (begin > 0) load_value_steps(row, lane, begin, p.head_dim, value);
 #pragma unroll
       for (int i = 0; i < kStepsAtOnce; ++i) {
         float(&output)[4] = state.output[begin + i];
@@ -179,31 +180,14 @@ class DecodeAttention
     }
   }
 
-  // Where the values of one position lie, for this lane's loads.
-  struct ValueRow {
-    std::uint32_t address;
-    std::uint32_t offsets;  // all ones, or zero where every 16 bytes of the row are the same
-  };
-  // Lanes point at the positions of the halves, at the first and the second 8 dimensions of a step.
+  // Where the values lie that this lane points at.
   __device__ __forceinline__ ValueRow value_row(int first, std::uint32_t values,
                                                 int position) const {
-    const int row = lane / 16 * 8 + lane % 8;
+    const int row = value_position(lane);
     const T* current = head_inputs().ready + 2 * p.head_dim;
     if (first + row < position) return {values + row * p.head_dim * 2, ~0u};
     if (first + row == position) return {shared_address(current), ~0u};
     return {shared_address(current + 2 * p.head_dim), 0u};
-  }
-  // Steps of a group's values from step `begin` on, as operands A.
-  __device__ __forceinline__ void load_values(const ValueRow& row, int begin,
-                                              uint4 (&value)[kStepsAtOnce]) const {
-    const std::uint32_t column = lane / 8 % 2 * 16;
-#pragma unroll
-    for (int i = 0; i < kStepsAtOnce; ++i) {
-      value[i] = make_uint4(0, 0, 0, 0);
-      if (16 * (begin + i) < p.head_dim)
-        value[i] =
-            load_matrix_4_transposed(row.address + ((column + (begin + i) * 32) & row.offsets));
-    }
   }
 
   // From the scores of a group, which begins at position `first`, the weights of its values as

@@ -4,6 +4,7 @@
 
 #include "backend/cuda/decode/residual.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
+#include "backend/cuda/numeric/value_row.cuh"
 #include "backend/cuda/ptx/shared_memory.cuh"
 
 namespace clusterfusion::cuda {
@@ -333,20 +334,14 @@ class GroupedAttention
     }
   }
 
-  // Where the values of one of a group's two halves lie, for this lane's loads: those of position
-  // lane % 8 of the half.
-  struct ValueRow {
-    std::uint32_t address;
-    std::uint32_t offsets;  // all ones, or zero where every chunk of the row is the same
-  };
-
-  // Dimensions 32 u to 32 u + 31 of a half's values, 8 positions: register c is a quarter of
+  // Dimensions 32 u to 32 u + 31 of a half's values, 8 positions, of which this lane points at
+  // number lane % 8: register c is a quarter of
   // operand A, dimension 32 u + 8 c + g of positions 2 q and 2 q + 1. Each two positions' rows are
   // read at another 16 bytes than the other rows, so that few are read from the same banks; what a
   // lane gets is rotated by that.
   __device__ __forceinline__ uint4 load_values_of_half(const ValueRow& row, int u) const {
     const std::uint32_t chunk = 16 * ((lane / 8 + lane % 8 / 2) % 4);
-    const uint4 loaded = load_matrix_4_transposed(row.address + ((64 * u + chunk) & row.offsets));
+    const uint4 loaded = load_matrix_4_transposed(row.at(64 * u + chunk));
     const bool by_one = q % 2 != 0, by_two = q / 2 != 0;
     const uint4 once = by_one ? make_uint4(loaded.w, loaded.x, loaded.y, loaded.z) : loaded;
     return by_two ? make_uint4(once.z, once.w, once.x, once.y) : once;

@@ -7,6 +7,7 @@
 
 #include "backend/cuda/numeric/pack.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
+#include "backend/cuda/numeric/value_row.cuh"
 #include "backend/cuda/ptx/mma.cuh"
 #include "backend/cuda/ptx/shared_memory.cuh"
 #include "backend/cuda/stream/attention_task.cuh"
@@ -58,12 +59,12 @@ class AttentionShare {
     multiply_keys(task, first, keys, score);
     const ValueRow row = value_row(task, first, values);
     uint4 value[kStepsAtOnce];
-    load_values(row, 0, value);
+    load_value_steps(row, lane_, 0, head_dim_, value);
     std::uint32_t weights[2];
     const float correction = weigh(first, task, score, weights);
 #pragma unroll
     for (int begin = 0; begin < kMaxSteps; begin += kStepsAtOnce) {
-      if (begin > 0) load_values(row, begin, value);
+      if (begin > 0) load_value_steps(row, lane_, begin, head_dim_, value);
 #pragma unroll
       for (int i = 0; i < kStepsAtOnce; ++i) {
         float(&output)[4] = output_[begin + i];
@@ -135,31 +136,14 @@ class AttentionShare {
     }
   }
 
-  // Where the values of one position lie, for this lane's loads.
-  struct ValueRow {
-    std::uint32_t address;
-    std::uint32_t offsets;  // all ones, or zero where every 16 bytes of the row are the same
-  };
-  // Lanes point at the positions of the halves, at the first and the second 8 dimensions of a step.
+  // Where the values lie that this lane points at.
   __device__ __forceinline__ ValueRow value_row(const AttentionTask& task, int first,
                                                 std::uint32_t values) const {
-    const int row = lane_ / 16 * 8 + lane_ % 8;
+    const int row = value_position(lane_);
     const int fresh = first + row - task.first_position;
     if (fresh < 0) return {values + row * head_dim_ * 2, ~0u};
     if (fresh < task.fresh_rows()) return {fresh_ + (2 * fresh + 1) * head_dim_ * 2, ~0u};
     return {zeros_, 0u};
-  }
-  // Steps of a group's values from step `begin` on, as operands A.
-  __device__ __forceinline__ void load_values(const ValueRow& row, int begin,
-                                              uint4 (&value)[kStepsAtOnce]) const {
-    const std::uint32_t column = lane_ / 8 % 2 * 16;
-#pragma unroll
-    for (int i = 0; i < kStepsAtOnce; ++i) {
-      value[i] = make_uint4(0, 0, 0, 0);
-      if (16 * (begin + i) < head_dim_)
-        value[i] =
-            load_matrix_4_transposed(row.address + ((column + (begin + i) * 32) & row.offsets));
-    }
   }
 
   // From the scores of a group, which begins at position `first`, the weights of its values as
