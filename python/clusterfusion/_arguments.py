@@ -77,7 +77,7 @@ def file_path(name: str, path: object) -> str:
 
     Raises:
         TypeError: The value is not a path.
-        ValueError: It holds a null character.
+        ValueError: It holds a null character, or a byte that is not UTF-8.
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{name}: expected str or os.PathLike, found {type(path).__name__}")
@@ -86,7 +86,7 @@ def file_path(name: str, path: object) -> str:
         raise TypeError(f"{name}: expected a path of str, found one of {type(result).__name__}")
     if "\0" in result:
         raise ValueError(f"{name}: expected a path, found a null character in {result!r}")
-    return result
+    return _checked_utf8(name, "a path in UTF-8", result)
 
 
 def text_option(name: str, value: object) -> str:
@@ -94,10 +94,21 @@ def text_option(name: str, value: object) -> str:
 
     Raises:
         TypeError: The value is not a str.
+        ValueError: It holds a lone surrogate.
     """
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected str, found {type(value).__name__}")
-    return value
+    return _checked_utf8(name, "text", value)
+
+
+def _checked_utf8(name: str, expected: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name}: expected {expected}, found a lone surrogate in {text!r}"
+        ) from None
+    return text
 
 
 def integer(name: str, value: object, low: int = INT64_MIN, high: int = INT64_MAX) -> int:

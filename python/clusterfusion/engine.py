@@ -899,6 +899,8 @@ def _draft(draft: str | os.PathLike[str] | None) -> str:
     """Returns "none", "ngram" or a checkpoint's folder."""
     if draft is None or draft == "none":
         return "none"
+    if draft == "":
+        raise ValueError('draft: expected "none", "ngram" or a checkpoint, found an empty text')
     return "ngram" if draft == "ngram" else hub.resolve(draft)
 
 

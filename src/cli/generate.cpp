@@ -400,7 +400,8 @@ void add_generate_command(CLI::App& app, Command& selected) {
       "Keys of --json: text, prompt_tokens, tokens, finish_reason, logprobs, statistics;\n"
       "with several samples a list of these under \"samples\".\n"
       "--json-lines prints {\"event\": \"token\", text, token, piece, ...} for each token and\n"
-      "{\"event\": \"end\", ...} with the keys of --json as the last line.",
+      "{\"event\": \"end\", ...} with the keys of --json as the last line; with several samples\n"
+      "one for each, and its number as \"sample\" in every line.",
       "clusterfusion generate models/demo -p \"It was a dark night\" -n 48 --temperature 0.8 "
       "--seed 1");
   add_engine_options(command, settings->engine);

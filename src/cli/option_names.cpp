@@ -32,6 +32,7 @@ constexpr Name kFields[] = {
     {"kv_dtype", "--kv-dtype"},
     {"kv_bytes", "--kv-bytes"},
     {"max_sequences", "--max-sequences"},
+    {"draft_tokens", "--draft-tokens"},
 };
 // Words of English too: fields where a message begins with them.
 constexpr Name kFirstWords[] = {{"temperature", "--temperature"},

@@ -78,6 +78,9 @@ void add_draft_options(CLI::App& app, EngineSettings& settings) {
                  "time: none, ngram (what the text has said before) or a smaller checkpoint with "
                  "the same tokens (folder or name on the hub)")
       ->type_name("MODEL")
+      ->check([](const std::string& draft) {
+        return draft.empty() ? "expected none, ngram or a checkpoint, found nothing" : "";
+      })
       ->capture_default_str();
   add_number(app, "--draft-tokens", settings.options.draft_tokens,
              "tokens that it may guess at a time, 1 to 15; fewer where they do not pay", 1)

@@ -1,8 +1,11 @@
 #include "engine/scheduler.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <iterator>
 
+#include "base/fail.hpp"
 #include "engine/speculation.hpp"
 
 namespace clusterfusion {
@@ -20,13 +23,18 @@ const char* name_of(SequenceState state) noexcept {
 }
 
 Scheduler::Scheduler(std::shared_ptr<SharedBackend> backend, SchedulerOptions options)
-    : backend_(std::move(backend)), options_(std::move(options)) {
+    : backend_(std::move(backend)), options_(std::move(options)), process_(::getpid()) {
   if (!options_.now) options_.now = machine_seconds;
   prepare_speculation(std::move(options_.draft));
+  totals_.kv_pages = published_.kv_pages = info().kv_pages;
   thread_ = std::thread([this] { work(); });
 }
 
 Scheduler::~Scheduler() {
+  if (::getpid() != process_) {  // a fork, which has no such thread
+    thread_.detach();
+    return;
+  }
   {
     const std::lock_guard lock(mutex_);
     stop_ = true;
@@ -37,6 +45,10 @@ Scheduler::~Scheduler() {
 
 void Scheduler::submit(Sequences sequences) {
   if (sequences.empty()) return;
+  require(::getpid() == process_, ErrorKind::unsupported,
+          "this engine was made in process {}, of which this one ({}) is a fork: the thread that "
+          "generates is not in it; make an engine in each process, or start processes by \"spawn\"",
+          process_, ::getpid());
   sequences.front()->caller->expect(std::ssize(sequences));
   {
     const std::lock_guard lock(mutex_);

@@ -194,6 +194,7 @@ class Scheduler {
   bool stop_ = false;
 
   std::atomic<bool> withdrawals_ = false;  // some caller is cancelled: look at those that wait
+  const int process_;                      // that the thread is in
   std::thread thread_;
 };
 

@@ -179,9 +179,15 @@ fs::path find_checkpoint(const fs::path& name, const std::string& revision, Chec
           "no such folder: {0}; nor is a model {0} in the Hugging Face cache {1}. If it is one on "
           "the hub, download it: {2}",
           name.string(), cache.string(), command);
-  const fs::path snapshot = model / "snapshots" / commit_of(model, wanted);
+  const std::string commit = commit_of(model, wanted);
+  const fs::path snapshot = model / "snapshots" / commit;
   std::error_code error;
-  require(fs::is_directory(snapshot, error), ErrorKind::not_found,
+  const bool is_here = fs::is_directory(snapshot, error);
+  require(is_here || commit == wanted, ErrorKind::not_found,
+          "the Hugging Face cache {} knows revision {} of {}, but has no files of it (no {}). "
+          "Download it: {}",
+          cache.string(), quote(wanted), name.string(), snapshot.string(), command);
+  require(is_here, ErrorKind::not_found,
           "the Hugging Face cache {} has no revision {} of {} ({}). Download it: {}",
           cache.string(), quote(wanted), name.string(), known_revisions(model), command);
   const std::optional<std::string> missing = missing_file(snapshot, files);

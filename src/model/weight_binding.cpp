@@ -202,14 +202,24 @@ void warn_of_dtypes(const TensorStore& store, const std::vector<Slot>& slots, DT
   }
 }
 
-void tie_embeddings(ModelWeights& weights, ModelConfig& config) {
+// As transformers does: a matrix of the LM head's own is used, whatever config.json says.
+void tie_embeddings(const TensorStore& store, const TensorNames& names, ModelConfig& config,
+                    BoundWeights& bound) {
   if (!config.tied_embeddings) return;
+  ModelWeights& weights = bound.weights;
   const bool has_head = is_present(weights.lm_head);
   config.tied_embeddings =
       !has_head || (same_dtype(weights.lm_head.dtype, weights.embedding.dtype) &&
                     std::memcmp(weights.lm_head.data, weights.embedding.data,
                                 static_cast<std::size_t>(num_bytes(weights.embedding))) == 0);
-  if (config.tied_embeddings) weights.lm_head = weights.embedding;
+  if (config.tied_embeddings) {
+    weights.lm_head = weights.embedding;
+    return;
+  }
+  bound.warnings.push_back(
+      fmt::format("{}: config.json ties the embeddings (tie_word_embeddings), but {} is there, and "
+                  "differs from them: it is used, and they are not tied",
+                  store.folder().string(), quote(lm_head_name(store, names))));
 }
 
 }  // namespace
@@ -238,7 +248,7 @@ BoundWeights bind_weights(const TensorStore& store, ModelConfig& config, ShapeSt
   config.dtype =
       *dtype_of(first[is_separate ? LayerTensor::query_weight : LayerTensor::qkv_weight]);
   warn_of_dtypes(store, slots, config.dtype, bound.warnings);
-  tie_embeddings(bound.weights, config);
+  tie_embeddings(store, family.names, config, bound);
   return bound;
 }
 

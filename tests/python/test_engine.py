@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -1044,3 +1045,46 @@ def test_statistics_add_up(engine):
     assert counts == sorted(counts)
     assert counts[-1] == 30
     assert all(after - before <= 1 for before, after in pairwise(counts))
+
+
+def test_a_fork_is_told_that_its_engine_stayed_behind(demo_model):
+    """The thread that generates is not in a forked process: an error, and no wait for ever."""
+    script = f"""
+import os
+import clusterfusion
+engine = clusterfusion.Engine({str(demo_model)!r}, threads=1)
+if os.fork() == 0:
+    try:
+        engine.generate("hello", max_new_tokens=3)
+    except NotImplementedError as error:
+        print(error, flush=True)
+    del engine
+    own = clusterfusion.Engine({str(demo_model)!r}, threads=1)
+    print(len(own.generate("hello", max_new_tokens=3).tokens), flush=True)
+    os._exit(0)
+print(os.wait()[1], len(engine.generate("hello", max_new_tokens=3).tokens))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    told, *rest = done.stdout.splitlines()
+    assert "is a fork" in told and "make an engine in each process" in told
+    assert rest == ["3", "0 3"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"device": "\udcff"}, {"kv_dtype": "\udcff"}, {"mode": "\udcff"}, {"draft": "\udcff"}],
+)
+def test_options_that_are_no_utf8(demo_model, options):
+    [name] = options
+    with pytest.raises(ValueError, match=rf"{name}: expected .*lone surrogate|path: .*surrogate"):
+        Engine(demo_model, **options)
+
+
+def test_a_folder_whose_name_is_no_utf8(tmp_path):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/d\xff")
+    for open_it in (Engine, Tokenizer):
+        with pytest.raises(ValueError, match="path: expected a path in UTF-8, found a lone surrog"):
+            open_it(folder)

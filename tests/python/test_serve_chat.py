@@ -1,6 +1,7 @@
 """Chats: prompts as transformers renders them, answers as the engine gives them alone."""
 
 import json
+import shutil
 from pathlib import Path
 
 import clusterfusion
@@ -152,6 +153,53 @@ def test_openai_client_chats(served, demo_model):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == alone[0].text
     assert chunks[-1].choices[0].finish_reason in ("length", "stop")
     assert all(chunk.object == "chat.completion.chunk" for chunk in chunks)
+
+
+def test_an_answer_is_no_longer_than_the_memory(demo_model, tmp_path):
+    """Where the client says nothing of its length: the KV cache has room for half a context."""
+    template = tmp_path / "chatml.jinja"
+    template.write_text(TEMPLATES["chatml"])
+    options = ["--chat-template", template, "--kv-bytes", 2 << 20]
+    with serving(demo_model, tmp_path, *options) as server:
+        body = {"messages": TALK, "temperature": 0, "ignore_eos": True}
+        answer = server.client.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        usage = answer.json()["usage"]
+    statistics = clusterfusion.Engine(demo_model, kv_bytes=2 << 20).serving_statistics()
+    assert 0 < statistics.kv_pages * 64 < 1024
+    assert usage["total_tokens"] == statistics.kv_pages * 64
+
+
+def test_any_variable_of_a_template(served):
+    body = {"messages": TALK, "max_tokens": 1, "chat_template_kwargs": {"self": 1, "mode": "x"}}
+    assert served.client.post("/v1/chat/completions", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("shown", "content", "expected"),
+    [
+        ("message.content", "I am  ", "I am  "),
+        ("message.content", " I am\n", " I am\n"),
+        ("message.content | trim", "I am  ", "I am"),
+    ],
+)
+def test_white_space_stays_where_the_template_keeps_it(shown, content, expected):
+    source = "{% for message in messages %}{{ " + shown + " }}<end>{% endfor %}"
+    talk = [{"role": "assistant", "content": content}]
+    text = ChatTemplate(source, {}).render(
+        talk, add_generation_prompt=False, continue_final_message=True
+    )
+    assert text == expected
+
+
+@pytest.mark.parametrize("templates", [[{"foo": 1}], [{"name": "default"}], ["x"], [None]])
+def test_a_list_that_names_no_templates(demo_model, tmp_path, templates):
+    folder = tmp_path / "model"
+    shutil.copytree(demo_model, folder)
+    config = {"chat_template": templates}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template: expected a text"):
+        ChatTemplate.find(clusterfusion.Engine(folder), None)
 
 
 def test_a_message_goes_on(served, demo_model):

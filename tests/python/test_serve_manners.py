@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 import contextlib
 
 from clusterfusion.serve.feed import EngineFeed
+from clusterfusion.serve.record import Record
 from serving import (
     PATIENCE_SECONDS,
     Served,
@@ -378,6 +380,9 @@ def test_log_lines(demo_model, tmp_path):
         assert line["finish_reasons"] == ["length"]
         assert 0 < line["first_token_seconds"] < line["seconds"]
         assert 0 < line["seconds_per_token"] < line["seconds"]
+        short = server.complete(prompt=PROMPT, max_tokens=1)
+        line = server.line_of(short["id"].removeprefix("cmpl-"))
+        assert 0 < line["first_token_seconds"] <= line["seconds"] + 1e-4  # rounded to that
         strange = server.client.get("/health", headers={"X-Request-Id": 'a"b\tc'})
         assert re.fullmatch("[0-9a-f]{32}", strange.headers["x-request-id"])
         assert PROMPT not in server.log.read_text()
@@ -385,6 +390,14 @@ def test_log_lines(demo_model, tmp_path):
         answer = server.complete(prompt=PROMPT, max_tokens=1)
         line = server.line_of(answer["id"].removeprefix("cmpl-"))
         assert line["prompts"] == [PROMPT]
+
+
+def test_a_path_makes_no_line_of_its_own(caplog):
+    record = Record(id="1", method="GET", path='/v1/x\nforged \x1b[31m\0"é', client="::1")
+    with caplog.at_level(logging.INFO):
+        record.log(as_json=False)
+    [line] = [entry.getMessage() for entry in caplog.records]
+    assert line.startswith("::1 GET /v1/x%0Aforged%20%1B%5B31m%00%22%C3%A9 ")
 
 
 def test_an_engine_that_fails_is_told(tmp_path):

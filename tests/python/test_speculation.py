@@ -73,6 +73,7 @@ def test_other_tokens_are_refused_by_name(demo_model, stranger):
     [
         ({"draft": "nowhere/at/all"}, FileNotFoundError, "nowhere/at/all"),
         ({"draft": 5}, TypeError, "path"),
+        ({"draft": ""}, ValueError, "draft: expected .*, found an empty text"),
         ({"draft": "ngram", "draft_tokens": 0}, ValueError, r"draft_tokens must be in \[1, 15\]"),
         ({"draft": "ngram", "draft_tokens": 16}, ValueError, r"draft_tokens must be in \[1, 15\]"),
         ({"draft": "ngram", "draft_tokens": "8"}, TypeError, "draft_tokens"),
@@ -117,7 +118,10 @@ class TestProgram:
         assert "no/such/folder" in missing.stderr
         many = generate(demo_model, "-p", PROMPT, "--draft", "ngram", "--draft-tokens", 99)
         assert many.returncode != 0
-        assert "draft_tokens must be in [1, 15]" in many.stderr
+        assert "--draft-tokens must be in [1, 15]" in many.stderr
+        nothing = generate(demo_model, "-p", PROMPT, "--draft", "")
+        assert nothing.returncode == 2
+        assert "--draft: expected none, ngram or a checkpoint, found nothing" in nothing.stderr
 
 
 def test_page_about_speculation(demo_model, monkeypatch, capsys):

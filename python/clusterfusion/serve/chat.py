@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from clusterfusion.engine import Engine
 from clusterfusion.serve.chat_template import TemplateRefusedError
 from clusterfusion.serve.errors import ApiError
 from clusterfusion.serve.feed import Event, Result
@@ -14,6 +15,8 @@ from clusterfusion.serve.generation import answer_request, dumps, engine_options
 from clusterfusion.serve.schema import ChatRequest
 from clusterfusion.serve.service import FINISH_REASONS, Job, Service
 from clusterfusion.serve.texts import chat_logprobs, prompt_logprobs
+
+_PAGE_POSITIONS = 64  # of ServingStatistics.kv_pages
 
 
 async def chat_completions(service: Service, http: Request) -> Response:
@@ -28,12 +31,18 @@ async def chat_completions(service: Service, http: Request) -> Response:
     if max_tokens is None:
         max_tokens = request.max_tokens
     if max_tokens is None:
-        max_tokens = max(service.engine.info.max_positions - len(tokens), 1)
+        max_tokens = max(_positions(service.engine) - len(tokens), 1)
     service.check_prompt(tokens, max_tokens, "messages")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     options = engine_options(service, request, 1, max_tokens, logprobs, request.prompt_logprobs)
     answer = _ChatAnswer(service, request, tokens)
     return await answer_request(service, http, request, [tokens], options, answer)
+
+
+def _positions(engine: Engine) -> int:
+    """How long a text can become: by the context, and by all of the KV cache."""
+    of_cache = engine.serving_statistics().kv_pages * _PAGE_POSITIONS
+    return min(engine.info.max_positions, of_cache)
 
 
 def _prompt(service: Service, request: ChatRequest) -> str:
@@ -63,7 +72,7 @@ def _prompt(service: Service, request: ChatRequest) -> str:
             messages,
             add_generation_prompt=bool(request.add_generation_prompt) if begins is None else begins,
             continue_final_message=continues,
-            **more,
+            variables=more,
         )
     except TemplateRefusedError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from None

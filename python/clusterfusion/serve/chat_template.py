@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,8 +64,7 @@ class ChatTemplate:
         elif beside.is_file():
             source = read_text(beside)
         if isinstance(source, list):
-            named = {one["name"]: one["template"] for one in source}
-            source = named.get("default")
+            source = _named_templates(source, folder / "tokenizer_config.json").get("default")
         return cls(source, _special_tokens(config)) if isinstance(source, str) else None
 
     def render(
@@ -74,7 +73,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool = False,
-        **more: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for a chat.
 
@@ -82,20 +81,21 @@ class ChatTemplate:
             messages: Objects with role and content.
             add_generation_prompt: Whether the beginning of an answer follows.
             continue_final_message: Whether the last message is not ended, so that it goes on.
-            **more: Further variables of the template.
+            variables: Further variables of the template.
 
         Raises:
             TemplateRefusedError: The template does not take these messages.
         """
-        variables = {**self._special_tokens, **more}
+        known = {
+            **self._special_tokens,
+            "tools": None,
+            "documents": None,
+            **(variables or {}),
+            "messages": list(messages),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            text = self._template.render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            )
+            text = self._template.render(known)
         except Exception as error:  # a template may do anything
             raise TemplateRefusedError(f"the chat template: {error}") from None
         return _without_end(text, messages) if continue_final_message else text
@@ -108,11 +108,26 @@ def tokenizer_info(engine: Engine, template: ChatTemplate | None) -> dict[str, s
 
 
 def _without_end(text: str, messages: Sequence[dict[str, Any]]) -> str:
-    last = (messages[-1].get("content") or "").strip()
-    place = text.rfind(last)
-    if not last or place < 0:
+    # As transformers: white space at the end stays where the template keeps it.
+    last = messages[-1].get("content") or ""
+    place = text.rfind(last.strip())
+    if not last.strip() or place < 0:
         raise TemplateRefusedError("the chat template does not show the last message as it is")
-    return text[: place + len(last)]
+    kept = last.lstrip() if text.startswith(last.lstrip(), place) else last.strip()
+    return text[: place + len(kept)]
+
+
+def _named_templates(templates: list[Any], file: Path) -> dict[str, str]:
+    named = {}
+    for one in templates:
+        parts = (one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(
+                f"{file}: chat_template: expected a text, or a list of objects with the texts "
+                f"name and template, found {json.dumps(one)[:100]} in the list"
+            )
+        named[parts[0]] = parts[1]
+    return named
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import logging
 import time
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 LOGGER = logging.getLogger("clusterfusion.serve")
 
@@ -69,7 +70,9 @@ class Record:
 
 
 def _plain(line: dict[str, Any]) -> str:
-    head = f"{line.pop('client')} {line.pop('method')} {line.pop('path')} {line.pop('status')}"
+    # What a client has chosen must not look like another line.
+    path = quote(line.pop("path"), safe="/%:@!$&'()*+,;=~")
+    head = f"{line.pop('client')} {line.pop('method')} {path} {line.pop('status')}"
     return head + "".join(f" {name}={_value(value)}" for name, value in line.items())
 
 

@@ -159,11 +159,12 @@ class Service:
         assert self._feed is not None, "open() comes first"
         count = len(prompts) * n
         self._check_room(count)
+        started = http.state.record.elapsed()
         try:
             submission = self._feed.start(prompts, n, **options)
         except Exception as error:
             raise errors.of_engine(error) from None
-        job = Job(self, http.state.record, submission)
+        job = Job(self, http.state.record, submission, started)
         limits = [seconds for seconds in (timeout, self.settings.timeout) if seconds]
         watcher = asyncio.create_task(job.watch_client(http))
         deadline = _deadline(job, min(limits)) if limits else None
@@ -245,12 +246,14 @@ class Service:
 class Job:
     """A request that the engine computes."""
 
-    def __init__(self, service: Service, record: Record, submission: Submission) -> None:
-        """Service.job() makes these."""
+    def __init__(
+        self, service: Service, record: Record, submission: Submission, started: float
+    ) -> None:
+        """Service.job() makes these: `started` seconds after the request's arrival."""
         self._service = service
         self._record = record
         self._submission = submission
-        self._started = record.elapsed()
+        self._started = started
         self._stopped: Exception | None = None
 
     def stop(self, reason: Exception) -> None:

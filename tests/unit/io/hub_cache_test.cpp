@@ -135,6 +135,14 @@ TEST_F(HubCache, PrefersALocalFolder) {
   EXPECT_EQ(find_checkpoint("owner/model"), snapshot(kCommit));
 }
 
+TEST_F(HubCache, SaysThatARevisionHasNoFiles) {
+  add_ref("half", std::string(40, 'e'));
+  expect_error(ErrorKind::not_found,
+               {"knows revision \"half\" of owner/model", "no files of it",
+                "snapshots/" + std::string(40, 'e'), "hf download owner/model --revision half"},
+               [] { find_checkpoint("owner/model", "half"); });
+}
+
 TEST_F(HubCache, SaysHowToDownload) {
   const std::string cache = folder_.path().string();
   expect_error(

@@ -183,6 +183,20 @@ TEST(Model, AllowsMatricesOfSeveralDtypes) {
                                ::testing::HasSubstr("those of the layers float16")));
 }
 
+TEST(Model, WarnsOfAnLmHeadThatIsToBeTiedAndDiffers) {
+  const TemporaryFolder folder;
+  CheckpointBuilder builder;
+  builder.config["tie_word_embeddings"] = true;
+  builder.write(folder);
+  const auto model = Model::open(folder.path());
+  EXPECT_FALSE(model->config().tied_embeddings);
+  EXPECT_NE(model->weights().lm_head.data, model->weights().embedding.data);
+  ASSERT_EQ(model->warnings().size(), 1U);
+  EXPECT_THAT(model->warnings()[0],
+              ::testing::AllOf(::testing::HasSubstr("tie_word_embeddings"),
+                               ::testing::HasSubstr("\"embed_out.weight\" is there, and differs")));
+}
+
 // As files of safetensors before 0.3.1 and of other writers begin at any byte.
 TEST(Model, CopiesWhatIsMisaligned) {
   const TemporaryFolder folder;
