@@ -13,6 +13,21 @@
 namespace clusterfusion {
 namespace {
 
+bool prefixes_first(const PreTokenizer& pre_tokenizer) {
+  return std::ranges::any_of(pre_tokenizer.steps(), [](const PreTokenizerStep& step) {
+    const auto* metaspace = std::get_if<Metaspace>(&step);
+    return metaspace != nullptr && metaspace->prefix == Metaspace::Prefix::first;
+  });
+}
+
+bool takes_beginnings(const std::vector<NormalizerStep>& steps) {
+  return std::ranges::any_of(steps, [](const NormalizerStep& step) {
+    const auto* strip = std::get_if<Strip>(&step);
+    const auto* replace = std::get_if<Replace>(&step);
+    return (strip != nullptr && strip->left) || (replace != nullptr && replace->content.empty());
+  });
+}
+
 constexpr IntegerRange kTokenIdRange{0, std::numeric_limits<TokenId>::max() - 1};
 
 using Element = simdjson::dom::element;
@@ -243,6 +258,13 @@ class Reader {
     if (const auto pre_tokenizer = top_.find_non_null("pre_tokenizer")) {
       file_.pre_tokenizer = read_pre_tokenizer(*pre_tokenizer);
     }
+    // tokenizers looks at where a piece was before normalization; here it is the first piece.
+    require(!(prefixes_first(file_.pre_tokenizer) && takes_beginnings(file_.normalizer)),
+            ErrorKind::unsupported,
+            "{}: \"pre_tokenizer\" has a \"prepend_scheme\" of \"first\" behind a \"normalizer\" "
+            "that may take away a text's beginning, which is not supported; supported there: "
+            "\"always\" or \"never\"",
+            root_.where());
     const std::optional<JsonValue> decoder = top_.find_non_null("decoder");
     require(decoder.has_value(), ErrorKind::unsupported,
             "{}: \"decoder\" is null or missing, which is not supported; supported: "

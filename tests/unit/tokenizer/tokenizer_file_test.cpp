@@ -74,6 +74,18 @@ const std::vector<Refusal> kRefusals = {
      "f.json: \"pre_tokenizer\": \"type\" is \"BertPreTokenizer\", which is not supported; "
      "supported: null, \"ByteLevel\", \"Split\", \"Metaspace\", \"Digits\", \"Punctuation\", "
      "\"WhitespaceSplit\" or a \"Sequence\" of them"},
+    {"FirstBehindStrip",
+     [](Json& json) {
+       const Json byte_level = json["pre_tokenizer"];
+       const Json metaspace = {
+           {"type", "Metaspace"}, {"replacement", "_"}, {"prepend_scheme", "first"}};
+       json["normalizer"] = {{"type", "Strip"}, {"strip_left", true}, {"strip_right", false}};
+       json["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", {metaspace, byte_level}}};
+     },
+     ErrorKind::unsupported,
+     "f.json: \"pre_tokenizer\" has a \"prepend_scheme\" of \"first\" behind a \"normalizer\" that "
+     "may take away a text's beginning, which is not supported; supported there: \"always\" or "
+     "\"never\""},
     {"BehindByteLevel",
      [](Json& json) {
        const Json byte_level = json["pre_tokenizer"];
