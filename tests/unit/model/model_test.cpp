@@ -177,10 +177,11 @@ TEST(Model, AllowsMatricesOfSeveralDtypes) {
   EXPECT_EQ(dtype_of(model->weights().lm_head), DType::bfloat16);
   EXPECT_FALSE(model->config().tied_embeddings) << "they are not the same bytes";
   EXPECT_EQ(model->bytes_per_token(), 2 * (kEmbedding + kLayers + kFinalNorm) + 4 * 8);
-  ASSERT_EQ(model->warnings().size(), 1U);
+  ASSERT_EQ(model->warnings().size(), 2U);
   EXPECT_THAT(model->warnings()[0],
               ::testing::AllOf(::testing::HasSubstr("\"gpt_neox.embed_in.weight\" is float32"),
                                ::testing::HasSubstr("those of the layers float16")));
+  EXPECT_THAT(model->warnings()[1], ::testing::HasSubstr("tie_word_embeddings"));
 }
 
 TEST(Model, WarnsOfAnLmHeadThatIsToBeTiedAndDiffers) {
