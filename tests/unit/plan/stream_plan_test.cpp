@@ -153,6 +153,23 @@ INSTANTIATE_TEST_SUITE_P(Sizes, StreamPlanOfSize, testing::ValuesIn(kSizes), [](
   return name;
 });
 
+// A group of rows has at most one task of attention for each SM.
+TEST(StreamPlan, RefusesMoreHeadsThanSms) {
+  const ModelConfig config = config_of(kSizes[0]);
+  const KvPlan kv = make_decode_plan(config, kHopper).kv;
+  DeviceLimits limits = kHopper;
+  limits.sm_count = static_cast<std::int32_t>(config.num_heads);
+  EXPECT_NO_THROW(make_stream_plan(config, kv, limits));
+  --limits.sm_count;
+  try {
+    make_stream_plan(config, kv, limits);
+    FAIL() << "made a plan";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.kind(), ErrorKind::unsupported);
+    EXPECT_NE(std::string(error.what()).find("as many heads as there are SMs"), std::string::npos);
+  }
+}
+
 TEST(StreamPlan, RefusesColumnsThatAreNoMultipleOf32) {
   const ModelConfig good = config_of(kSizes[0]);
   const KvPlan kv = make_decode_plan(good, kHopper).kv;

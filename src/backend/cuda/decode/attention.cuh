@@ -3,8 +3,8 @@
 #pragma once
 
 #include "backend/cuda/decode/residual.cuh"
+#include "backend/cuda/numeric/attention_operands.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
-#include "backend/cuda/numeric/value_row.cuh"
 
 namespace clusterfusion::cuda {
 
@@ -162,7 +162,13 @@ class DecodeAttention
       keys[half] = (is_old ? data + (8 * half + g) * row_bytes : current) + q * 8;
     }
     float score[2][4] = {};  // of the group's halves
-    multiply_keys(query, keys, score);
+    const auto step = [&](int t) {
+      if constexpr (kQueryInRegisters)
+        return query.step[t];
+      else
+        return query_step(t);
+    };
+    multiply_key_steps<T, kMaxHeadSteps, kStepsAtOnce>(step, keys, p.head_dim, score);
     const ValueRow row = value_row(first, data + p.kv_block_positions * row_bytes, position);
     uint4 value[kStepsAtOnce];
     load_value_steps(row, lane, 0, p.head_dim, value);
@@ -223,33 +229,6 @@ class DecodeAttention
       if (g == 1) weights[half] = pack<T>(weight0 - rounded.x, weight1 - rounded.y);
     }
     return correction;
-  }
-
-  // score += query keys, for the two halves of a group; `keys`: where this lane's parts of their
-  // positions g lie in shared memory.
-  __device__ __forceinline__ void multiply_keys(const Query& query, const std::uint32_t (&keys)[2],
-                                                float (&score)[2][4]) const {
-#pragma unroll
-    for (int begin = 0; begin < kMaxHeadSteps; begin += kStepsAtOnce) {
-      uint2 part[kStepsAtOnce], key[kStepsAtOnce][2];
-#pragma unroll
-      for (int i = 0; i < kStepsAtOnce; ++i) {
-        const int t = begin + i;
-        if constexpr (kQueryInRegisters)
-          part[i] = query.step[t];
-        else
-          part[i] = query_step(t);
-        const bool is_there = 16 * t < p.head_dim;
-        key[i][0] = load_shared_2_if(keys[0] + t * 32, is_there);
-        key[i][1] = load_shared_2_if(keys[1] + t * 32, is_there);
-      }
-#pragma unroll
-      for (int i = 0; i < kStepsAtOnce; ++i) {
-        const uint4 operand = make_uint4(part[i].x, 0, part[i].y, 0);
-        mma_16x8x16<T>(score[0], operand, key[i][0].x, key[i][0].y);
-        mma_16x8x16<T>(score[1], operand, key[i][1].x, key[i][1].y);
-      }
-    }
   }
 
   // Puts the current position's key and value into the cache: behind all that others wait for. (The

@@ -102,10 +102,6 @@ class DecodeConsumer {
     return false;
   }
 
-  __device__ __forceinline__ void release_stage() {
-    ring.release(lane);
-    next_id = ring.announcement().id;
-  }
   __device__ __forceinline__ bool is_next(Stream stream) const {
     return next_id == ring_id(epoch, stream);
   }

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "backend/cuda/decode/residual.cuh"
+#include "backend/cuda/numeric/attention_operands.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
-#include "backend/cuda/numeric/value_row.cuh"
 #include "backend/cuda/ptx/shared_memory.cuh"
 
 namespace clusterfusion::cuda {

@@ -5,9 +5,9 @@
 // its weights columns 2 r and 2 r + 1 of operand B of the outputs.
 #pragma once
 
+#include "backend/cuda/numeric/attention_operands.cuh"
 #include "backend/cuda/numeric/pack.cuh"
 #include "backend/cuda/numeric/softmax.cuh"
-#include "backend/cuda/numeric/value_row.cuh"
 #include "backend/cuda/ptx/mma.cuh"
 #include "backend/cuda/ptx/shared_memory.cuh"
 #include "backend/cuda/stream/attention_task.cuh"
@@ -113,27 +113,13 @@ class AttentionShare {
                             : fresh_ + min(fresh, task.fresh_rows() - 1) * 2 * row_bytes;
       row[half] += q_ * 8;
     }
-#pragma unroll
-    for (int begin = 0; begin < kMaxSteps; begin += kStepsAtOnce) {
-      uint2 part[kStepsAtOnce], key[kStepsAtOnce][2];
-#pragma unroll
-      for (int i = 0; i < kStepsAtOnce; ++i) {
-        const int t = begin + i;
-        if constexpr (kQueryInRegisters)
-          part[i] = step_[t];
-        else
-          part[i] = query_step(t);
-        const bool is_there = 16 * t < head_dim_;
-        key[i][0] = load_shared_2_if(row[0] + t * 32, is_there);
-        key[i][1] = load_shared_2_if(row[1] + t * 32, is_there);
-      }
-#pragma unroll
-      for (int i = 0; i < kStepsAtOnce; ++i) {
-        const uint4 operand = make_uint4(part[i].x, 0, part[i].y, 0);
-        mma_16x8x16<T>(score[0], operand, key[i][0].x, key[i][0].y);
-        mma_16x8x16<T>(score[1], operand, key[i][1].x, key[i][1].y);
-      }
-    }
+    const auto step = [&](int t) {
+      if constexpr (kQueryInRegisters)
+        return step_[t];
+      else
+        return query_step(t);
+    };
+    multiply_key_steps<T, kMaxSteps, kStepsAtOnce>(step, row, head_dim_, score);
   }
 
   // Where the values lie that this lane points at.

@@ -303,11 +303,6 @@ class RingConsumer : public RingCursor {
   __device__ __forceinline__ void wait_next_landed() const {
     mbarrier_wait(full(next_stage()), next_parity());
   }
-  // What the current stage holds, when it has landed.
-  __device__ __forceinline__ RingAnnouncement wait() const {
-    wait_landed();
-    return what(stage_);
-  }
   // The data of the current stage, which has landed: an address in shared memory.
   __device__ __forceinline__ std::uint32_t data() const { return what(stage_).data; }
   // Looks at the current stage, or at the one behind it, without waiting for anything.

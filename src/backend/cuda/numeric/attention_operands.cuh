@@ -1,0 +1,62 @@
+// Keys and values of attention on their way from shared memory into products.
+#pragma once
+
+#include "backend/cuda/ptx/mma.cuh"
+#include "backend/cuda/ptx/shared_memory.cuh"
+
+namespace clusterfusion::device {
+
+// score += query keys, for the two halves of a group of 16 positions. query_step(t): step t of the
+// query, half of operand A, whose other half is zero; `keys`: where this lane's parts of the
+// halves' rows lie. `kAtOnce` of the head's `kSteps` steps are under way together.
+template <typename T, int kSteps, int kAtOnce, typename QueryStep>
+__device__ __forceinline__ void multiply_key_steps(QueryStep&& query_step,
+                                                   const std::uint32_t (&keys)[2], int head_dim,
+                                                   float (&score)[2][4]) {
+#pragma unroll
+  for (int begin = 0; begin < kSteps; begin += kAtOnce) {
+    uint2 part[kAtOnce], key[kAtOnce][2];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int t = begin + i;
+      part[i] = query_step(t);
+      const bool is_there = 16 * t < head_dim;
+      key[i][0] = load_shared_2_if(keys[0] + t * 32, is_there);
+      key[i][1] = load_shared_2_if(keys[1] + t * 32, is_there);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const uint4 operand = make_uint4(part[i].x, 0, part[i].y, 0);
+      mma_16x8x16<T>(score[0], operand, key[i][0].x, key[i][0].y);
+      mma_16x8x16<T>(score[1], operand, key[i][1].x, key[i][1].y);
+    }
+  }
+}
+
+// Where the values of one position lie, for a lane's loads.
+struct ValueRow {
+  std::uint32_t address;
+  std::uint32_t offsets;  // all ones, or zero where every 16 bytes of the row are the same
+  __device__ __forceinline__ std::uint32_t at(std::uint32_t byte) const {
+    return address + (byte & offsets);
+  }
+};
+
+// Which of a group's 16 positions a lane points at in load_value_steps().
+__device__ __forceinline__ int value_position(int lane) { return lane / 16 * 8 + lane % 8; }
+
+// Of a group's 16 positions, dimensions 16 t to 16 t + 15 for t from `begin` on, as operands A;
+// what is behind the head's end is zero.
+template <int kSteps>
+__device__ __forceinline__ void load_value_steps(const ValueRow& row, int lane, int begin,
+                                                 int head_dim, uint4 (&value)[kSteps]) {
+  const std::uint32_t column = lane / 8 % 2 * 16;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    value[i] = make_uint4(0, 0, 0, 0);
+    if (16 * (begin + i) < head_dim)
+      value[i] = load_matrix_4_transposed(row.at(column + (begin + i) * 32));
+  }
+}
+
+}  // namespace clusterfusion::device
