@@ -9,12 +9,13 @@ from typing import Any
 
 try:
     import tvm_ffi
-    from tvm_ffi import Function
 except ImportError as error:
     raise ImportError(
         "clusterfusion needs the package apache-tvm-ffi (0.1.15 or newer), which cannot be "
         f"imported ({error}); install it with: python -m pip install 'apache-tvm-ffi>=0.1.15'"
     ) from error
+
+from clusterfusion._native_call import NativeFunction, interrupt_at_exit
 
 _LIBRARY = "libclusterfusion_ffi.so"
 
@@ -65,21 +66,19 @@ def load_library(path: Path) -> Any:
         ) from error
 
 
-def find_function(library: Any, name: str) -> Function:
+def find_function(library: Any, name: str) -> NativeFunction:
     """Returns an exported function that releases the GIL while it runs.
 
     Raises:
         ImportError: The library does not export it.
     """
     try:
-        function: Function = library.get_function(name)
+        return NativeFunction(library.get_function(name))
     except AttributeError as error:
         raise ImportError(
             f"{_LIBRARY} has no function '{name}': it belongs to another version of clusterfusion "
             "than the Python files; reinstall: python -m pip install --force-reinstall ."
         ) from error
-    function.release_gil = True
-    return function
 
 
 def _package_folders() -> list[str]:
@@ -91,6 +90,7 @@ def _package_folders() -> list[str]:
 _library = load_library(find_library(_package_folders()))
 
 version = find_function(_library, "version")
+interrupt_at_exit(find_function(_library, "set_calls_ending"))
 
 tokenizer_open = find_function(_library, "tokenizer_open")
 tokenizer_warnings = find_function(_library, "tokenizer_warnings")

@@ -354,14 +354,14 @@ class Engine:
     @cached_property
     def config(self) -> ModelConfig:
         """The model's hyper-parameters."""
-        fields = dict(_native.engine_config(self._handle))
+        fields = _native.engine_config(self._handle)
         eos_tokens = tuple(fields.pop("eos_tokens"))
-        return ModelConfig(**_plain(fields), eos_tokens=eos_tokens)
+        return ModelConfig(**fields, eos_tokens=eos_tokens)
 
     @cached_property
     def info(self) -> EngineInfo:
         """What the engine runs, and on what."""
-        return EngineInfo(**_plain(_native.engine_info(self._handle)))
+        return EngineInfo(**_native.engine_info(self._handle))
 
     def serving_statistics(self) -> ServingStatistics:
         """Returns what the scheduler has to do now, and what it has done so far."""
@@ -542,7 +542,7 @@ class Engine:
 
     def _own_defaults(self) -> GenerateOptions:
         """What the checkpoint's generation_config.json says."""
-        fields: Any = _plain(_native.engine_generation_config(self._handle))
+        fields: Any = _native.engine_generation_config(self._handle)
         return fields  # type: ignore[no-any-return]
 
     @overload
@@ -1009,8 +1009,3 @@ def _writable(name: str, array: Any) -> Any:
     if isinstance(array, np.ndarray) and not array.flags.writeable:
         raise ValueError(f"{name}: expected an array that can be written, found a read-only one")
     return array
-
-
-def _plain(fields: Any) -> dict[str, Any]:
-    """Returns a dict with plain str values (tvm-ffi's own str class is one, but prints longer)."""
-    return {str(k): str(v) if isinstance(v, str) else v for k, v in fields.items()}

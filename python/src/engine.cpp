@@ -56,7 +56,7 @@ EngineOptions to_options(const std::string& device, std::int64_t threads, std::i
   }
   // Python's signal handlers (Ctrl-C) run while a call computes, in the main thread; what they
   // raise waits there until the call has ended.
-  options.interrupted = [] { return TVMFFIEnvCheckSignals() != 0; };
+  options.interrupted = [] { return calls_are_ending || TVMFFIEnvCheckSignals() != 0; };
   return options;
 }
 
@@ -267,6 +267,8 @@ double engine_measure_read_ceiling(EngineRef engine) {
   return engine->engine->measure_read_ceiling();
 }
 
+void set_calls_ending(bool are_ending) { calls_are_ending = are_ending; }
+
 ffi::String version() { return CLUSTERFUSION_VERSION; }
 
 CLUSTERFUSION_EXPORT(engine_open)
@@ -291,6 +293,7 @@ CLUSTERFUSION_EXPORT(engine_loglikelihood)
 CLUSTERFUSION_EXPORT(engine_perplexity)
 CLUSTERFUSION_EXPORT(engine_perplexity_of_text)
 CLUSTERFUSION_EXPORT(engine_measure_read_ceiling)
+CLUSTERFUSION_EXPORT(set_calls_ending)
 CLUSTERFUSION_EXPORT(version)
 
 }  // namespace

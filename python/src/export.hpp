@@ -4,6 +4,7 @@
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
 
+#include <atomic>
 #include <exception>
 #include <new>
 #include <utility>
@@ -11,6 +12,9 @@
 #include "clusterfusion/error.hpp"
 
 namespace clusterfusion::python {
+
+// Whether the interpreter ends, and waits for calls of other threads than its main one.
+inline std::atomic<bool> calls_are_ending = false;
 
 // Runs `function` and lets every exception leave as one that names its Python class. The backtrace
 // is empty: where in this library an error was noticed is no news to a Python user.
@@ -24,7 +28,9 @@ struct Guard<function> {
       return function(std::forward<Args>(args)...);
     } catch (const Error& error) {
       // EngineOptions::interrupted was true because a signal handler has raised something.
-      if (error.kind() == ErrorKind::interrupted) throw tvm::ffi::EnvErrorAlreadySet();
+      if (error.kind() == ErrorKind::interrupted && !calls_are_ending) {
+        throw tvm::ffi::EnvErrorAlreadySet();
+      }
       throw tvm::ffi::Error(python_exception_name(error.kind()), error.what(), "");
     } catch (const tvm::ffi::Error&) {
       throw;
