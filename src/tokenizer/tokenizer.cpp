@@ -25,18 +25,6 @@ namespace {
 constexpr std::size_t kMaxTokenizerBytes = std::size_t{1} << 30;
 constexpr std::size_t kMaxTextBytes = std::numeric_limits<std::int32_t>::max();
 
-// Tokens of the model's vocabulary that its merges can make out of text; the others come from added
-// tokens alone.
-std::vector<bool> tokens_from_merges(const TokenizerFile& file) {
-  std::vector<bool> is_made(file.model_vocabulary_size, file.ignore_merges);
-  for (const Merge& merge : file.merges) is_made[merge.result] = true;
-  for (int byte = 0; byte < 256; ++byte) {
-    const auto id = file.ids.find(spell_byte(static_cast<unsigned char>(byte)));
-    if (id && static_cast<std::size_t>(*id) < is_made.size()) is_made[*id] = true;
-  }
-  return is_made;
-}
-
 // What the merges can work with: in a byte-level model, tokens that are spelled in its alphabet.
 std::vector<std::string> model_token_bytes(const TokenizerFile& file) {
   std::vector<std::string> bytes(file.model_vocabulary_size);
@@ -45,6 +33,23 @@ std::vector<std::string> model_token_bytes(const TokenizerFile& file) {
     bytes[id] = file.is_byte_level() ? unspell_bytes(spelled).value_or("") : spelled;
   }
   return bytes;
+}
+
+// Tokens of the model's vocabulary that it can make out of text; the others come from added tokens
+// alone.
+std::vector<bool> tokens_from_text(const TokenizerFile& file) {
+  std::vector<bool> is_made(file.model_vocabulary_size);
+  for (const Merge& merge : file.merges) is_made[merge.result] = true;
+  for (int byte = 0; byte < 256; ++byte) {
+    const auto id = file.ids.find(spell_byte(static_cast<unsigned char>(byte)));
+    if (id && static_cast<std::size_t>(*id) < is_made.size()) is_made[*id] = true;
+  }
+  if (!file.ignore_merges) return is_made;
+  const std::vector<std::string> words = model_token_bytes(file);
+  for (std::size_t id = 0; id < words.size(); ++id) {
+    if (!words[id].empty() && is_valid_utf8(words[id])) is_made[id] = true;
+  }
+  return is_made;
 }
 
 // The form in which an added token is looked for in text.
@@ -59,14 +64,15 @@ std::vector<std::string> decoder_bytes(const TokenizerFile& file) {
   for (const std::string& spelled : file.vocabulary) {
     bytes.push_back(file.is_byte_level() ? unspell_bytes(spelled).value_or(spelled) : spelled);
   }
-  const std::vector<bool> is_made = tokens_from_merges(file);
+  const std::vector<bool> is_made = tokens_from_text(file);
   for (const AddedToken& token : file.added_tokens) {
     // It stands for the text in which it is found, also where all of its characters are of the
     // byte-level alphabet, as in "café". (tokenizers reads these as bytes and gives back other
-    // text.)
+    // text.) Where it is found in words as well, that is spelled bytes.
     const auto id = static_cast<std::size_t>(token.id);
-    if (id < is_made.size() && is_made[id]) continue;
     bytes[id] = form_in_text(token, file.normalizer);
+    if (!file.is_byte_level() || id >= is_made.size() || !is_made[id]) continue;
+    if (auto spelled = unspell_bytes(bytes[id])) bytes[id] = std::move(*spelled);
   }
   return bytes;
 }

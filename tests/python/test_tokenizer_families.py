@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import subprocess
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -303,6 +304,47 @@ def test_variant(name: str, tmp_path: Path) -> None:
     texts = generated_texts(NUM_TEXTS // 4, 4, added + SPELLINGS)
     check_encoding(path, [text.encode() for text in texts] + [b"", b" ", b"x"])
     check_decoding(path, random_ids(path, NUM_TEXTS // 4, 5))
+
+
+def with_normalized_token(spec: dict, content: str, **model: object) -> dict:
+    """The same with an added token of the model's vocabulary, looked for in normalized text."""
+    vocab = spec["model"]["vocab"]
+    token = {"id": vocab.setdefault(content, len(vocab)), "content": content, "normalized": True}
+    flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "special"], False)
+    added = [one for one in spec["added_tokens"] if one["content"] != content]
+    return {
+        **spec,
+        "added_tokens": [*added, token | flags],
+        "model": {**spec["model"], **model},
+    }
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+@pytest.mark.parametrize("content", ["axb", "x", "the", "<a>", "b c", " x"])
+@pytest.mark.parametrize("name", ["llama2", "llama3", "qwen"])
+def test_added_tokens_that_the_normalizer_changes(
+    name: str, content: str, ignore_merges: bool, tmp_path: Path
+) -> None:
+    """They decode to their normalized text, whether or not words can be these tokens."""
+    changes = [replace({"String": "x"}, "yy"), replace({"String": "th"}, "d")]
+    for normalizer in (json.loads(kind(name))["normalizer"], sequence("normalizers", *changes)):
+        spec = {**json.loads(kind(name)), "normalizer": normalizer}
+        path = write(tmp_path, with_normalized_token(spec, content, ignore_merges=ignore_merges))
+        texts = [content, f"1{content}2 {content}{content} b", "the fox axb ayyb", "yy de a"]
+        check_decoding(path, check_encoding(path, [text.encode() for text in texts]))
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+@pytest.mark.parametrize("content", ["\u212b", "e\u0301x", "café", "cafe\u0301"])
+def test_added_tokens_decode_to_the_text_that_they_stand_for(
+    content: str, ignore_merges: bool, tmp_path: Path
+) -> None:
+    """Not by `tokenizers`, which reads them as bytes: see misread_tokens()."""
+    spec = with_normalized_token(json.loads(kind("qwen")), content, ignore_merges=ignore_merges)
+    path = write(tmp_path, spec)
+    text = f"a {content} and {content}"
+    (ids,) = check_encoding(path, [text.encode()])
+    assert clusterfusion.Tokenizer(path).decode(ids) == unicodedata.normalize("NFC", text)
 
 
 def test_strip_at_the_end(tmp_path: Path) -> None:
