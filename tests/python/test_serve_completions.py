@@ -13,7 +13,10 @@ import pytest
 openai = pytest.importorskip("openai", reason="openai is not installed")
 pytest.importorskip("uvicorn", reason="the extra 'serve' is not installed")
 
+from checkpoints import write_random_checkpoint  # noqa: E402
 from serving import Served, events_of, serving, wait_for  # noqa: E402
+from tokenizer_kinds import BYTES, llama2, with_awkward_tokens  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 
 PROMPT = "It was a cold evening in November, and the old house"
 TEXTS = ["It was", "Good morning, dear Miss Benson", "  \n", "naïve — “quoted” 北京 🙂", "A" * 300]
@@ -198,6 +201,93 @@ def test_echo_with_logprobs(served, engine, prompt, max_tokens, logprobs, stream
         assert "".join(found["tokens"]) == choice["text"]
         for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
             assert choice["text"][offset : offset + len(token)] == token
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """A model whose tokenizer puts a token and a space before each text."""
+    folder = tmp_path_factory.mktemp("llama")
+    write_random_checkpoint(
+        folder, hidden_size=32, num_layers=1, num_heads=2, vocab_size=2048, max_positions=256
+    )
+    spec = with_awkward_tokens(llama2())
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served_llama(llama, tmp_path_factory):
+    with serving(llama, tmp_path_factory.mktemp("serve-llama")) as server:
+        yield server
+
+
+def whole_choice(served: Served, stream: bool, **body: object) -> dict:
+    """The one choice of an answer, put together if it is streamed."""
+    if not stream:
+        return served.complete(**body)["choices"][0]
+    answer = served.client.post("/v1/completions", json={**body, "stream": True})
+    events = [event["choices"][0] for event in events_of(answer.text)]
+    names = ("tokens", "text_offset")
+    logprobs = [event["logprobs"] for event in events]
+    return {
+        "text": "".join(event["text"] for event in events),
+        "logprobs": {name: [one for part in logprobs for one in part[name]] for name in names},
+    }
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("prompt", ["The old house", " a</s>b", "<s>x", "", [1, 77, 2, 99]])
+def test_offsets_are_those_of_the_text(served_llama, llama, prompt, echo, stream):
+    """Special tokens that the text does not have take no room in it; decoding says where it is."""
+    reference = Tokenizer.from_file(str(llama / "tokenizer.json"))
+    specials = {t for t, a in reference.get_added_tokens_decoder().items() if a.special}
+    body = {"prompt": prompt, "max_tokens": 60, "logprobs": 0, "echo": echo, "ignore_eos": True}
+    ill_formed = [reference.token_to_id(byte) for byte in BYTES]  # of which U+FFFD is made
+    bias = dict.fromkeys(ill_formed, -100.0) | dict.fromkeys(specials, 6.0)
+    body |= {"seed": 5, "logit_bias": {str(token): value for token, value in bias.items()}}
+    choice = whole_choice(served_llama, stream, **body)
+    text, found = choice["text"], choice["logprobs"]
+    shown = prompt if isinstance(prompt, str) else reference.decode(prompt, False)
+    length = len(shown) if echo else 0
+    offsets = found["text_offset"]
+    new = offsets[-60:]
+    names = {reference.id_to_token(token).replace("▁", " ") for token in specials}
+    assert 3 < sum(token in names for token in found["tokens"][-60:]) < 57
+    assert new[0] == length and offsets == sorted(offsets) and offsets[0] == 0
+    for token, offset, following in zip(found["tokens"][-60:], new, [*new[1:], None], strict=True):
+        if token in names:
+            assert following in (offset, None)
+        elif not token.startswith("bytes:"):
+            assert text[offset : offset + len(token)] == token
+    for token, offset in zip(found["tokens"][:-60], offsets, strict=False):
+        if token != "<s>" or text.startswith("<s>"):
+            own = token if text.startswith(token, offset) else token.removeprefix(" ")
+            assert text[offset : offset + len(own)] == own
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_of_all_tokens_with_special_ones(served_llama, stream):
+    body = {"prompt": "x", "max_tokens": 40, "logprobs": 0, "ignore_eos": True, "seed": 2}
+    body |= {"logit_bias": {"2": 6.0}, "skip_special_tokens": False}
+    choice = whole_choice(served_llama, stream, **body)
+    assert choice["text"].count("</s>") > 3
+    found = choice["logprobs"]
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        if not token.startswith("bytes:"):
+            assert choice["text"][offset : offset + len(token)] == token
+
+
+def test_offsets_end_with_the_text_before_a_stop(served, engine):
+    """Tokens of a text that ends the answer are told, though it is cut off before them."""
+    alone = engine.generate(PROMPT, max_new_tokens=30)
+    stop = alone.text[10:24]
+    (choice,) = served.complete(prompt=PROMPT, max_tokens=30, temperature=0, logprobs=0, stop=stop)[
+        "choices"
+    ]
+    assert choice["text"] == alone.text[: alone.text.index(stop)]
+    offsets = choice["logprobs"]["text_offset"]
+    assert max(offsets) == len(choice["text"]) and offsets == sorted(offsets)
 
 
 def test_parts_of_characters_are_spelt_as_bytes(served, engine):

@@ -93,7 +93,8 @@ class _CompletionAnswer:
                 scores = self._echoed(index, prompt_scores, scores)
         logprobs = "null"
         if request.logprobs is not None:
-            logprobs = dumps(self._logprobs_of(index).chunk(scores))
+            is_last = event.finish_reason is not None
+            logprobs = dumps(self._logprobs_of(index).chunk(scores, text, is_last))
         reason = "null" if event.finish_reason is None else quoted(_reason(event.finish_reason))
         return (
             f'{{"index":{index},"text":{quoted(text)},"logprobs":{logprobs},'
@@ -112,7 +113,8 @@ class _CompletionAnswer:
             scores = list[TokenScore | int](result.scores.read())
             if request.echo:
                 scores = self._echoed(index, result.prompt_scores.read(), scores)
-            choice["logprobs"] = self._logprobs_of(index).chunk(scores)
+            logprobs = self._logprobs_of(index).chunk(scores, choice["text"], is_last=True)
+            choice["logprobs"] = logprobs
         if request.prompt_logprobs is not None:
             choice["prompt_logprobs"] = self._vllm_scores(result.prompt_scores.read())
         if request.return_token_ids:
@@ -149,6 +151,13 @@ class _CompletionAnswer:
             return ""
         return self._service.engine.decode(tokens, skip_special_tokens=False)
 
+    def _shown(self, index: int) -> list[int]:
+        """The prompt's tokens that stand in its echo: not those that the tokenizer adds."""
+        text, tokens = self._prompts[index // self._n]
+        if text is None:
+            return tokens
+        return self._service.engine.encode(text, add_special_tokens=False)
+
     def _echoed(
         self, index: int, prompt_scores: list[TokenScore], scores: list[TokenScore | int]
     ) -> list[TokenScore | int]:
@@ -158,7 +167,13 @@ class _CompletionAnswer:
 
     def _logprobs_of(self, index: int) -> CompletionLogprobs:
         if index not in self._logprobs:
-            made = CompletionLogprobs(self._service.texts, self._request.logprobs or 0)
+            request, texts = self._request, self._service.texts
+            skips_special = request.skip_special_tokens is not False
+            made = CompletionLogprobs(texts, request.logprobs or 0, skips_special)
+            if request.echo:
+                text = self._echo(index)
+                tokens, shown = self._tokens(index), self._shown(index)
+                made.begin_with(texts.offsets_in_prompt(tokens, shown, text), len(text))
             self._logprobs[index] = made
         return self._logprobs[index]
 
