@@ -119,8 +119,11 @@ std::int64_t JsonValue::integer(IntegerRange range) const {
 double JsonValue::number(NumberRange range) const {
   double value = 0;
   const bool is_number = element_.get_double().get(value) == simdjson::SUCCESS;
-  if (!is_number || !(value >= range.min && value <= range.max)) {
-    fail_expected(fmt::format("a number from {} to {}", range.min, range.max));
+  const bool is_above = range.above_min ? value > range.min : value >= range.min;
+  if (!is_number || !is_above || !(value <= range.max)) {
+    fail_expected(range.above_min
+                      ? fmt::format("a number above {} and at most {}", range.min, range.max)
+                      : fmt::format("a number from {} to {}", range.min, range.max));
   }
   return value;
 }

@@ -25,6 +25,7 @@ struct IntegerRange {
 struct NumberRange {
   double min = 0;
   double max = std::numeric_limits<double>::max();
+  bool above_min = false;  // without the least itself
 };
 
 // A value somewhere in a JSON text. Lives as long as its JsonDocument. All errors are `malformed`.

@@ -2,6 +2,7 @@
 
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <optional>
@@ -78,15 +79,19 @@ GenerationConfig parse_generation_config(std::string_view json, const std::strin
   const auto number = [&](std::string_view key, NumberRange range) -> std::optional<float> {
     const std::optional<JsonValue> value = root.find_non_null(key);
     if (!value) return std::nullopt;
-    return static_cast<float>(value->number(range));
+    const double least = range.above_min ? std::numeric_limits<float>::denorm_min() : range.min;
+    return static_cast<float>(std::max(value->number(range), least));
   };
+  constexpr double kMost = std::numeric_limits<float>::max();
   GenerationConfig config;
   const std::optional<JsonValue> do_sample = root.find_non_null("do_sample");
   config.do_sample = do_sample && do_sample->boolean();
-  config.temperature = number("temperature", {0, std::numeric_limits<float>::max()});
-  config.top_p = number("top_p", {0, 1});
+  config.temperature = number("temperature", {0, kMost});
+  // Without do_sample nobody reads it.
+  config.top_p = number("top_p", {.min = 0, .max = 1, .above_min = config.do_sample});
   config.min_p = number("min_p", {0, 1});
-  config.repetition_penalty = number("repetition_penalty", {0, std::numeric_limits<float>::max()});
+  config.repetition_penalty =
+      number("repetition_penalty", {.min = 0, .max = kMost, .above_min = true});
   if (const auto top_k = root.find_non_null("top_k")) {
     config.top_k = static_cast<std::int32_t>(top_k->integer({0, kMaxTokens}));
   }

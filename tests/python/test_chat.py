@@ -118,6 +118,17 @@ def test_sampling_is_the_models_unless_options_say_otherwise(folder):
     assert answers(folder, "Well?", *options) == sampled[: sampled.index(stop)] + "\n"
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("repetition_penalty", 0), ("top_p", 0), ("temperature", -1), ("top_k", "5")]
+)
+def test_a_wrong_generation_config_is_named_by_file_and_key(folder, key, value):
+    edit(folder / "generation_config.json", do_sample=True, **{key: value})
+    ended = chat(folder, "Well?\n")
+    assert (ended.returncode, ended.stdout) == (1, b"")
+    expected = f'error: {folder}/generation_config.json: "{key}" must be '
+    assert ended.stderr.decode().splitlines()[-1].startswith(expected)
+
+
 def test_each_of_several_end_tokens_ends_an_answer(folder):
     engine = clusterfusion.Engine(folder)
     ids = engine.encode(prompt_of(("user", "Well?")), add_special_tokens=False)

@@ -171,6 +171,14 @@ TEST(GenerationConfig, IsAppliedAsTransformersDoes) {
   EXPECT_EQ(all.max_new_tokens, 9);
   expect_error(ErrorKind::malformed, HasSubstr("generation_config.json: \"top_p\" must be"),
                [&] { request_for(R"({"top_p": 2})"); });
+  EXPECT_EQ(request_for(R"({"top_p": 0})").sampling.top_p, 1) << "not read without do_sample";
+  EXPECT_GT(request_for(R"({"repetition_penalty": 1e-300})").sampling.repetition_penalty, 0);
+  for (const char* json : {R"({"repetition_penalty": 0})", R"({"repetition_penalty": -1})",
+                           R"({"do_sample": true, "top_p": 0})", R"({"max_new_tokens": -1})",
+                           R"({"do_sample": true, "top_k": -1})", R"({"min_p": "0.5"})"}) {
+    expect_error(ErrorKind::malformed, HasSubstr("generation_config.json: \""),
+                 [&] { request_for(json); });
+  }
 }
 
 TEST(FinishReason, HasNames) {
