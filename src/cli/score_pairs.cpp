@@ -27,7 +27,7 @@ LoglikelihoodRequest encode_pair(const Engine& engine, const TextPair& pair) {
     return request;
   } catch (const Error& error) {
     if (error.kind() != ErrorKind::invalid_argument) throw;
-    fail(error.kind(), "{}: {}", pair.where, error.what());
+    fail(ErrorKind::malformed, "{}: {}", pair.where, error.what());  // as other wrong lines
   }
 }
 

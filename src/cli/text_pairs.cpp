@@ -33,7 +33,7 @@ std::vector<TextPair> parse_text_pairs(std::string_view text, const std::string&
     if (line.find_first_not_of(kJsonSpace) == std::string_view::npos) continue;
     pairs.push_back(parse_pair(line, fmt::format("{}, line {}", source, number)));
   }
-  require(!pairs.empty(), ErrorKind::invalid_argument,
+  require(!pairs.empty(), ErrorKind::malformed,
           "{} has no pair; expected lines {{\"context\": \"...\", \"continuation\": \"...\"}}",
           source);
   return pairs;
