@@ -101,6 +101,16 @@ def test_help_and_unknown_commands(folder):
     assert b"error: there is no command /rest; /help lists them" in ended.stderr
 
 
+@pytest.mark.parametrize("command", ["exit", "quit", "help", "reset"])
+def test_commands_that_stand_alone(folder, command):
+    for line in (f"/{command} extra words", f"/{command}\tx", f"/{command}\\\nx"):
+        ended = chat(folder, f"{line}\nHello\n", "-n", "3")
+        assert (ended.returncode, ended.stdout) == (1, b"")
+        assert f"error: /{command} stands alone, found " in ended.stderr.decode()
+    ended = chat(folder, f"/{command} \n/exit\nHello\n", "-n", "3")
+    assert (ended.returncode, ended.stdout) == (0, b"")
+
+
 def test_sampling_is_the_models_unless_options_say_otherwise(folder):
     engine = clusterfusion.Engine(folder)
     ids = engine.encode(prompt_of(("user", "Well?")), add_special_tokens=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ HELP = """\
 A line that ends with \\ goes on in the next; one that begins with // is text that begins with /.
 Ctrl-C ends an answer; where there is none, the program."""
 
+_TAKES_TEXT = {"system"}  # the other commands stand alone
 INTERRUPTED = 130  # what a shell gives for SIGINT
 
 
@@ -34,7 +36,10 @@ class Console:
             "help": lambda _: self._tell(HELP),
             "reset": lambda _: conversation.reset(conversation.system),
             "system": lambda text: conversation.reset(text or None),
+            "exit": lambda _: self._end(),
+            "quit": lambda _: self._end(),
         }
+        self._has_ended = False
 
     def run(self) -> int:
         """Talks. Returns the exit code.
@@ -43,9 +48,7 @@ class Console:
         it ends with code 1.
         """
         try:
-            while (line := self._read()) is not None:
-                if line.strip() in ("/exit", "/quit"):
-                    break
+            while not self._has_ended and (line := self._read()) is not None:
                 if not self._obey(line) and not self._is_terminal:
                     return 1
         except KeyboardInterrupt:
@@ -85,13 +88,22 @@ class Console:
             return self._answer(line[1:])
         if not line.startswith("/"):
             return self._answer(line)
-        name, _, rest = line[1:].partition(" ")
-        command = self._commands.get(name.strip())
+        name, text = re.fullmatch(r"(\S*)\s*(.*?)\s*", line[1:], re.DOTALL).groups()  # type: ignore
+        command = self._commands.get(name)
         if command is None:
             self._tell(f"error: there is no command /{name}; /help lists them")
             return False
-        command(rest.strip())
+        if text and name not in _TAKES_TEXT:
+            self._tell(
+                f"error: /{name} stands alone, found {text!r} behind it; a message that begins "
+                "with / is typed with //"
+            )
+            return False
+        command(text)
         return True
+
+    def _end(self) -> None:
+        self._has_ended = True
 
     def _answer(self, text: str) -> bool:
         answer = self._conversation.answer(text)
