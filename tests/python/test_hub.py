@@ -268,6 +268,21 @@ def test_local_folder_wins(hub, client, files):
 # Access.
 
 
+def test_the_module_is_a_program(tmp_path):
+    """It prints the folder and nothing else."""
+    command = [sys.executable, "-m", "clusterfusion.hub"]
+    ended = subprocess.run([*command, tmp_path], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{tmp_path}\n", "")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    ended = subprocess.run(
+        [*command, NAME], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert ended.returncode == 1 and "HF_HUB_OFFLINE is set" in ended.stdout
+    assert ended.stderr == ""
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+
+
 def test_token_goes_to_the_hub_alone(hub, client):
     hub.tokens.add(TOKEN)
     hub.models[NAME].private = True

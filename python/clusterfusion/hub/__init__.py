@@ -183,7 +183,9 @@ def main() -> int:
 
     Standard output has the folder, or with exit code 1 why there is none.
     """
-    parser = argparse.ArgumentParser(prog="clusterfusion.hub")
+    parser = argparse.ArgumentParser(
+        prog="python -m clusterfusion.hub", description="Print the folder of a checkpoint."
+    )
     parser.add_argument("name", help="a folder, or a name on the hub (owner/name)")
     parser.add_argument("--revision", help="a branch, a tag or a commit hash; main if not given")
     parser.add_argument("--tokenizer-only", action="store_true", help="do without the weights")
