@@ -246,7 +246,9 @@ def in_callers_words(places: str = "requests") -> Iterator[None]:
         renamed = _NAME_PATTERN.sub(lambda match: _NAMES[match[1]], renamed)
         if renamed == message:
             raise
-        raise type(error)(renamed) from None
+        renamed_error = type(error)(renamed)
+        vars(renamed_error).update(vars(error))
+        raise renamed_error from None
 
 
 def not_picklable(value: object, remedy: str) -> TypeError:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
+from clusterfusion._native import is_of_file
 from clusterfusion.engine import Engine
+
+FAILED, MISUSED = 1, 2  # exit codes, as of the C++ program (src/cli/exit_code.hpp)
+
+
+class MisuseError(Exception):
+    """An option's value is wrong, which only the engine could tell."""
 
 
 def about(engine: Engine) -> str:
@@ -20,7 +28,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> Any:
     engine("--revision", help="of a name on the hub (main)")
     engine("--device", default="auto", choices=["auto", "cpu", "cuda"], help="(auto)")
     engine("--threads", type=number(int, 0), default=0, help="CPU threads; 0 for one a core (0)")
-    engine("--context", type=number(int, 1), help="longest context in tokens (the model's)")
+    engine(
+        "--context",
+        type=number(int, 0),
+        default=0,
+        help="longest context in tokens; 0: the model's (0)",
+    )
     engine("--kv-dtype", choices=["float32", "float16", "bfloat16"], help="type of the KV cache")
     engine("--draft", help="who proposes tokens: none, ngram, or a smaller model (none)")
     engine("--draft-tokens", type=number(int, 1), default=8, help="proposed in one step (8)")
@@ -28,18 +41,33 @@ def add_engine_options(parser: argparse.ArgumentParser) -> Any:
 
 
 def open_engine(options: argparse.Namespace, **more: Any) -> Engine:
-    """The engine of the model that the options name; `more` are arguments of `Engine`."""
-    return Engine(
-        options.model,
-        options.device,
-        threads=options.threads,
-        context=options.context,
-        kv_dtype=options.kv_dtype,
-        draft=options.draft,
-        draft_tokens=options.draft_tokens,
-        revision=options.revision,
-        **more,
-    )
+    """The engine of the model that the options name; `more` are arguments of `Engine`.
+
+    Raises:
+        MisuseError: An option is wrong.
+        OSError, ValueError, NotImplementedError, MemoryError: A file or the machine is to blame.
+    """
+    try:
+        return Engine(
+            options.model,
+            options.device,
+            threads=options.threads,
+            context=options.context,
+            kv_dtype=options.kv_dtype,
+            draft=options.draft,
+            draft_tokens=options.draft_tokens,
+            revision=options.revision,
+            **more,
+        )
+    except (ValueError, TypeError, IndexError) as error:
+        if is_of_file(error):
+            raise
+        message = re.sub(
+            r"^(\w+)\b",
+            lambda word: "--" + word[0].replace("_", "-") if hasattr(options, word[0]) else word[0],
+            str(error),
+        )
+        raise MisuseError(message) from error
 
 
 def number(kind: type[int] | type[float], least: float, most: float = float("inf")) -> Any:

@@ -257,7 +257,7 @@ class Engine:
                 (owner/name), which is downloaded if it is not in the cache: :func:`hub.resolve`.
             device: "auto", "cpu" or "cuda".
             threads: CPU worker threads; 0 for one on each usable core.
-            context: The longest context in tokens; None for the model's own.
+            context: The longest context in tokens; None or 0 for the model's own.
             kv_dtype: Type of the KV cache, "float32", "float16" or "bfloat16"; None for float32 on
                 the CPU and the weights' type on a GPU, which has float32 beside it, more slowly.
             mode: What a GPU is to be quick at: "latency" of one sequence, or "throughput" of many,
@@ -672,8 +672,8 @@ class Engine:
 
         Args:
             prompt: A text, or its token ids.
-            context: The window's length in tokens, at least 2; None for the longest possible.
-            stride: Tokens that the window moves on, in [1, context]; None for half the context.
+            context: The window's length in tokens, at least 2; None or 0 for the longest possible.
+            stride: Tokens that the window moves on, in [1, context]; None or 0 for half of it.
             method: "each_token" counts each scored token once. "transformers_docs" is the loop of
                 https://huggingface.co/docs/transformers/perplexity, number for number, which
                 weighs a window by its new tokens less one; its stride is at least 2.
@@ -683,8 +683,8 @@ class Engine:
             KeyboardInterrupt: On Ctrl-C, within a moment.
         """
         options = (
-            integer("context", context, 1) if context is not None else 0,
-            integer("stride", stride, 1) if stride is not None else 0,
+            integer("context", context, 0) if context is not None else 0,
+            integer("stride", stride, 0) if stride is not None else 0,
             text_option("method", method),
         )
         if is_text(prompt):
@@ -884,7 +884,7 @@ def _open_arguments(
     return (
         text_option("device", device),
         integer("threads", threads, INT32_MIN, INT32_MAX),
-        integer("context", context, 1) if context is not None else 0,
+        integer("context", context, 0) if context is not None else 0,
         text_option("kv_dtype", kv_dtype) if kv_dtype is not None else "",
         text_option("mode", mode),
         integer("max_sequences", max_sequences, 1),

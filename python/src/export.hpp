@@ -16,6 +16,12 @@ namespace clusterfusion::python {
 // Whether the interpreter ends, and waits for calls of other threads than its main one.
 inline std::atomic<bool> calls_are_ending = false;
 
+// Errors of a file's contents are told from those of arguments, which are ValueErrors too: see
+// is_of_file() in _native.py.
+inline const char* exception_name(ErrorKind kind) noexcept {
+  return kind == ErrorKind::malformed ? "MalformedFileError" : python_exception_name(kind);
+}
+
 // Runs `function` and lets every exception leave as one that names its Python class. The backtrace
 // is empty: where in this library an error was noticed is no news to a Python user.
 template <auto function>
@@ -31,7 +37,7 @@ struct Guard<function> {
       if (error.kind() == ErrorKind::interrupted && !calls_are_ending) {
         throw tvm::ffi::EnvErrorAlreadySet();
       }
-      throw tvm::ffi::Error(python_exception_name(error.kind()), error.what(), "");
+      throw tvm::ffi::Error(exception_name(error.kind()), error.what(), "");
     } catch (const tvm::ffi::Error&) {
       throw;
     } catch (const std::bad_alloc&) {

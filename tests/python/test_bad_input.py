@@ -768,7 +768,7 @@ def test_impossible_engine_option(checkpoint, options, error, word):
 
 @pytest.mark.parametrize(
     "options",
-    [{"context": 1}, {"context": 41}, {"stride": 0, "context": 8}, {"stride": 9, "context": 8}],
+    [{"context": 1}, {"context": 41}, {"stride": -1, "context": 8}, {"stride": 9, "context": 8}],
 )
 def test_impossible_window(engine, options):
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):

@@ -186,6 +186,27 @@ def test_what_cannot_be_answered(folder):
     assert ended.returncode == 1 and b"none" in ended.stderr
 
 
+def test_wrong_engine_options(folder):
+    """2 as the help says, also where the engine is who notices; a broken file is no misuse."""
+    for options in (["--context", "999999"], ["--draft-tokens", "16"], ["--draft", ""]):
+        ended = chat(folder, "x", *options)
+        assert (ended.returncode, ended.stdout) == (2, b"")
+        assert ended.stderr.decode().startswith(f"error: {options[0]}")
+    (folder / "config.json").write_text("{")
+    ended = chat(folder, "x")
+    assert ended.returncode == 1 and b"config.json" in ended.stderr
+
+
+def test_a_context_of_0_is_the_models(folder):
+    engine = clusterfusion.Engine(folder, context=0)
+    assert engine.info.max_positions == engine.config.max_positions
+    text = "It was a dark and stormy night"
+    found = engine.perplexity(text, context=0, stride=0)
+    assert found.perplexity == engine.perplexity(text).perplexity
+    expected = alone(engine, ("user", "Well?")) + "\n"
+    assert answers(folder, "Well?", "-n", "20", "--context", "0") == expected
+
+
 def test_without_jinja_the_extra_is_named(folder):
     code = (
         "import sys; sys.modules['jinja2'] = None; "

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -489,6 +490,39 @@ def test_starts_that_fail_say_why(demo_model, tmp_path):
         assert str(latin) in said and "UTF-8" in said
     for said in unreadable[len(FILE_OPTIONS) :]:
         assert f"Is a directory: '{tmp_path}'" in said
+    broken_model = tmp_path / "model"
+    shutil.copytree(demo_model, broken_model)
+    (broken_model / "config.json").write_text("{")
+    [said] = failed_starts((broken_model, *free))
+    assert "config.json" in said
+
+
+# Wrong in the program's eyes and in the engine's, and what says so.
+WRONG_ENGINE_OPTIONS = {
+    ("--threads", "-1"): "--threads",
+    ("--context", "-1"): "--context",
+    ("--context", "999999"): "error: --context must be in [1, 1024]",
+    ("--draft-tokens", "16"): "error: --draft-tokens must be in [1, 15]",
+    ("--draft", ""): "error: --draft: expected ",
+    ("--draft", "ngram", "--draft-tokens", "0"): "--draft-tokens",
+    ("--revision", "main"): "error: ",
+    ("--kv-bytes", "1"): "error: --kv-bytes is 1, ",
+    ("--max-sequences", "0"): "--max-sequences",
+}
+
+
+def test_wrong_options_end_with_2(demo_model, tmp_path):
+    """As the help says, whoever notices: the parser or the engine."""
+    said = failed_starts(
+        *((demo_model, *options, "--port", 0) for options in WRONG_ENGINE_OPTIONS), status=2
+    )
+    for options, one, expected in zip(
+        WRONG_ENGINE_OPTIONS, said, WRONG_ENGINE_OPTIONS.values(), strict=True
+    ):
+        assert expected in one, (options, one)
+
+
+def test_wrong_options_of_the_program(demo_model, tmp_path):
     grace, port, sequences = failed_starts(
         (demo_model, "--grace", "inf"),
         (demo_model, "--port", 70000),

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from clusterfusion import Engine
-from clusterfusion._command_line import about, add_engine_options, number, open_engine
+from clusterfusion._command_line import (
+    FAILED,
+    MISUSED,
+    MisuseError,
+    about,
+    add_engine_options,
+    number,
+    open_engine,
+)
 
 _EXAMPLE = """\
 Sampling is as the model's generation_config.json says where no option says otherwise, and greedy
@@ -51,9 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
             "python -m pip install 'clusterfusion-lm[chat]'",
             file=sys.stderr,
         )
+    except MisuseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISUSED
     except (OSError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
-    return 1
+    return FAILED
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from clusterfusion import Engine
-from clusterfusion._command_line import about, add_engine_options, number, open_engine
+from clusterfusion._command_line import (
+    FAILED,
+    MISUSED,
+    MisuseError,
+    about,
+    add_engine_options,
+    number,
+    open_engine,
+)
 
 _LONGEST_SECONDS = 365 * 24 * 3600
 _EXAMPLE = """\
@@ -50,15 +58,15 @@ def _serve(options: argparse.Namespace) -> int:
             "python -m pip install 'clusterfusion-lm[serve]'",
             file=sys.stderr,
         )
-        return 1
+        return FAILED
     try:
         settings = _settings(options)
         listener = listen(options.host, options.port)
         engine = _engine(options)
         app = build_app(engine, settings, options.max_sequences)
-    except (OSError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
+    except (MisuseError, OSError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return MISUSED if isinstance(error, MisuseError) else FAILED
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     logging.info("%s", about(engine))
