@@ -244,6 +244,55 @@ def test_garbage_instead_of_http(served, data):
     assert served.client.get("/health").status_code == 200
 
 
+def test_param_is_a_field_of_the_request_or_null(demo_model, tmp_path):
+    """As the openai client reads it, also where the engine is who refuses."""
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    template = tmp_path / "chat.jinja"
+    template.write_text(TEMPLATE)
+    options = ["--kv-bytes", 2 << 20, "--chat-template", template]  # 128 positions
+    with serving(demo_model, tmp_path, *options) as server:
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        completion = {"model": str(demo_model), "prompt": "x", "max_tokens": 5}
+        chat = {"model": str(demo_model), "messages": [{"role": "user", "content": "x"}]}
+        for create, body, wrong, param in [
+            (client.completions.create, completion, {"max_tokens": 900}, None),
+            (client.chat.completions.create, chat, {"max_tokens": 900}, None),
+            (client.completions.create, completion, {"prompt": "x" * 300}, None),
+            (client.completions.create, completion, {"prompt": [1] * 1100}, "prompt"),
+            (
+                client.completions.create,
+                completion,
+                {"extra_body": {"min_tokens": 6}},
+                "min_tokens",
+            ),
+            (client.completions.create, completion, {"temperature": -1}, "temperature"),
+        ]:
+            with pytest.raises(openai.BadRequestError) as refusal:
+                create(**body | wrong)
+            assert refusal.value.param == param, refusal.value
+
+
+def test_words_of_the_engine_become_fields():
+    """Whatever a message begins with, `param` is one of the schema's fields, or nothing."""
+    from clusterfusion.serve.errors import _FIELDS, of_engine
+    from clusterfusion.serve.schema import CompletionRequest
+
+    assert set(_FIELDS.values()) <= set(CompletionRequest.model_fields)
+    for message, in_completion, in_chat in [
+        ("max_new_tokens must be >= 0, got -1", "max_tokens", "max_tokens"),
+        ("requests[0]: top_p must be in (0, 1]", "top_p", "top_p"),
+        ("the prompt has 9 tokens", "prompt", "messages"),
+        ("prompt_tokens[1] is 9", "prompt", "messages"),
+        ("logit_bias of token 5 must be", "logit_bias", "logit_bias"),
+        ("the request may need 9 pages", None, None),
+        ("out of memory", None, None),
+        ("", None, None),
+    ]:
+        for is_chat, param in ((False, in_completion), (True, in_chat)):
+            told = of_engine(ValueError(message), is_chat)
+            assert (told.status, told.body["error"]["param"]) == (400, param), message
+
+
 def test_a_path_without_v1_is_told_where_to_go(served):
     """A client's base_url without /v1 is the commonest mistake of all."""
     for path, right in [("/completions", "/v1/completions"), ("/v1/tokenize", "/tokenize")]:

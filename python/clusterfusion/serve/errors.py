@@ -17,7 +17,7 @@ _TYPES = {
     504: "timeout_error",
 }
 
-# The engine's words for what a request may get wrong, and the API's fields.
+# What the engine's messages about a request may begin with, and the API's field.
 _FIELDS = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -27,6 +27,22 @@ _FIELDS = {
     "prompt_tokens": "prompt",
     "stop_strings": "stop",
     "stop_tokens": "stop_token_ids",
+    **{
+        name: name
+        for name in (
+            "frequency_penalty",
+            "logit_bias",
+            "min_p",
+            "n",
+            "presence_penalty",
+            "repetition_penalty",
+            "seed",
+            "stop",
+            "temperature",
+            "top_k",
+            "top_p",
+        )
+    },
 }
 
 
@@ -102,11 +118,18 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def of_engine(error: Exception) -> ApiError:
-    """Puts what the engine raises at a request into the API's terms."""
+def of_engine(error: Exception, is_chat: bool) -> ApiError:
+    """Puts what the engine raises at a request into the API's terms.
+
+    Args:
+        error: What it raises.
+        is_chat: Whether the request has messages rather than a prompt.
+    """
     message = str(error)
     if isinstance(error, ValueError | IndexError | TypeError | MemoryError | FileNotFoundError):
         named = re.match(r"(?:requests\[\d+\]: )?(?:the )?(\w+)", message)
-        word = named.group(1) if named else ""
-        return ApiError(400, message, param=_FIELDS.get(word, word or None), code="invalid_value")
+        field = _FIELDS.get(named.group(1)) if named else None
+        if is_chat and field == "prompt":
+            field = "messages"
+        return ApiError(400, message, param=field, code="invalid_value")
     return ApiError(500, message, code="engine_error")

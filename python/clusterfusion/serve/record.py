@@ -34,6 +34,11 @@ class Record:
     prompts: list[Any] | None = None
     error: str | None = None
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether the request has messages rather than a prompt."""
+        return self.path.endswith("/chat/completions")
+
     def elapsed(self) -> float:
         """Seconds since the request's arrival."""
         return time.perf_counter() - self.arrived

@@ -163,7 +163,7 @@ class Service:
         try:
             submission = self._feed.start(prompts, n, **options)
         except Exception as error:
-            raise errors.of_engine(error) from None
+            raise errors.of_engine(error, http.state.record.is_chat) from None
         job = Job(self, http.state.record, submission, started)
         limits = [seconds for seconds in (timeout, self.settings.timeout) if seconds]
         watcher = asyncio.create_task(job.watch_client(http))
@@ -295,7 +295,7 @@ class Job:
         try:
             yield
         except Exception as error:
-            told = errors.of_engine(error)
+            told = errors.of_engine(error, self._record.is_chat)
             if told.status >= 500:
                 self._service.failure = str(error)
                 LOGGER.error("the engine failed: %s", error)
