@@ -83,21 +83,26 @@ class DecodeActivations
                                                     std::int32_t offset, Frag& fragments) {
     const T* first = this->template lamport<const T>(offset) + activation_column(matrix);
     const int swap = activation_swap(matrix);
-    bool missing = true;
-    while (__any_sync(kAllLanes, missing)) {
-      prefetch_chunks();
-      missing = false;
+    prefetch_chunks();
+    while (__any_sync(kAllLanes, is_any_missing(fragments))) {
 #pragma unroll
       for (int i = 0; i < kMaxIterations; ++i) {
         if (!any_half_not_ready(fragments.value[i])) continue;
-        missing = true;
         if (kPackedOperands && matrix.mapping == MmaMapping::packed_pairs)
           fragments.value[i] = load_fragment<true>(first, swap, i);
         else
           fragments.value[i] = load_fragment<false>(first, swap, i);
       }
+      prefetch_chunks();
     }
     select_half(matrix, fragments);
+  }
+
+  __device__ __forceinline__ static bool is_any_missing(const Frag& fragments) {
+    std::uint32_t greatest = 0;
+#pragma unroll
+    for (const uint4& value : fragments.value) greatest = greatest_halves(greatest, value);
+    return half_not_ready(greatest) != 0;
   }
 
   // One of the normalised inputs as fragments; a barrier lies behind normalise().

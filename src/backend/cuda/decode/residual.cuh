@@ -163,6 +163,16 @@ class DecodeResidual
   // Pairs of elements whose loads are under way together: where results cross often all of them.
   static constexpr int kUpdateBatch = kKind == plan::LayerKind::any ? kMaxIterations : kBatch;
 
+  // Of all words: kNotReady, which is greater than any other, if one is not ready.
+  __device__ __forceinline__ static std::uint32_t greatest(const uint2 (&delta)[kUpdateBatch],
+                                                           const uint2 (&other)[kUpdateBatch]) {
+    std::uint32_t result = 0;
+#pragma unroll
+    for (int i = 0; i < kUpdateBatch; ++i)
+      result = max(result, max(max(delta[i].x, delta[i].y), max(other[i].x, other[i].y)));
+    return result;
+  }
+
   // All loads of a batch are issued first, and repeated only for missing elements: they share the
   // way from L2 with the weights.
   __device__ __forceinline__ void add_buffers(const float* first, const float* second) {
@@ -176,21 +186,14 @@ class DecodeResidual
         delta[i] = lamport_load_2(first + element(begin + i));
         if (second != nullptr) other[i] = lamport_load_2(second + element(begin + i));
       }
-      bool missing = true;
-      while (__any_sync(kAllLanes, missing)) {
-        prefetch_chunks();
-        missing = false;
+      prefetch_chunks();
+      while (__any_sync(kAllLanes, greatest(delta, other) == kNotReady)) {
 #pragma unroll
         for (int i = 0; i < kUpdateBatch; ++i) {
-          if (any_not_ready(delta[i])) {
-            missing = true;
-            delta[i] = lamport_load_2(first + element(begin + i));
-          }
-          if (any_not_ready(other[i])) {
-            missing = true;
-            other[i] = lamport_load_2(second + element(begin + i));
-          }
+          if (any_not_ready(delta[i])) delta[i] = lamport_load_2(first + element(begin + i));
+          if (any_not_ready(other[i])) other[i] = lamport_load_2(second + element(begin + i));
         }
+        prefetch_chunks();
       }
 #pragma unroll
       for (int i = 0; i < kUpdateBatch; ++i) {

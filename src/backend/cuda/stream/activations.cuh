@@ -34,24 +34,29 @@ class Activations {
         for (int i = 0; i < kSteps; ++i) operand[t][piece][i] = make_uint4(0, 0, 0, 0);
   }
 
-  // Where a lane's shares come from: of operand rows 8 t + g, all cut alike.
+  // Where a lane's shares come from: of operand rows 8 t + g, all cut alike. From step to step of
+  // its vector it is as far as kVectors vectors side by side are wide.
+  template <int kVectors>
   struct Sources {
-    static constexpr int kNone = -1;
+    static constexpr int kStepBytes = kVectors * plan::kStepColumns * 2;
     const char* base;
     int offset[kTiles];  // of the first 16 bytes, or kNone
-    int pieces, piece_bytes;
-    int steps;  // of a piece
+    int pieces, piece_steps;
+    int steps;  // of a piece, this warp's
     __device__ __forceinline__ bool has(int t, int piece, int i) const {
       return offset[t] != kNone && piece < pieces && i < steps;
     }
     __device__ __forceinline__ const char* at(int t, int piece, int i) const {
-      return base + (offset[t] + piece * piece_bytes) + i * (plan::kStepColumns * 2);
+      return base + (offset[t] + piece * piece_steps * kStepBytes) + i * kStepBytes;
     }
   };
+  static constexpr int kNone = -1;
+  // Of Lamport buffers (input_place()).
+  using LamportSources = Sources<kOperandRows>;
 
   // Waits for one element of each row that `sources` name: what comes from one SM comes together,
   // and asking for all of it again and again would hold up the weights. For whole warps.
-  __device__ __forceinline__ void await_first(const Sources& sources) const {
+  __device__ __forceinline__ void await_first(const LamportSources& sources) const {
     bool missing = true;
     while (__any_sync(kAllLanes, missing)) {
       missing = false;
@@ -63,30 +68,38 @@ class Activations {
   }
 
   // Loads all that `sources` name, from Lamport buffers, when it is there. For whole warps.
-  __device__ __forceinline__ void await(const Sources& sources) {
-    bool missing = true;
+  __device__ __forceinline__ void await(const LamportSources& sources) {
     load(sources, [](const char* from) { return lamport_load_4(from); });
-    while (__any_sync(kAllLanes, missing)) {
-      missing = false;
+    while (__any_sync(kAllLanes, is_any_missing()))
       for_each([&](int t, int piece, int i) {
-        if (!sources.has(t, piece, i) || !any_half_not_ready(operand[t][piece][i])) return;
-        missing = true;
-        operand[t][piece][i] = lamport_load_4(sources.at(t, piece, i));
+        if (sources.has(t, piece, i) && any_half_not_ready(operand[t][piece][i]))
+          operand[t][piece][i] = lamport_load_4(sources.at(t, piece, i));
       });
-    }
   }
 
   // Loads all that `sources` name; what lies behind a source's end becomes zero.
-  template <typename Load>
-  __device__ __forceinline__ void load(const Sources& sources, Load&& load) {
+  template <int kVectors, typename Load>
+  __device__ __forceinline__ void load(const Sources<kVectors>& sources, Load&& load) {
     for_each([&](int t, int piece, int i) {
-      if (sources.offset[t] == Sources::kNone) return;
+      if (sources.offset[t] == kNone) return;
       operand[t][piece][i] = make_uint4(0, 0, 0, 0);
       if (sources.has(t, piece, i)) operand[t][piece][i] = load(sources.at(t, piece, i));
     });
   }
 
  private:
+  // An element that is not ready is greater than any other: one look at all of them is much
+  // quicker than one at each.
+  __device__ __forceinline__ bool is_any_missing() const {
+    std::uint32_t greatest = 0;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+      for (int piece = 0; piece < kPieces; ++piece)
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) greatest = greatest_halves(greatest, operand[t][piece][i]);
+    return half_not_ready(greatest) != 0;
+  }
   template <typename Body>
   __device__ __forceinline__ void for_each(Body&& body) {
 #pragma unroll

@@ -71,8 +71,7 @@ struct Consumer {
   // Element `index` of attention's output for a row.
   template <typename T>
   __device__ __forceinline__ T* attention_output(int row, int index) const {
-    return lamport<T>(p.layout.attention) + static_cast<std::int64_t>(row) * p.hidden_size +
-           operand_order(index);
+    return lamport<T>(p.layout.attention) + input_place(p, row, index);
   }
 
   // To be called by all threads, behind a barrier, when this block has read all that it needs of

@@ -126,17 +126,16 @@ class MatrixProduct {
     const Operand& operand = c.control->operands[index][loaded];
     // The slots of a vector's parts lie side by side.
     const int part = slot - slot_of(index, loaded);
-    if (part < 0 || part >= (fits ? operand.parts * operand.slots : 1))
-      return Inputs::Sources::kNone;
-    return operand.source + part * operand.part_bytes +
-           (row - slot * c.p.rows) * operand.source_row_bytes;
+    if (part < 0 || part >= (fits ? operand.parts * operand.slots : 1)) return Inputs::kNone;
+    return operand.source + part * operand.source_part_bytes +
+           (row - slot * c.p.rows) * (plan::kStepColumns * 2);
   }
-  __device__ __forceinline__ typename Inputs::Sources sources_of(const Operand& operand,
-                                                                 const char* base) const {
-    typename Inputs::Sources sources;
-    sources.base = base + c.warp * operand.iterations * (plan::kStepColumns * 2) + c.q * 16;
+  template <typename Sources>
+  __device__ __forceinline__ Sources sources_of(const Operand& operand, const char* base) const {
+    Sources sources;
+    sources.base = base + c.warp * operand.iterations * Sources::kStepBytes + c.q * 16;
     sources.pieces = operand.pieces;
-    sources.piece_bytes = operand.copy.bytes;
+    sources.piece_steps = operand.piece_steps;
     sources.steps = steps_of(c, operand);
     return sources;
   }
@@ -144,7 +143,8 @@ class MatrixProduct {
   // Brings operand `wanted` from its Lamport buffer, and all others of the same vector that fit.
   __device__ __forceinline__ void load(int index, int wanted) {
     const Operand* operands = c.control->operands[index];
-    auto sources = sources_of(operands[wanted], lamport_set(c.p, c.epoch));
+    using Sources = typename Inputs::LamportSources;
+    auto sources = sources_of<Sources>(operands[wanted], lamport_set(c.p, c.epoch));
 #pragma unroll
     for (int t = 0; t < Inputs::kTiles; ++t)
       sources.offset[t] = offset_of(8 * t + c.g, index, wanted);
@@ -172,11 +172,12 @@ class MatrixProduct {
   // partial sums will overwrite: vector after vector, one row of each.
   __device__ __forceinline__ void load_normalised(int index) {
     const int count = c.control->phases[index].operands;
-    auto sources = sources_of(c.control->operands[index][0], c.scratch);
+    using Sources = typename Inputs::template Sources<1>;
+    auto sources = sources_of<Sources>(c.control->operands[index][0], c.scratch);
 #pragma unroll
     for (int t = 0; t < Inputs::kTiles; ++t) {
       const int row = 8 * t + c.g;
-      sources.offset[t] = row < count ? row * c.p.hidden_size * 2 : Inputs::Sources::kNone;
+      sources.offset[t] = row < count ? row * c.p.hidden_size * 2 : Inputs::kNone;
     }
     inputs.load(sources, [](const char* from) { return *reinterpret_cast<const uint4*>(from); });
     for (int number = 0; number < count; ++number) now_holds(number);

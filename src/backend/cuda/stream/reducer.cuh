@@ -89,12 +89,12 @@ class Reducer {
 
   __device__ __forceinline__ void store(Stream stream, char* output, int row, int width, int index,
                                         float value, int epoch) const {
-    const std::int64_t first = static_cast<std::int64_t>(row) * width;
     if (stream == Stream::mlp_up)
-      lamport_store(reinterpret_cast<T*>(output) + first + operand_order(index),
+      lamport_store(reinterpret_cast<T*>(output) + input_place(p, row, index),
                     static_cast<T>(mlp_is_ablated(epoch) ? 0.0f : activate(p.activation, value)));
     else
-      lamport_store(reinterpret_cast<float*>(output) + first + index, value);
+      lamport_store(
+          reinterpret_cast<float*>(output) + static_cast<std::int64_t>(row) * width + index, value);
   }
 
   // The MLP of this epoch's layer.

@@ -173,6 +173,17 @@ class Residual {
     for (int first = 0; first < kPairs; first += kBatch)
       add_batch<kBatch>(x, first, parts, stride, begin, end);
   }
+  // What is not ready is greater than any other.
+  template <int kParts, int kBatch>
+  __device__ __forceinline__ static bool is_any_missing(const uint2 (&pending)[kParts][kBatch]) {
+    std::uint32_t greatest = 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        greatest = max(greatest, max(pending[part][i].x, pending[part][i].y));
+    return greatest == kNotReady;
+  }
   template <int kBatch>
   __device__ __forceinline__ void add_batch(Elements& x, int first, const float* parts,
                                             std::int64_t stride, int begin, int end) const {
@@ -187,19 +198,14 @@ class Residual {
           pending[part][i] =
               lamport_load_2(parts + (begin + part) * stride + from_first(first + i));
       }
-    bool missing = true;
-    while (__any_sync(kAllLanes, missing)) {
-      missing = false;
+    while (__any_sync(kAllLanes, is_any_missing(pending)))
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
-          if (any_not_ready(pending[part][i])) {
-            missing = true;
+          if (any_not_ready(pending[part][i]))
             pending[part][i] =
                 lamport_load_2(parts + (begin + part) * stride + from_first(first + i));
-          }
-    }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       float2 sum = make_float2(0.0f, 0.0f);
@@ -253,8 +259,7 @@ class Residual {
                                           std::int32_t offset, int slot) const {
     const bool stays = keeps_residual_everywhere(c.p);
     auto* local = reinterpret_cast<std::uint32_t*>(c.scratch + slot * c.p.hidden_size * 2);
-    auto* global = c.template lamport<std::uint32_t>(offset) +
-                   static_cast<std::int64_t>(row) * c.p.hidden_size / 2;
+    auto* global = c.template lamport<std::uint32_t>(offset);
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
       const float2 weight = unpack<T>(norm.weight[j]);
@@ -265,7 +270,7 @@ class Residual {
       if (stays)
         local[operand_order(element(j)) / 2] = rounded;
       else
-        lamport_store_pair(global + operand_order(element(j)) / 2, rounded);
+        lamport_store_pair(global + input_place(c.p, row, element(j)) / 2, rounded);
     }
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/cuda/decode/epoch.cuh"
+#include "backend/cuda/numeric/operand_order.cuh"
 #include "backend/cuda/numeric/reduce.cuh"
 #include "backend/cuda/ptx/elect.cuh"
 #include "backend/cuda/ptx/mbarrier.cuh"
@@ -28,7 +29,6 @@ struct Operand {
   std::int32_t bias_stride;   // and of the biases
   std::int32_t stage_copy_bytes, last_copy_bytes;  // of a piece, and of one of the last chunk
   std::int32_t source;  // of the vector: bytes from the beginning of a Lamport set
-  std::int32_t source_row_bytes;
   std::int32_t output;  // of the result
   Stream stream;
   std::int32_t chunks;
@@ -44,7 +44,7 @@ struct Operand {
   // Input vectors, side by side in the activations, of which row n of a chunk is multiplied by
   // vector n % slots: the parts of one row of the matrix, which the reducers add up. 1, 2 or 4.
   std::int32_t first_slot, slots;
-  std::int32_t part_bytes;  // from one part's columns to the next one's
+  std::int32_t source_part_bytes;  // from one part's columns to the next one's
 };
 
 struct StreamPhase {
@@ -105,6 +105,15 @@ template <typename Element>
 __device__ __forceinline__ Element* lamport_of(const StreamParams& p, int epoch,
                                                std::int32_t offset) {
   return reinterpret_cast<Element*>(lamport_set(p, epoch) + offset);
+}
+
+// Where element `index` of row `row` of a product's input lies in its Lamport buffer, in elements:
+// a step's columns of all rows side by side, so that what a warp loads together are whole lines.
+// (Half lines, row by row, took twice as long.)
+__device__ __forceinline__ int input_place(const StreamParams& p, int row, int index) {
+  constexpr int kColumns = plan::kStepColumns;
+  const int place = operand_order(index);
+  return place / kColumns * (kColumns * p.layout.input_rows) + row * kColumns + place % kColumns;
 }
 
 // The id of a ring stage: which epoch and phase it belongs to, and which operand.

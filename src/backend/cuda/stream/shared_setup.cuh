@@ -82,9 +82,8 @@ class SharedSetup {
       Operand operand{};
       operand.weights = weights_of(stream) + part * product.part_bytes;
       operand.biases = part == 0 ? biases_of(stream) : nullptr;
-      operand.source_row_bytes =
-          (stream == Stream::mlp_down ? p.intermediate_size : p.hidden_size) * 2;
-      operand.source = source_of(stream) + part * product.part_bytes;
+      operand.source_part_bytes = product.part_bytes * p.layout.input_rows;
+      operand.source = source_of(stream) + part * operand.source_part_bytes;
       operand.output = output_of(stream, part);
       operand.stream = stream;
       operand.slots = folds ? product.parts : 1;
@@ -102,7 +101,6 @@ class SharedSetup {
       operand.last_copy_bytes =
           (operand.rows - (operand.chunks - 1) * plan::kChunkRows) * product.piece_bytes;
       operand.parts = operands;
-      operand.part_bytes = product.part_bytes;
       control->operands[index][phase.operands++] = operand;
       phase.chunks += operand.chunks;
       phase.slots += operand.slots;

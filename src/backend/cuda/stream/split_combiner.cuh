@@ -89,8 +89,7 @@ class Combiner {
   __device__ __forceinline__ void combine(char* set, int layer, int row, int index,
                                           int splits) const {
     if (index >= p.num_heads * p.head_dim) return;
-    T* output = reinterpret_cast<T*>(set + p.layout.attention) +
-                static_cast<std::int64_t>(row) * p.hidden_size + operand_order(index);
+    T* output = reinterpret_cast<T*>(set + p.layout.attention) + input_place(p, row, index);
     if (p.ablated.has_head(layer * p.num_heads + index / p.head_dim))
       return lamport_store(output, T(0.0f));
     lamport_store(output, static_cast<T>(combine_splits(p, set, row, index, splits)));

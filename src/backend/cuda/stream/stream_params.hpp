@@ -44,10 +44,12 @@ struct RowGroup {
 // rows: Lamport buffers (sync/lamport_buffer.cuh) at these byte offsets of a set. Epoch e uses
 // set e % kLamportSets.
 struct RowsLayout {
-  std::int32_t input_norm, post_norm;  // 16-bit [rows, hidden]; not used if one row stays in place
-  std::int32_t qkv;                    // float32 [rows, 3 hidden], with bias, before the rotation
-  std::int32_t mlp;                    // 16-bit [rows, intermediate]
-  std::int32_t attention;              // 16-bit [rows, hidden]
+  std::int32_t input_rows;  // of an input's buffer: `rows` and what is lacking to a multiple of 8
+  // Inputs of products, 16-bit [hidden / 32, input_rows, 32]; not used if one row stays in place.
+  std::int32_t input_norm, post_norm;
+  std::int32_t qkv;        // float32 [rows, 3 hidden], with bias, before the rotation
+  std::int32_t mlp;        // 16-bit [intermediate / 32, input_rows, 32]
+  std::int32_t attention;  // 16-bit [hidden / 32, input_rows, 32]
   // float32 [parts, rows, hidden]: what is to be added to the residual stream, biases included;
   // first the parts of the second MLP matrix, then attention's.
   std::int32_t residual;

@@ -53,11 +53,12 @@ RowsLayout rows_layout(const ModelConfig& config, const plan::ProductCuts& cuts,
     return offset;
   };
   const std::int64_t hidden = config.hidden_size;
-  layout.input_norm = take(rows * hidden * 2);
-  layout.post_norm = take(rows * hidden * 2);
+  layout.input_rows = static_cast<std::int32_t>(round_up(rows, 8));
+  layout.input_norm = take(layout.input_rows * hidden * 2);
+  layout.post_norm = take(layout.input_rows * hidden * 2);
   layout.qkv = take(rows * hidden * 12);
-  layout.mlp = take(rows * config.intermediate_size * 2);
-  layout.attention = take(rows * hidden * 2);
+  layout.mlp = take(layout.input_rows * config.intermediate_size * 2);
+  layout.attention = take(layout.input_rows * hidden * 2);
   layout.residual = take((cuts.mlp_down.parts + 1) * rows * hidden * 4);
   layout.partials =
       take(rows * config.num_heads * max_splits(config, sm_count) * (config.head_dim + 2) * 4);

@@ -87,6 +87,11 @@ __device__ __forceinline__ bool any_half_not_ready(const uint4& words) {
   return (half_not_ready(words.x) | half_not_ready(words.y) | half_not_ready(words.z) |
           half_not_ready(words.w)) != 0;
 }
+// The greatest of each half, as unsigned numbers: a half that is not ready is greater than any
+// other.
+__device__ __forceinline__ std::uint32_t greatest_halves(std::uint32_t before, const uint4& words) {
+  return __vmaxu2(__vmaxu2(before, __vmaxu2(words.x, words.y)), __vmaxu2(words.z, words.w));
+}
 
 // Waits for one element.
 __device__ __forceinline__ float lamport_wait(const float* element) {
