@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/device_properties.hpp"
 #include "backend/cuda/pinned_staging.hpp"
 #include "backend/load/device_memory_need.hpp"
 #include "backend/load/upload.hpp"
@@ -244,6 +245,7 @@ DeviceModel::DeviceModel(const Model& model, const DeviceModelOptions& options) 
   }
   copy_parts(model, arena, weights_.as<>(), options);
   rotary_ = to_device(turns, "the rotary tables");
+  reads_once_ = exceed_l2(model.bytes_per_token(), device_properties());
 }
 
 }  // namespace clusterfusion::cuda

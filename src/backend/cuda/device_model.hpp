@@ -79,12 +79,14 @@ class DeviceModel {
     params.final_norm_weight = final_norm_weight();
     params.final_norm_bias = final_norm_bias();
     params.rotary = rotary();
+    params.reads_once = reads_once_;
   }
   // All weights lie in one block.
   const DeviceMemory& weights() const noexcept { return weights_; }
 
  private:
   DeviceMemory weights_, rotary_;
+  bool reads_once_ = false;  // of a token's weights: there are more than L2 holds
   std::vector<DeviceLayer> layers_;
   char* steered_biases_ = nullptr;
   const char* embedding_ = nullptr;

@@ -9,6 +9,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
 #include <string>
 
 namespace clusterfusion::cuda {
@@ -25,6 +26,10 @@ inline bool has_bulk_copies(const cudaDeviceProp& properties) {
 }
 // Products of warpgroups, and registers that move between them.
 inline bool has_warpgroups(const cudaDeviceProp& properties) { return properties.major == 9; }
+// Whether weights of so many bytes are gone from L2 when they are read again.
+inline bool exceed_l2(std::int64_t bytes, const cudaDeviceProp& properties) {
+  return bytes > properties.l2CacheSize;
+}
 // has_bulk_copies() of the current device, at the price of a look into a table.
 bool has_bulk_copies();
 

@@ -43,8 +43,8 @@ struct PagedCache {
     int layer_, head_, end_;
   };
   // For the producer: copies one of them.
-  __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
-    copy_to_stage(task.target, pointer_to(task.order.source), task.order.bytes, barrier);
+  __device__ __forceinline__ void copy(const RingTask& task, const StageCopies& copies) const {
+    copy_to_stage(task.target, pointer_to(task.order.source), task.order.bytes, copies);
   }
 
   // Cosine and sine for element `dim` (below rotary_dim) of a query or key.

@@ -9,7 +9,7 @@ namespace clusterfusion::cuda {
 // A chunk of a matrix. Of a gated MLP's first matrices it comes from both.
 template <plan::LayerKind kKind>
 __device__ __forceinline__ void copy_chunk(const DecodeParams& p, const RingTask& task,
-                                           std::uint32_t barrier) {
+                                           const StageCopies& copies) {
   const char* source = pointer_to(task.order.source);
   std::uint32_t bytes = task.order.bytes;
   if constexpr (kKind == plan::LayerKind::any) {
@@ -18,16 +18,16 @@ __device__ __forceinline__ void copy_chunk(const DecodeParams& p, const RingTask
       bytes /= 2;
       // Behind the gate's rows of a whole chunk, which the last may have fewer of.
       const int offset = p.mlp_up.rows_per_chunk / 2 * p.mlp_up.row_bytes;
-      copy_to_stage(task.target + offset, source + (layer.mlp_up - layer.mlp_gate), bytes, barrier);
+      copy_to_stage(task.target + offset, source + (layer.mlp_up - layer.mlp_gate), bytes, copies);
     }
   }
-  copy_to_stage(task.target, source, bytes, barrier);
+  copy_to_stage(task.target, source, bytes, copies);
 }
 
 template <plan::LayerKind kKind = plan::LayerKind::plain, typename Cache>
 __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cache,
                                         SharedControl* control) {
-  RingProducer ring(&control->ring, p.stages);
+  RingProducer ring(&control->ring, p.stages, p.reads_once);
   int attention_id = kRingEnd;  // of the attention that may be copied
   while (true) {
     RingTask task = ring.next();
@@ -37,7 +37,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
         task.order.in_flight = max(task.order.in_flight, p.busy_in_flight);
     if (id == kRingEnd) return ring.finish();
     if (static_cast<Stream>(stream_of(id)) != Stream::attention) {
-      ring.copy(task.order, [&](std::uint32_t barrier) { copy_chunk<kKind>(p, task, barrier); });
+      ring.copy(task.order, [&](const StageCopies& copies) { copy_chunk<kKind>(p, task, copies); });
       continue;
     }
     if (id != attention_id) {
@@ -49,7 +49,7 @@ __device__ __forceinline__ void produce(const DecodeParams& p, const Cache& cach
         fence_before_bulk_copy();
       }
     }
-    ring.copy(task.order, [&](std::uint32_t barrier) { cache.copy(task, barrier); });
+    ring.copy(task.order, [&](const StageCopies& copies) { cache.copy(task, copies); });
   }
 }
 

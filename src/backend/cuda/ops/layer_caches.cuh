@@ -67,13 +67,13 @@ struct RowCache : LayerCache {
     int positions_;
     std::uint32_t column_;
   };
-  __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
+  __device__ __forceinline__ void copy(const RingTask& task, const StageCopies& copies) const {
     const int column = static_cast<int>(task.order.source);
     const int row = static_cast<int>(task.order.source >> 32);
     const std::uint32_t values = task.target + task.order.bytes / 2;
     if constexpr (kBulkCopies) {
-      tensor_copy_to_shared(task.target, p.key_map, column, row, barrier);
-      tensor_copy_to_shared(values, p.value_map, column, row, barrier);
+      tensor_copy_to_shared(task.target, p.key_map, column, row, copies.barrier);
+      tensor_copy_to_shared(values, p.value_map, column, row, copies.barrier);
     } else {
       const std::int64_t stride = p.stream.hidden_size, first = row * stride + column;
       const int rows = p.stream.kv_block_positions, valid = p.max_positions - row;
@@ -130,7 +130,7 @@ struct PageCache : LayerCache {
     std::uint32_t head_;
   };
   // By who has seen the announcement of somebody who has seen is_inside().
-  __device__ __forceinline__ void copy(const RingTask& task, std::uint32_t barrier) const {
+  __device__ __forceinline__ void copy(const RingTask& task, const StageCopies& copies) const {
     const auto head = static_cast<int>(task.order.source);
     const auto block = static_cast<int>(task.order.source >> 32);
     const int first = block * p.stream.kv_block_positions;
@@ -144,8 +144,8 @@ struct PageCache : LayerCache {
       const int in_page = position & ((1 << p.pages.size_log2) - 1);
       if constexpr (kBulkCopies) {
         const int4 at = make_int4(0, head, in_page, page);
-        tensor_copy_to_shared(keys, p.key_map, at, barrier);
-        tensor_copy_to_shared(values, p.value_map, at, barrier);
+        tensor_copy_to_shared(keys, p.key_map, at, copies.barrier);
+        tensor_copy_to_shared(values, p.value_map, at, copies.barrier);
       } else {
         const std::int64_t first = element_at(page, in_page, head);
         const int valid = page == p.pages.count ? 0 : box;

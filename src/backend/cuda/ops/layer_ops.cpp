@@ -89,6 +89,13 @@ struct LayerPlan {
   bool streams() const noexcept { return kernel != nullptr; }
 };
 
+// The matrices', of 16-bit elements.
+std::int64_t layer_weight_bytes(const ModelConfig& config) {
+  const std::int64_t columns =
+      config.qkv_size() + config.attention_size() + 2 * config.intermediate_size;
+  return columns * config.hidden_size * 2;
+}
+
 // The streaming kernels for `config`, if there are any. They have code for plain layers alone: of a
 // hidden size that is no multiple of the heads' there is none.
 void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, LayerPlan& result) {
@@ -100,6 +107,7 @@ void find_stream(const ModelConfig& config, const cudaDeviceProp& properties, La
   const auto head_dim = static_cast<int>(config.head_dim);
   if (find_layer_kernel(config.dtype, fragments, head_dim, false) == nullptr) return;
   result.stream = stream_params(config, result.plan, result.sm_count, /*packed_fragments=*/0);
+  result.stream.reads_once = exceed_l2(layer_weight_bytes(config), properties);
   for (const bool in_pages : {false, true}) {
     const void* kernel = find_layer_kernel(config.dtype, fragments, head_dim, in_pages);
     prepare_kernel(kernel, result.plan, properties);

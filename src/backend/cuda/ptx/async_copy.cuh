@@ -11,6 +11,13 @@ __device__ __forceinline__ void copy_16(std::uint32_t shared_address, const void
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address), "l"(global)
                : "memory");
 }
+// The same with a policy of l2_policy().
+__device__ __forceinline__ void copy_16(std::uint32_t shared_address, const void* global,
+                                        std::uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address),
+               "l"(global), "l"(policy)
+               : "memory");
+}
 // Copies 16 bytes, or writes 16 zero bytes and reads nothing if not `valid`.
 __device__ __forceinline__ void copy_16_or_zero(std::uint32_t shared_address, const void* global,
                                                 bool valid) {
@@ -41,9 +48,10 @@ __device__ __forceinline__ void mbarrier_arrive_behind_copies(std::uint32_t addr
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(address) : "memory");
 }
 
-// Copies `bytes`, a multiple of 16, by all lanes of a warp. Both addresses are multiples of 16.
+// Copies `bytes`, a multiple of 16, by all lanes of a warp, with a policy of l2_policy(). Both
+// addresses are multiples of 16.
 __device__ __forceinline__ void copy_by_warp(std::uint32_t target, const void* global,
-                                             std::uint32_t bytes) {
+                                             std::uint32_t bytes, std::uint64_t policy) {
   const auto* source = static_cast<const char*>(global);
   // So many copies of a lane before the next look at how far it is.
   constexpr std::uint32_t kWarpBytes = 32 * 16, kUnroll = 8;
@@ -51,9 +59,9 @@ __device__ __forceinline__ void copy_by_warp(std::uint32_t target, const void* g
   for (; at + (kUnroll - 1) * kWarpBytes < bytes; at += kUnroll * kWarpBytes) {
 #pragma unroll
     for (std::uint32_t i = 0; i < kUnroll; ++i)
-      copy_16(target + at + i * kWarpBytes, source + at + i * kWarpBytes);
+      copy_16(target + at + i * kWarpBytes, source + at + i * kWarpBytes, policy);
   }
-  for (; at < bytes; at += kWarpBytes) copy_16(target + at, source + at);
+  for (; at < bytes; at += kWarpBytes) copy_16(target + at, source + at, policy);
 }
 
 }  // namespace clusterfusion::device

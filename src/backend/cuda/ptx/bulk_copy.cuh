@@ -22,6 +22,17 @@ __device__ __forceinline__ void bulk_copy_to_shared(void* target, const void* gl
   bulk_copy_to_shared(shared_address(target), global, bytes, shared_address(barrier));
 }
 
+// The same with a policy of l2_policy().
+__device__ __forceinline__ void bulk_copy_to_shared(std::uint32_t target, const void* global,
+                                                    std::uint32_t bytes, std::uint32_t barrier,
+                                                    std::uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(target),
+      "l"(global), "r"(bytes), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
 // Brings `bytes` into L2, where they stay coherent: also data that somebody may still write.
 // Address and size are multiples of 16.
 __device__ __forceinline__ void bulk_prefetch(const void* global, std::uint32_t bytes) {

@@ -8,7 +8,7 @@
 namespace clusterfusion::cuda::stream {
 
 __device__ __forceinline__ void copy_piece(const Operand::Copy& copy, const RingTask& task,
-                                           std::uint32_t barrier) {
+                                           const StageCopies& copies) {
   const std::uint32_t row_bytes = copy.bytes;
   const char* source = pointer_to(task.order.source);
   std::uint32_t target = task.target;
@@ -16,11 +16,11 @@ __device__ __forceinline__ void copy_piece(const Operand::Copy& copy, const Ring
 #pragma unroll
     for (int row = 0; row < plan::kChunkRows; ++row)
       copy_to_stage(target + row * copy.row_pitch,
-                    source + static_cast<std::int64_t>(row) * copy.row_bytes, row_bytes, barrier);
+                    source + static_cast<std::int64_t>(row) * copy.row_bytes, row_bytes, copies);
     return;
   }
   for (std::uint32_t done = 0; done < task.order.bytes; done += row_bytes) {
-    copy_to_stage(target, source, row_bytes, barrier);
+    copy_to_stage(target, source, row_bytes, copies);
     target += copy.row_pitch;
     source += copy.row_bytes;
   }
@@ -28,17 +28,17 @@ __device__ __forceinline__ void copy_piece(const Operand::Copy& copy, const Ring
 
 // As many keys, and as many values, of a KV block as are in the cache.
 __device__ __forceinline__ void copy_kv_block(const StreamParams& p, const RingTask& task,
-                                              std::uint32_t barrier) {
+                                              const StageCopies& copies) {
   const std::uint32_t bytes = task.order.bytes / 2;
   if (bytes == 0) return;
   const char* source = pointer_to(task.order.source);
   const std::uint32_t values = p.kv_block_bytes / 2;
-  copy_to_stage(task.target, source, bytes, barrier);
-  copy_to_stage(task.target + values, source + values, bytes, barrier);
+  copy_to_stage(task.target, source, bytes, copies);
+  copy_to_stage(task.target + values, source + values, bytes, copies);
 }
 
 __device__ __forceinline__ void produce(const StreamParams& p, StreamShared* control) {
-  RingProducer ring(&control->ring, p.stages);
+  RingProducer ring(&control->ring, p.stages, p.reads_once);
   int attention_id = kRingEnd;  // of the attention that may be copied
   while (true) {
     const RingTask task = ring.next();
@@ -47,7 +47,7 @@ __device__ __forceinline__ void produce(const StreamParams& p, StreamShared* con
     if (phase_of(id) != kAttentionPhase) {
       // Looked up before the wait for an earlier copy.
       const Operand::Copy copy = control->operands[phase_of(id)][operand_of(id)].copy;
-      ring.copy(task.order, [&](std::uint32_t barrier) { copy_piece(copy, task, barrier); });
+      ring.copy(task.order, [&](const StageCopies& copies) { copy_piece(copy, task, copies); });
       continue;
     }
     if (id != attention_id) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void produce(const StreamParams& p, StreamShared* con
         fence_before_bulk_copy();
       }
     }
-    ring.copy(task.order, [&](std::uint32_t barrier) { copy_kv_block(p, task, barrier); });
+    ring.copy(task.order, [&](const StageCopies& copies) { copy_kv_block(p, task, copies); });
   }
 }
 

@@ -71,6 +71,7 @@ struct StreamParams {
   const void* final_norm_weight;
   const void* final_norm_bias;
   const float2* rotary;  // [positions, rotary_dim / 2]: cosine and sine
+  bool reads_once;       // the weights that it streams are more than L2 holds
   std::int32_t num_layers, hidden_size, intermediate_size, num_heads, head_dim, rotary_dim;
   std::int32_t vocab_size;
   float layer_norm_eps;

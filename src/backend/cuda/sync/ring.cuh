@@ -20,6 +20,7 @@
 #include "backend/cuda/ptx/async_copy.cuh"
 #include "backend/cuda/ptx/bulk_copy.cuh"
 #include "backend/cuda/ptx/elect.cuh"
+#include "backend/cuda/ptx/l2_policy.cuh"
 #include "backend/cuda/ptx/mbarrier.cuh"
 
 namespace clusterfusion::device {
@@ -44,14 +45,21 @@ __device__ __forceinline__ bool is_producer() {
     return true;
 }
 
-// Copies `bytes` to `target`, in the stage whose barrier this is; by all who produce. Both
+// What the copies into a stage are told: the barrier that counts them, an address in shared memory,
+// and what L2 does with the lines (l2_policy()).
+struct StageCopies {
+  std::uint32_t barrier;
+  std::uint64_t policy;
+};
+
+// Copies `bytes` to `target`, in the stage that `copies` tells of; by all who produce. Both
 // addresses and the size are multiples of 16.
 __device__ __forceinline__ void copy_to_stage(std::uint32_t target, const void* global,
-                                              std::uint32_t bytes, std::uint32_t barrier) {
+                                              std::uint32_t bytes, const StageCopies& copies) {
   if constexpr (kBulkCopies)
-    bulk_copy_to_shared(target, global, bytes, barrier);
+    bulk_copy_to_shared(target, global, bytes, copies.barrier, copies.policy);
   else
-    copy_by_warp(target, global, bytes);
+    copy_by_warp(target, global, bytes, copies.policy);
 }
 
 inline constexpr int kMaxRingStages = 16;
@@ -250,7 +258,9 @@ class RingScheduler : public RingCursor {
 // The producer's side, held by kProducerLanes threads.
 class RingProducer : public RingCursor {
  public:
-  using RingCursor::RingCursor;
+  // `reads_once`: what is copied is not read again before L2 has forgotten it.
+  __device__ __forceinline__ RingProducer(RingControl* control, int stages, bool reads_once)
+      : RingCursor(control, stages), policy_(l2_policy(reads_once)) {}
 
   // What the current stage will hold; waits for its announcement.
   __device__ __forceinline__ RingTask next() const {
@@ -270,19 +280,21 @@ class RingProducer : public RingCursor {
                  : "memory");
     return task;
   }
-  // Waits until one more copy may be under way, lets copies(barrier) start what brings the bytes of
-  // `order` by copy_to_stage() or its like (the barrier is an address in shared memory), and goes
-  // on to the next stage.
+  // Waits until one more copy may be under way, lets copies(StageCopies) start what brings the
+  // bytes of `order` by copy_to_stage() or its like, and goes on to the next stage.
   template <typename Copies>
   __device__ __forceinline__ void copy(const RingOrder& order, Copies&& copies) {
     const std::uint32_t barrier = full(stage_);
     if constexpr (kBulkCopies) mbarrier_arrive_expect(barrier, order.bytes);
     wait_for_earlier(order.in_flight);
     if constexpr (!kBulkCopies) __syncwarp();  // lanes side by side make whole lines
-    copies(barrier);
+    copies(StageCopies{barrier, policy_});
     if constexpr (!kBulkCopies) mbarrier_arrive_behind_copies(barrier);
     advance();
   }
+
+ private:
+  std::uint64_t policy_;
 };
 
 // A consumer's side, held by every thread of the consumer warps.
