@@ -99,8 +99,8 @@ StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
       std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4;
   const std::int64_t normalised = rows == 1 ? 2 * config.hidden_size * 2 : 0;
   memory.task = task_layout(config.head_dim, extent);
-  const std::int64_t least =
-      round_up(std::max({partials, normalised, std::int64_t{memory.task.bytes}}), 128);
+  const std::int64_t others = round_up(std::max(partials, normalised), 128);
+  const std::int64_t least = std::max(others, round_up(memory.task.bytes, 128));
   const std::int64_t room = limits.shared_bytes_per_block - kStreamControlBytes;
   memory.stages = static_cast<std::int32_t>(
       std::min<std::int64_t>(kMaxStages, (room - least) / plan.stage_bytes));
@@ -110,10 +110,12 @@ StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
           kStreamControlBytes + least + kMinStreamStages * plan.stage_bytes, config.hidden_size,
           limits.shared_bytes_per_block);
   const std::int64_t left = room - memory.stages * plan.stage_bytes;
-  memory.task_slots = static_cast<std::int32_t>(
-      std::clamp<std::int64_t>(left / memory.task.bytes, 1, std::min(rows, kMaxTaskSlots)));
-  memory.scratch_bytes =
-      std::max(least, round_up(std::int64_t{memory.task_slots} * memory.task.bytes, 128));
+  memory.task_slots = static_cast<std::int32_t>(std::clamp<std::int64_t>(
+      left / memory.task.bytes, 1, std::min({rows, extent.tasks, kMaxTaskSlots})));
+  const std::int64_t tasks = round_up(std::int64_t{memory.task_slots} * memory.task.bytes, 128);
+  memory.keeps_tasks = others + tasks <= left;
+  memory.tasks_offset = memory.keeps_tasks ? others : 0;
+  memory.scratch_bytes = std::max(least, memory.tasks_offset + tasks);
   memory.shared_bytes =
       kStreamControlBytes + memory.scratch_bytes + memory.stages * plan.stage_bytes;
   return memory;

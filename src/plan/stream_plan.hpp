@@ -91,12 +91,13 @@ struct TaskLayout {
   std::int32_t states = 0;
   std::int32_t bytes = 0;
 };
-// Of a step's tasks: queries, and rows of one sequence, at most; and the positions that those of
-// one head attend to, in all.
+// Of a step's tasks: queries, and rows of one sequence, at most; the positions that those of one
+// head attend to, in all; and how many tasks an SM has, at most.
 struct TaskExtent {
   std::int32_t queries = 1;
   std::int32_t sequence_rows = 1;
   std::int64_t positions = 0;
+  std::int32_t tasks = kMaxTaskSlots;
 };
 constexpr TaskLayout task_layout(std::int64_t head_dim, const TaskExtent& extent) {
   // Queries, and what rounding took from them; keys and values: 16-bit.
@@ -116,6 +117,9 @@ struct StreamMemory {
   std::int64_t scratch_bytes = 0;
   TaskLayout task;
   std::int32_t task_slots = 1;
+  // Where the tasks begin in scratch, and whether nothing else is there.
+  std::int64_t tasks_offset = 0;
+  bool keeps_tasks = false;
   std::int32_t stages = 0;
   std::int64_t shared_bytes = 0;  // of the whole block
 };
@@ -130,7 +134,8 @@ ProductCuts cut_products(const ModelConfig& config);
 StreamPlan make_stream_plan(const ModelConfig& config, const KvPlan& kv,
                             const DeviceLimits& limits);
 
-// As many tasks are a batch as cost no stage of the ring.
+// As many tasks are a batch as cost no stage of the ring; they have a place of their own if that
+// costs none either.
 // Errors: unsupported if the device's shared memory is too small for the ring.
 StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
                            const DeviceLimits& limits, std::int32_t rows, const TaskExtent& extent);

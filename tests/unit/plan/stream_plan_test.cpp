@@ -111,7 +111,14 @@ TEST_P(StreamPlanOfSize, FitsForEveryNumberOfRows) {
                 std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4);
       EXPECT_GE(memory.task_slots, 1);
       EXPECT_LE(memory.task_slots, kMaxTaskSlots);
-      EXPECT_LE(std::int64_t{memory.task_slots} * memory.task.bytes, memory.scratch_bytes);
+      EXPECT_LE(memory.tasks_offset + std::int64_t{memory.task_slots} * memory.task.bytes,
+                memory.scratch_bytes);
+      EXPECT_EQ(memory.tasks_offset % 16, 0);
+      if (memory.keeps_tasks) {
+        EXPECT_GE(memory.tasks_offset,
+                  std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4);
+        EXPECT_GE(memory.tasks_offset, rows == 1 ? 2 * config.hidden_size * 2 : 0);
+      }
     }
 }
 

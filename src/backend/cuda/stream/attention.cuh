@@ -43,7 +43,7 @@ class Attention {
     c.barrier();
   }
 
-  // All tasks of this block in this layer. Scratch must be free.
+  // All tasks of this block in this layer. Where they lie in scratch must be free.
   __device__ __forceinline__ void run(int layer) {
     c.make_indices_opaque();
     Share share(c.p.head_dim, c.lane, &c.control->zeros);
@@ -85,7 +85,7 @@ class Attention {
       merge_shares<T>(c, task, memory, r, ablated, {team.thread - own * threads, threads});
   }
   __device__ __forceinline__ TaskMemory<T> memory_of(int slot) const {
-    return {c.scratch + slot * c.p.task_layout.bytes, c.p};
+    return {c.scratch + c.p.tasks_offset + slot * c.p.task_layout.bytes, c.p};
   }
 
   // A share of the task whose blocks come next.

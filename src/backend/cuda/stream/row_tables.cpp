@@ -9,23 +9,27 @@
 namespace clusterfusion::cuda {
 namespace {
 
+plan::AttentionSplits splits_of(const DecodeRow& row, const StreamParams& params,
+                                std::int32_t sm_count) {
+  return plan::attention_splits(static_cast<std::int32_t>(row.position + 1),
+                                params.kv_block_positions, params.num_heads, params.head_dim,
+                                sm_count);
+}
+
 // Rows of one sequence share their attention at consecutive positions with the same splits.
 std::vector<RowGroup> groups_of(std::span<const DecodeRow> rows, const StreamParams& params,
                                 std::int32_t sm_count) {
-  const auto splits_of = [&](const DecodeRow& row) {
-    return plan::attention_splits(static_cast<std::int32_t>(row.position + 1),
-                                  params.kv_block_positions, params.num_heads, params.head_dim,
-                                  sm_count);
-  };
   std::vector<RowGroup> groups;
   std::int32_t sequence_first = 0;
+  plan::AttentionSplits before;  // of the row before
   for (std::int32_t i = 0; i < static_cast<std::int32_t>(rows.size()); ++i) {
     const bool same_sequence = i > 0 && rows[i].pages.data() == rows[i - 1].pages.data();
     if (!same_sequence) sequence_first = i;
-    const auto splits = splits_of(rows[i]);
+    const auto splits = splits_of(rows[i], params, sm_count);
     const bool shares = same_sequence && groups.back().rows < plan::kTaskQueries &&
-                        splits_of(rows[i - 1]).blocks_per_split == splits.blocks_per_split &&
-                        splits_of(rows[i - 1]).splits == splits.splits;
+                        before.blocks_per_split == splits.blocks_per_split &&
+                        before.splits == splits.splits;
+    before = splits;
     if (shares)
       ++groups.back().rows;
     else
@@ -64,12 +68,15 @@ plan::TaskExtent RowTables::send(std::span<const DecodeRow> rows, std::int32_t i
   params.row_table = reinterpret_cast<const StreamedRow*>(device);
   params.group_table = reinterpret_cast<const RowGroup*>(device + groups_);
   plan::TaskExtent extent;
+  std::int32_t tasks = 0;
   for (const RowGroup& group : groups) {
     extent.queries = std::max(extent.queries, group.rows);
     const std::int32_t end = group.first_row + group.rows;
     extent.sequence_rows = std::max(extent.sequence_rows, end - group.sequence_first);
     extent.positions += rows[end - 1].position + 1;
+    tasks += params.num_heads * splits_of(rows[end - 1], params, sm_count).splits;
   }
+  extent.tasks = (tasks + sm_count - 1) / sm_count;
   return extent;
 }
 

@@ -107,6 +107,8 @@ void StreamDecoder::launch(std::span<const DecodeRow> rows, const plan::TaskExte
   params_.scratch_bytes = static_cast<std::int32_t>(memory.scratch_bytes);
   params_.task_layout = memory.task;
   params_.task_slots = memory.task_slots;
+  params_.tasks_offset = static_cast<std::int32_t>(memory.tasks_offset);
+  params_.keeps_tasks = memory.keeps_tasks;
   check(cudaMemsetAsync(counters_.as<>(), 0, counters_.bytes(), stream), "clearing counters");
   check(cudaMemsetAsync(lamport_.as<>(), 0xff,
                         static_cast<std::size_t>(kLamportSets) * params_.layout.bytes, stream),

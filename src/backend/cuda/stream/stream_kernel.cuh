@@ -95,7 +95,7 @@ class DecodeStep {
       }
       if (phase.attention_before) {
         if (c.is_next(kAttentionPhase)) {
-          product.partials.drain();
+          if (!c.p.keeps_tasks) product.partials.drain();
           attention.run(layer);
         }
         c.mark(StreamPoint::attention);

@@ -90,8 +90,10 @@ struct StreamParams {
   std::int32_t static_percent, long_static_percent;
   std::int32_t ticket_bytes;  // of weights that one ticket stands for, about, of a long phase
 
-  plan::TaskLayout task_layout;  // of a task of attention, in scratch
-  std::int32_t task_slots;       // for so many
+  // Of attention: a task, where the first one lies in scratch, and how many there is room for.
+  plan::TaskLayout task_layout;
+  std::int32_t tasks_offset, task_slots;
+  bool keeps_tasks;  // nothing else is where they lie
   std::int32_t kv_head_bytes, kv_block_bytes, kv_block_positions, max_splits;
 
   std::int32_t rows, groups, steps;
