@@ -72,7 +72,7 @@ class Caller {
   std::atomic<bool> cancelled_ = false;
   static_assert(std::atomic<bool>::is_always_lock_free, "cancel() is for signal handlers");
   std::mutex mutex_;
-  std::condition_variable changed_;
+  ConditionVariable changed_;
   std::deque<SequenceNews> inbox_;
   std::int64_t num_live_ = 0;
   // An Error in its words, so that each thread has an exception of its own; any other as it is.

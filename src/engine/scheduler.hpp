@@ -188,7 +188,7 @@ class Scheduler {
   ServingStatistics totals_;
 
   mutable std::mutex mutex_;  // of what follows
-  std::condition_variable work_came_;
+  ConditionVariable work_came_;
   Sequences submitted_;
   ServingStatistics published_;
   bool stop_ = false;

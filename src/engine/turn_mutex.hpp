@@ -26,7 +26,7 @@ class TurnMutex {  // meets BasicLockable
 
  private:
   std::mutex mutex_;
-  std::condition_variable turn_;
+  ConditionVariable turn_;
   std::uint64_t next_ticket_ = 0;
   std::uint64_t serving_ = 0;
 };

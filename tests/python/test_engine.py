@@ -1047,19 +1047,20 @@ def test_statistics_add_up(engine):
     assert all(after - before <= 1 for before, after in pairwise(counts))
 
 
-def test_a_fork_is_told_that_its_engine_stayed_behind(demo_model):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_fork_is_told_that_its_engine_stayed_behind(demo_model, threads):
     """The thread that generates is not in a forked process: an error, and no wait for ever."""
     script = f"""
 import os
 import clusterfusion
-engine = clusterfusion.Engine({str(demo_model)!r}, threads=1)
+engine = clusterfusion.Engine({str(demo_model)!r}, threads={threads})
 if os.fork() == 0:
     try:
         engine.generate("hello", max_new_tokens=3)
     except NotImplementedError as error:
         print(error, flush=True)
     del engine
-    own = clusterfusion.Engine({str(demo_model)!r}, threads=1)
+    own = clusterfusion.Engine({str(demo_model)!r}, threads={threads})
     print(len(own.generate("hello", max_new_tokens=3).tokens), flush=True)
     os._exit(0)
 print(os.wait()[1], len(engine.generate("hello", max_new_tokens=3).tokens))
