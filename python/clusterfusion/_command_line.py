@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from typing import Any
 
-from clusterfusion._native import is_of_file
+from clusterfusion._native_call import is_of_file
 from clusterfusion.engine import Engine
 
 FAILED, MISUSED = 1, 2  # exit codes, as of the C++ program (src/cli/exit_code.hpp)
 
 
-class MisuseError(Exception):
+class MisuseError(ValueError):
     """An option's value is wrong, which only the engine could tell."""
+
+
+def report(error: Exception) -> int:
+    """Prints what went wrong; returns the exit code for it."""
+    print(f"error: {error}", file=sys.stderr)
+    return MISUSED if isinstance(error, MisuseError) else FAILED
 
 
 def about(engine: Engine) -> str:

@@ -31,17 +31,6 @@ for _exception in (
     tvm_ffi.register_error(_exception)
 
 
-# A ValueError as well, told from those of arguments by its name. The second line is for ValueErrors
-# on their way into the library.
-tvm_ffi.register_error("MalformedFileError", ValueError)
-tvm_ffi.register_error("ValueError", ValueError)
-
-
-def is_of_file(error: BaseException) -> bool:
-    """Whether the library raised a ValueError because of a file's contents."""
-    return getattr(vars(error).get("__tvm_ffi_error__"), "kind", "") == "MalformedFileError"
-
-
 def find_library(folders: list[str]) -> Path:
     """Returns the path of the shared library in one of the folders.
 

@@ -27,6 +27,16 @@ _is_exiting = False
 os.register_at_fork(after_in_child=_running.clear)
 
 
+@tvm_ffi.register_error
+class MalformedFileError(Exception):
+    """The contents of a file are wrong, as the library says it; callers get a ValueError."""
+
+
+def is_of_file(error: ValueError) -> bool:
+    """Whether a call raised it because of a file's contents, not of an argument."""
+    return isinstance(error.__context__, MalformedFileError)
+
+
 class NativeFunction:
     """A function of the library that releases the GIL while it runs.
 
@@ -50,6 +60,8 @@ class NativeFunction:
                 _end_daemon_thread()
             result = self.function(*arguments)
             return None if result is None else _plain(result)
+        except MalformedFileError as error:
+            raise ValueError(*error.args) from None  # its context tells is_of_file()
         finally:
             _running.discard(call)
             if _is_exiting:

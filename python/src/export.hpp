@@ -17,7 +17,7 @@ namespace clusterfusion::python {
 inline std::atomic<bool> calls_are_ending = false;
 
 // Errors of a file's contents are told from those of arguments, which are ValueErrors too: see
-// is_of_file() in _native.py.
+// MalformedFileError in _native_call.py.
 inline const char* exception_name(ErrorKind kind) noexcept {
   return kind == ErrorKind::malformed ? "MalformedFileError" : python_exception_name(kind);
 }

@@ -11,15 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterfusion import Engine
-from clusterfusion._command_line import (
-    FAILED,
-    MISUSED,
-    MisuseError,
-    about,
-    add_engine_options,
-    number,
-    open_engine,
-)
+from clusterfusion._command_line import about, add_engine_options, number, open_engine, report
 
 _EXAMPLE = """\
 Sampling is as the model's generation_config.json says where no option says otherwise, and greedy
@@ -54,17 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except ImportError as error:
-        print(
-            f"error: {error}; chatting needs the extra 'chat': "
-            "python -m pip install 'clusterfusion-lm[chat]'",
-            file=sys.stderr,
-        )
-    except MisuseError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISUSED
+        install = "python -m pip install 'clusterfusion-lm[chat]'"
+        return report(ImportError(f"{error}; chatting needs the extra 'chat': {install}"))
     except (OSError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-    return FAILED
+        return report(error)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clusterfusion import Engine
-from clusterfusion._command_line import (
-    FAILED,
-    MISUSED,
-    MisuseError,
-    about,
-    add_engine_options,
-    number,
-    open_engine,
-)
+from clusterfusion._command_line import about, add_engine_options, number, open_engine, report
 
 _LONGEST_SECONDS = 365 * 24 * 3600
 _EXAMPLE = """\
@@ -53,20 +45,15 @@ def _serve(options: argparse.Namespace) -> int:
         from clusterfusion.serve.app import build_app
         from clusterfusion.serve.server import Server, listen
     except ImportError as error:
-        print(
-            f"error: {error}; the server needs the extra 'serve': "
-            "python -m pip install 'clusterfusion-lm[serve]'",
-            file=sys.stderr,
-        )
-        return FAILED
+        install = "python -m pip install 'clusterfusion-lm[serve]'"
+        return report(ImportError(f"{error}; the server needs the extra 'serve': {install}"))
     try:
         settings = _settings(options)
         listener = listen(options.host, options.port)
         engine = _engine(options)
         app = build_app(engine, settings, options.max_sequences)
-    except (MisuseError, OSError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISUSED if isinstance(error, MisuseError) else FAILED
+    except (OSError, ValueError, TypeError, NotImplementedError, MemoryError) as error:
+        return report(error)
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     logging.info("%s", about(engine))
