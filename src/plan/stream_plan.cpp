@@ -87,7 +87,8 @@ StreamPlan make_stream_plan(const ModelConfig& config, const KvPlan& kv,
           "the streaming kernel takes as many heads as there are SMs, {}, found {}; run this model "
           "on the CPU (device \"cpu\")",
           limits.sm_count, config.num_heads);
-  stream_memory(plan, config, limits, kMaxRows, {kTaskQueries, kMaxSequenceRows});
+  stream_memory(plan, config, limits, kMaxRows,
+                {max_task_queries(config.head_dim), kMaxSequenceRows});
   return plan;
 }
 
@@ -115,6 +116,7 @@ StreamMemory stream_memory(const StreamPlan& plan, const ModelConfig& config,
   const std::int64_t tasks = round_up(std::int64_t{memory.task_slots} * memory.task.bytes, 128);
   memory.keeps_tasks = others + tasks <= left;
   memory.tasks_offset = memory.keeps_tasks ? others : 0;
+  memory.keeps_inputs = memory.keeps_tasks || memory.task.queries >= others;
   memory.scratch_bytes = std::max(least, memory.tasks_offset + tasks);
   memory.shared_bytes =
       kStreamControlBytes + memory.scratch_bytes + memory.stages * plan.stage_bytes;

@@ -33,8 +33,13 @@ inline constexpr std::int32_t kMaxPieceIterations = 5;
 inline constexpr std::int32_t kMaxRows = 16;
 // Parts of all matrices whose results are added to the residual stream together, at most.
 inline constexpr std::int32_t kMaxResidualParts = 5;
-// Queries of one attention task: rows of one sequence that share what has landed.
-inline constexpr std::int32_t kTaskQueries = 4;
+// Queries that attention's products take together.
+inline constexpr std::int32_t kQuadQueries = 4;
+// Queries of one attention task, at most: rows of one sequence that share what has landed. More
+// have no room in the registers.
+constexpr std::int32_t max_task_queries(std::int64_t head_dim) {
+  return head_dim <= 80 ? 4 * kQuadQueries : head_dim <= 128 ? 2 * kQuadQueries : kQuadQueries;
+}
 // Rows of one sequence in a step, at most.
 inline constexpr std::int32_t kMaxSequenceRows = 16;
 // Shared memory for barriers, labels, tables and small reductions.
@@ -83,12 +88,12 @@ struct StreamPlan : ProductCuts {
 // Tasks of attention that an SM computes as one batch, at most.
 inline constexpr std::int32_t kMaxTaskSlots = 4;
 
-// What a task of attention has in shared memory, as byte offsets: first its queries, then keys and
-// values of its sequence that are not in the cache yet, then the states of the shares of its
-// positions.
+// What a task of attention has in shared memory, as byte offsets: first the states of the shares of
+// its positions, then its inputs: its queries, and keys and values of its sequence that are not in
+// the cache yet.
 struct TaskLayout {
+  std::int32_t queries = 0;
   std::int32_t fresh = 0;
-  std::int32_t states = 0;
   std::int32_t bytes = 0;
 };
 // Of a step's tasks: queries, and rows of one sequence, at most; the positions that those of one
@@ -105,9 +110,9 @@ constexpr TaskLayout task_layout(std::int64_t head_dim, const TaskExtent& extent
   // Maximum, sum and output of every share: float32.
   const auto states = static_cast<std::int32_t>(kConsumerWarps * (head_dim + 2) * 4);
   TaskLayout memory;
-  memory.fresh = extent.queries * vectors;
-  memory.states = memory.fresh + extent.sequence_rows * vectors;
-  memory.bytes = memory.states + extent.queries * states;
+  memory.queries = extent.queries * states;
+  memory.fresh = memory.queries + extent.queries * vectors;
+  memory.bytes = memory.fresh + extent.sequence_rows * vectors;
   return memory;
 }
 
@@ -117,9 +122,10 @@ struct StreamMemory {
   std::int64_t scratch_bytes = 0;
   TaskLayout task;
   std::int32_t task_slots = 1;
-  // Where the tasks begin in scratch, and whether nothing else is there.
+  // Where the tasks begin in scratch; whether nothing else is there, and nothing else where their
+  // inputs are.
   std::int64_t tasks_offset = 0;
-  bool keeps_tasks = false;
+  bool keeps_tasks = false, keeps_inputs = false;
   std::int32_t stages = 0;
   std::int64_t shared_bytes = 0;  // of the whole block
 };

@@ -99,6 +99,27 @@ TEST_P(SequenceRows, HaveTheBitsOfEachPositionAlone) {
   }
 }
 
+// So long that a task takes more than four queries, lest there be more tasks than SMs.
+TEST_P(SequenceRows, HaveThemInLongContextsToo) {
+  std::mt19937 random(18);
+  constexpr int kLength = 1000, kCompared = 200;
+  const Sequence sequence = this->sequence(random, kLength);
+  std::vector<std::vector<float>> alone;
+  for (int position = 0; position < kLength; ++position) {
+    auto logits = run({row(sequence, position)});
+    if (position >= kLength - kCompared) alone.push_back(std::move(logits[0]));
+  }
+  for (int i = 0; i < kCompared;) {
+    const int count = std::min(1 + static_cast<int>(random() % 16), kCompared - i);
+    std::vector<DecodeRow> rows;
+    for (int r = 0; r < count; ++r) rows.push_back(row(sequence, kLength - kCompared + i + r));
+    const auto logits = run(rows);
+    for (int r = 0; r < count; ++r, ++i)
+      ASSERT_EQ(std::memcmp(logits[r].data(), alone[i].data(), logits[r].size() * sizeof(float)), 0)
+          << "position " << kLength - kCompared + i << ", row " << r << " of " << count;
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Shapes, SequenceRows, testing::ValuesIn(gpu_shapes()),
                          [](const auto& info) { return info.param.name; });
 

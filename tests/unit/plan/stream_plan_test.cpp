@@ -77,9 +77,9 @@ TEST_P(StreamPlanOfSize, HasEveryRowInOneChunk) {
   }
 }
 
-// All rows of one sequence.
-TaskExtent one_sequence(std::int32_t rows) {
-  return {std::min(rows, kTaskQueries), std::min(rows, kMaxSequenceRows)};
+// All rows of one sequence, as many of them in a task as can be.
+TaskExtent one_sequence(std::int32_t rows, std::int64_t head_dim) {
+  return {std::min(rows, max_task_queries(head_dim)), std::min(rows, kMaxSequenceRows)};
 }
 
 TEST_P(StreamPlanOfSize, CopiesByMultiplesOfSixteenBytes) {
@@ -100,7 +100,8 @@ TEST_P(StreamPlanOfSize, FitsForEveryNumberOfRows) {
   for (const ProductCut* cut : products()) EXPECT_LE(cut->stage_bytes(), plan.data_bytes);
   EXPECT_LE(plan.kv.block_bytes, plan.data_bytes);
   for (std::int32_t rows = 1; rows <= kMaxRows; ++rows)
-    for (const TaskExtent& extent : {TaskExtent{}, one_sequence(rows)}) {
+    for (const TaskExtent& extent : {TaskExtent{}, TaskExtent{std::min(rows, kQuadQueries), rows},
+                                     one_sequence(rows, config.head_dim)}) {
       const StreamMemory memory = stream_memory(plan, config, kHopper, rows, extent);
       EXPECT_LE(memory.shared_bytes, kHopper.shared_bytes_per_block);
       EXPECT_EQ(memory.shared_bytes,
@@ -114,25 +115,25 @@ TEST_P(StreamPlanOfSize, FitsForEveryNumberOfRows) {
       EXPECT_LE(memory.tasks_offset + std::int64_t{memory.task_slots} * memory.task.bytes,
                 memory.scratch_bytes);
       EXPECT_EQ(memory.tasks_offset % 16, 0);
-      if (memory.keeps_tasks) {
-        EXPECT_GE(memory.tasks_offset,
-                  std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4);
-        EXPECT_GE(memory.tasks_offset, rows == 1 ? 2 * config.hidden_size * 2 : 0);
-      }
+      const std::int64_t others =
+          std::max(std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4,
+                   rows == 1 ? 2 * config.hidden_size * 2 : 0);
+      if (memory.keeps_tasks) EXPECT_GE(memory.tasks_offset, others);
+      if (memory.keeps_inputs) EXPECT_GE(memory.tasks_offset + memory.task.queries, others);
+      EXPECT_TRUE(memory.keeps_inputs || !memory.keeps_tasks);
     }
 }
 
 TEST_P(StreamPlanOfSize, KeepsWhatATaskHasApart) {
-  for (const TaskExtent& extent :
-       {TaskExtent{}, TaskExtent{1, 7}, one_sequence(2), one_sequence(kMaxRows)}) {
+  for (const TaskExtent& extent : {TaskExtent{}, TaskExtent{1, 7}, one_sequence(2, config.head_dim),
+                                   one_sequence(kMaxRows, config.head_dim)}) {
     const TaskLayout memory = task_layout(config.head_dim, extent);
-    EXPECT_EQ(memory.fresh, extent.queries * 2 * config.head_dim * 2);
-    EXPECT_EQ(memory.states - memory.fresh, extent.sequence_rows * 2 * config.head_dim * 2);
-    EXPECT_EQ(memory.bytes - memory.states,
-              extent.queries * kConsumerWarps * (config.head_dim + 2) * 4);
+    EXPECT_EQ(memory.queries, extent.queries * kConsumerWarps * (config.head_dim + 2) * 4);
+    EXPECT_EQ(memory.fresh - memory.queries, extent.queries * 2 * config.head_dim * 2);
+    EXPECT_EQ(memory.bytes - memory.fresh, extent.sequence_rows * 2 * config.head_dim * 2);
     // Matrices are loaded by rows of 16 bytes.
+    EXPECT_EQ(memory.queries % 16, 0);
     EXPECT_EQ(memory.fresh % 16, 0);
-    EXPECT_EQ(memory.states % 16, 0);
     EXPECT_EQ(memory.bytes % 16, 0);
   }
 }
@@ -144,7 +145,8 @@ TEST_P(StreamPlanOfSize, FitsOnEachChipOrIsRefused) {
     try {
       const StreamPlan there = make_stream_plan(config, plan.kv, limits);
       for (const std::int32_t rows : {1, 8, 16, kMaxRows}) {
-        const StreamMemory memory = stream_memory(there, config, limits, rows, one_sequence(rows));
+        const StreamMemory memory =
+            stream_memory(there, config, limits, rows, one_sequence(rows, config.head_dim));
         EXPECT_LE(memory.shared_bytes, limits.shared_bytes_per_block);
       }
     } catch (const Error& error) {

@@ -161,14 +161,13 @@ class DecodeAttention
       const bool is_old = first + 8 * half + g < position;
       keys[half] = (is_old ? data + (8 * half + g) * row_bytes : current) + q * 8;
     }
-    float score[2][4] = {};  // of the group's halves
-    const auto step = [&](int t) {
-      if constexpr (kQueryInRegisters)
-        return query.step[t];
-      else
-        return query_step(t);
+    float scores[1][2][4] = {};
+    float(&score)[2][4] = scores[0];  // of the group's halves
+    const auto step = [&](int t, int) {
+      const uint2 words = kQueryInRegisters ? query.step[kQueryInRegisters ? t : 0] : query_step(t);
+      return make_uint4(words.x, 0, words.y, 0);
     };
-    multiply_key_steps<T, kMaxHeadSteps, kStepsAtOnce>(step, keys, p.head_dim, score);
+    multiply_key_steps<T, kMaxHeadSteps, kStepsAtOnce>(step, keys, p.head_dim, scores);
     const ValueRow row = value_row(first, data + p.kv_block_positions * row_bytes, position);
     uint4 value[kStepsAtOnce];
     load_value_steps(row, lane, 0, p.head_dim, value);

@@ -37,8 +37,10 @@ __device__ __forceinline__ void prefetch_norms(const Params& p, int epoch) {
   bulk_prefetch(vector, (blockIdx.x < 4 ? p.hidden_size : p.head_dim) * 2);
 }
 
-template <typename Params, typename Control>
-__device__ __forceinline__ void clear_buffers(const Params& p, Control* control, int lane) {
+// then(epoch): what else the warp does in each epoch, whose buffers are clear.
+template <typename Params, typename Control, typename Then>
+__device__ __forceinline__ void clear_buffers(const Params& p, Control* control, int lane,
+                                              Then&& then) {
   static_assert(kLamportSets == 3);
   const int epochs = p.steps * epochs_per_step(p);
   for (int epoch = 0; epoch < epochs; ++epoch) {
@@ -50,14 +52,20 @@ __device__ __forceinline__ void clear_buffers(const Params& p, Control* control,
       prefetch_norms(p, epoch + 1);
     }
     __syncwarp();
-    if (epoch == 0) continue;
-    char* set = lamport_set(p, epoch - 1);
-    const uint4 not_ready = make_uint4(kNotReady, kNotReady, kNotReady, kNotReady);
-    for (int offset = (static_cast<int>(blockIdx.x) * 32 + lane) * 16; offset < p.layout.bytes;
-         offset += static_cast<int>(gridDim.x) * 32 * 16)
-      *reinterpret_cast<uint4*>(set + offset) = not_ready;
-    __syncwarp();
+    if (epoch > 0) {
+      char* set = lamport_set(p, epoch - 1);
+      const uint4 not_ready = make_uint4(kNotReady, kNotReady, kNotReady, kNotReady);
+      for (int offset = (static_cast<int>(blockIdx.x) * 32 + lane) * 16; offset < p.layout.bytes;
+           offset += static_cast<int>(gridDim.x) * 32 * 16)
+        *reinterpret_cast<uint4*>(set + offset) = not_ready;
+      __syncwarp();
+    }
+    then(epoch);
   }
+}
+template <typename Params, typename Control>
+__device__ __forceinline__ void clear_buffers(const Params& p, Control* control, int lane) {
+  clear_buffers(p, control, lane, [](int) {});
 }
 
 }  // namespace clusterfusion::cuda

@@ -171,7 +171,7 @@ __device__ __forceinline__ void attend_split(const StreamParams& p,
       .prepare(task, memory, team);
   if (thread < kZeroBytes / 4) reinterpret_cast<std::uint32_t*>(zeros)[thread] = 0;
   __syncthreads();
-  stream::AttentionShare<T, kHeadSteps> share(p.head_dim, lane, zeros);
+  stream::AttentionShare<T, kHeadSteps, 1> share(p.head_dim, lane, zeros);
   share.begin(task, memory);
   int stage = 0;
   GroupOrder order(warp, extent.begin, extent.end);
@@ -188,7 +188,7 @@ __device__ __forceinline__ void attend_split(const StreamParams& p,
         stream::store_fresh<T>(task, memory, p, first, ring.block_of(order.group()), lane);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
-    for (int r = 0; r < task.rows; ++r) share.keep(r, memory.state(r, which));
+    share.keep(task, memory, which);
   }
   __syncthreads();
   for (int r = 0; r < task.rows; ++r)
@@ -207,8 +207,9 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
   const int last = group.first_row + group.rows - 1;
   const int head = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.z);
   const Extent extent = extent_of(p, last, split, step, sm_count, static_cast<int>(gridDim.z));
-  const stream::AttentionTask task = stream::make_task(
-      group, p.row_table[group.sequence_first].position + step, head, split, extent.splits);
+  const stream::AttentionTask task =
+      stream::make_task(group, p.row_table[group.sequence_first].position + step, head, split,
+                        extent.splits, extent.end * GroupRing::kGroup);
   if (split >= extent.splits) return;
 
   const int ring_bytes = attention_ring_bytes(p.head_dim);
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
                               zeros + kZeroBytes);
 }
 
-// Grid: elements of a row by threads, rows.
+// Grid: pairs of a row's elements by threads, rows.
 template <typename T>
 __global__ void combine_kernel(const __grid_constant__ StreamParams p, std::int32_t layer,
                                std::int32_t step, std::int32_t sm_count) {
@@ -232,13 +233,14 @@ __global__ void combine_kernel(const __grid_constant__ StreamParams p, std::int3
   wait_for_dependencies();
   const int row = static_cast<int>(blockIdx.y);
   const int splits = splits_of(p, row, step, sm_count).splits;
-  const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int pair = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x), index = 2 * pair;
   if (splits == 1 || index >= p.num_heads * p.head_dim) return;
-  T* output = reinterpret_cast<T*>(p.lamport + p.layout.attention) +
-              2 * input_word(row, index / 2, input_lines(p.rows)) + index % 2;
-  const bool ablated = p.ablated.has_head(layer * p.num_heads + index / p.head_dim);
-  *output =
-      static_cast<T>(ablated ? 0.0f : stream::combine_splits(p, p.lamport, row, index, splits));
+  const float2 value = p.ablated.has_head(layer * p.num_heads + index / p.head_dim)
+                           ? make_float2(0.0f, 0.0f)
+                           : stream::Partials(p, p.lamport, row, index, splits).merge();
+  reinterpret_cast<std::uint32_t*>(p.lamport +
+                                   p.layout.attention)[input_word(row, pair, input_lines(p.rows))] =
+      pack<T>(value.x, value.y);
 }
 
 }  // namespace clusterfusion::cuda::gemm

@@ -38,7 +38,7 @@ GemmDecoder::GemmDecoder(const ModelConfig& config, const plan::KvPlan& kv,
       max_steps_(max_steps),
       attention_(config.dtype, config.head_dim, sm_count),
       params_(describe_model(config, cuts_, kv, weights, sm_count)),
-      tables_(kMaxGemmRows, max_positions / plan::kKvPagePositions + 1, 1) {
+      tables_({.rows = kMaxGemmRows, .pages = max_positions / plan::kKvPagePositions + 1}) {
   prepare_products(config.dtype);
   vectors_ = DeviceMemory(rows_layout(config, cuts_, sm_count, kMaxGemmRows).bytes,
                           "vectors of many rows");

@@ -46,7 +46,7 @@ RowsAttention::RowsAttention(DType dtype, std::int64_t head_dim, std::int32_t sm
   attend_ = kernels.attend;
   combine_ = kernels.combine;
   const plan::TaskLayout most =
-      plan::task_layout(head_dim, {plan::kTaskQueries, plan::kMaxSequenceRows});
+      plan::task_layout(head_dim, {plan::kQuadQueries, plan::kMaxSequenceRows});
   check(cudaFuncSetAttribute(attend_, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              gemm::attention_bytes(static_cast<std::int32_t>(head_dim), most)),
         "reserving shared memory for attention");
@@ -67,10 +67,10 @@ void RowsAttention::launch(const StreamParams& params, const plan::TaskExtent& e
   check(cudaLaunchKernelExC(how.config(), attend_, arguments), "starting attention of many rows");
   if (splits == 1) return;
   void* combine_arguments[] = {&copy, &the_layer, &the_step, &sm_count};
-  const auto elements = static_cast<unsigned>(params.num_heads * params.head_dim);
+  const auto pairs = static_cast<unsigned>(params.num_heads * params.head_dim / 2);
   const DependentLaunch combine(
-      dim3((elements + kThreads - 1) / kThreads, static_cast<unsigned>(params.rows)),
-      dim3(kThreads), 0, stream);
+      dim3((pairs + kThreads - 1) / kThreads, static_cast<unsigned>(params.rows)), dim3(kThreads),
+      0, stream);
   check(cudaLaunchKernelExC(combine.config(), combine_, combine_arguments),
         "starting the merging of splits");
 }

@@ -6,29 +6,33 @@
 
 namespace clusterfusion::device {
 
-// score += query keys, for the two halves of a group of 16 positions. query_step(t): step t of the
-// query, half of operand A, whose other half is zero; `keys`: where this lane's parts of the
+// score[o] += queries of operand o times keys, for the two halves of a group of 16 positions.
+// query_step(t, o): step t of these queries as operand A; `keys`: where this lane's parts of the
 // halves' rows lie. `kAtOnce` of the head's `kSteps` steps are under way together.
-template <typename T, int kSteps, int kAtOnce, typename QueryStep>
+template <typename T, int kSteps, int kAtOnce, int kOperands, typename QueryStep>
 __device__ __forceinline__ void multiply_key_steps(QueryStep&& query_step,
                                                    const std::uint32_t (&keys)[2], int head_dim,
-                                                   float (&score)[2][4]) {
+                                                   float (&score)[kOperands][2][4]) {
 #pragma unroll
   for (int begin = 0; begin < kSteps; begin += kAtOnce) {
-    uint2 part[kAtOnce], key[kAtOnce][2];
+    uint4 query[kAtOnce][kOperands];
+    uint2 key[kAtOnce][2];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       const int t = begin + i;
-      part[i] = query_step(t);
+#pragma unroll
+      for (int o = 0; o < kOperands; ++o) query[i][o] = query_step(t, o);
       const bool is_there = 16 * t < head_dim;
       key[i][0] = load_shared_2_if(keys[0] + t * 32, is_there);
       key[i][1] = load_shared_2_if(keys[1] + t * 32, is_there);
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const uint4 operand = make_uint4(part[i].x, 0, part[i].y, 0);
-      mma_16x8x16<T>(score[0], operand, key[i][0].x, key[i][0].y);
-      mma_16x8x16<T>(score[1], operand, key[i][1].x, key[i][1].y);
+#pragma unroll
+      for (int o = 0; o < kOperands; ++o) {
+        mma_16x8x16<T>(score[o][0], query[i][o], key[i][0].x, key[i][0].y);
+        mma_16x8x16<T>(score[o][1], query[i][o], key[i][1].x, key[i][1].y);
+      }
     }
   }
 }

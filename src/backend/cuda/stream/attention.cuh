@@ -10,10 +10,12 @@
 #include "backend/cuda/stream/attention_schedule.cuh"
 #include "backend/cuda/stream/attention_share.cuh"
 #include "backend/cuda/stream/consumer.cuh"
+#include "backend/cuda/stream/partial_sums.cuh"
 
 namespace clusterfusion::cuda::stream {
 
-template <typename T, int kMaxSteps>
+// `kMaxSteps`: 16-wide steps of a head, `kTaskQueries`: queries of a task (4, 8 or 16), at most.
+template <typename T, int kMaxSteps, int kTaskQueries>
 class Attention {
  public:
   __device__ __forceinline__ explicit Attention(Consumer& consumer) : c(consumer) {}
@@ -23,7 +25,9 @@ class Attention {
   __device__ __forceinline__ void plan_step(int step) const {
     if (c.warp == 0) {
       const bool has_group = c.lane < c.p.groups;
-      const int splits = has_group ? splits_of_group(c.p, *c.control, c.lane, step).splits : 0;
+      plan::AttentionSplits cut;
+      if (has_group) cut = splits_of_group(c.p, *c.control, c.lane, step);
+      const int splits = has_group ? cut.splits : 0;
       int before = 0;  // tasks of the groups before
       for (int index = 0; index < c.p.groups; ++index) {
         const int its_splits = __shfl_sync(kAllLanes, splits, index);
@@ -34,29 +38,47 @@ class Attention {
       const unsigned have = __ballot_sync(kAllLanes, has_task);
       if (has_task) {
         const RowGroup& group = c.control->groups[c.lane];
+        const int split = task % splits;
         c.control->tasks[__popc(have & ((1u << c.lane) - 1))] =
             make_task(group, c.control->rows[group.sequence_first].position + step, task / splits,
-                      task % splits, splits);
+                      split, splits, (split + 1) * cut.blocks_per_split * c.p.kv_block_positions);
       }
       if (c.lane == 0) c.control->num_tasks = __popc(have);
     }
     c.barrier();
   }
 
-  // All tasks of this block in this layer. Where they lie in scratch must be free.
-  __device__ __forceinline__ void run(int layer) {
+  // All tasks of this block in this layer. Where partial sums lie in their memory, this waits for
+  // the reducers, as late as it can.
+  __device__ __forceinline__ void run(int layer, const PartialWriter& partials) {
+    if (!c.p.keeps_inputs) partials.drain();
     c.make_indices_opaque();
-    Share share(c.p.head_dim, c.lane, &c.control->zeros);
-    const int count = c.control->num_tasks;
-    for (int first = 0; first < count; first += c.p.task_slots)
-      run_batch(first, min(c.p.task_slots, count - first), layer, share);
+    constexpr int kMaxQuads = kTaskQueries / plan::kQuadQueries;
+    // The kernel for four quads is launched for no fewer: code for them would cost registers.
+    if constexpr (kMaxQuads == 4)
+      run_tasks<4>(layer, partials);
+    else if (c.p.task_queries > plan::kQuadQueries)
+      run_tasks<kMaxQuads>(layer, partials);
+    else
+      run_tasks<1>(layer, partials);
     c.barrier();
   }
 
  private:
-  using Share = AttentionShare<T, kMaxSteps>;
+  template <int kQuads>
+  using Share = AttentionShare<T, kMaxSteps, kQuads>;
+  static constexpr int kGroup = Share<1>::kGroup;
 
-  __device__ __forceinline__ void run_batch(int first, int count, int layer, Share& share) {
+  template <int kQuads>
+  __device__ __forceinline__ void run_tasks(int layer, const PartialWriter& partials) {
+    Share<kQuads> share(c.p.head_dim, c.lane, &c.control->zeros);
+    const int count = c.control->num_tasks;
+    for (int first = 0; first < count; first += c.p.task_slots)
+      run_batch(first, min(c.p.task_slots, count - first), layer, share, partials);
+  }
+  template <int kQuads>
+  __device__ __forceinline__ void run_batch(int first, int count, int layer, Share<kQuads>& share,
+                                            const PartialWriter& partials) {
     // A team of warps prepares and merges a task. Of three tasks' eight warps two have none.
     const int warps = count == 1   ? plan::kConsumerWarps
                       : count == 2 ? plan::kConsumerWarps / 2
@@ -69,8 +91,8 @@ class Attention {
     c.barrier();
     for (int i = 0; i < count; ++i)
       // The warps take the shares in turn, so that none has the longest each time.
-      compute(c.control->tasks[first + i], memory_of(i), (c.warp + i) % plan::kConsumerWarps,
-              share);
+      compute(c.control->tasks[first + i], memory_of(i), (c.warp + i) % plan::kConsumerWarps, share,
+              partials);
     c.barrier();
     if (own < count) merge(c.control->tasks[first + own], memory_of(own), layer, team);
   }
@@ -78,7 +100,7 @@ class Attention {
   __device__ __forceinline__ void merge(const AttentionTask task, const TaskMemory<T>& memory,
                                         int layer, const Team& team) {
     const bool ablated = c.p.ablated.has_head(layer * c.p.num_heads + task.head);
-    const int parts = min(task.rows < 3 ? task.rows : 4, team.threads / 32);
+    const int parts = min(task.rows < 3 ? task.rows : task.rows <= 4 ? 4 : 8, team.threads / 32);
     const int threads = team.threads / parts;
     const int own = team.thread / threads;
     for (int r = own; r < task.rows; r += parts)
@@ -89,8 +111,10 @@ class Attention {
   }
 
   // A share of the task whose blocks come next.
+  template <int kQuads>
   __device__ __forceinline__ void compute(const AttentionTask task, const TaskMemory<T>& memory,
-                                          int which, Share& share) {
+                                          int which, Share<kQuads>& share,
+                                          const PartialWriter& partials) {
     share.begin(task, memory);
     // What the scheduler has announced: the first of the task's KV blocks, and the end.
     const RingLabel blocks = c.next.label;
@@ -100,22 +124,24 @@ class Attention {
       c.ring.release(c.lane);
     }
     c.await_announcement();
-    for (int r = 0; r < task.rows; ++r) share.keep(r, memory.state(r, which));
+    if (!c.p.keeps_tasks) partials.drain();
+    share.keep(task, memory, which);
   }
 
   // The share's group of positions of one block, which has landed.
+  template <int kQuads>
   __device__ __forceinline__ void attend_block(const AttentionTask& task,
                                                const TaskMemory<T>& memory, int block, int which,
-                                               Share& share) {
-    const int groups = c.p.kv_block_positions / Share::kGroup;
+                                               Share<kQuads>& share) {
+    const int groups = c.p.kv_block_positions / kGroup;
     const int group = (which - block * groups) & (plan::kConsumerWarps - 1);
-    const int first = block * c.p.kv_block_positions + group * Share::kGroup;
+    const int first = block * c.p.kv_block_positions + group * kGroup;
     if (group >= groups || first > task.last_position()) return;
     const int row_bytes = c.p.head_dim * 2;
-    const std::uint32_t keys = c.ring.data() + group * Share::kGroup * row_bytes;
+    const std::uint32_t keys = c.ring.data() + group * kGroup * row_bytes;
     share.attend(task, first, keys, keys + c.p.kv_block_positions * row_bytes);
     // The producers of later steps wait for it, and have the fence.
-    if (task.position(0) < first + Share::kGroup)
+    if (task.position(0) < first + kGroup)
       store_fresh<T>(task, memory, c.p, first, reinterpret_cast<char*>(c.ring.copied_from()),
                      c.lane);
   }

@@ -1,8 +1,10 @@
 // One share of a task of attention, by one warp: an online softmax over its groups of positions.
 //
 // Precision: what rounding takes from a query and from the softmax's weights has operand rows and
-// columns of its own. Query r of a task has rows 2 r and 2 r + 1 of operand A of the scores, and
-// its weights columns 2 r and 2 r + 1 of operand B of the outputs.
+// columns of its own. The task's queries are taken in quads. Query r of a quad has rows 2 r and
+// 2 r + 1 of half an operand A of the scores, the other half is another quad's or zero; and its
+// weights have columns 2 r and 2 r + 1 of operand B of the quad's outputs. All quads share what was
+// loaded of keys and values.
 #pragma once
 
 #include "backend/cuda/numeric/attention_operands.cuh"
@@ -14,13 +16,14 @@
 
 namespace clusterfusion::cuda::stream {
 
-// `kMaxSteps`: 16-wide steps of a head, at most.
-template <typename T, int kMaxSteps>
+// `kMaxSteps`: 16-wide steps of a head, at most; `kQuads`: of the task's queries, 1, 2 or 4.
+template <typename T, int kMaxSteps, int kQuads>
 class AttentionShare {
  public:
   // Positions that a warp takes at once, in two halves of 8.
   static constexpr int kGroup = plan::kMinKvBlockPositions;
   static_assert(kGroup == 16);
+  static_assert(kQuads == 1 || kQuads == 2 || kQuads == 4);
 
   // `zeros`: 16 bytes of them, in shared memory.
   __device__ __forceinline__ AttentionShare(int head_dim, int lane, const void* zeros)
@@ -32,22 +35,25 @@ class AttentionShare {
 
   __device__ __forceinline__ void begin(const AttentionTask& task, const TaskMemory<T>& memory) {
     fresh_ = shared_address(memory.fresh(0));
-    // Row g of operand A: lanes whose row has no query multiply by zero.
     query_ = shared_address(memory.query(0)) + (g_ * head_dim_ + 4 * q_) * 2;
-    has_query_ = g_ < 2 * task.rows;
-    if constexpr (kQueryInRegisters) {
+    query_rows_ = 2 * task.rows;
+    if constexpr (kQueriesInRegisters) {
 #pragma unroll
-      for (int t = 0; t < kMaxSteps; ++t) step_[t] = query_step(t);
+      for (int t = 0; t < kMaxSteps; ++t)
+#pragma unroll
+        for (int o = 0; o < kOperands; ++o) step_[t][o] = query_step(t, o);
     }
     clear();
   }
   // Begins another share.
   __device__ __forceinline__ void clear() {
-    maximum_ = -INFINITY;
-    sum_ = 0.0f;
 #pragma unroll
-    for (int t = 0; t < kMaxSteps; ++t)
-      output_[t][0] = output_[t][1] = output_[t][2] = output_[t][3] = 0.0f;
+    for (Quad& quad : quads_) {
+      quad.maximum = -INFINITY;
+      quad.sum = 0.0f;
+#pragma unroll
+      for (float(&output)[4] : quad.output) output[0] = output[1] = output[2] = output[3] = 0.0f;
+    }
   }
 
   // A group of positions from `first` on, whose keys and values lie at these addresses in shared
@@ -55,69 +61,96 @@ class AttentionShare {
   // product with values.
   __device__ __forceinline__ void attend(const AttentionTask& task, int first, std::uint32_t keys,
                                          std::uint32_t values) {
-    float score[2][4] = {};  // of the group's halves
+    float score[kOperands][2][4] = {};  // of the group's halves
     multiply_keys(task, first, keys, score);
     const ValueRow row = value_row(task, first, values);
     uint4 value[kStepsAtOnce];
     load_value_steps(row, lane_, 0, head_dim_, value);
-    std::uint32_t weights[2];
-    const float correction = weigh(first, task, score, weights);
+    std::uint32_t weights[kQuads][2];
+    float correction[kQuads];
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i)
+      correction[i] = weigh(first, task, i, score[i / 2], weights[i]);
 #pragma unroll
     for (int begin = 0; begin < kMaxSteps; begin += kStepsAtOnce) {
       if (begin > 0) load_value_steps(row, lane_, begin, head_dim_, value);
 #pragma unroll
-      for (int i = 0; i < kStepsAtOnce; ++i) {
-        float(&output)[4] = output_[begin + i];
-        for (float& element : output) element *= correction;
-        mma_16x8x16<T>(output, value[i], weights[0], weights[1]);
+      for (int t = 0; t < kStepsAtOnce; ++t) {
+#pragma unroll
+        for (int i = 0; i < kQuads; ++i) {
+          float(&output)[4] = quads_[i].output[begin + t];
+          for (float& element : output) element *= correction[i];
+          mma_16x8x16<T>(output, value[t], weights[i][0], weights[i][1]);
+        }
       }
     }
   }
 
-  // Leaves what was found for query r: maximum, sum, and the output, not normalised.
-  __device__ __forceinline__ void keep(int r, float* state) const {
-    const float sum = warp_sum<4>(sum_);
+  // Leaves what was found for each query in the state of share `which`: maximum, sum, and the
+  // output, not normalised.
+  __device__ __forceinline__ void keep(const AttentionTask& task, const TaskMemory<T>& memory,
+                                       int which) const {
 #pragma unroll
-    for (int t = 0; t < kMaxSteps; ++t) {
-      if (16 * t >= head_dim_ || q_ != r) continue;
-      state[2 + 16 * t + g_] = both_parts(output_[t][0], output_[t][1]);
-      state[2 + 16 * t + g_ + 8] = both_parts(output_[t][2], output_[t][3]);
-    }
-    if (lane_ == 8 * r) {
-      state[0] = maximum_;
-      state[1] = sum;
+    for (int i = 0; i < kQuads; ++i) {
+      const float sum = warp_sum<4>(quads_[i].sum);
+      const int left = min(task.rows - 4 * i, 4);
+      if (q_ < left) {
+        float* state = memory.state(4 * i + q_, which);
+#pragma unroll
+        for (int t = 0; t < kMaxSteps; ++t) {
+          if (16 * t >= head_dim_) continue;
+          const float(&output)[4] = quads_[i].output[t];
+          state[2 + 16 * t + g_] = both_parts(output[0], output[1]);
+          state[2 + 16 * t + g_ + 8] = both_parts(output[2], output[3]);
+        }
+      }
+      if (lane_ % 8 == 0 && lane_ / 8 < left) {
+        float* state = memory.state(4 * i + lane_ / 8, which);
+        state[0] = quads_[i].maximum;
+        state[1] = sum;
+      }
     }
   }
 
  private:
-  // Wide heads have no registers left for the query.
-  static constexpr bool kQueryInRegisters = kMaxSteps <= 8;
+  static constexpr int kOperands = (kQuads + 1) / 2;
+  // Of wide heads, and of many queries, there are no registers left for the queries.
+  static constexpr bool kQueriesInRegisters = kMaxSteps * kQuads <= 10;
   // Steps of a head whose keys, or values, are under way together. What is behind the head's end is
   // zero: no branch keeps loads and products apart.
-  static constexpr int kStepsAtOnce = kMaxSteps <= 5 ? kMaxSteps : 4;
+  static constexpr int kStepsAtOnce = kQuads == 4 ? 1 : kMaxSteps <= 5 ? kMaxSteps : 4;
   static_assert(kMaxSteps % kStepsAtOnce == 0);
 
-  __device__ __forceinline__ uint2 query_step(int t) const {
-    return load_shared_2_if(query_ + t * 32, has_query_ && 16 * t < head_dim_);
+  // Step t of the queries of operand o.
+  __device__ __forceinline__ uint4 query_step(int t, int o) const {
+    const uint2 low = words_of_query(t, 2 * o);
+    const uint2 high = kQuads == 1 ? make_uint2(0, 0) : words_of_query(t, 2 * o + 1);
+    return make_uint4(low.x, high.x, low.y, high.y);
+  }
+  // Lanes whose row has no query multiply by zero.
+  __device__ __forceinline__ uint2 words_of_query(int t, int quad) const {
+    return load_shared_2_if(query_ + t * 32 + quad * 16 * head_dim_,
+                            8 * quad + g_ < query_rows_ && 16 * t < head_dim_);
   }
 
-  // score += query keys, for the two halves of a group.
+  // score += queries keys, for the two halves of a group.
   __device__ __forceinline__ void multiply_keys(const AttentionTask& task, int first,
-                                                std::uint32_t keys, float (&score)[2][4]) const {
+                                                std::uint32_t keys,
+                                                float (&score)[kOperands][2][4]) const {
     const int row_bytes = head_dim_ * 2;
     std::uint32_t row[2];  // of position g of each half
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int fresh = first + 8 * half + g_ - task.first_position;
       row[half] = fresh < 0 ? keys + (8 * half + g_) * row_bytes
-                            : fresh_ + min(fresh, task.fresh_rows() - 1) * 2 * row_bytes;
+                            : fresh_ + min(fresh, task.fresh_rows - 1) * 2 * row_bytes;
       row[half] += q_ * 8;
     }
-    const auto step = [&](int t) {
-      if constexpr (kQueryInRegisters)
-        return step_[t];
+    const auto step = [&](int t, int o) {
+      if constexpr (kQueriesInRegisters)
+        return step_[t][o];
       else
-        return query_step(t);
+        return query_step(t, o);
     };
     multiply_key_steps<T, kMaxSteps, kStepsAtOnce>(step, row, head_dim_, score);
   }
@@ -128,22 +161,26 @@ class AttentionShare {
     const int row = value_position(lane_);
     const int fresh = first + row - task.first_position;
     if (fresh < 0) return {values + row * head_dim_ * 2, ~0u};
-    if (fresh < task.fresh_rows()) return {fresh_ + (2 * fresh + 1) * head_dim_ * 2, ~0u};
+    if (fresh < task.fresh_rows) return {fresh_ + (2 * fresh + 1) * head_dim_ * 2, ~0u};
     return {zeros_, 0u};
   }
 
-  // From the scores of a group, which begins at position `first`, the weights of its values as
-  // operand B. Updates the state but for its outputs; returns what these are to be multiplied by.
-  __device__ __forceinline__ float weigh(int first, const AttentionTask& task, float (&score)[2][4],
-                                         std::uint32_t (&weights)[2]) {
+  // From a quad's scores of a group, which begins at position `first`, the weights of its values as
+  // operand B. Updates the quad's state but for its outputs; returns what these are to be
+  // multiplied by.
+  __device__ __forceinline__ float weigh(int first, const AttentionTask& task, int quad,
+                                         float (&score)[2][4], std::uint32_t (&weights)[2]) {
     const bool is_second_part = g_ % 2 != 0;
-    const int position = task.position(g_ / 2);
-    float maximum = maximum_;
+    const int query = 4 * quad + g_ / 2;
+    const int low = quad % 2 * 2;  // of the scores, those of the quad's half of its operand
+    const int position = task.position(query);
+    Quad& state = quads_[quad];
+    float maximum = state.maximum;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float& own = score[half][i];
+        float& own = score[half][low + i];
         const float other = __shfl_xor_sync(kAllLanes, own, 4);
         own = is_second_part ? both_parts(other, own) : both_parts(own, other);
         if (first + 8 * half + 2 * q_ + i > position) own = -INFINITY;
@@ -153,15 +190,15 @@ class AttentionShare {
     maximum = warp_max<4>(maximum);
     // A query that has seen nothing yet has no maximum to take away.
     const float base = maximum == -INFINITY ? 0.0f : maximum;
-    const float correction = exp2_approximately(maximum_ - base);
-    maximum_ = maximum;
-    sum_ = __fmul_rn(sum_, correction);
-    const bool is_valid = g_ / 2 < task.rows;
+    const float correction = exp2_approximately(state.maximum - base);
+    state.maximum = maximum;
+    state.sum = __fmul_rn(state.sum, correction);
+    const bool is_valid = query < task.rows;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float weight0 = is_valid ? exp2_approximately(score[half][0] - base) : 0.0f;
-      const float weight1 = is_valid ? exp2_approximately(score[half][1] - base) : 0.0f;
-      sum_ += weight0 + weight1;
+      const float weight0 = is_valid ? exp2_approximately(score[half][low] - base) : 0.0f;
+      const float weight1 = is_valid ? exp2_approximately(score[half][low + 1] - base) : 0.0f;
+      state.sum += weight0 + weight1;
       weights[half] = pack<T>(weight0, weight1);
       const float2 rounded = unpack<T>(weights[half]);
       if (is_second_part) weights[half] = pack<T>(weight0 - rounded.x, weight1 - rounded.y);
@@ -171,13 +208,16 @@ class AttentionShare {
 
   int head_dim_, lane_, g_, q_;
   std::uint32_t zeros_, fresh_ = 0, query_ = 0;  // addresses in shared memory
-  bool has_query_ = false;
-  uint2 step_[kQueryInRegisters ? kMaxSteps : 1];
+  int query_rows_ = 0;                           // of the operands, that hold a query
+  uint4 step_[kQueriesInRegisters ? kMaxSteps : 1][kOperands];
   // Of the online softmax; base-2 logarithms.
-  float maximum_;  // of query g / 2
-  float sum_;      // of query g / 2: this lane's columns
-  // Of query q: [0] + [1] is dimension 16 t + g, [2] + [3] 16 t + g + 8.
-  float output_[kMaxSteps][4];
+  struct Quad {
+    float maximum;  // of query g / 2
+    float sum;      // of query g / 2: this lane's columns
+    // Of query q: [0] + [1] is dimension 16 t + g, [2] + [3] 16 t + g + 8.
+    float output[kMaxSteps][4];
+  };
+  Quad quads_[kQuads];
 };
 
 // Puts the keys and values of a task's rows at positions `first` .. + 15 into the cache, where
@@ -187,14 +227,15 @@ __device__ __forceinline__ void store_fresh(const AttentionTask& task, const Tas
                                             const StreamParams& p, int first, char* block,
                                             int lane) {
   const int begin = max(first, task.position(0));
-  const int end = min(first + AttentionShare<T, 1>::kGroup, task.last_position() + 1);
+  const int end = min(first + AttentionShare<T, 1, 1>::kGroup, task.last_position() + 1);
+  // Half a warp has the key, the other one the value, 16 bytes a lane.
+  const int is_value = lane / 16, vectors = p.head_dim / 8;
+  const int before = is_value * p.kv_block_positions + first % p.kv_block_positions - first;
   for (int position = begin; position < end; ++position) {
-    const T* key = memory.fresh(position - task.first_position);
-    T* to = reinterpret_cast<T*>(block) + position % p.kv_block_positions * p.head_dim;
-    for (int dim = lane; dim < p.head_dim; dim += 32) {
-      to[dim] = key[dim];
-      to[p.kv_block_positions * p.head_dim + dim] = key[p.head_dim + dim];
-    }
+    const auto* from = reinterpret_cast<const uint4*>(memory.fresh(position - task.first_position) +
+                                                      is_value * p.head_dim);
+    auto* to = reinterpret_cast<uint4*>(block) + (before + position) * vectors;
+    for (int i = lane % 16; i < vectors; i += 16) to[i] = from[i];
   }
 }
 

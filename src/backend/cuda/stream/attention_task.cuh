@@ -1,5 +1,5 @@
-// A task of attention: a split of one head's context for one group of rows, up to four rows of one
-// sequence at consecutive positions, each of which sees its own past only.
+// A task of attention: a split of one head's context for one group of rows, that is some rows of
+// one sequence at consecutive positions, each of which sees its own past only.
 //
 // Positions are taken in groups of 16. Group n of the context belongs to share n % 8, and every
 // share has an online softmax of its own; at the end the shares are merged in their order. So it
@@ -18,8 +18,7 @@ struct AttentionTask {
   int first_row, rows;  // of the step: the queries
   int first_fresh;      // first row of the step that is of the same sequence
   int first_position;   // of row first_fresh
-  // Rows whose keys and values are not in the cache yet.
-  __device__ __forceinline__ int fresh_rows() const { return first_row + rows - first_fresh; }
+  int fresh_rows;       // whose keys and values are not in the cache yet; 0: the split has none
   // Of query r.
   __device__ __forceinline__ int position(int r) const {
     return first_position + (first_row - first_fresh) + r;
@@ -27,10 +26,12 @@ struct AttentionTask {
   __device__ __forceinline__ int last_position() const { return position(rows - 1); }
 };
 
-// `position`: of the first row of the group's sequence in this step.
+// `position`: of the first row of the group's sequence in this step; `end`: the split has positions
+// below it.
 __device__ __forceinline__ AttentionTask make_task(const RowGroup& group, int position, int head,
-                                                   int split, int splits) {
-  return {head, split, splits, group.first_row, group.rows, group.sequence_first, position};
+                                                   int split, int splits, int end) {
+  const int fresh = end > position ? group.first_row + group.rows - group.sequence_first : 0;
+  return {head, split, splits, group.first_row, group.rows, group.sequence_first, position, fresh};
 }
 
 // Threads that do something for a task together.
@@ -47,7 +48,7 @@ class TaskMemory {
 
   // Query r, and head_dim behind it what rounding took from it.
   __device__ __forceinline__ T* query(int r) const {
-    return reinterpret_cast<T*>(memory_) + r * 2 * p_.head_dim;
+    return reinterpret_cast<T*>(memory_ + p_.task_layout.queries) + r * 2 * p_.head_dim;
   }
   // The key of fresh row f, and head_dim behind it its value.
   __device__ __forceinline__ T* fresh(int f) const {
@@ -55,7 +56,7 @@ class TaskMemory {
   }
   // What a share has found for query r: maximum, sum, and the output, not normalised.
   __device__ __forceinline__ float* state(int r, int share) const {
-    return reinterpret_cast<float*>(memory_ + p_.task_layout.states) +
+    return reinterpret_cast<float*>(memory_) +
            (r * plan::kConsumerWarps + share) * (p_.head_dim + 2);
   }
 

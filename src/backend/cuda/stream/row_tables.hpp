@@ -15,8 +15,14 @@ namespace clusterfusion::cuda {
 
 class RowTables {
  public:
-  // Room for `count` tables of up to `max_rows` rows, whose sequences have up to `max_pages` pages.
-  RowTables(std::int32_t max_rows, std::int64_t max_pages, std::int32_t count);
+  // What there is room for, at most.
+  struct Extent {
+    std::int32_t rows;
+    std::int64_t pages;  // of a sequence
+    std::int32_t tables = 1;
+    std::int32_t task_queries = plan::kQuadQueries;
+  };
+  explicit RowTables(const Extent& most);
 
   // Sends table `index`, and points `params` at it. `params` says how attention is split. Returns
   // what its tasks have at most.
@@ -28,8 +34,7 @@ class RowTables {
  private:
   void fill(std::span<const DecodeRow> rows, char* host, const char* device);
 
-  std::int32_t max_rows_, count_;
-  std::int64_t max_pages_;
+  Extent most_;
   std::int64_t groups_, pages_, bytes_;  // offsets in a table
   DeviceMemory device_;
   PinnedMemory host_;

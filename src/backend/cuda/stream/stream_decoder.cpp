@@ -19,8 +19,19 @@ constexpr std::int32_t kTicketBytes = 40960;
 // lost 5 %.)
 constexpr std::int32_t kLargeTicketBytes = 163840, kLargeStaticPercent = 80;
 
-constexpr std::int32_t operand_index(std::int32_t operand_rows) {
-  return operand_rows == 8 ? 0 : 1;
+const void* find_kernel(const ModelConfig& config, std::int32_t pieces, std::int32_t rows,
+                        std::int32_t task_queries) {
+  return find_stream_kernel(config.dtype, config.head_dim,
+                            {plan::operand_rows(rows), pieces, task_queries});
+}
+
+// Of attention's tasks, at most, of those that the build has kernels for.
+std::int32_t most_task_queries(const ModelConfig& config, std::int32_t pieces) {
+  std::int32_t queries = plan::max_task_queries(config.head_dim);
+  while (queries > plan::kQuadQueries &&
+         find_kernel(config, pieces, plan::kMaxRows, queries) == nullptr)
+    queries /= 2;
+  return queries;
 }
 
 }  // namespace
@@ -30,7 +41,7 @@ bool StreamDecoder::supports(const ModelConfig& config, const plan::KvPlan& kv,
   if (!has_warpgroups(properties)) return false;
   try {
     const auto plan = plan::make_stream_plan(config, kv, limits_of(properties));
-    return find_stream_kernel(config.dtype, 16, plan.pieces, config.head_dim) != nullptr;
+    return find_kernel(config, plan.pieces, plan::kMaxRows, 1) != nullptr;
   } catch (const Error&) {
     return false;
   }
@@ -44,15 +55,18 @@ StreamDecoder::StreamDecoder(const ModelConfig& config, const plan::KvPlan& kv,
       limits_(limits_of(properties)),
       max_steps_(max_steps),
       params_(describe_model(config, plan_, kv, weights, limits_.sm_count)),
-      tables_(plan::kMaxRows, max_positions / plan::kKvPagePositions + 1, max_steps) {
-  for (const std::int32_t operand_rows : {8, 16}) {
-    const void*& kernel = kernels_[operand_index(operand_rows)];
-    kernel = find_stream_kernel(config.dtype, operand_rows, plan_.pieces, config.head_dim);
-    if (kernel == nullptr) continue;
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(properties.sharedMemPerBlockOptin)),
-          "reserving shared memory");
-  }
+      tables_({.rows = plan::kMaxRows,
+               .pages = max_positions / plan::kKvPagePositions + 1,
+               .tables = max_steps,
+               .task_queries = most_task_queries(config, plan_.pieces)}) {
+  for (const std::int32_t rows : {1, plan::kMaxRows})
+    for (const std::int32_t task_queries : {1, most_task_queries(config, plan_.pieces)}) {
+      const void* kernel = find_kernel(config, plan_.pieces, rows, task_queries);
+      if (kernel == nullptr) continue;
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(properties.sharedMemPerBlockOptin)),
+            "reserving shared memory");
+    }
   describe_ring();
   const std::int64_t tickets =
       max_steps * stream_tickets(config.num_layers, config.parallel_residual);
@@ -106,9 +120,11 @@ void StreamDecoder::launch(std::span<const DecodeRow> rows, const plan::TaskExte
   params_.stages = memory.stages;
   params_.scratch_bytes = static_cast<std::int32_t>(memory.scratch_bytes);
   params_.task_layout = memory.task;
+  params_.task_queries = extent.queries;
   params_.task_slots = memory.task_slots;
   params_.tasks_offset = static_cast<std::int32_t>(memory.tasks_offset);
   params_.keeps_tasks = memory.keeps_tasks;
+  params_.keeps_inputs = memory.keeps_inputs;
   check(cudaMemsetAsync(counters_.as<>(), 0, counters_.bytes(), stream), "clearing counters");
   check(cudaMemsetAsync(lamport_.as<>(), 0xff,
                         static_cast<std::size_t>(kLamportSets) * params_.layout.bytes, stream),
@@ -117,7 +133,7 @@ void StreamDecoder::launch(std::span<const DecodeRow> rows, const plan::TaskExte
   const std::int32_t parts = plan_.mlp_down.parts;
   params_.folds_parts =
       (parts == 2 || parts == 4) && count * (parts + 1) <= plan::operand_rows(count);
-  const void* kernel = kernels_[operand_index(plan::operand_rows(count))];
+  const void* kernel = find_kernel(config_, plan_.pieces, count, extent.queries);
   launch_stream(kernel, params_, limits_.sm_count, memory.shared_bytes, stream);
 }
 

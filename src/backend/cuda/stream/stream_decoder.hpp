@@ -65,7 +65,6 @@ class StreamDecoder final : public RowDecoder {
   std::int32_t max_steps_;
   StreamParams params_;
   RowTables tables_;
-  const void* kernels_[2] = {};  // for 8 and 16 operand rows
   DeviceMemory counters_, lamport_, residual_, logits_, chosen_;
 };
 

@@ -4,19 +4,19 @@
 
 namespace clusterfusion::cuda {
 
-// The instances that the build has made, those for narrow heads first: ROWS_INSTANCE(dtype, operand
-// rows, pieces, head steps) for each.
-#define ROWS_INSTANCE(dtype, operand_rows, pieces, head_steps) \
-  const void* stream_kernel_##dtype##_##operand_rows##_##pieces##_##head_steps();
+// The instances that the build has made, those for narrow heads and few queries first:
+// ROWS_INSTANCE(dtype, operand rows, pieces, head steps, task queries) for each.
+#define ROWS_INSTANCE(dtype, operand_rows, pieces, head_steps, task_queries) \
+  const void* stream_kernel_##dtype##_##operand_rows##_##pieces##_##head_steps##_##task_queries();
 #include "rows_instances.inc"
 #undef ROWS_INSTANCE
 
-const void* find_stream_kernel(DType dtype, std::int32_t operand_rows, std::int32_t pieces,
-                               std::int64_t head_dim) {
-#define ROWS_INSTANCE(type, its_rows, its_pieces, head_steps)                     \
-  if (dtype == DType::type && operand_rows == its_rows && pieces == its_pieces && \
-      head_dim <= 16 * (head_steps))                                              \
-    return stream_kernel_##type##_##its_rows##_##its_pieces##_##head_steps();
+const void* find_stream_kernel(DType dtype, std::int64_t head_dim, const StreamKernelShape& shape) {
+#define ROWS_INSTANCE(type, operand_rows_, pieces_, head_steps, task_queries_) \
+  if (dtype == DType::type && head_dim <= 16 * (head_steps) &&                 \
+      shape.operand_rows == operand_rows_ && shape.pieces == pieces_ &&        \
+      shape.task_queries <= task_queries_)                                     \
+    return stream_kernel_##type##_##operand_rows_##_##pieces_##_##head_steps##_##task_queries_();
 #include "rows_instances.inc"
 #undef ROWS_INSTANCE
   return nullptr;

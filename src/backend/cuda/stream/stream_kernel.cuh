@@ -8,7 +8,8 @@
 //   1 work scheduler   announces which pieces of weights and KV blocks come into the ring; it needs
 //                      no result to know that, so memory never waits
 //   1 producer         copies them with bulk copies
-//   1 buffer clearer   makes Lamport buffers, which carry results between blocks, usable again
+//   1 buffer clearer   makes Lamport buffers, which carry results between blocks, usable again,
+//                      and is a split combiner
 //   1 split combiner   merges the splits of a long context's attention
 //   4 reducers         add up the consumers' partial sums of a chunk, and run the epilogue
 // Every sum has a fixed order, whoever makes it, so the same input gives the same bits. There is no
@@ -42,7 +43,7 @@ struct Registers {
   static constexpr int kReducer = 512 - 2 * kConsumer - kScheduler;
 };
 
-template <typename T, int kOperandRows, int kPieces, int kHeadSteps>
+template <typename T, int kOperandRows, int kPieces, int kHeadSteps, int kTaskQueries>
 class DecodeStep {
  public:
   // Two elements a thread and pair: 512 of hidden_size, which is at most 5120.
@@ -50,7 +51,7 @@ class DecodeStep {
 
   using Residual = stream::Residual<T, kPairs>;
   using Product = MatrixProduct<T, kOperandRows, kPieces>;
-  using Attention = stream::Attention<T, kHeadSteps>;
+  using Attention = stream::Attention<T, kHeadSteps, kTaskQueries>;
 
   // The parts are variables of their own: an object that held a part and a reference to it would
   // lie in memory, not in registers.
@@ -94,10 +95,7 @@ class DecodeStep {
         c.mark(StreamPoint::normalised);
       }
       if (phase.attention_before) {
-        if (c.is_next(kAttentionPhase)) {
-          if (!c.p.keeps_tasks) product.partials.drain();
-          attention.run(layer);
-        }
+        if (c.is_next(kAttentionPhase)) attention.run(layer, product.partials);
         c.mark(StreamPoint::attention);
       }
       product.run(index, index == 0 ? StreamPoint::first_input : StreamPoint::second_input);
@@ -114,7 +112,7 @@ class DecodeStep {
   Attention& attention;
 };
 
-template <typename T, int kOperandRows, int kPieces, int kHeadSteps>
+template <typename T, int kOperandRows, int kPieces, int kHeadSteps, int kTaskQueries>
 __global__ void __launch_bounds__(kStreamBlockThreads, 1)
     stream_kernel(const __grid_constant__ StreamParams params) {
   if constexpr (!kWarpgroups) return;  // what it needs of registers is sm_90a's setmaxnreg
@@ -126,7 +124,7 @@ __global__ void __launch_bounds__(kStreamBlockThreads, 1)
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < plan::kConsumerWarps) {
     take_registers<Counts::kConsumer>();
-    using Step = DecodeStep<T, kOperandRows, kPieces, kHeadSteps>;
+    using Step = DecodeStep<T, kOperandRows, kPieces, kHeadSteps, kTaskQueries>;
     Consumer consumer(params, shared);
     typename Step::Residual residual(consumer);
     typename Step::Product product(consumer);
@@ -144,9 +142,11 @@ __global__ void __launch_bounds__(kStreamBlockThreads, 1)
   if (role == 0) {
     if (is_producer()) produce(params, control);
   } else if (role == 1) {
-    clear_buffers(params, control, static_cast<int>(threadIdx.x) % 32);
+    Combiner<T> combiner(params, control, 1);
+    clear_buffers(params, control, static_cast<int>(threadIdx.x) % 32,
+                  [&](int epoch) { combiner.combine(epoch); });
   } else if (role == 2) {
-    Combiner<T>(params, control).run();
+    Combiner<T>(params, control, 0).run();
   } else if (elect_one()) {
     WorkScheduler(params, control).run();
   }

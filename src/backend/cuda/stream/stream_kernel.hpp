@@ -7,10 +7,14 @@
 
 namespace clusterfusion::cuda {
 
-// The kernel for weights of `dtype` (float16 or bfloat16), `operand_rows` (8, 16 or 32), matrices
-// of at most `pieces` ring stages a chunk (2 or 4), and this head size; null if there is none.
-const void* find_stream_kernel(DType dtype, std::int32_t operand_rows, std::int32_t pieces,
-                               std::int64_t head_dim);
+struct StreamKernelShape {
+  std::int32_t operand_rows;  // 8 or 16
+  std::int32_t pieces;        // ring stages of a matrix's chunk, at most: 2 or 4
+  std::int32_t task_queries;  // queries of an attention task, at most
+};
+// The kernel for weights of `dtype` (float16 or bfloat16) and this head size; null if there is
+// none.
+const void* find_stream_kernel(DType dtype, std::int64_t head_dim, const StreamKernelShape& shape);
 
 // Launches on `stream`, one block on each of `sm_count` SMs, all resident together.
 // Errors: those of CUDA, among them a device on which the blocks do not fit together.

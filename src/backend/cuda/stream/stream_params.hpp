@@ -36,7 +36,7 @@ struct StreamedRow {
 // Rows of one sequence, at consecutive positions, that share their attention tasks.
 struct RowGroup {
   std::int32_t first_row;
-  std::int32_t rows;            // at most plan::kTaskQueries
+  std::int32_t rows;            // at most plan::max_task_queries()
   std::int32_t sequence_first;  // first row of the step that is of the same sequence
 };
 
@@ -90,10 +90,12 @@ struct StreamParams {
   std::int32_t static_percent, long_static_percent;
   std::int32_t ticket_bytes;  // of weights that one ticket stands for, about, of a long phase
 
-  // Of attention: a task, where the first one lies in scratch, and how many there is room for.
+  // Of attention: a task, how many queries it has at most, where the first one lies in scratch, and
+  // how many there is room for.
   plan::TaskLayout task_layout;
+  std::int32_t task_queries;
   std::int32_t tasks_offset, task_slots;
-  bool keeps_tasks;  // nothing else is where they lie
+  bool keeps_tasks, keeps_inputs;  // nothing else is where they, or their inputs, lie
   std::int32_t kv_head_bytes, kv_block_bytes, kv_block_positions, max_splits;
 
   std::int32_t rows, groups, steps;
