@@ -164,7 +164,11 @@ class DecodeAttention
     float scores[1][2][4] = {};
     float(&score)[2][4] = scores[0];  // of the group's halves
     const auto step = [&](int t, int) {
-      const uint2 words = kQueryInRegisters ? query.step[kQueryInRegisters ? t : 0] : query_step(t);
+      uint2 words;
+      if constexpr (kQueryInRegisters)
+        words = query.step[t];
+      else
+        words = query_step(t);
       return make_uint4(words.x, 0, words.y, 0);
     };
     multiply_key_steps<T, kMaxHeadSteps, kStepsAtOnce>(step, keys, p.head_dim, scores);
