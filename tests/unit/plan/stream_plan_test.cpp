@@ -118,8 +118,12 @@ TEST_P(StreamPlanOfSize, FitsForEveryNumberOfRows) {
       const std::int64_t others =
           std::max(std::int64_t{kPartialBuffers} * kConsumerWarps * rows * kChunkRows * 4,
                    rows == 1 ? 2 * config.hidden_size * 2 : 0);
-      if (memory.keeps_tasks) EXPECT_GE(memory.tasks_offset, others);
-      if (memory.keeps_inputs) EXPECT_GE(memory.tasks_offset + memory.task.queries, others);
+      if (memory.keeps_tasks) {
+        EXPECT_GE(memory.tasks_offset, others);
+      }
+      if (memory.keeps_inputs) {
+        EXPECT_GE(memory.tasks_offset + memory.task.queries, others);
+      }
       EXPECT_TRUE(memory.keeps_inputs || !memory.keeps_tasks);
     }
 }
