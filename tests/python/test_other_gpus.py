@@ -23,6 +23,7 @@ SMALLEST = {
     "head_steps": 5,
     "operand_rows": 8,
     "pieces": 2,
+    "task_queries": 8,
 }
 TEMPLATES = [
     (path, kind)
@@ -31,7 +32,8 @@ TEMPLATES = [
 ]
 # Bytes that a kernel of these may store and load again; all others none.
 SPILLS = {
-    "80": {"decode_plain": 456, "decode_any": 384},
+    # gemm_attention is launched on 9.0 alone.
+    "80": {"decode_plain": 456, "decode_any": 384, "gemm_attention": 8},
     "100": {"prefill_attention": 16, "ops_plain_layer": 44},
 }
 
