@@ -99,7 +99,8 @@ TEST_P(SequenceRows, HaveTheBitsOfEachPositionAlone) {
   }
 }
 
-// So long that a task takes more than four queries, lest there be more tasks than SMs.
+// So long that tasks take 8 queries where there are many heads, and 16 where these are narrow too,
+// lest there be more tasks than SMs.
 TEST_P(SequenceRows, HaveThemInLongContextsToo) {
   std::mt19937 random(18);
   constexpr int kLength = 1000, kCompared = 200;

@@ -67,10 +67,11 @@ plan::TaskExtent RowTables::send(std::span<const DecodeRow> rows, std::int32_t i
   char* host = host_.as<>() + index * bytes_;
   char* device = device_.as<>() + index * bytes_;
   fill(rows, host, device);
-  // Many queries a task read keys and values less often; few keep more SMs busy.
+  // Many queries a task read keys and values less often; few keep more SMs busy. Where no row has
+  // company there is nothing to choose.
   std::int32_t task_queries = plan::kQuadQueries;
   auto groups = groups_of(rows, params, sm_count, task_queries);
-  while (task_queries < most_.task_queries &&
+  while (groups.size() < rows.size() && task_queries < most_.task_queries &&
          num_tasks(groups, rows, params, sm_count) > sm_count) {
     task_queries *= 2;
     groups = groups_of(rows, params, sm_count, task_queries);
