@@ -109,9 +109,13 @@ constexpr TaskLayout task_layout(std::int64_t head_dim, const TaskExtent& extent
   const auto vectors = static_cast<std::int32_t>(2 * head_dim * 2);
   // Maximum, sum and output of every share: float32.
   const auto states = static_cast<std::int32_t>(kConsumerWarps * (head_dim + 2) * 4);
+  // Of more than one quad, two quads lie together, as operands of products.
+  const std::int32_t pair = 2 * kQuadQueries;
+  const std::int32_t held =
+      extent.queries <= kQuadQueries ? extent.queries : (extent.queries + pair - 1) / pair * pair;
   TaskLayout memory;
   memory.queries = extent.queries * states;
-  memory.fresh = memory.queries + extent.queries * vectors;
+  memory.fresh = memory.queries + held * vectors;
   memory.bytes = memory.fresh + extent.sequence_rows * vectors;
   return memory;
 }

@@ -129,11 +129,17 @@ TEST_P(StreamPlanOfSize, FitsForEveryNumberOfRows) {
 }
 
 TEST_P(StreamPlanOfSize, KeepsWhatATaskHasApart) {
-  for (const TaskExtent& extent : {TaskExtent{}, TaskExtent{1, 7}, one_sequence(2, config.head_dim),
-                                   one_sequence(kMaxRows, config.head_dim)}) {
+  for (const TaskExtent& extent :
+       {TaskExtent{}, TaskExtent{1, 7}, TaskExtent{5, 5}, one_sequence(2, config.head_dim),
+        one_sequence(kMaxRows, config.head_dim)}) {
     const TaskLayout memory = task_layout(config.head_dim, extent);
     EXPECT_EQ(memory.queries, extent.queries * kConsumerWarps * (config.head_dim + 2) * 4);
-    EXPECT_EQ(memory.fresh - memory.queries, extent.queries * 2 * config.head_dim * 2);
+    // Two quads lie together, if there is more than one.
+    const std::int32_t held = (memory.fresh - memory.queries) / (2 * config.head_dim * 2);
+    EXPECT_GE(held, extent.queries);
+    EXPECT_LT(held, extent.queries + 2 * kQuadQueries);
+    EXPECT_EQ(held % (extent.queries > kQuadQueries ? 2 * kQuadQueries : 1), 0);
+    EXPECT_EQ((memory.fresh - memory.queries) % (2 * config.head_dim * 2), 0);
     EXPECT_EQ(memory.bytes - memory.fresh, extent.sequence_rows * 2 * config.head_dim * 2);
     // Matrices are loaded by rows of 16 bytes.
     EXPECT_EQ(memory.queries % 16, 0);

@@ -56,6 +56,25 @@ __device__ __forceinline__ uint2 load_shared_2_if(std::uint32_t address, int pre
   return words;
 }
 
+// Predicated: four words, or zeros.
+__device__ __forceinline__ uint4 load_shared_4_if(std::uint32_t address, int predicate) {
+  uint4 words;
+  asm volatile(
+      "{\n"
+      ".reg .pred predicate;\n"
+      "setp.ne.s32 predicate, %5, 0;\n"
+      "mov.u32 %0, 0;\n"
+      "mov.u32 %1, 0;\n"
+      "mov.u32 %2, 0;\n"
+      "mov.u32 %3, 0;\n"
+      "@predicate ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "=&r"(words.x), "=&r"(words.y), "=&r"(words.z), "=&r"(words.w)
+      : "r"(address), "r"(predicate)
+      : "memory");
+  return words;
+}
+
 // Predicated: a number, or 0.
 __device__ __forceinline__ float load_shared_if(std::uint32_t address, int predicate, float) {
   float value;

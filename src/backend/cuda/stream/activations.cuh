@@ -43,8 +43,12 @@ class Activations {
     int offset[kTiles];  // of the first 16 bytes, or kNone
     int pieces, piece_steps;
     int steps;  // of a piece, this warp's
+    // Steps of a piece that operand row 8 t + g has.
+    __device__ __forceinline__ int steps_of(int t, int piece) const {
+      return offset[t] != kNone && piece < pieces ? steps : 0;
+    }
     __device__ __forceinline__ bool has(int t, int piece, int i) const {
-      return offset[t] != kNone && piece < pieces && i < steps;
+      return i < steps_of(t, piece);
     }
     __device__ __forceinline__ const char* at(int t, int piece, int i) const {
       return base + (offset[t] + piece * piece_steps * kStepBytes) + i * kStepBytes;
@@ -69,7 +73,8 @@ class Activations {
 
   // Loads all that `sources` name, from Lamport buffers, when it is there. For whole warps.
   __device__ __forceinline__ void await(const LamportSources& sources) {
-    load(sources, [](const char* from) { return lamport_load_4(from); });
+    load(sources,
+         [](uint4& to, const char* from, bool is_there) { lamport_load_4_if(to, from, is_there); });
     while (__any_sync(kAllLanes, is_any_missing()))
       for_each([&](int t, int piece, int i) {
         if (sources.has(t, piece, i) && any_half_not_ready(operand[t][piece][i]))
@@ -77,13 +82,16 @@ class Activations {
       });
   }
 
-  // Loads all that `sources` name; what lies behind a source's end becomes zero.
-  template <int kVectors, typename Load>
-  __device__ __forceinline__ void load(const Sources<kVectors>& sources, Load&& load) {
+  // Loads all that `sources` name; what lies behind a source's end becomes zero. `load_if`: into a
+  // uint4 from an address, if the last argument says so.
+  template <int kVectors, typename LoadIf>
+  __device__ __forceinline__ void load(const Sources<kVectors>& sources, LoadIf&& load_if) {
+    if (sources.pieces < kPieces || sources.steps < kSteps)
+      for_each([&](int t, int piece, int i) {
+        if (sources.offset[t] != kNone) operand[t][piece][i] = make_uint4(0, 0, 0, 0);
+      });
     for_each([&](int t, int piece, int i) {
-      if (sources.offset[t] == kNone) return;
-      operand[t][piece][i] = make_uint4(0, 0, 0, 0);
-      if (sources.has(t, piece, i)) operand[t][piece][i] = load(sources.at(t, piece, i));
+      load_if(operand[t][piece][i], sources.at(t, piece, i), sources.has(t, piece, i));
     });
   }
 

@@ -37,7 +37,7 @@ class AttentionInputs {
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        if (four[i].from != nullptr) put(four[i], memory, loaded[i]);
+        if (four[i].from != kNone) put(four[i], memory, loaded[i]);
     }
   }
 
@@ -46,12 +46,13 @@ class AttentionInputs {
 
   enum class Kind { query, key, value };
 
+  static constexpr int kNone = -1;
   // Four neighbouring elements of a vector: queries first, then the fresh rows' keys and values.
   struct Four {
-    const float* from = nullptr;  // null: there is none
+    int from = kNone;  // in qkv_; kNone: there are none
+    int angles = 0;    // in p.rotary, of the vector's position
     Kind kind = Kind::query;
     int row = 0, dim = 0;
-    float2 angle[4];  // where the elements are rotated
   };
   __device__ __forceinline__ Four four_of(const AttentionTask& task, int index, int count) const {
     Four four;
@@ -64,36 +65,35 @@ class AttentionInputs {
     four.row = fresh < 0 ? vector : fresh / 2;
     const int of_step = fresh < 0 ? task.first_row + four.row : task.first_fresh + four.row;
     const int position = task.first_position + (of_step - task.first_fresh);
-    const int half = p.rotary_dim / 2;
-    const float2* angles = p.rotary + static_cast<std::int64_t>(position) * half;
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (is_rotated(four, i))
-        four.angle[i] = __ldg(angles + four.dim + i - (is_low(four, i) ? 0 : half));
-    four.from = qkv_ + (static_cast<std::int64_t>(of_step) * 3 * p.hidden_size +
-                        (task.head * 3 + static_cast<int>(four.kind)) * p.head_dim + four.dim);
+    four.angles = position * (p.rotary_dim / 2);
+    four.from = of_step * 3 * p.hidden_size +
+                (task.head * 3 + static_cast<int>(four.kind)) * p.head_dim + four.dim;
     return four;
   }
 
-  // What rotation mixes each element with, zero where it is not rotated.
+  // What rotation mixes each element with, and the angle, where it is rotated: else zero.
   struct Loaded {
     uint4 value, other;
+    float2 angle[4];
   };
   __device__ __forceinline__ Loaded load(const Four& four) const {
-    Loaded loaded{make_uint4(0, 0, 0, 0), make_uint4(0, 0, 0, 0)};
-    if (four.from == nullptr) return loaded;
-    loaded.value = lamport_load_4(four.from);
-    loaded.other.x = load_other<0>(four);
-    loaded.other.y = load_other<1>(four);
-    loaded.other.z = load_other<2>(four);
-    loaded.other.w = load_other<3>(four);
+    Loaded loaded{};
+    if (four.from == kNone) return loaded;
+    loaded.value = lamport_load_4(qkv_ + four.from);
+    loaded.other = {load_other(four, 0), load_other(four, 1), load_other(four, 2),
+                    load_other(four, 3)};
+    // Loaded together with what they rotate, so that it is one wait.
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (is_rotated(four, i))
+        loaded.angle[i] =
+            __ldg(p.rotary + four.angles + four.dim + i - (is_low(four, i) ? 0 : p.rotary_dim / 2));
     return loaded;
   }
-  template <int kElement>
-  __device__ __forceinline__ std::uint32_t load_other(const Four& four) const {
-    if (!is_rotated(four, kElement)) return 0;
+  __device__ __forceinline__ std::uint32_t load_other(const Four& four, int element) const {
+    if (!is_rotated(four, element)) return 0;
     const int half = p.rotary_dim / 2;
-    return lamport_load(four.from + kElement + (is_low(four, kElement) ? half : -half));
+    return lamport_load(qkv_ + four.from + element + (is_low(four, element) ? half : -half));
   }
   __device__ __forceinline__ bool is_rotated(const Four& four, int element) const {
     return four.kind != Kind::value && four.dim + element < p.rotary_dim;
@@ -106,10 +106,10 @@ class AttentionInputs {
   __device__ __forceinline__ void put(const Four& four, const TaskMemory<T>& memory,
                                       const Loaded& loaded) const {
     float value[4] = {
-        rotated(four, 0, loaded.value.x, loaded.other.x),
-        rotated(four, 1, loaded.value.y, loaded.other.y),
-        rotated(four, 2, loaded.value.z, loaded.other.z),
-        rotated(four, 3, loaded.value.w, loaded.other.w),
+        rotated(four, 0, loaded.value.x, loaded.other.x, loaded.angle[0]),
+        rotated(four, 1, loaded.value.y, loaded.other.y, loaded.angle[1]),
+        rotated(four, 2, loaded.value.z, loaded.other.z, loaded.angle[2]),
+        rotated(four, 3, loaded.value.w, loaded.other.w, loaded.angle[3]),
     };
     if (four.kind != Kind::query) {
       T* to = memory.fresh(four.row) + (four.kind == Kind::value ? p.head_dim : 0) + four.dim;
@@ -126,17 +126,15 @@ class AttentionInputs {
       const float rounded = static_cast<float>(static_cast<T>(value[i]));
       rest[i] = isinf(rounded) ? 0.0f : value[i] - rounded;
     }
-    T* to = memory.query(four.row) + four.dim;
-    *reinterpret_cast<uint2*>(to) =
-        make_uint2(pack<T>(value[0], value[1]), pack<T>(value[2], value[3]));
-    *reinterpret_cast<uint2*>(to + p.head_dim) =
-        make_uint2(pack<T>(rest[0], rest[1]), pack<T>(rest[2], rest[3]));
+    memory.put_query(four.row, false, four.dim,
+                     make_uint2(pack<T>(value[0], value[1]), pack<T>(value[2], value[3])));
+    memory.put_query(four.row, true, four.dim,
+                     make_uint2(pack<T>(rest[0], rest[1]), pack<T>(rest[2], rest[3])));
   }
   __device__ __forceinline__ float rotated(const Four& four, int element, std::uint32_t bits,
-                                           std::uint32_t other_bits) const {
+                                           std::uint32_t other_bits, const float2& angle) const {
     const float value = __uint_as_float(bits), other = __uint_as_float(other_bits);
     if (!is_rotated(four, element)) return value;
-    const float2 angle = four.angle[element];
     return fmaf(value, angle.x, __fmul_rn(is_low(four, element) ? -other : other, angle.y));
   }
 

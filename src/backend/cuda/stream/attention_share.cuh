@@ -4,7 +4,8 @@
 // columns of its own. The task's queries are taken in quads. Query r of a quad has rows 2 r and
 // 2 r + 1 of half an operand A of the scores, the other half is another quad's or zero; and its
 // weights have columns 2 r and 2 r + 1 of operand B of the quad's outputs. All quads share what was
-// loaded of keys and values.
+// loaded of keys and values. Where there is no query rows and columns may hold anything: what comes
+// of them stays in rows and columns that nobody reads.
 #pragma once
 
 #include "backend/cuda/numeric/attention_operands.cuh"
@@ -35,7 +36,8 @@ class AttentionShare {
 
   __device__ __forceinline__ void begin(const AttentionTask& task, const TaskMemory<T>& memory) {
     fresh_ = shared_address(memory.fresh(0));
-    query_ = shared_address(memory.query(0)) + (g_ * head_dim_ + 4 * q_) * 2;
+    query_ =
+        shared_address(memory.queries()) + (kQuads == 1 ? g_ * head_dim_ * 2 + q_ * 8 : lane_ * 16);
     query_rows_ = 2 * task.rows;
     if constexpr (kQueriesInRegisters) {
 #pragma unroll
@@ -48,12 +50,14 @@ class AttentionShare {
   // Begins another share.
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (Quad& quad : quads_) {
-      quad.maximum = -INFINITY;
-      quad.sum = 0.0f;
-#pragma unroll
-      for (float(&output)[4] : quad.output) output[0] = output[1] = output[2] = output[3] = 0.0f;
+    for (int o = 0; o < kOperands; ++o) {
+      maximum_[o] = -INFINITY;
+      sum_[o] = 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i)
+#pragma unroll
+      for (float(&output)[4] : output_[i]) output[0] = output[1] = output[2] = output[3] = 0.0f;
   }
 
   // A group of positions from `first` on, whose keys and values lie at these addresses in shared
@@ -69,8 +73,8 @@ class AttentionShare {
     std::uint32_t weights[kQuads][2];
     float correction[kQuads];
 #pragma unroll
-    for (int i = 0; i < kQuads; ++i)
-      correction[i] = weigh(first, task, i, score[i / 2], weights[i]);
+    for (int o = 0; o < kOperands; ++o)
+      weigh(task, first, o, score[o], &weights[2 * o], &correction[2 * o]);
 #pragma unroll
     for (int begin = 0; begin < kMaxSteps; begin += kStepsAtOnce) {
       if (begin > 0) load_value_steps(row, lane_, begin, head_dim_, value);
@@ -78,7 +82,7 @@ class AttentionShare {
       for (int t = 0; t < kStepsAtOnce; ++t) {
 #pragma unroll
         for (int i = 0; i < kQuads; ++i) {
-          float(&output)[4] = quads_[i].output[begin + t];
+          float(&output)[4] = output_[i][begin + t];
           for (float& element : output) element *= correction[i];
           mma_16x8x16<T>(output, value[t], weights[i][0], weights[i][1]);
         }
@@ -92,23 +96,25 @@ class AttentionShare {
                                        int which) const {
 #pragma unroll
     for (int i = 0; i < kQuads; ++i) {
-      const float sum = warp_sum<4>(quads_[i].sum);
-      const int left = min(task.rows - 4 * i, 4);
-      if (q_ < left) {
-        float* state = memory.state(4 * i + q_, which);
+      const int query = 4 * i + q_;
+      if (query >= task.rows) continue;
+      float* state = memory.state(query, which);
 #pragma unroll
-        for (int t = 0; t < kMaxSteps; ++t) {
-          if (16 * t >= head_dim_) continue;
-          const float(&output)[4] = quads_[i].output[t];
-          state[2 + 16 * t + g_] = both_parts(output[0], output[1]);
-          state[2 + 16 * t + g_ + 8] = both_parts(output[2], output[3]);
-        }
+      for (int t = 0; t < kMaxSteps; ++t) {
+        if (16 * t >= head_dim_) continue;
+        const float(&output)[4] = output_[i][t];
+        state[2 + 16 * t + g_] = both_parts(output[0], output[1]);
+        state[2 + 16 * t + g_ + 8] = both_parts(output[2], output[3]);
       }
-      if (lane_ % 8 == 0 && lane_ / 8 < left) {
-        float* state = memory.state(4 * i + lane_ / 8, which);
-        state[0] = quads_[i].maximum;
-        state[1] = sum;
-      }
+    }
+#pragma unroll
+    for (int o = 0; o < kOperands; ++o) {
+      const float sum = warp_sum<4>(sum_[o]);
+      const int query = weighed_query(o);
+      if (q_ != 0 || query >= task.rows || (kQuads == 1 && is_second_part())) continue;
+      float* state = memory.state(query, which);
+      state[0] = maximum_[o];
+      state[1] = sum;
     }
   }
 
@@ -123,14 +129,11 @@ class AttentionShare {
 
   // Step t of the queries of operand o.
   __device__ __forceinline__ uint4 query_step(int t, int o) const {
-    const uint2 low = words_of_query(t, 2 * o);
-    const uint2 high = kQuads == 1 ? make_uint2(0, 0) : words_of_query(t, 2 * o + 1);
-    return make_uint4(low.x, high.x, low.y, high.y);
-  }
-  // Lanes whose row has no query multiply by zero.
-  __device__ __forceinline__ uint2 words_of_query(int t, int quad) const {
-    return load_shared_2_if(query_ + t * 32 + quad * 16 * head_dim_,
-                            8 * quad + g_ < query_rows_ && 16 * t < head_dim_);
+    const bool is_there = 16 * t < head_dim_;
+    if constexpr (kQuads > 1)
+      return load_shared_4_if(query_ + t * 512 + o * 32 * head_dim_, is_there);
+    const uint2 low = load_shared_2_if(query_ + t * 32, g_ < query_rows_ && is_there);
+    return make_uint4(low.x, 0, low.y, 0);
   }
 
   // score += queries keys, for the two halves of a group.
@@ -165,24 +168,35 @@ class AttentionShare {
     return {zeros_, 0u};
   }
 
-  // From a quad's scores of a group, which begins at position `first`, the weights of its values as
-  // operand B. Updates the quad's state but for its outputs; returns what these are to be
-  // multiplied by.
-  __device__ __forceinline__ float weigh(int first, const AttentionTask& task, int quad,
-                                         float (&score)[2][4], std::uint32_t (&weights)[2]) {
-    const bool is_second_part = g_ % 2 != 0;
-    const int query = 4 * quad + g_ / 2;
-    const int low = quad % 2 * 2;  // of the scores, those of the quad's half of its operand
-    const int position = task.position(query);
-    Quad& state = quads_[quad];
-    float maximum = state.maximum;
+  __device__ __forceinline__ bool is_second_part() const { return g_ % 2 != 0; }
+  // Which query this lane weighs of operand o. The two lanes that have a query's two parts share
+  // the work: the first one has the operand's first quad, the second one the other quad, if there
+  // is one.
+  __device__ __forceinline__ int weighed_query(int o) const {
+    return 8 * o + (kQuads > 1 && is_second_part() ? 4 : 0) + g_ / 2;
+  }
+
+  // From the scores of operand o for a group, which begins at position `first`, the weights of the
+  // values for each of its quads as operand B, and what each quad's outputs are to be multiplied
+  // by. Updates maximum and sum.
+  __device__ __forceinline__ void weigh(const AttentionTask& task, int first, int o,
+                                        const float (&score)[2][4], std::uint32_t (*weights)[2],
+                                        float* quad_correction) {
+    constexpr bool kShares = kQuads > 1;
+    const bool is_second = is_second_part();
+    const int position = task.position(weighed_query(o));
+    float maximum = maximum_[o];
+    float weight[2][2];  // first of all scores
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float& own = score[half][low + i];
-        const float other = __shfl_xor_sync(kAllLanes, own, 4);
-        own = is_second_part ? both_parts(other, own) : both_parts(own, other);
+        const float of_first = score[half][i], of_second = score[half][2 + i];
+        const float kept = kShares && is_second ? of_second : of_first;
+        const float given = kShares && !is_second ? of_second : of_first;
+        const float other = __shfl_xor_sync(kAllLanes, given, 4);
+        float& own = weight[half][i];
+        own = is_second ? both_parts(other, kept) : both_parts(kept, other);
         if (first + 8 * half + 2 * q_ + i > position) own = -INFINITY;
         maximum = fmaxf(maximum, own);
       }
@@ -190,34 +204,38 @@ class AttentionShare {
     maximum = warp_max<4>(maximum);
     // A query that has seen nothing yet has no maximum to take away.
     const float base = maximum == -INFINITY ? 0.0f : maximum;
-    const float correction = exp2_approximately(state.maximum - base);
-    state.maximum = maximum;
-    state.sum = __fmul_rn(state.sum, correction);
-    const bool is_valid = query < task.rows;
+    const float correction = exp2_approximately(maximum_[o] - base);
+    maximum_[o] = maximum;
+    sum_[o] = __fmul_rn(sum_[o], correction);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float weight0 = is_valid ? exp2_approximately(score[half][low] - base) : 0.0f;
-      const float weight1 = is_valid ? exp2_approximately(score[half][low + 1] - base) : 0.0f;
-      state.sum += weight0 + weight1;
-      weights[half] = pack<T>(weight0, weight1);
-      const float2 rounded = unpack<T>(weights[half]);
-      if (is_second_part) weights[half] = pack<T>(weight0 - rounded.x, weight1 - rounded.y);
+      float(&own)[2] = weight[half];
+      own[0] = exp2_approximately(own[0] - base);
+      own[1] = exp2_approximately(own[1] - base);
+      sum_[o] += own[0] + own[1];
+      const std::uint32_t rounded = pack<T>(own[0], own[1]);
+      const float2 value = unpack<T>(rounded);
+      const std::uint32_t rest = pack<T>(own[0] - value.x, own[1] - value.y);
+      weights[0][half] = is_second ? rest : rounded;
+      if constexpr (kShares) {
+        const std::uint32_t other = __shfl_xor_sync(kAllLanes, is_second ? rounded : rest, 4);
+        weights[1][half] = is_second ? rest : other;
+        if (is_second) weights[0][half] = other;
+      }
     }
-    return __shfl_sync(kAllLanes, correction, 8 * q_);
+    quad_correction[0] = __shfl_sync(kAllLanes, correction, 8 * q_);
+    if constexpr (kShares) quad_correction[1] = __shfl_sync(kAllLanes, correction, 8 * q_ + 4);
   }
 
   int head_dim_, lane_, g_, q_;
   std::uint32_t zeros_, fresh_ = 0, query_ = 0;  // addresses in shared memory
   int query_rows_ = 0;                           // of the operands, that hold a query
   uint4 step_[kQueriesInRegisters ? kMaxSteps : 1][kOperands];
-  // Of the online softmax; base-2 logarithms.
-  struct Quad {
-    float maximum;  // of query g / 2
-    float sum;      // of query g / 2: this lane's columns
-    // Of query q: [0] + [1] is dimension 16 t + g, [2] + [3] 16 t + g + 8.
-    float output[kMaxSteps][4];
-  };
-  Quad quads_[kQuads];
+  // Of the online softmax, in base-2 logarithms: of the query that this lane weighs, the sum over
+  // this lane's columns.
+  float maximum_[kOperands], sum_[kOperands];
+  // Of query q of each quad: [0] + [1] is dimension 16 t + g, [2] + [3] 16 t + g + 8.
+  float output_[kQuads][kMaxSteps][4];
 };
 
 // Puts the keys and values of a task's rows at positions `first` .. + 15 into the cache, where

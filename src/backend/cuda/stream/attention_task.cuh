@@ -46,9 +46,24 @@ class TaskMemory {
   __device__ __forceinline__ TaskMemory(char* memory, const StreamParams& p)
       : memory_(memory), p_(p) {}
 
-  // Query r, and head_dim behind it what rounding took from it.
-  __device__ __forceinline__ T* query(int r) const {
-    return reinterpret_cast<T*>(memory_ + p_.task_layout.queries) + r * 2 * p_.head_dim;
+  __device__ __forceinline__ char* queries() const { return memory_ + p_.task_layout.queries; }
+  // Elements `dim` to dim + 3 of query r, or what rounding took from them; `dim` is a multiple
+  // of 4. Queries of one quad lie one after the other, each with what rounding took behind it;
+  // those of several as the products take them (AttentionShare), 16 bytes of two quads for each
+  // lane.
+  __device__ __forceinline__ void put_query(int r, bool is_rest, int dim,
+                                            const uint2& words) const {
+    auto* to = reinterpret_cast<std::uint32_t*>(queries());
+    if (p_.task_queries <= plan::kQuadQueries) {
+      to += (2 * r + is_rest) * (p_.head_dim / 2) + dim / 2;
+      *reinterpret_cast<uint2*>(to) = words;
+      return;
+    }
+    const int step = r / 8 * (p_.head_dim / 16) + dim / 16;
+    const int lane = (2 * (r % 4) + is_rest) * 4 + dim % 16 / 4;
+    to += (step * 32 + lane) * 4 + r / 4 % 2;
+    to[0] = words.x;
+    to[2] = words.y;
   }
   // The key of fresh row f, and head_dim behind it its value.
   __device__ __forceinline__ T* fresh(int f) const {

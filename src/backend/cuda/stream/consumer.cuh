@@ -83,7 +83,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void mark(StreamPoint point) const {
-    if (p.timeline == nullptr || thread != 0) return;
+    if (p.timeline == nullptr || warp != 0 || lane != 0) return;
     std::uint64_t now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
     constexpr int kPoints = static_cast<int>(StreamPoint::count);

@@ -19,9 +19,7 @@ class MatrixProduct {
   using Inputs = Activations<kOperandRows, kPieces>;
 
   __device__ __forceinline__ explicit MatrixProduct(Consumer& consumer)
-      : c(consumer), partials(consumer.control, consumer.scratch) {
-    slots = kOperandRows / c.p.rows;
-  }
+      : c(consumer), partials(consumer.control, consumer.scratch) {}
 
   // Multiplies all chunks of phase `index` that come next.
   __device__ __forceinline__ void run(int index, StreamPoint first_input) {
@@ -30,16 +28,16 @@ class MatrixProduct {
     held = kNothing;
     const StreamPhase& phase = c.control->phases[index];
     const int id = phase_id(c.epoch, index);
-    fits = phase.slots <= slots;
+    fits = phase.fits;
     if (phase.normalizes && keeps_residual_everywhere(c.p)) load_normalised(index);
     bool first = true;
 #pragma unroll 1
     while (phase_id_of(c.next.id) == id) {
       const int ring_id = c.next.id, number = operand_of(ring_id);
-      if (!holds(number)) load(index, number);
+      if (!holds(index, number)) load(index, number);
       if (first) c.mark(first_input);
       first = false;
-      const Shape shape(c, c.control->operands[index][number], slot_of(index, number) * c.p.rows);
+      const Shape shape(c, c.control->operands[index][number]);
       with_steps(shape.steps, [&](auto constant) {
         constexpr int kWarpSteps = constant;
 #pragma unroll 1
@@ -65,8 +63,7 @@ class MatrixProduct {
     // of folded rows to the first part.
     int bias[2];
 
-    // `first_row`: of the operand's first slot.
-    __device__ __forceinline__ Shape(const Consumer& c, const Operand& operand, int first_row)
+    __device__ __forceinline__ Shape(const Consumer& c, const Operand& operand)
         : offset(c.g * operand.copy.row_pitch +
                  c.warp * operand.iterations * (plan::kStepColumns * 2) + c.q * 16),
           pieces(operand.pieces),
@@ -77,7 +74,7 @@ class MatrixProduct {
         const int n = 2 * c.q + column;
 #pragma unroll
         for (int t = 0; t < Inputs::kTiles; ++t) {
-          const int row = 8 * t + c.g - first_row - (n & fold) * c.p.rows;
+          const int row = 8 * t + c.g - (operand.first_slot + (n & fold)) * c.p.rows;
           const bool is_valid = row >= 0 && row < c.p.rows;
           sum[t][column] = is_valid ? row * plan::kChunkRows + n : kNone;
         }
@@ -103,30 +100,23 @@ class MatrixProduct {
 
   static constexpr unsigned kNothing = 0xffffffffu;  // four bits a place: the operand in it
   // Where operands take turns there is a place for each slot, else one for each operand.
-  __device__ __forceinline__ int place_of(int operand) const {
-    return fits ? operand : operand % slots;
+  __device__ __forceinline__ int place_of(int index, int operand) const {
+    return fits ? operand : c.control->operands[index][operand].first_slot;
   }
-  __device__ __forceinline__ int slot_of(int index, int operand) const {
-    return fits ? c.control->operands[index][operand].first_slot : operand % slots;
+  __device__ __forceinline__ bool holds(int index, int operand) const {
+    return (held >> 4 * place_of(index, operand) & 15) == static_cast<unsigned>(operand);
   }
-  __device__ __forceinline__ bool holds(int operand) const {
-    return (held >> 4 * place_of(operand) & 15) == static_cast<unsigned>(operand);
-  }
-  __device__ __forceinline__ void now_holds(int operand) {
-    const int shift = 4 * place_of(operand);
+  __device__ __forceinline__ void now_holds(int index, int operand) {
+    const int shift = 4 * place_of(index, operand);
     held = (held & ~(15u << shift)) | static_cast<unsigned>(operand) << shift;
   }
 
-  // Where this lane's share of operand row `row` lies, from the beginning of a Lamport set; if it
-  // belongs to operand `wanted` or, where all operands fit, to another part of the same vector.
-  __device__ __forceinline__ int offset_of(int row, int index, int wanted) const {
-    const int slot = row / c.p.rows;
-    const int second = c.control->phases[index].second_product;
-    const int loaded = !fits ? wanted : wanted < second ? 0 : second;
-    const Operand& operand = c.control->operands[index][loaded];
-    // The slots of a vector's parts lie side by side.
-    const int part = slot - slot_of(index, loaded);
-    if (part < 0 || part >= (fits ? operand.parts * operand.slots : 1)) return Inputs::kNone;
+  // Where this lane's share of operand row `row` lies, from the beginning of a Lamport set, if the
+  // row belongs to one of `parts` vectors from `operand` on, whose slots lie side by side.
+  __device__ __forceinline__ int offset_of(int row, const Operand& operand, int parts) const {
+    const int slot = row * c.p.rows_reciprocal >> 16;  // row / p.rows
+    const int part = slot - operand.first_slot;
+    if (part < 0 || part >= parts) return Inputs::kNone;
     return operand.source + part * operand.source_part_bytes +
            (row - slot * c.p.rows) * (plan::kStepColumns * 2);
   }
@@ -142,21 +132,23 @@ class MatrixProduct {
 
   // Brings operand `wanted` from its Lamport buffer, and all others of the same vector that fit.
   __device__ __forceinline__ void load(int index, int wanted) {
+    const StreamPhase& phase = c.control->phases[index];
     const Operand* operands = c.control->operands[index];
+    const int first = !fits ? wanted : wanted < phase.second_product ? 0 : phase.second_product;
+    const Operand& operand = operands[first];
     using Sources = typename Inputs::LamportSources;
-    auto sources = sources_of<Sources>(operands[wanted], lamport_set(c.p, c.epoch));
+    auto sources = sources_of<Sources>(operand, lamport_set(c.p, c.epoch));
 #pragma unroll
     for (int t = 0; t < Inputs::kTiles; ++t)
-      sources.offset[t] = offset_of(8 * t + c.g, index, wanted);
+      sources.offset[t] = offset_of(8 * t + c.g, operand, fits ? operand.parts * operand.slots : 1);
     // One warp asks whether it is there; all of them together would hold up the weights.
     if (c.p.rows > 1 && comes_late(index, wanted)) {
       if (c.warp == 0) inputs.await_first(sources);
       c.barrier();
     }
     inputs.await(sources);
-    if (!fits) return now_holds(wanted);
-    for (int number = 0; number < c.control->phases[index].operands; ++number)
-      if (operands[number].stream == operands[wanted].stream) now_holds(number);
+    for (int number = first; number < first + (fits ? operand.parts : 1); ++number)
+      now_holds(index, number);
   }
 
   // Whether this block may have to wait for operand `wanted`: not for the second of the normalised
@@ -179,8 +171,10 @@ class MatrixProduct {
       const int row = 8 * t + c.g;
       sources.offset[t] = row < count ? row * c.p.hidden_size * 2 : Inputs::kNone;
     }
-    inputs.load(sources, [](const char* from) { return *reinterpret_cast<const uint4*>(from); });
-    for (int number = 0; number < count; ++number) now_holds(number);
+    inputs.load(sources, [](uint4& to, const char* from, bool is_there) {
+      if (is_there) to = *reinterpret_cast<const uint4*>(from);
+    });
+    for (int number = 0; number < count; ++number) now_holds(index, number);
     c.barrier();
   }
 
@@ -259,7 +253,6 @@ class MatrixProduct {
 
   Consumer& c;
   Inputs inputs;
-  int slots;          // input vectors that fit side by side
   bool fits = false;  // all of the phase's
   unsigned held = kNothing;
 };

@@ -60,13 +60,14 @@ class Reducer {
       for (int k = 0; 4 * k < p.rows; ++k) take_logit(k, index, sum(k), is_valid, epoch);
       return;
     }
+    float value[kOperandRows / 4] = {};
 #pragma unroll
-    for (int k = 0; k < kOperandRows / 4; ++k) {
-      if (4 * k >= p.rows) break;
-      const int row = 4 * k + lane / 8;
-      const float value = folded(sum(k), slots);
-      if (is_valid && row < p.rows) store(stream, output, row, width, index, value, epoch);
-    }
+    for (int k = 0; k < kOperandRows / 4; ++k)
+      if (4 * k < p.rows) value[k] = folded(sum(k), slots);
+    if (stream == Stream::mlp_up)
+      store_activated(value, output, index, is_valid, mlp_is_ablated(epoch));
+    else
+      store(value, reinterpret_cast<float*>(output) + index, width, is_valid);
   }
 
   // The sum of the parts of one row, which lie in `slots` lanes side by side, in their order.
@@ -87,14 +88,27 @@ class Reducer {
     return value;
   }
 
-  __device__ __forceinline__ void store(Stream stream, char* output, int row, int width, int index,
-                                        float value, int epoch) const {
-    if (stream == Stream::mlp_up)
-      lamport_store(reinterpret_cast<T*>(output) + input_place(p, row, index),
-                    static_cast<T>(mlp_is_ablated(epoch) ? 0.0f : activate(p.activation, value)));
-    else
-      lamport_store(
-          reinterpret_cast<float*>(output) + static_cast<std::int64_t>(row) * width + index, value);
+  // Values of rows lane / 8, lane / 8 + 4, ...
+  __device__ __forceinline__ void store(const float (&value)[kOperandRows / 4], float* output,
+                                        int width, bool is_valid) const {
+#pragma unroll
+    for (int k = 0; k < kOperandRows / 4; ++k) {
+      const int row = 4 * k + lane / 8;
+      if (is_valid && row < p.rows)
+        lamport_store(output + static_cast<std::int64_t>(row) * width, value[k]);
+    }
+  }
+  __device__ __forceinline__ void store_activated(float (&value)[kOperandRows / 4], char* output,
+                                                  int index, bool is_valid, bool is_ablated) const {
+    // Not unrolled: activations are long, and instructions come from as far as data.
+#pragma unroll 1
+    for (int row = lane / 8; row - lane / 8 < p.rows; row += 4) {
+      if (is_valid && row < p.rows)
+        lamport_store(reinterpret_cast<T*>(output) + input_place(p, row, index),
+                      static_cast<T>(is_ablated ? 0.0f : activate(p.activation, value[0])));
+#pragma unroll
+      for (int k = 0; k + 1 < kOperandRows / 4; ++k) value[k] = value[k + 1];
+    }
   }
 
   // The MLP of this epoch's layer.

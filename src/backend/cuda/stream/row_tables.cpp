@@ -81,6 +81,7 @@ plan::TaskExtent RowTables::send(std::span<const DecodeRow> rows, std::int32_t i
       pages_ + static_cast<std::int64_t>(rows.size()) * most_.pages * std::int64_t{sizeof(char*)};
   check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "sending rows");
   params.rows = static_cast<std::int32_t>(rows.size());
+  params.rows_reciprocal = 65536 / params.rows + 1;
   params.groups = static_cast<std::int32_t>(groups.size());
   params.row_table = reinterpret_cast<const StreamedRow*>(device);
   params.group_table = reinterpret_cast<const RowGroup*>(device + groups_);

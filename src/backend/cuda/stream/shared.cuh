@@ -43,6 +43,7 @@ struct Operand {
   std::int32_t parts;  // of the product, an operand each unless they are folded
   // Input vectors, side by side in the activations, of which row n of a chunk is multiplied by
   // vector n % slots: the parts of one row of the matrix, which the reducers add up. 1, 2 or 4.
+  // Where operands take turns, several have the same first slot.
   std::int32_t first_slot, slots;
   std::int32_t source_part_bytes;  // from one part's columns to the next one's
 };
@@ -50,6 +51,7 @@ struct Operand {
 struct StreamPhase {
   int operands;
   int slots;           // input vectors of all operands
+  bool fits;           // side by side into registers; else operands take turns
   int second_product;  // its first operand
   int chunks;          // of all operands
   int static_percent;  // of the chunks that are assigned round-robin

@@ -55,7 +55,11 @@ class SharedSetup {
     add_operands(index, of_plan.first);
     phase.second_product = phase.operands;
     if (of_plan.second != Stream::none) add_operands(index, of_plan.second);
-    phase.rotates = phase.slots > vectors_at_once && !phase.normalizes;
+    phase.fits = phase.slots <= vectors_at_once;
+    if (!phase.fits)
+      for (int number = 0; number < phase.operands; ++number)
+        control->operands[index][number].first_slot = number % vectors_at_once;
+    phase.rotates = !phase.fits && !phase.normalizes;
     const int blocks = static_cast<int>(gridDim.x);
     // Short phases are over before more copies under way could be of use, and have too few chunks
     // for tickets of many.

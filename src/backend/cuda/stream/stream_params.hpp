@@ -99,6 +99,7 @@ struct StreamParams {
   std::int32_t kv_head_bytes, kv_block_bytes, kv_block_positions, max_splits;
 
   std::int32_t rows, groups, steps;
+  std::int32_t rows_reciprocal;  // 65536 / rows + 1: n * this >> 16 is n / rows for n below 256
   const StreamedRow* row_table;  // [rows]
   const RowGroup* group_table;   // [groups], in order of rows
 

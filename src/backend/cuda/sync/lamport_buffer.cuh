@@ -71,6 +71,19 @@ __device__ __forceinline__ uint4 lamport_load_4(const void* elements) {
   return bits;
 }
 
+// Predicated: leaves `to` as it is if `is_there` is false.
+__device__ __forceinline__ void lamport_load_4_if(uint4& to, const void* elements, bool is_there) {
+  asm volatile(
+      "{\n"
+      ".reg .pred predicate;\n"
+      "setp.ne.s32 predicate, %5, 0;\n"
+      "@predicate ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+      "}"
+      : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+      : "l"(elements), "r"(static_cast<int>(is_there))
+      : "memory");
+}
+
 __device__ __forceinline__ bool any_not_ready(const uint2& elements) {
   return elements.x == kNotReady || elements.y == kNotReady;
 }
