@@ -23,7 +23,6 @@ SMALLEST = {
     "head_steps": 5,
     "operand_rows": 8,
     "pieces": 2,
-    "task_queries": 8,
 }
 TEMPLATES = [
     (path, kind)

@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kAttentionWarps * 32, 8)
   start_dependents();
   extern __shared__ __align__(128) char shared[];
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const RowGroup group = p.group_table[blockIdx.y];
+  const plan::RowGroup group = p.group_table[blockIdx.y];
   const int last = group.first_row + group.rows - 1;
   const int head = static_cast<int>(blockIdx.x), split = static_cast<int>(blockIdx.z);
   const Extent extent = extent_of(p, last, split, step, sm_count, static_cast<int>(gridDim.z));

@@ -14,8 +14,8 @@
 
 namespace clusterfusion::cuda::stream {
 
-// `kMaxSteps`: 16-wide steps of a head, `kTaskQueries`: queries of a task (4, 8 or 16), at most.
-template <typename T, int kMaxSteps, int kTaskQueries>
+// `kMaxSteps`: 16-wide steps of a head, `kMaxQueries`: queries of a task (4, 8 or 16), at most.
+template <typename T, int kMaxSteps, int kMaxQueries>
 class Attention {
  public:
   __device__ __forceinline__ explicit Attention(Consumer& consumer) : c(consumer) {}
@@ -37,7 +37,7 @@ class Attention {
       const bool has_task = task < c.p.num_heads * splits;
       const unsigned have = __ballot_sync(kAllLanes, has_task);
       if (has_task) {
-        const RowGroup& group = c.control->groups[c.lane];
+        const plan::RowGroup& group = c.control->groups[c.lane];
         const int split = task % splits;
         c.control->tasks[__popc(have & ((1u << c.lane) - 1))] =
             make_task(group, c.control->rows[group.sequence_first].position + step, task / splits,
@@ -53,14 +53,7 @@ class Attention {
   __device__ __forceinline__ void run(int layer, const PartialWriter& partials) {
     if (!c.p.keeps_inputs) partials.drain();
     c.make_indices_opaque();
-    constexpr int kMaxQuads = kTaskQueries / plan::kQuadQueries;
-    // The kernel for four quads is launched for no fewer: code for them would cost registers.
-    if constexpr (kMaxQuads == 4)
-      run_tasks<4>(layer, partials);
-    else if (c.p.task_queries > plan::kQuadQueries)
-      run_tasks<kMaxQuads>(layer, partials);
-    else
-      run_tasks<1>(layer, partials);
+    run_by_quads<kMaxQueries / plan::kQuadQueries>(layer, partials);
     c.barrier();
   }
 
@@ -69,6 +62,14 @@ class Attention {
   using Share = AttentionShare<T, kMaxSteps, kQuads>;
   static constexpr int kGroup = Share<1>::kGroup;
 
+  // With the fewest quads that have the step's tasks.
+  template <int kMaxQuads>
+  __device__ __forceinline__ void run_by_quads(int layer, const PartialWriter& partials) {
+    if constexpr (kMaxQuads > 1)
+      if (c.p.task_queries <= kMaxQuads / 2 * plan::kQuadQueries)
+        return run_by_quads<kMaxQuads / 2>(layer, partials);
+    run_tasks<kMaxQuads>(layer, partials);
+  }
   template <int kQuads>
   __device__ __forceinline__ void run_tasks(int layer, const PartialWriter& partials) {
     Share<kQuads> share(c.p.head_dim, c.lane, &c.control->zeros);

@@ -9,7 +9,7 @@ namespace clusterfusion::cuda::stream {
 __device__ __forceinline__ plan::AttentionSplits splits_of_group(const StreamParams& p,
                                                                  const StreamShared& control,
                                                                  int index, int step) {
-  const RowGroup& group = control.groups[index];
+  const plan::RowGroup& group = control.groups[index];
   const int last = control.rows[group.first_row + group.rows - 1].position + step;
   return plan::attention_splits(last + 1, p.kv_block_positions, p.num_heads, p.head_dim,
                                 static_cast<int>(gridDim.x));

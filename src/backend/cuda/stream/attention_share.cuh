@@ -23,7 +23,7 @@ class AttentionShare {
  public:
   // Positions that a warp takes at once, in two halves of 8.
   static constexpr int kGroup = plan::kMinKvBlockPositions;
-  static_assert(kGroup == 16);
+  static_assert(kGroup == 16 && plan::kQuadQueries == 4);
   static_assert(kQuads == 1 || kQuads == 2 || kQuads == 4);
 
   // `zeros`: 16 bytes of them, in shared memory.

@@ -28,8 +28,8 @@ struct AttentionTask {
 
 // `position`: of the first row of the group's sequence in this step; `end`: the split has positions
 // below it.
-__device__ __forceinline__ AttentionTask make_task(const RowGroup& group, int position, int head,
-                                                   int split, int splits, int end) {
+__device__ __forceinline__ AttentionTask make_task(const plan::RowGroup& group, int position,
+                                                   int head, int split, int splits, int end) {
   const int fresh = end > position ? group.first_row + group.rows - group.sequence_first : 0;
   return {head, split, splits, group.first_row, group.rows, group.sequence_first, position, fresh};
 }

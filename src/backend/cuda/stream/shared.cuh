@@ -73,7 +73,7 @@ struct StreamShared {
   StreamPhase phases[kMaxPhases];
   Operand operands[kMaxPhases][kMaxOperands];
   StreamedRow rows[plan::kMaxRows];
-  RowGroup groups[plan::kMaxRows];
+  plan::RowGroup groups[plan::kMaxRows];
   // Of the scheduler alone: this step's tasks of each group.
   plan::AttentionSplits splits[plan::kMaxRows];
   int task_of_group[plan::kMaxRows];

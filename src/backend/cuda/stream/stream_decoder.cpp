@@ -19,19 +19,8 @@ constexpr std::int32_t kTicketBytes = 40960;
 // lost 5 %.)
 constexpr std::int32_t kLargeTicketBytes = 163840, kLargeStaticPercent = 80;
 
-const void* find_kernel(const ModelConfig& config, std::int32_t pieces, std::int32_t rows,
-                        std::int32_t task_queries) {
-  return find_stream_kernel(config.dtype, config.head_dim,
-                            {plan::operand_rows(rows), pieces, task_queries});
-}
-
-// Of attention's tasks, at most, of those that the build has kernels for.
-std::int32_t most_task_queries(const ModelConfig& config, std::int32_t pieces) {
-  std::int32_t queries = plan::max_task_queries(config.head_dim);
-  while (queries > plan::kQuadQueries &&
-         find_kernel(config, pieces, plan::kMaxRows, queries) == nullptr)
-    queries /= 2;
-  return queries;
+StreamKernel find_kernel(const ModelConfig& config, std::int32_t pieces, std::int32_t rows) {
+  return find_stream_kernel(config.dtype, config.head_dim, plan::operand_rows(rows), pieces);
 }
 
 }  // namespace
@@ -41,7 +30,7 @@ bool StreamDecoder::supports(const ModelConfig& config, const plan::KvPlan& kv,
   if (!has_warpgroups(properties)) return false;
   try {
     const auto plan = plan::make_stream_plan(config, kv, limits_of(properties));
-    return find_kernel(config, plan.pieces, plan::kMaxRows, 1) != nullptr;
+    return find_kernel(config, plan.pieces, plan::kMaxRows).function != nullptr;
   } catch (const Error&) {
     return false;
   }
@@ -58,15 +47,12 @@ StreamDecoder::StreamDecoder(const ModelConfig& config, const plan::KvPlan& kv,
       tables_({.rows = plan::kMaxRows,
                .pages = max_positions / plan::kKvPagePositions + 1,
                .tables = max_steps,
-               .task_queries = most_task_queries(config, plan_.pieces)}) {
+               .task_queries = find_kernel(config, plan_.pieces, plan::kMaxRows).task_queries}) {
   for (const std::int32_t rows : {1, plan::kMaxRows})
-    for (const std::int32_t task_queries : {1, most_task_queries(config, plan_.pieces)}) {
-      const void* kernel = find_kernel(config, plan_.pieces, rows, task_queries);
-      if (kernel == nullptr) continue;
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(properties.sharedMemPerBlockOptin)),
-            "reserving shared memory");
-    }
+    check(cudaFuncSetAttribute(find_kernel(config, plan_.pieces, rows).function,
+                               cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(properties.sharedMemPerBlockOptin)),
+          "reserving shared memory");
   describe_ring();
   const std::int64_t tickets =
       max_steps * stream_tickets(config.num_layers, config.parallel_residual);
@@ -133,8 +119,8 @@ void StreamDecoder::launch(std::span<const DecodeRow> rows, const plan::TaskExte
   const std::int32_t parts = plan_.mlp_down.parts;
   params_.folds_parts =
       (parts == 2 || parts == 4) && count * (parts + 1) <= plan::operand_rows(count);
-  const void* kernel = find_kernel(config_, plan_.pieces, count, extent.queries);
-  launch_stream(kernel, params_, limits_.sm_count, memory.shared_bytes, stream);
+  const StreamKernel kernel = find_kernel(config_, plan_.pieces, count);
+  launch_stream(kernel.function, params_, limits_.sm_count, memory.shared_bytes, stream);
 }
 
 plan::TaskExtent StreamDecoder::send(std::span<const DecodeRow> rows, std::int32_t index,

@@ -31,9 +31,6 @@ class StreamDecoder final : public RowDecoder {
                 std::int32_t max_steps);
 
   std::int32_t max_rows() const noexcept override { return plan::kMaxRows; }
-  // Up to so many rows it is quicker than a series of kernels: in wide models as many as need no
-  // second tile of activations.
-  std::int32_t quick_rows() const noexcept { return plan_.pieces > 2 ? 8 : plan::kMaxRows; }
   void enqueue(std::span<const DecodeRow> rows, std::int32_t steps, bool with_logits,
                cudaStream_t stream) override;
   void enqueue_step(std::span<const DecodeRow> rows, std::int32_t index,

@@ -4,22 +4,23 @@
 
 namespace clusterfusion::cuda {
 
-// The instances that the build has made, those for narrow heads and few queries first:
-// ROWS_INSTANCE(dtype, operand rows, pieces, head steps, task queries) for each.
-#define ROWS_INSTANCE(dtype, operand_rows, pieces, head_steps, task_queries) \
-  const void* stream_kernel_##dtype##_##operand_rows##_##pieces##_##head_steps##_##task_queries();
+// The instances that the build has made, those for narrow heads first:
+// ROWS_INSTANCE(dtype, operand rows, pieces, head steps) for each.
+#define ROWS_INSTANCE(dtype, operand_rows, pieces, head_steps) \
+  const void* stream_kernel_##dtype##_##operand_rows##_##pieces##_##head_steps();
 #include "rows_instances.inc"
 #undef ROWS_INSTANCE
 
-const void* find_stream_kernel(DType dtype, std::int64_t head_dim, const StreamKernelShape& shape) {
-#define ROWS_INSTANCE(type, operand_rows_, pieces_, head_steps, task_queries_) \
-  if (dtype == DType::type && head_dim <= 16 * (head_steps) &&                 \
-      shape.operand_rows == operand_rows_ && shape.pieces == pieces_ &&        \
-      shape.task_queries <= task_queries_)                                     \
-    return stream_kernel_##type##_##operand_rows_##_##pieces_##_##head_steps##_##task_queries_();
+StreamKernel find_stream_kernel(DType dtype, std::int64_t head_dim, std::int32_t operand_rows,
+                                std::int32_t pieces) {
+#define ROWS_INSTANCE(type, operand_rows_, pieces_, head_steps)                                 \
+  if (dtype == DType::type && head_dim <= 16 * (head_steps) && operand_rows == operand_rows_ && \
+      pieces == pieces_)                                                                        \
+    return {stream_kernel_##type##_##operand_rows_##_##pieces_##_##head_steps(),                \
+            plan::max_task_queries(16 * (head_steps), operand_rows_)};
 #include "rows_instances.inc"
 #undef ROWS_INSTANCE
-  return nullptr;
+  return {};
 }
 
 void launch_stream(const void* kernel, const StreamParams& params, int sm_count,

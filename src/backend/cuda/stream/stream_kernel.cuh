@@ -43,7 +43,7 @@ struct Registers {
   static constexpr int kReducer = 512 - 2 * kConsumer - kScheduler;
 };
 
-template <typename T, int kOperandRows, int kPieces, int kHeadSteps, int kTaskQueries>
+template <typename T, int kOperandRows, int kPieces, int kHeadSteps>
 class DecodeStep {
  public:
   // Two elements a thread and pair: 512 of hidden_size, which is at most 5120.
@@ -51,7 +51,8 @@ class DecodeStep {
 
   using Residual = stream::Residual<T, kPairs>;
   using Product = MatrixProduct<T, kOperandRows, kPieces>;
-  using Attention = stream::Attention<T, kHeadSteps, kTaskQueries>;
+  using Attention =
+      stream::Attention<T, kHeadSteps, plan::max_task_queries(16 * kHeadSteps, kOperandRows)>;
 
   // The parts are variables of their own: an object that held a part and a reference to it would
   // lie in memory, not in registers.
@@ -112,7 +113,7 @@ class DecodeStep {
   Attention& attention;
 };
 
-template <typename T, int kOperandRows, int kPieces, int kHeadSteps, int kTaskQueries>
+template <typename T, int kOperandRows, int kPieces, int kHeadSteps>
 __global__ void __launch_bounds__(kStreamBlockThreads, 1)
     stream_kernel(const __grid_constant__ StreamParams params) {
   if constexpr (!kWarpgroups) return;  // what it needs of registers is sm_90a's setmaxnreg
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kStreamBlockThreads, 1)
   const int warp = static_cast<int>(threadIdx.x) / 32;
   if (warp < plan::kConsumerWarps) {
     take_registers<Counts::kConsumer>();
-    using Step = DecodeStep<T, kOperandRows, kPieces, kHeadSteps, kTaskQueries>;
+    using Step = DecodeStep<T, kOperandRows, kPieces, kHeadSteps>;
     Consumer consumer(params, shared);
     typename Step::Residual residual(consumer);
     typename Step::Product product(consumer);

@@ -7,14 +7,15 @@
 
 namespace clusterfusion::cuda {
 
-struct StreamKernelShape {
-  std::int32_t operand_rows;  // 8 or 16
-  std::int32_t pieces;        // ring stages of a matrix's chunk, at most: 2 or 4
-  std::int32_t task_queries;  // queries of an attention task, at most
+struct StreamKernel {
+  const void* function = nullptr;
+  std::int32_t task_queries = 0;  // queries of an attention task, at most
 };
-// The kernel for weights of `dtype` (float16 or bfloat16) and this head size; null if there is
+// The kernel for weights of `dtype` (float16 or bfloat16), this head size, activations of 8 or 16
+// rows, and chunks of a matrix of at most so many ring stages, 2 or 4. No function if there is
 // none.
-const void* find_stream_kernel(DType dtype, std::int64_t head_dim, const StreamKernelShape& shape);
+StreamKernel find_stream_kernel(DType dtype, std::int64_t head_dim, std::int32_t operand_rows,
+                                std::int32_t pieces);
 
 // Launches on `stream`, one block on each of `sm_count` SMs, all resident together.
 // Errors: those of CUDA, among them a device on which the blocks do not fit together.

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "backend/cuda/decode/decode_params.hpp"
+#include "plan/row_groups.hpp"
 #include "plan/stream_plan.hpp"
 
 namespace clusterfusion::cuda {
@@ -31,13 +32,6 @@ struct StreamedRow {
   std::int32_t drawable_vocab_size;  // tokens from here on are not chosen
   std::uint64_t seed;
   char* const* kv_pages;  // of its sequence: the page of each 64 positions
-};
-
-// Rows of one sequence, at consecutive positions, that share their attention tasks.
-struct RowGroup {
-  std::int32_t first_row;
-  std::int32_t rows;            // at most plan::max_task_queries()
-  std::int32_t sequence_first;  // first row of the step that is of the same sequence
 };
 
 // How results cross between SMs within one epoch (a layer or the LM head of one step) about `rows`
@@ -101,7 +95,7 @@ struct StreamParams {
   std::int32_t rows, groups, steps;
   std::int32_t rows_reciprocal;  // 65536 / rows + 1: n * this >> 16 is n / rows for n below 256
   const StreamedRow* row_table;  // [rows]
-  const RowGroup* group_table;   // [groups], in order of rows
+  const plan::RowGroup* group_table;  // [groups], in order of rows
 
   // float32 [rows, logits_stride] of the last step, or null; a multiple of 4, so that each row
   // begins at a multiple of 16 bytes.
