@@ -186,7 +186,7 @@ class AttentionShare {
     const bool is_second = is_second_part();
     const int position = task.position(weighed_query(o));
     float maximum = maximum_[o];
-    float weight[2][2];  // first of all scores
+    float weight[2][2];  // at first the scores
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
