@@ -3,7 +3,7 @@
 
 plot.py            write docs/images: decode_time_*.svg and ceiling_share.svg from gpu_*.json in
                    benchmarks/results, layer_ablation.svg from ablation_h100.json,
-                   serving_*_h200.svg from serving_*_h200.json
+                   rows_h200.svg from rows_*h200.json, serving_*_h200.svg from serving_*_h200.json
 plot.py --check    exit with 1 if they are not what would be written
 
 Plain SVG, readable on light and dark pages. Without results there is nothing to draw.
@@ -27,6 +27,7 @@ from gpu_results import (
     decode_time_picture,
     floor_of,
     load_results,
+    load_rows,
     load_serving,
     serving_pictures,
     short_contexts,
@@ -265,27 +266,70 @@ def serving_time(measure: str, title: str, result: Result, rival: Result | None)
     if rival:
         points = [(row["clients"], row[measure]) for row in rival["rows"]]
         lines.append(Line(f"{rival['name']}, recorded {rival['date']}", "c2", points))
-    clients = sorted({x for line in lines for x, _ in line.points})
+    return logarithmic_chart(
+        f"{result['model']}: {title}",
+        f"{result['device'].split(',')[0]}, streams of {result['prompt_tokens']} + "
+        f"{result['new_tokens']} tokens, medians; less is better (both axes logarithmic)",
+        lines,
+        "clients at once",
+    )
+
+
+def logarithmic_chart(title: str, subtitle: str, lines: list[Line], x_name: str) -> str:
+    """The picture of times against numbers of something, both on logarithmic axes."""
+    numbers = sorted({x for line in lines for x, _ in line.points})
     values = [y for line in lines for _, y in line.points]
     ticks = [digit * 10.0**power for power in range(-3, 6) for digit in (1, 2, 5)]
     low = max(tick for tick in ticks if tick <= min(values))
     high = min(tick for tick in ticks if tick >= max(values) and tick > low)
     shown = [(tick, f"{tick:g}") for tick in ticks if low <= tick <= high]
     return chart(
-        f"{result['model']}: {title}",
-        f"{result['device'].split(',')[0]}, streams of {result['prompt_tokens']} + "
-        f"{result['new_tokens']} tokens, medians; less is better (both axes logarithmic)",
+        title,
+        subtitle,
         Axis(
-            clients[0],
-            max(clients[-1], clients[0] + 1),
+            numbers[0],
+            max(numbers[-1], numbers[0] + 1),
             LEFT,
             WIDTH - RIGHT,
-            [(number, f"{number:g}") for number in clients],
+            [(number, f"{number:g}") for number in numbers],
             logarithmic=True,
         ),
         Axis(low, high, HEIGHT - BOTTOM, TOP, shown, logarithmic=True),
         lines,
-        "clients at once",
+        x_name,
+    )
+
+
+def rows_time(result: Result, rival: Result | None) -> str:
+    """Time a step against the sequences in it, with what reading takes and a rival."""
+    [model] = [model for model in result["results"] if model["model"] == COMPARED]
+    short = [time for time in model["times"] if time["context"] == 128]
+    together = sorted(
+        (time for time in short if time["kernel"] == "rows"), key=lambda time: time["rows"]
+    )
+    [alone] = [time for time in short if time["kernel"] == "one row"]
+    lines = [
+        Line(
+            "ClusterFusion, mode throughput",
+            "c0",
+            [(time["rows"], time["ms_per_step"]) for time in together],
+        ),
+        Line("mode latency, one sequence", "c1", [(1, alone["ms_per_step"])]),
+        Line(
+            "floor, what a step reads at the ceiling",
+            "floor",
+            [(time["rows"], time["ms_per_step"] * time["ceiling_share"]) for time in together],
+        ),
+    ]
+    if rival:
+        points = [(time["rows"], time["ms_per_step"]) for time in rival["times"]]
+        lines.append(Line(f"{rival['name']}, recorded {rival['date']}", "c2", points))
+    return logarithmic_chart(
+        f"{COMPARED}: milliseconds a step of several sequences",
+        f"{result['device'].split(',')[0]}, each at about 128 positions, medians; less is better "
+        "(both axes logarithmic)",
+        lines,
+        "sequences in a step",
     )
 
 
@@ -302,6 +346,9 @@ def pictures(folder: Path) -> dict[str, str]:
     ablation = folder / "ablation_h100.json"
     if ablation.exists():
         drawn["layer_ablation.svg"] = layer_ablation(json.loads(ablation.read_text("utf-8")))
+    rows = load_rows(folder)
+    if rows:
+        drawn["rows_h200.svg"] = rows_time(*rows)
     serving = load_serving(folder)
     if serving:
         for measure, (name, title) in serving_pictures().items():

@@ -233,7 +233,7 @@ def rows_table() -> str:
         f"Many sequences at once (mode `throughput`), beside {alone:.2f} ms for each sequence "
         "alone (mode `latency`); same card and run:\n\n"
         + "\n".join(lines)
-        + "\n\n"
+        + "\n\n![Milliseconds a step of several sequences](docs/images/rows_h200.svg)\n\n"
         + unstreamed_line(result)
     )
 
