@@ -165,6 +165,42 @@ def test_decode_time_is_drawn_for_each_chip(folder):
     assert set(plot.pictures(folder)) == {"decode_time_h100.svg", "ceiling_share.svg"}
 
 
+def test_steps_of_several_sequences_are_drawn_to_scale(folder):
+    def step(kernel, rows, time, context=128):
+        share = 0.9 if rows == 1 else 0.5
+        return {
+            "kernel": kernel,
+            "rows": rows,
+            "context": context,
+            "ms_per_step": time,
+            "ceiling_share": share,
+        }
+
+    times = [step("one row", 1, 1.1), step("rows", 4, 2.0), step("rows", 1, 1.2)]
+    times.append(step("rows", 4, 5.0, context=1024))
+    ours = {"device": "NVIDIA H200, 132 SMs", "results": [{"model": "pythia-2.8b", "times": times}]}
+    (folder / "rows_h200.json").write_text(json.dumps(ours))
+    picture = ElementTree.fromstring(plot.pictures(folder)["rows_h200.svg"])
+    assert len(circles(picture, "c0")) == 2 and len(circles(picture, "c1")) == 1
+    assert not circles(picture, "c2"), "no rival is recorded"
+
+    rival = {"name": "Other", "date": "2026-01-02", "times": [{"rows": 1, "ms_per_step": 2.4}]}
+    rival["times"].append({"rows": 4, "ms_per_step": 4.0})
+    (folder / "rows_vllm_h200.json").write_text(json.dumps(rival))
+    picture = ElementTree.fromstring(plot.pictures(folder)["rows_h200.svg"])
+    labels = [element.text for element in picture.iter(f"{SVG}text")]
+    assert "Other" in labels and "recorded 2026-01-02" in labels
+    (one, four), (others, _) = circles(picture, "c0"), circles(picture, "c2")
+    heights = tick_heights(picture)
+    octave = heights["1"] - heights["2"]
+    assert one[1] - others[1] == pytest.approx(octave, abs=0.2), "twice the time"
+    assert one[1] - four[1] == pytest.approx(octave * 0.737, abs=0.2), "log2(2 / 1.2)"
+    (floor,) = (p for p in picture.iter(f"{SVG}path") if p.get("class") == "floor")
+    low, high = (float(y) for y in re.findall(r"[\d.]+ ([\d.]+)", floor.get("d")))
+    assert low - one[1] == pytest.approx(octave * 0.152, abs=0.2), "nine tenths of the time"
+    assert high - four[1] == pytest.approx(octave, abs=0.2), "half of it"
+
+
 def test_ceiling_share_has_a_line_for_each_chip(folder):
     picture = ElementTree.fromstring(plot.pictures(folder)["ceiling_share.svg"])
     labels = [element.text for element in picture.iter(f"{SVG}text")]
