@@ -37,8 +37,9 @@ struct RowGroups {
 
 // Groups rows, of which those of one sequence lie side by side at consecutive positions. Rows of a
 // group have the same splits, and are at most `task_queries`: kQuadQueries times a power of two.
-// As few rows share their tasks as it takes for no SM to have two of them: many read keys and
-// values less often, few keep more SMs busy.
+// Up to kQuadQueries rows share always, since one product takes them; twice and four times as many
+// only while an SM would have two tasks: many read keys and values less often, few keep more SMs
+// busy.
 RowGroups group_rows(std::span<const AttentionRow> rows, const AttentionCut& cut,
                      std::int32_t task_queries);
 

@@ -35,8 +35,8 @@ inline constexpr std::int32_t kMaxRows = 16;
 inline constexpr std::int32_t kMaxResidualParts = 5;
 // Queries that attention's products take together.
 inline constexpr std::int32_t kQuadQueries = 4;
-// Queries of one attention task, at most, in a kernel for heads and activations of so many rows:
-// rows of one sequence that share what has landed. More have no room in the registers.
+// Queries of one attention task, at most, in a kernel for heads of this size with so many rows of
+// activations: rows of one sequence that share what has landed. More have no room in the registers.
 constexpr std::int32_t max_task_queries(std::int64_t head_dim,
                                         std::int32_t operand_rows = kMaxRows) {
   const std::int32_t queries = head_dim <= 80    ? 4 * kQuadQueries

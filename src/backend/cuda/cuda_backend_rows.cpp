@@ -23,7 +23,7 @@ void CudaBackend::prepare_rows() {
 
 RowDecoder& CudaBackend::decoder_of(std::size_t rows) {
   if (!gemm_decoder_) return *stream_decoder_;
-  // As long as one launch takes all rows, it is quicker than a series of kernels.
+  // As long as one launch takes all rows, it is as quick as a series of kernels, or quicker.
   const bool streams = stream_decoder_ && std::cmp_less_equal(rows, stream_decoder_->max_rows());
   if (streams) return *stream_decoder_;
   return *gemm_decoder_;

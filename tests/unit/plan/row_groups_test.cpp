@@ -1,5 +1,5 @@
 // Which rows share their tasks of attention, on random steps: what must be so of every grouping,
-// and that no coarser or finer one would have been chosen.
+// and that groups are as small as keeps every SM at one task.
 #include "plan/row_groups.hpp"
 
 #include <gtest/gtest.h>
@@ -30,7 +30,8 @@ Step random_step(std::mt19937& random) {
   step.task_queries = kQuadQueries << random() % 3;
   const std::size_t count = random() % 3 == 0 ? 1 : 1 + random() % std::size(sequences);
   for (std::size_t s = 0; s < count; ++s) {
-    const auto first = static_cast<std::int32_t>(random() % (random() % 2 == 0 ? 64 : 5000));
+    const std::uint32_t positions = random() % 2 == 0 ? 64 : 5000;
+    const auto first = static_cast<std::int32_t>(random() % positions);
     const auto rows = static_cast<std::int32_t>(random() % 4 == 0 ? 1 : 1 + random() % 16);
     for (std::int32_t i = 0; i < rows; ++i) step.rows.push_back({&sequences[s], first + i});
   }
@@ -115,9 +116,12 @@ TEST(RowGroups, AreAsSmallAsKeepsEverySmAtOneTask) {
     const bool fits = num_tasks(step, found.groups) <= step.cut.sm_count;
     if (found.extent.queries > kQuadQueries) {
       ++large;
-      const RowGroups of_four = group_rows(step.rows, step.cut, kQuadQueries);
-      EXPECT_GT(num_tasks(step, of_four.groups), step.cut.sm_count);
-      EXPECT_LT(found.groups.size(), of_four.groups.size());
+      std::int32_t taken = kQuadQueries;
+      for (; taken < found.extent.queries; taken *= 2) {
+        const RowGroups smaller = group_rows(step.rows, step.cut, taken);
+        EXPECT_GT(num_tasks(step, smaller.groups), step.cut.sm_count) << taken;
+        EXPECT_LT(found.groups.size(), smaller.groups.size()) << taken;
+      }
       continue;
     }
     if (fits || step.task_queries == kQuadQueries) continue;

@@ -56,6 +56,7 @@ void RowsAttention::launch(const StreamParams& params, const plan::TaskExtent& e
                            std::int32_t splits, std::int32_t layer, std::int32_t step,
                            cudaStream_t stream) const {
   StreamParams copy = params;
+  copy.task_queries = extent.queries;
   copy.task_layout = plan::task_layout(params.head_dim, extent);
   std::int32_t the_layer = layer, the_step = step, sm_count = sm_count_;
   void* arguments[] = {&copy, &the_layer, &the_step, &sm_count};

@@ -62,7 +62,7 @@ class Attention {
   using Share = AttentionShare<T, kMaxSteps, kQuads>;
   static constexpr int kGroup = Share<1>::kGroup;
 
-  // With the fewest quads that have the step's tasks.
+  // With as few quads as the largest of the step's tasks needs.
   template <int kMaxQuads>
   __device__ __forceinline__ void run_by_quads(int layer, const PartialWriter& partials) {
     if constexpr (kMaxQuads > 1)

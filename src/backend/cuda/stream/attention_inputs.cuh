@@ -71,7 +71,8 @@ class AttentionInputs {
     return four;
   }
 
-  // What rotation mixes each element with, and the angle, where it is rotated: else zero.
+  // Four elements, what rotation mixes each with, and its angle; the last two zero where nothing is
+  // rotated.
   struct Loaded {
     uint4 value, other;
     float2 angle[4];

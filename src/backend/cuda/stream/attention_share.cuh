@@ -4,8 +4,9 @@
 // columns of its own. The task's queries are taken in quads. Query r of a quad has rows 2 r and
 // 2 r + 1 of half an operand A of the scores, the other half is another quad's or zero; and its
 // weights have columns 2 r and 2 r + 1 of operand B of the quad's outputs. All quads share what was
-// loaded of keys and values. Where there is no query rows and columns may hold anything: what comes
-// of them stays in rows and columns that nobody reads.
+// loaded of keys and values. Where there is no query, rows and columns may hold anything (of
+// several quads what happens to lie in shared memory): what comes of them stays in rows and columns
+// that nobody reads.
 #pragma once
 
 #include "backend/cuda/numeric/attention_operands.cuh"
@@ -177,8 +178,8 @@ class AttentionShare {
   }
 
   // From the scores of operand o for a group, which begins at position `first`, the weights of the
-  // values for each of its quads as operand B, and what each quad's outputs are to be multiplied
-  // by. Updates maximum and sum.
+  // values for each of its quads (1 or 2) as operand B, and what each quad's outputs are to be
+  // multiplied by. Updates maximum and sum.
   __device__ __forceinline__ void weigh(const AttentionTask& task, int first, int o,
                                         const float (&score)[2][4], std::uint32_t (*weights)[2],
                                         float* quad_correction) {
@@ -229,7 +230,7 @@ class AttentionShare {
 
   int head_dim_, lane_, g_, q_;
   std::uint32_t zeros_, fresh_ = 0, query_ = 0;  // addresses in shared memory
-  int query_rows_ = 0;                           // of the operands, that hold a query
+  int query_rows_ = 0;                           // of one quad's operand, that hold a query
   uint4 step_[kQueriesInRegisters ? kMaxSteps : 1][kOperands];
   // Of the online softmax, in base-2 logarithms: of the query that this lane weighs, the sum over
   // this lane's columns.

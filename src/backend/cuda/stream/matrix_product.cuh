@@ -112,12 +112,12 @@ class MatrixProduct {
   }
 
   // Where this lane's share of operand row `row` lies, from the beginning of a Lamport set, if the
-  // row belongs to one of `parts` vectors from `operand` on, whose slots lie side by side.
-  __device__ __forceinline__ int offset_of(int row, const Operand& operand, int parts) const {
+  // row belongs to one of `vectors` from `operand` on, whose slots lie side by side.
+  __device__ __forceinline__ int offset_of(int row, const Operand& operand, int vectors) const {
     const int slot = row * c.p.rows_reciprocal >> 16;  // row / p.rows
-    const int part = slot - operand.first_slot;
-    if (part < 0 || part >= parts) return Inputs::kNone;
-    return operand.source + part * operand.source_part_bytes +
+    const int vector = slot - operand.first_slot;
+    if (vector < 0 || vector >= vectors) return Inputs::kNone;
+    return operand.source + vector * operand.source_part_bytes +
            (row - slot * c.p.rows) * (plan::kStepColumns * 2);
   }
   template <typename Sources>

@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "backend/cuda/check.hpp"
 #include "base/fail.hpp"
+#include "plan/row_groups.hpp"
 
 namespace clusterfusion::cuda {
+
 RowTables::RowTables(const Extent& most)
     : most_(most),
       groups_(most.rows * static_cast<std::int64_t>(sizeof(StreamedRow))),
@@ -24,6 +27,7 @@ plan::TaskExtent RowTables::send(std::span<const DecodeRow> rows, std::int32_t i
   char* device = device_.as<>() + index * bytes_;
   fill(rows, host, device);
   std::vector<plan::AttentionRow> attention_rows;
+  attention_rows.reserve(rows.size());
   for (const DecodeRow& row : rows)
     attention_rows.push_back({row.pages.data(), static_cast<std::int32_t>(row.position)});
   const auto [groups, extent] = plan::group_rows(

@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include "backend/cuda/memory.hpp"
 #include "backend/cuda/row_decoder.hpp"

@@ -1,7 +1,5 @@
 #include "backend/cuda/stream/stream_decoder.hpp"
 
-#include <algorithm>
-
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/decode/decode_setup.hpp"
 #include "backend/cuda/device_properties.hpp"
@@ -30,7 +28,8 @@ bool StreamDecoder::supports(const ModelConfig& config, const plan::KvPlan& kv,
   if (!has_warpgroups(properties)) return false;
   try {
     const auto plan = plan::make_stream_plan(config, kv, limits_of(properties));
-    return find_kernel(config, plan.pieces, plan::kMaxRows).function != nullptr;
+    return find_kernel(config, plan.pieces, 1).function != nullptr &&
+           find_kernel(config, plan.pieces, plan::kMaxRows).function != nullptr;
   } catch (const Error&) {
     return false;
   }
