@@ -26,23 +26,21 @@ def load_results(folder: Path = RESULTS) -> dict[str, Result]:
     }
 
 
-def load_both(ours: Path, rival: Path) -> tuple[Result | None, Result | None]:
-    """Our result and the rival's record, where the files are there."""
-    return tuple(
-        json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        for path in (ours, rival)
-    )
+def load_if_there(path: Path) -> Result | None:
+    """A result, or the record of a rival's."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def load_rows(folder: Path = RESULTS) -> tuple[Result, Result | None] | None:
     """What rows_time measured of steps of several sequences, and the rival's record."""
-    ours, rival = load_both(folder / "rows_h200.json", folder / "rows_vllm_h200.json")
-    return None if ours is None else (ours, rival)
+    ours = load_if_there(folder / "rows_h200.json")
+    return None if ours is None else (ours, load_if_there(folder / "rows_vllm_h200.json"))
 
 
 def load_serving(folder: Path = RESULTS) -> tuple[Result, Result | None] | None:
     """What serve_latency.py measured on a GPU, and the rival's record of the same requests."""
-    ours, rival = load_both(folder / "serving_latency_h200.json", folder / "serving_vllm_h200.json")
+    ours = load_if_there(folder / "serving_latency_h200.json")
+    rival = load_if_there(folder / "serving_vllm_h200.json")
     if ours is None:
         return None
     alike = ("model", "prompt_tokens", "new_tokens")

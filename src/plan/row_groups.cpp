@@ -40,14 +40,14 @@ std::int32_t num_tasks(std::span<const RowGroup> groups, std::span<const Attenti
 
 RowGroups group_rows(std::span<const AttentionRow> rows, const AttentionCut& cut,
                      std::int32_t task_queries) {
-  std::int32_t queries = std::min(task_queries, kQuadQueries);
   RowGroups result;
-  result.groups = groups_of(rows, cut, queries);
-  // Where no row has company there is nothing to choose.
-  while (result.groups.size() < rows.size() && queries < task_queries &&
-         num_tasks(result.groups, rows, cut) > cut.sm_count) {
-    queries *= 2;
+  std::int32_t tasks = 0;
+  for (std::int32_t queries = kQuadQueries;; queries *= 2) {
     result.groups = groups_of(rows, cut, queries);
+    tasks = num_tasks(result.groups, rows, cut);
+    // Where no row has company there is nothing to choose.
+    const bool has_company = result.groups.size() < rows.size();
+    if (!has_company || queries >= task_queries || tasks <= cut.sm_count) break;
   }
   TaskExtent& extent = result.extent;
   for (const RowGroup& group : result.groups) {
@@ -56,7 +56,7 @@ RowGroups group_rows(std::span<const AttentionRow> rows, const AttentionCut& cut
     extent.sequence_rows = std::max(extent.sequence_rows, end - group.sequence_first);
     extent.positions += rows[end - 1].position + 1;
   }
-  extent.tasks = (num_tasks(result.groups, rows, cut) + cut.sm_count - 1) / cut.sm_count;
+  extent.tasks = (tasks + cut.sm_count - 1) / cut.sm_count;
   return result;
 }
 

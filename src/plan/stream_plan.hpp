@@ -18,6 +18,7 @@
 
 #include <cstdint>
 
+#include "base/round_up.hpp"
 #include "clusterfusion/model.hpp"
 #include "plan/decode_plan.hpp"
 
@@ -114,9 +115,8 @@ constexpr TaskLayout task_layout(std::int64_t head_dim, const TaskExtent& extent
   // Maximum, sum and output of every share: float32.
   const auto states = static_cast<std::int32_t>(kConsumerWarps * (head_dim + 2) * 4);
   // Of more than one quad, two quads lie together, as operands of products.
-  const std::int32_t pair = 2 * kQuadQueries;
-  const std::int32_t held =
-      extent.queries <= kQuadQueries ? extent.queries : (extent.queries + pair - 1) / pair * pair;
+  const auto held = static_cast<std::int32_t>(
+      round_up(extent.queries, extent.queries > kQuadQueries ? 2 * kQuadQueries : 1));
   TaskLayout memory;
   memory.queries = extent.queries * states;
   memory.fresh = memory.queries + held * vectors;
