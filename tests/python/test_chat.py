@@ -10,7 +10,7 @@ from pathlib import Path
 
 import clusterfusion
 import pytest
-from test_cli import PROGRAM, TIMEOUT, Terminal
+from test_cli import PROGRAM, TIMEOUT, Terminal, needs_proc
 
 pytest.importorskip("jinja2", reason="the extra 'chat' is not installed")
 
@@ -226,6 +226,7 @@ def test_bytes_that_are_no_text(folder):
     assert ended.stdout.decode() == alone(engine, ("user", "caf\ufffd")) + "\n"
 
 
+@needs_proc
 @pytest.mark.skipif(PROGRAM is None, reason="no program: set CLUSTERFUSION_BIN")
 def test_in_a_terminal(folder):
     """Typed lines, a cancelled answer, and the end by Ctrl-C where there is no answer."""
@@ -247,7 +248,7 @@ def test_in_a_terminal(folder):
     terminal.wait_for(rb"/reset .*(\r\n.*)+\r\n> $")
     terminal.press(b"/nothing\r")
     terminal.wait_for(rb"there is no command /nothing.*\r\n> $")
-    terminal.press(b"\x03")
+    terminal.interrupt_prompt()
     assert terminal.end() == 130
 
 

@@ -798,6 +798,15 @@ class Terminal:
     def press(self, keys: bytes) -> None:
         os.write(self.descriptor, keys)
 
+    def interrupt_prompt(self) -> None:
+        """Presses Ctrl-C once the program sleeps in its wait for keys.
+
+        A signal between Python's prompt and that wait is only noticed with the next key
+        (readline_until_enter_or_signal in CPython's Modules/readline.c).
+        """
+        wait_until(lambda: process_state(self.pid) == "S")
+        self.press(b"\x03")
+
     def end(self) -> int:
         """Reads the rest and returns the exit code, or minus the signal that killed it."""
         deadline = time.monotonic() + TIMEOUT
@@ -826,6 +835,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def process_state(pid: int) -> str:
+    """R while it runs, S while it sleeps, ...: proc(5)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def catches_sigint(pid: int) -> bool:
