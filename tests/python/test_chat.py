@@ -10,7 +10,7 @@ from pathlib import Path
 
 import clusterfusion
 import pytest
-from test_cli import PROGRAM, TIMEOUT, Terminal, needs_proc
+from test_cli import PROGRAM, TIMEOUT, Terminal
 
 pytest.importorskip("jinja2", reason="the extra 'chat' is not installed")
 
@@ -226,7 +226,6 @@ def test_bytes_that_are_no_text(folder):
     assert ended.stdout.decode() == alone(engine, ("user", "caf\ufffd")) + "\n"
 
 
-@needs_proc
 @pytest.mark.skipif(PROGRAM is None, reason="no program: set CLUSTERFUSION_BIN")
 def test_in_a_terminal(folder):
     """Typed lines, a cancelled answer, and the end by Ctrl-C where there is no answer."""

@@ -799,12 +799,13 @@ class Terminal:
         os.write(self.descriptor, keys)
 
     def interrupt_prompt(self) -> None:
-        """Presses Ctrl-C once the program sleeps in its wait for keys.
+        """Presses Ctrl-C once the program sleeps in its wait for keys, where /proc shows that.
 
         A signal between Python's prompt and that wait is only noticed with the next key
         (readline_until_enter_or_signal in CPython's Modules/readline.c).
         """
-        wait_until(lambda: process_state(self.pid) == "S")
+        if Path("/proc/self/stat").exists():
+            wait_until(lambda: process_state(self.pid) == "S")
         self.press(b"\x03")
 
     def end(self) -> int:

@@ -9,6 +9,24 @@
 #include "plan/row_groups.hpp"
 
 namespace clusterfusion::cuda {
+namespace {
+
+// As StreamParams::rows_reciprocal says.
+constexpr std::int32_t reciprocal_of(std::int32_t rows) { return 65536 / rows + 1; }
+
+constexpr bool divides_exactly(std::int32_t rows) {
+  for (std::int32_t n = 0; n < 256; ++n)
+    if (n * reciprocal_of(rows) >> 16 != n / rows) return false;
+  return true;
+}
+constexpr bool all_divide_exactly() {
+  for (std::int32_t rows = 1; rows <= plan::kMaxRows; ++rows)
+    if (!divides_exactly(rows)) return false;
+  return true;
+}
+static_assert(all_divide_exactly());
+
+}  // namespace
 
 RowTables::RowTables(const Extent& most)
     : most_(most),
@@ -38,7 +56,7 @@ plan::TaskExtent RowTables::send(std::span<const DecodeRow> rows, std::int32_t i
       pages_ + static_cast<std::int64_t>(rows.size()) * most_.pages * std::int64_t{sizeof(char*)};
   check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream), "sending rows");
   params.rows = static_cast<std::int32_t>(rows.size());
-  params.rows_reciprocal = 65536 / params.rows + 1;
+  params.rows_reciprocal = reciprocal_of(params.rows);
   params.groups = static_cast<std::int32_t>(groups.size());
   params.row_table = reinterpret_cast<const StreamedRow*>(device);
   params.group_table = reinterpret_cast<const plan::RowGroup*>(device + groups_);
